@@ -1,0 +1,205 @@
+"""Two-dimensional discrete wavelet transforms with one convention: PyWavelets' mode ``periodization``.
+
+A *pyramid* is a dict ``level -> array`` of shape (..., K, H/2^level, W/2^level). K counts the bands of the level, in the
+order A, H, V, D: the details H, V, D (PyWavelets' cH, cV, cD) at every level, and before them the approximation A (cA)
+at the coarsest. Level 1 is the finest. The scaling is PyWavelets': Haar is orthonormal, so that energy is kept.
+
+Every function takes numpy arrays (the CPU side, where shards are written) and torch tensors (any device, where they are
+trained on) and gives back the same kind.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import numpy as np
+import pywt
+import torch
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+Pyramid = dict[int, Array]
+
+BANDS = "AHVD"
+DETAILS = "HVD"
+MODE = "periodization"
+
+
+def bands_of(level: int, levels: int) -> str:
+    """Names of the bands that a pyramid of `levels` levels stores at `level`, in their order along axis K."""
+    return BANDS if level == levels else DETAILS
+
+
+def is_haar(wavelet: str) -> bool:
+    """Whether `wavelet` is Haar under one of its names: two taps, so that windows and flips commute with it."""
+    return wavelet in ("haar", "db1", "bior1.1", "rbio1.1")
+
+
+def check_wavelet(wavelet: str) -> str:
+    """Return `wavelet` if PyWavelets knows it as a discrete wavelet; raise ValueError naming the nearest otherwise."""
+    import difflib
+
+    known = pywt.wavelist(kind="discrete")
+    if wavelet not in known:
+        near = difflib.get_close_matches(wavelet, known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"'{wavelet}' is not a discrete wavelet of PyWavelets{hint}")
+    return wavelet
+
+
+def check_levels(height: int, width: int, levels: int) -> None:
+    """Raise ValueError unless an image of `height` × `width` pixels can be halved `levels` times without a rest."""
+    if levels < 1 or height % 2**levels or width % 2**levels:
+        raise ValueError(
+            f"an image of {height}×{width} pixels has no {levels} wavelet levels: "
+            f"both sides have to be multiples of 2^{levels} = {2**max(levels, 0)}"
+        )
+
+
+def decompose(images: Array, levels: int, wavelet: str = "haar") -> dict[int, Array]:
+    """Multi-level transform of images (..., H, W), as ``pywt.wavedec2(images, wavelet, 'periodization', levels)``.
+
+    Haar on integers and on floats, every other discrete wavelet of PyWavelets on floats. Raises ValueError if the sides
+    are no multiples of 2^levels.
+    """
+    check_levels(images.shape[-2], images.shape[-1], levels)
+    pyramid: dict[int, Any] = {}
+    approximation: Any = images
+    for level in range(1, levels + 1):
+        approximation, details = _analyse(approximation, wavelet)
+        pyramid[level] = details
+    pyramid[levels] = _concatenate([approximation[..., None, :, :], pyramid[levels]])
+    return pyramid
+
+
+def haar_sums(images: Array, levels: int) -> dict[int, Array]:
+    """Haar pyramid of integer images (..., H, W) without its scaling: coefficient = sum / 2^level, exactly.
+
+    Sums of signed pixels, so integers stay integers. The dtype has to hold max(pixel) · 4^levels.
+    """
+    check_levels(images.shape[-2], images.shape[-1], levels)
+    pyramid: dict[int, Any] = {}
+    approximation: Any = images
+    for level in range(1, levels + 1):
+        approximation, details = _haar_step(approximation)
+        pyramid[level] = details
+    pyramid[levels] = _concatenate([approximation[..., None, :, :], pyramid[levels]])
+    return pyramid
+
+
+def reconstruct(pyramid: dict[int, Array], wavelet: str = "haar", to: int = 0) -> Array:
+    """Inverse transform: images (..., H, W), or with `to` > 0 the approximation A of that level.
+
+    A pyramid that lacks its finest levels is reconstructed as far as it goes (`to` ≥ its finest level - 1). An A of
+    level n is an image of 1/2^n the side whose values are 2^n times as large.
+    """
+    coarsest = max(pyramid)
+    finest_needed = to + 1
+    approximation: Any = pyramid[coarsest][..., 0, :, :]
+    for level in range(coarsest, finest_needed - 1, -1):
+        details = pyramid[level][..., -3:, :, :]
+        approximation = _synthesise(approximation, details, wavelet)
+    return approximation
+
+
+def window(level_array: Array, level: int, top: int, left: int, size: int, flip: bool = False) -> Array:
+    """The window of one level (..., K, h, w) that belongs to the image window at `top`, `left` of `size`² pixels.
+
+    For Haar this equals the transform of the cropped (and then, with `flip`, horizontally mirrored) image, exactly:
+    the corner and the size have to be multiples of 2^level, which an ``assert`` holds. Mirroring reverses the columns
+    and changes the sign of the bands that are differences along them, V and D.
+    """
+    scale = 2**level
+    assert top % scale == 0 and left % scale == 0 and size % scale == 0, (level, top, left, size)
+    rows = slice(top // scale, (top + size) // scale)
+    columns = slice(left // scale, (left + size) // scale)
+    cut: Any = level_array[..., rows, columns]
+    if not flip:
+        return cut
+    if isinstance(cut, torch.Tensor):
+        mirrored: Any = cut.flip(-1)
+    else:
+        mirrored = cut[..., ::-1].copy()
+    mirrored[..., -2:, :, :] *= -1
+    return mirrored
+
+
+def coefficient_bound(level: int, band: str, wavelet: str = "haar", peak: float = 255.0) -> float:
+    """Largest absolute coefficient that images with values in [0, peak] can have at `level` in `band`."""
+    filters = pywt.Wavelet(wavelet)
+    low, high = (float(np.abs(taps).sum()) for taps in (filters.dec_lo, filters.dec_hi))
+    if band == "A":
+        return peak * low ** (2 * level)
+    last = low * high if band in "HV" else high * high
+    return peak / 2 * low ** (2 * (level - 1)) * last  # a detail does not see the mean: half the range counts
+
+
+def _analyse(images: Any, wavelet: str) -> tuple[Any, Any]:
+    """One level: (..., H, W) to A (..., H/2, W/2) and H, V, D stacked (..., 3, H/2, W/2)."""
+    if is_haar(wavelet):
+        approximation, details = _haar_step(images)
+        return approximation / 2, details / 2
+    if isinstance(images, torch.Tensor):
+        rows = _matrix(wavelet, images.shape[-2], False, images.device, images.dtype)
+        columns = _matrix(wavelet, images.shape[-1], False, images.device, images.dtype)
+        mixed = rows @ images @ columns.mT
+        h, w = images.shape[-2] // 2, images.shape[-1] // 2
+        a, v = mixed[..., :h, :w], mixed[..., :h, w:]
+        hh, d = mixed[..., h:, :w], mixed[..., h:, w:]
+        return a, torch.stack((hh, v, d), -3)
+    approximation, details = pywt.dwt2(images, wavelet, mode=MODE, axes=(-2, -1))
+    return approximation, np.stack(details, -3)
+
+
+def _synthesise(approximation: Any, details: Any, wavelet: str) -> Any:
+    """Inverse of `_analyse`."""
+    if is_haar(wavelet):
+        h, v, d = (details[..., band, :, :] for band in range(3))
+        even, odd = approximation + h, approximation - h  # even and odd rows, still summed along columns
+        even_odd, odd_odd = v + d, v - d
+        shape = (*approximation.shape[:-2], 2 * approximation.shape[-2], 2 * approximation.shape[-1])
+        is_tensor = isinstance(approximation, torch.Tensor)
+        images = approximation.new_empty(shape) if is_tensor else np.empty(shape, approximation.dtype)
+        images[..., 0::2, 0::2] = even + even_odd
+        images[..., 0::2, 1::2] = even - even_odd
+        images[..., 1::2, 0::2] = odd + odd_odd
+        images[..., 1::2, 1::2] = odd - odd_odd
+        images *= 0.5
+        return images
+    if isinstance(approximation, torch.Tensor):
+        h, v, d = details.unbind(-3)
+        mixed = torch.cat((torch.cat((approximation, v), -1), torch.cat((h, d), -1)), -2)
+        rows = _matrix(wavelet, mixed.shape[-2], True, mixed.device, mixed.dtype)
+        columns = _matrix(wavelet, mixed.shape[-1], True, mixed.device, mixed.dtype)
+        return rows @ mixed @ columns.mT
+    bands = tuple(details[..., band, :, :] for band in range(3))
+    return pywt.idwt2((approximation, bands), wavelet, mode=MODE, axes=(-2, -1))
+
+
+def _haar_step(images: Any) -> tuple[Any, Any]:
+    """Unscaled Haar: sums of the four pixels of a 2×2 block with the signs of A, and of H, V, D."""
+    top, bottom = images[..., 0::2, :], images[..., 1::2, :]
+    total, rows = top + bottom, top - bottom
+    a = total[..., 0::2] + total[..., 1::2]
+    v = total[..., 0::2] - total[..., 1::2]
+    h = rows[..., 0::2] + rows[..., 1::2]
+    d = rows[..., 0::2] - rows[..., 1::2]
+    stack: Any = torch.stack if isinstance(images, torch.Tensor) else np.stack
+    return a, stack((h, v, d), -3)
+
+
+def _concatenate(bands: list[Any]) -> Any:
+    join: Any = torch.cat if isinstance(bands[0], torch.Tensor) else np.concatenate
+    return join(bands, -3)
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(wavelet: str, size: int, inverse: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """One level on `size` samples as a (size, size) matrix, made by PyWavelets itself: low-pass half, then high-pass."""
+    identity = np.eye(size)
+    if inverse:
+        half = size // 2
+        matrix = pywt.idwt(identity[:half], identity[half:], wavelet, mode=MODE, axis=0)
+    else:
+        matrix = np.concatenate(pywt.dwt(identity, wavelet, mode=MODE, axis=0), 0)
+    return torch.as_tensor(matrix, device=device, dtype=dtype)
