@@ -47,7 +47,9 @@ class Data(Section):
     rows_per_shard: Positive = Field(1024, description="images in one Parquet file")
     rows_per_group: Positive = Field(64, description="images in one row group, the unit of reading")
     val_share: float = Field(0.1, ge=0, lt=1, description="share held out for val where the folder names no val split")
-    max_rejected: Share = Field(0.01, description="share of rejected inputs that ends the stage (10 are always allowed)")
+    max_rejected: Share = Field(
+        0.01, description="share of rejected inputs that ends the stage (10 are always allowed)"
+    )
 
 
 class Encoder(Section):
@@ -249,9 +251,7 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines 'key: old → new' for every setting that differs between two identities."""
     old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
-    return [
-        f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
-    ]
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def fingerprint(value: Any) -> str:
@@ -272,12 +272,16 @@ def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]
         if name.endswith((".yaml", ".yml")) or "/" in name:
             path = Path(name)
             if not path.is_file():
-                raise SettingError(f"{what} '{name}': no such file; give a YAML file or {_one_of(names_of(package, folder))}")
+                raise SettingError(
+                    f"{what} '{name}': no such file; give a YAML file or {_one_of(names_of(package, folder))}"
+                )
             text = path.read_text(encoding="utf-8")
         else:
             known = names_of(package, folder)
             if name not in known:
-                raise SettingError(f"{what} '{name}' is not known{_nearest(name, known)}; {_one_of(known)} or a YAML file")
+                raise SettingError(
+                    f"{what} '{name}' is not known{_nearest(name, known)}; {_one_of(known)} or a YAML file"
+                )
             text = resources.files(package).joinpath(folder, f"{name}.yaml").read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

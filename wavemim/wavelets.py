@@ -52,7 +52,7 @@ def check_levels(height: int, width: int, levels: int) -> None:
     if levels < 1 or height % 2**levels or width % 2**levels:
         raise ValueError(
             f"an image of {height}×{width} pixels has no {levels} wavelet levels: "
-            f"both sides have to be multiples of 2^{levels} = {2**max(levels, 0)}"
+            f"both sides have to be multiples of 2^{levels} = {2 ** max(levels, 0)}"
         )
 
 

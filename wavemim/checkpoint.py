@@ -1,0 +1,159 @@
+"""Checkpoints as plain files: safetensors and JSON, checked by SHA-256, whole or absent; and the export to timm.
+
+A checkpoint folder holds ``model.safetensors`` (the whole masked image model), ``optimizer.safetensors`` and
+``state.json``, which is written last and names the others with their checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+class CheckpointError(ValueError):
+    """A folder is no checkpoint of ours, or a damaged one."""
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint into `folder`: made under another name and renamed, so that it is never there by half."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(_plain(model.state_dict()), partial / MODEL)
+    files = [MODEL]
+    if optimizer is not None:
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+        files.append(OPTIMIZER)
+    content = {"format": FORMAT, "files": {name: checksum(partial / name) for name in files}, **state}
+    (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
+    """`state.json` of a checkpoint whose files are whole. Raises CheckpointError otherwise."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint: {error}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise CheckpointError(f"{folder / STATE} is not of this project")
+    if state["format"] > FORMAT:
+        raise CheckpointError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}")
+    for name, expected in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks {name}")
+        if verify and checksum(path) != expected:
+            raise CheckpointError(f"{path} is damaged: its checksum is not the one in {STATE}")
+    return state
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint into `model`, strictly."""
+    device = next(model.parameters()).device
+    model.load_state_dict(load_file(folder / MODEL, device=str(device)), strict=True)
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser's state of a checkpoint, by parameter names. Learning rates are the schedule's business."""
+    tensors = load_file(folder / OPTIMIZER)
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        by_parameter.setdefault(name, {})[entry] = tensor
+    for name, parameter in model.named_parameters():
+        if name in by_parameter:
+            optimizer.state[parameter] = {
+                entry: tensor if entry == "step" and not parameter.is_cuda else tensor.to(parameter.device)
+                for entry, tensor in by_parameter[name].items()
+            }
+
+
+def latest(folder: Path) -> Path | None:
+    """The whole checkpoint below `folder` that has seen the most images; None where there is none."""
+    found: list[tuple[int, Path]] = []
+    for state_file in folder.glob(f"*/{STATE}"):
+        try:
+            found.append((int(read_state(state_file.parent)["images"]), state_file.parent))
+        except (CheckpointError, KeyError):
+            continue
+    return max(found)[1] if found else None
+
+
+def export_timm(
+    folder: Path,
+    encoder: nn.Module,
+    *,
+    architecture: str,
+    arguments: Mapping[str, Any],
+    pixel_mean: list[float],
+    pixel_std: list[float],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write `encoder` (a timm model) as timm's own folder format: ``model.safetensors`` and ``config.json``.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so does the architecture's name with
+    ``pretrained_cfg_overlay``. Means and deviations are those of pixels in [0, 255]. Gives the content of config.json.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(_plain(encoder.state_dict()), partial / MODEL)
+    size = int(arguments["img_size"])
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": int(encoder.num_features),  # type: ignore[arg-type]
+        "global_pool": arguments["global_pool"],
+        "model_args": {key: value for key, value in arguments.items() if key not in ("num_classes", "global_pool")},
+        "pretrained_cfg": {
+            "input_size": [int(arguments["in_chans"]), size, size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": [value / 255 for value in pixel_mean],
+            "std": [value / 255 for value in pixel_std],
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "sha256": checksum(partial / MODEL),
+        "wavemim": dict(about),
+    }
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return config
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{entry}": torch.as_tensor(value).detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }

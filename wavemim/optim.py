@@ -1,0 +1,34 @@
+"""Optimiser and learning-rate schedule of pretraining, from timm's and torch's own parts."""
+
+from __future__ import annotations
+
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token")
+
+
+def make_optimizer(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """AdamW without decay on norms, biases, tokens and positions; fused where the parameters are on a GPU."""
+    exempt = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_DECAY]
+    groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=on_gpu or None)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: int, min_lr: float
+) -> CosineLRScheduler:
+    """Linear warm-up, then a cosine to `min_lr`, by step: ``schedule.step_update(step)`` is a pure function of `step`."""
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(total_steps, 1),
+        lr_min=min_lr,
+        warmup_t=warmup_steps,
+        warmup_lr_init=0.0,
+        t_in_epochs=False,
+    )
