@@ -1,0 +1,325 @@
+"""The training reader: batches of windows out of a shard set, in an order that is a pure function. No Ray in here.
+
+The order of an epoch depends on (seed, epoch, batch, streams) alone. The row groups of the split are permuted,
+concatenated and cut into `streams` contiguous chunks; within a chunk rows are mixed over a few row groups at a time; a
+batch takes the same number of rows from every chunk. Chunks are dealt to ranks, so that with the same `streams` any
+number of ranks sees the same global batches, and a run goes on in the middle of an epoch with what it would have seen.
+
+Letters of shapes: B rows, C channels, K bands, h × w cells of a level's window.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from pipeline.shards import ShardSet, read_group
+from wavemim.randomness import uniform
+from wavemim.wavelets import bands_of
+
+Item = TypeVar("Item")
+Group = tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]  # row (n,), label (n,), level -> (n, C, K, h, w)
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch. Rows of weight 0 only fill it up and count for nothing."""
+
+    rows: torch.Tensor  # int64 (B,): the column `row`
+    weight: torch.Tensor  # float32 (B,)
+    total: float  # sum of the weights over all ranks
+    levels: dict[int, torch.Tensor]  # level -> stored integers (B, C, K, h, w)
+    labels: torch.Tensor  # int64 (B,), -1 for none
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Row groups mixed with each other: (group, first row, end row) of each part, and the order of their rows."""
+
+    parts: tuple[tuple[int, int, int], ...]
+    rows: int
+    number: int  # within the epoch, over all streams
+
+
+class Reader:
+    """Reads a split for training. `batch` is the global batch; every rank gets batch/world rows of it."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str,
+        *,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        window: int,
+        flip: bool,
+        mix_groups: int = 8,
+        levels: Sequence[int] | None = None,
+        streams: int | None = None,
+        ahead: int = 4,
+    ) -> None:
+        self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world
+        self.seed, self.window, self.flip, self.mix_groups, self.ahead = seed, window, flip, mix_groups, ahead
+        self.levels = _checked_levels(shards, levels, window)
+        self.streams = world if streams is None else streams
+        self.rows = shards.rows[split]
+        assert 0 <= rank < world, (rank, world)
+        assert 0 < batch <= self.rows, f"a batch of {batch} out of {self.rows} rows: clip it"
+        assert batch % self.streams == 0 and self.streams % world == 0, (batch, self.streams, world)
+        self._groups = _groups(shards, split)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch, the same for every rank; the last one may be filled up with rows of weight 0."""
+        return -(-self.rows // self.batch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches of one epoch from batch `start` on, read ahead by a thread that ends with the generator."""
+        return _read_ahead(self._batches(epoch, start), self.ahead)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        mixes = self._mixes(epoch)
+        share = self.streams // self.world
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        take = self.batch // self.streams
+        sizes = [sum(mix.rows for mix in stream) for stream in mixes]
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as pool:
+            try:
+                streams = [_Stream(self, mixes[number], epoch, pool) for number in mine]
+                for k in range(start, self.batches_per_epoch):
+                    total = sum(min(max(size - k * take, 0), take) for size in sizes)
+                    yield self._batch(epoch, [stream.rows(k * take, take) for stream in streams], float(total))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _mixes(self, epoch: int) -> list[list[_Mix]]:
+        """The epoch's plan: for every stream the row groups that are mixed with each other, one mix after another."""
+        order = _permutation(self.seed, "groups", epoch, len(self._groups))
+        ends = np.cumsum([self._groups[group][2] for group in order])
+        plan: list[list[_Mix]] = []
+        number = 0
+        for stream in range(self.streams):
+            low, high = stream * self.rows // self.streams, (stream + 1) * self.rows // self.streams
+            parts = []
+            for place in range(int(np.searchsorted(ends, low, "right")), len(order)):
+                begin = int(ends[place]) - self._groups[order[place]][2]
+                if begin >= high:
+                    break
+                parts.append((int(order[place]), max(low - begin, 0), min(high, int(ends[place])) - begin))
+            mixes = []
+            for i in range(0, len(parts), self.mix_groups):
+                chosen = tuple(parts[i : i + self.mix_groups])
+                mixes.append(_Mix(chosen, sum(end - begin for _, begin, end in chosen), number))
+                number += 1
+            plan.append(mixes)
+        return plan
+
+    def _batch(self, epoch: int, chosen: list[list[tuple[Group, int, float]]], total: float) -> Batch:
+        """Cut the windows of the chosen rows into new arrays."""
+        picks = [pick for stream in chosen for pick in stream]
+        rows = torch.tensor([int(group[0][i]) for group, i, _ in picks], dtype=torch.int64)
+        unit = 2**self.shards.levels
+        places = (self.shards.image_size - self.window) // unit + 1
+        draws = uniform(self.seed, "window", epoch, rows, 3).numpy().astype(np.float64)
+        corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
+        mirrored = (draws[:, 2] < 0.5) & self.flip
+        sources = [(group, i) for group, i, _ in picks]
+        return Batch(
+            rows=rows,
+            weight=torch.tensor([weight for _, _, weight in picks], dtype=torch.float32),
+            total=total,
+            levels=_windows(self.shards, sources, self.levels, corners, self.window, mirrored),
+            labels=torch.tensor([int(group[1][i]) for group, i, _ in picks], dtype=torch.int64),
+        )
+
+
+class _Stream:
+    """One chunk of an epoch: gives the rows at any place, and reads the next mix while this one is used."""
+
+    def __init__(self, reader: Reader, mixes: list[_Mix], epoch: int, pool: ThreadPoolExecutor) -> None:
+        self._reader, self._mixes, self._epoch, self._pool = reader, mixes, epoch, pool
+        self._ends = np.cumsum([mix.rows for mix in mixes])
+        self._reading: dict[int, list[Future[Group]]] = {}
+        self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
+
+    def rows(self, first: int, count: int) -> list[tuple[Group, int, float]]:
+        """(row group, row in it, weight) at places first … first + count - 1; the last row, weight 0, beyond the end."""
+        last = int(self._ends[-1]) - 1
+        chosen = []
+        for place in range(first, first + count):
+            at = min(place, last)
+            mix = int(np.searchsorted(self._ends, at, "right"))
+            group, i = self._mixed(mix)[at - int(self._ends[mix]) + self._mixes[mix].rows]
+            chosen.append((group, i, float(place <= last)))
+        return chosen
+
+    def _mixed(self, mix: int) -> list[tuple[Group, int]]:
+        if self._current[0] != mix:
+            self._start(mix)
+            groups = [future.result() for future in self._reading.pop(mix)]
+            self._start(mix + 1)
+            parts = self._mixes[mix].parts
+            rows = [(g, i) for g, (_, low, high) in zip(groups, parts, strict=True) for i in range(low, high)]
+            order = _permutation(self._reader.seed, f"mix {self._mixes[mix].number}", self._epoch, len(rows))
+            self._current = (mix, [rows[i] for i in order])
+        return self._current[1]
+
+    def _start(self, mix: int) -> None:
+        if mix in self._reading or mix >= len(self._mixes):
+            return
+        reader = self._reader
+        places = [reader._groups[group][:2] for group, _, _ in self._mixes[mix].parts]
+        self._reading[mix] = [
+            self._pool.submit(read_group, reader.shards, file, group, reader.levels) for file, group in places
+        ]
+
+
+def sequential(
+    shards: ShardSet,
+    split: str,
+    batch: int,
+    *,
+    window: int,
+    max_rows: int | None = None,
+    levels: Sequence[int] | None = None,
+    ahead: int = 4,
+) -> Generator[Batch, None, None]:
+    """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
+
+    The corner of the middle window is the multiple of 2^levels nearest to the true one from below.
+    """
+    return _read_ahead(
+        _sequential(shards, split, batch, window, max_rows, _checked_levels(shards, levels, window)), ahead
+    )
+
+
+def _sequential(
+    shards: ShardSet, split: str, batch: int, window: int, max_rows: int | None, levels: list[int]
+) -> Iterator[Batch]:
+    unit = 2**shards.levels
+    corner = (shards.image_size - window) // 2 // unit * unit
+    left = shards.rows[split] if max_rows is None else min(max_rows, shards.rows[split])
+    pending: list[tuple[Group, int]] = []
+    for file, number, rows in _groups(shards, split):
+        if left <= 0:
+            break
+        group = read_group(shards, file, number, levels)
+        pending += [(group, i) for i in range(min(rows, left))]
+        left -= rows
+        while len(pending) >= batch or (pending and left <= 0):
+            chosen, pending = pending[:batch], pending[batch:]
+            count = len(chosen)
+            corners, mirrored = np.full((count, 2), corner), np.zeros(count, bool)
+            yield Batch(
+                rows=torch.tensor([int(source[0][i]) for source, i in chosen], dtype=torch.int64),
+                weight=torch.ones(count),
+                total=float(count),
+                levels=_windows(shards, chosen, levels, corners, window, mirrored),
+                labels=torch.tensor([int(source[1][i]) for source, i in chosen], dtype=torch.int64),
+            )
+
+
+def _windows(
+    shards: ShardSet,
+    sources: list[tuple[Group, int]],
+    levels: Sequence[int],
+    corners: np.ndarray,
+    window: int,
+    mirrored: np.ndarray,
+) -> dict[int, torch.Tensor]:
+    """Windows (B, C, K, h, w) a level of the rows `sources`, with corners (B, 2) in pixels and mirrored (B,).
+
+    As `wavemim.wavelets.window`, but straight into the batch's memory: mirroring reverses the columns and changes the
+    sign of V and D.
+    """
+    out: dict[int, torch.Tensor] = {}
+    for level in levels:
+        side = window >> level
+        cells = (corners >> level).tolist()
+        shape = (len(sources), shards.channels, len(bands_of(level, shards.levels)), side, side)
+        values = np.empty(shape, shards.layout.dtype(level))
+        for b, ((_, _, pyramid), i) in enumerate(sources):
+            top, left = cells[b]
+            cut = pyramid[level][i, :, :, top : top + side, left : left + side]
+            if mirrored[b]:
+                np.copyto(values[b], cut[..., ::-1])
+                np.negative(values[b, :, -2:], out=values[b, :, -2:])
+            else:
+                np.copyto(values[b], cut)
+        out[level] = torch.from_numpy(values)
+    return out
+
+
+def _checked_levels(shards: ShardSet, levels: Sequence[int] | None, window: int) -> list[int]:
+    chosen = sorted(range(1, shards.levels + 1) if levels is None else levels)
+    assert all(1 <= level <= shards.levels for level in chosen), (chosen, shards.levels)
+    assert 0 < window <= shards.image_size and window % 2**shards.levels == 0, (window, shards.image_size)
+    return chosen
+
+
+def _groups(shards: ShardSet, split: str) -> list[tuple[Path, int, int]]:
+    """(file, row group, rows) of every row group of a split, in the order of the files."""
+    size = shards.rows_per_group
+    return [
+        (file, number, min(size, rows - number * size))
+        for file, rows in shards.files(split)
+        for number in range(-(-rows // size))
+    ]
+
+
+def _permutation(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
+    """A random order of 0 … count - 1, by sorting random keys: the same with every version of every library."""
+    keys = uniform(seed, purpose, epoch, torch.arange(count), 2).numpy()
+    return np.lexsort((keys[:, 1], keys[:, 0]))
+
+
+def _read_ahead(items: Iterator[Item], ahead: int) -> Generator[Item, None, None]:
+    """Iterate `items` in a thread, at most `ahead` of them early. The thread ends when this generator is closed."""
+    ready: queue.Queue[tuple[Any, BaseException | None, bool]] = queue.Queue(maxsize=max(ahead, 1))
+    stop = threading.Event()
+
+    def put(item: Any, error: BaseException | None, more: bool) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((item, error, more), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item, None, True):
+                    return
+            put(None, None, False)
+        except BaseException as error:  # handed to the consumer, whatever it is
+            put(None, error, False)
+        finally:
+            close = getattr(items, "close", None)
+            if close is not None:
+                close()
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error, more = ready.get()
+            if error is not None:
+                raise error
+            if not more:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
