@@ -171,10 +171,12 @@ def _results(todo: list[Unit], task: dict[str, Any]) -> Iterator[dict[str, Any]]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # One bar is enough: this logger warns that Ray Data's own are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     items = [{"unit": json.dumps(asdict(unit))} for unit in todo]
     # A block a unit: a task is one unit, and what it gives back arrives when it is done.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    shards = dataset.map(functools.partial(make_shard, **task), num_cpus=1, max_retries=TASK_RETRIES)
+    shards = dataset.map(functools.partial(make_shard, **task), num_cpus=1, ray_remote_args_fn=_retries)
     try:
         yield from shards.iter_rows()
     except ray.exceptions.RayError as error:
@@ -182,6 +184,10 @@ def _results(todo: list[Unit], task: dict[str, Any]) -> Iterator[dict[str, Any]]
         raise StageError(
             f"a task failed ({type(error).__name__}: {lines[-1].strip()}); the same call continues"
         ) from error
+
+
+def _retries() -> dict[str, Any]:
+    return {"max_retries": TASK_RETRIES}
 
 
 class _Progress:

@@ -36,6 +36,12 @@ class StageFolder:
         """Whether an earlier call finished exactly this work."""
         return self.state == "finished"
 
+    def clear(self) -> None:
+        """Remove what an unfinished call left, but for the settings."""
+        for entry in self.path.iterdir():
+            if entry.name != "settings.json":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the finishing mark."""
         write_json(self.path / self.mark, result)
@@ -73,7 +79,7 @@ def stage_folder(
 
 def _open(path: Path, identity: Mapping[str, Any], restart: bool, mark: str) -> StageFolder:
     state = "new"
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         settings_path = path / "settings.json"
         known = read_json(settings_path) if settings_path.is_file() else None
         if known is None:

@@ -118,7 +118,7 @@ def export_timm(
         "num_classes": 0,
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
         "global_pool": arguments["global_pool"],
-        "model_args": {key: value for key, value in arguments.items() if key not in ("num_classes", "global_pool")},
+        "model_args": dict(arguments),
         "pretrained_cfg": {
             "input_size": [int(arguments["in_chans"]), size, size],
             "fixed_input_size": True,

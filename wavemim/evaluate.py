@@ -28,7 +28,7 @@ class Accuracy:
     def of(cls, correct: np.ndarray) -> Accuracy:
         """From one bool an image."""
         interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
-        return cls(100 * float(correct.mean()), 100 * interval.low, 100 * interval.high, len(correct))
+        return cls(100 * float(correct.mean()), 100 * float(interval.low), 100 * float(interval.high), len(correct))
 
 
 def extract(

@@ -20,7 +20,7 @@ def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch
     """Random masks (B, N), exact in ratio (MAE, He et al. 2022): a pure function of (seed, epoch, row of the image)."""
     tokens = grid * grid
     noise = uniform(seed, "mask", epoch, rows, tokens)
-    order = noise.argsort(1, stable=True)
+    order = noise.argsort(stable=True, dim=1)
     mask = torch.zeros(rows.shape[0], tokens, dtype=torch.bool, device=rows.device)
     return mask.scatter_(1, order[:, : hidden_count(tokens, ratio)], True)
 
@@ -36,7 +36,7 @@ def visible_indices(mask: torch.Tensor) -> torch.Tensor:
 
 def visible_indices_of(mask: torch.Tensor, visible: int) -> torch.Tensor:
     """Indices (B, `visible`) of the visible tokens, ascending; no host synchronisation."""
-    return mask.to(torch.uint8).argsort(1, stable=True)[:, :visible]
+    return mask.to(torch.uint8).argsort(stable=True, dim=1)[:, :visible]
 
 
 def share_at(mask: torch.Tensor, grid: int, cells: int) -> torch.Tensor:

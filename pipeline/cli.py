@@ -1,0 +1,219 @@
+"""The `wavemim` command: stages, their settings, and what is said to the person who runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import yaml
+
+from pipeline.config import (
+    DEFAULT_RECIPE,
+    STAGE_SECTIONS,
+    Recipe,
+    SettingError,
+    load,
+    names_of,
+    settings_of,
+)
+from pipeline.stage import StageError
+from wavemim import __version__
+
+EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
+
+ABOUT = {
+    "run": "Do all stages on a folder of images: prepare, pretrain, evaluate, tune, export; then a report.",
+    "demo": "Write a small labelled set of images and run all stages on it.",
+    "prepare": "Decode a folder of images once, into a shard set of wavelet pyramids.",
+    "pretrain": "Pretrain an encoder on a shard set.",
+    "evaluate": "Judge the encoder: linear probe, kNN and RankMe, beside the untrained encoder and raw pixels.",
+    "tune": "Sweep over the settings of a file in tune_spaces/, by an objective that they cannot move by themselves.",
+    "export": "Write the encoder as a folder that timm.create_model loads.",
+}
+
+
+class _Interrupted(BaseException):
+    """The process was asked to end (SIGTERM)."""
+
+
+def main() -> None:
+    """Entry point of the `wavemim` command."""
+    try:
+        with _sigterm():
+            _group(standalone_mode=False)
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), EXIT_USER)
+    except SettingError as error:
+        _fail(str(error), EXIT_USER)
+    except (StageError, _checkpoint_error()) as error:
+        _fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; what is finished is kept, and the same command goes on", EXIT_INTERRUPTED)
+    except _Interrupted:
+        _fail("ended by SIGTERM; what is finished is kept, and the same command goes on", EXIT_TERMINATED)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="wavemim STAGE --help lists the settings of a stage.",
+)
+@click.version_option(__version__, prog_name="wavemim")
+def _group() -> None:
+    """Wavelet-driven masked image modelling on Ray: from a folder of images to a tracked, evaluated, exported encoder."""
+
+
+def _stage_command(stage: str, body: Callable[[Recipe, bool], None], default_recipe: str = DEFAULT_RECIPE) -> None:
+    @_group.command(stage, help=ABOUT[stage], short_help=ABOUT[stage], add_help_option=False)
+    @click.option("--recipe", "-r", default=default_recipe, show_default=True, metavar="NAME|FILE.yaml")
+    @click.option("--quiet", "-q", is_flag=True, help="no progress bars")
+    @click.option("--help", "-h", "show_help", is_flag=True, help="this page, with the recipe's values")
+    @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+    def command(recipe: str, quiet: bool, show_help: bool, settings: tuple[str, ...]) -> None:
+        if show_help:
+            click.echo(_help(stage, load(recipe, settings), recipe))
+            return
+        body(load(recipe, settings), not quiet)
+
+
+def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
+    """Usage, recipes and spaces, and every setting of the stage with type, value in this recipe and meaning."""
+    width = min(max(shutil.get_terminal_size().columns, 80), 140)
+    lines = [f"Usage: wavemim {stage} [--recipe NAME|FILE.yaml] [--quiet] [KEY=VALUE]...", "", ABOUT[stage], ""]
+    lines.append(f"Recipes: {', '.join(names_of('pipeline', 'recipes'))}; or a YAML file")
+    if "tune" in STAGE_SECTIONS.get(stage, ()):
+        lines.append(f"Tune spaces: {', '.join(names_of('tune_spaces'))}; or a YAML file")
+    lines += ["", f"Settings, with their values in recipe '{recipe_name}':", ""]
+    values = recipe.model_dump()
+    for key, kind, field in settings_of(STAGE_SECTIONS.get(stage, STAGE_SECTIONS["run"])):
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        value = list(value) if isinstance(value, tuple) else value
+        shown = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        lines.append(f"  {key}={shown}   ({kind})")
+        lines += textwrap.wrap(field.description or "", width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _session(recipe: Recipe) -> Iterator[Any]:
+    from pipeline.session import ray_session
+
+    with ray_session(recipe.cluster) as session:
+        yield session
+
+
+def _prepare(recipe: Recipe, progress: bool) -> None:
+    from pipeline.prepare import prepare
+    from pipeline.report import prepare_line
+
+    with _session(recipe):
+        click.echo(prepare_line(prepare(recipe, progress=progress)))
+
+
+def _pretrain(recipe: Recipe, progress: bool) -> None:
+    from pipeline.build import check_model
+
+    check_model(recipe)
+    from pipeline.pretrain import pretrain
+    from pipeline.report import pretrain_line
+
+    with _session(recipe) as session:
+        click.echo(pretrain_line(recipe, pretrain(recipe, session, progress=progress)))
+
+
+def _evaluate(recipe: Recipe, progress: bool) -> None:
+    from pipeline.evaluate import evaluate
+    from pipeline.pretrain import checkpoint_of
+    from pipeline.report import evaluate_lines
+
+    checkpoint_of(recipe)
+    with _session(recipe) as session:
+        click.echo(evaluate_lines(recipe, evaluate(recipe, session, progress=progress)))
+
+
+def _tune(recipe: Recipe, progress: bool) -> None:
+    from pipeline.build import check_model
+    from pipeline.report import tune_lines
+    from pipeline.tune import read_space, tune
+
+    check_model(recipe)
+    read_space(recipe)
+    with _session(recipe) as session:
+        click.echo(tune_lines(tune(recipe, session, progress=progress)))
+
+
+def _export(recipe: Recipe, progress: bool) -> None:
+    from pipeline.export import export
+    from pipeline.report import export_line
+
+    click.echo(export_line(export(recipe)))
+
+
+def _run(recipe: Recipe, progress: bool) -> None:
+    from pipeline.run import run
+
+    click.echo(run(recipe, progress=progress))
+
+
+def _demo(recipe: Recipe, progress: bool) -> None:
+    from pathlib import Path
+
+    from pipeline.config import with_overrides
+    from pipeline.demo_images import write_demo_images
+
+    if recipe.images is None:
+        folder = Path(recipe.out) / "images"
+        write_demo_images(folder, progress=progress)
+        recipe = with_overrides(recipe, {"images": str(folder)})
+    _run(recipe, progress)
+
+
+def _checkpoint_error() -> type[Exception]:
+    """The method's own error; its module imports torch, which commands that end earlier need not wait for."""
+    module = sys.modules.get("wavemim.checkpoint")
+    return module.CheckpointError if module else StageError
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    def ended(*_: Any) -> None:
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"wavemim: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+for _stage, _body in {
+    "run": _run,
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "evaluate": _evaluate,
+    "tune": _tune,
+    "export": _export,
+}.items():
+    _stage_command(_stage, _body)
+_stage_command("demo", _demo, default_recipe="demo")
+
+if __name__ == "__main__":
+    main()

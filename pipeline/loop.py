@@ -1,0 +1,242 @@
+"""The training loop: the same in a Ray Train worker, in a Ray Tune trial and without Ray. Knows neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.batches import Batch, Reader
+from pipeline.build import build_inputs, build_model, check_shards, statistics_of
+from pipeline.config import Recipe
+from pipeline.shards import ShardSet
+from wavemim import checkpoint
+from wavemim.model import MaskedImageModel
+from wavemim.optim import make_optimizer, make_schedule
+from wavemim.step import TrainStep
+
+# (metrics, images seen): called on rank 0. (folder writer, state): called on every rank, in the same order.
+LogHook = Callable[[dict[str, float], int], None]
+CheckpointHook = Callable[[Callable[[Path], None], dict[str, Any]], None]
+
+
+@dataclass
+class Position:
+    """Where training is: what a checkpoint has to remember, and the loss of each epoch so far."""
+
+    step: int = 0
+    images: int = 0
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    history: list[dict[str, float]] = field(default_factory=list)
+    epoch_sums: list[float] = field(default_factory=list)  # of the losses of this epoch, so that a resume loses none
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Position:
+        """From a checkpoint's state."""
+        return cls(**{name: state[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives back."""
+
+    model: MaskedImageModel
+    position: Position
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths that follow from the settings and the size of the shard set, settled once."""
+
+    batch: int
+    batches_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    checkpoint_steps: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: int, workers: int | None = None) -> Plan:
+        """A batch is never larger than the train split, and is divided evenly over the workers."""
+        workers = workers or recipe.train.workers
+        batch = max(min(recipe.train.batch, rows) // workers, 1) * workers
+        batches = -(-rows // batch)
+        return cls(
+            batch=batch,
+            batches_per_epoch=batches,
+            total_steps=max(1, round(recipe.train.epochs * batches)),
+            warmup_steps=round(recipe.train.warmup_epochs * batches),
+            checkpoint_steps=max(1, round(recipe.train.checkpoint_every * batches)),
+        )
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the network's arithmetic; targets and losses are float32 in any case."""
+    if recipe.train.precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+
+
+def train(
+    recipe: Recipe,
+    shards: ShardSet,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    resume: Path | None = None,
+    on_log: LogHook | None = None,
+    on_checkpoint: CheckpointHook | None = None,
+) -> Trained:
+    """Pretrain by `recipe` on the train split of `shards`, from the checkpoint `resume` on where there is one."""
+    check_shards(recipe, shards)
+    plan = Plan.of(recipe, shards.rows["train"], world)
+    model = build_model(recipe, statistics_of(shards.manifest), str(shards.manifest["wavelet"])).to(device)
+    inputs = build_inputs(shards).to(device)
+    peak_lr = recipe.train.lr * plan.batch / 256
+    optimizer = make_optimizer(model, lr=peak_lr, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
+    schedule = make_schedule(
+        optimizer,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        min_lr=peak_lr * recipe.train.min_lr_share,
+    )
+    position = Position()
+    if resume is not None:
+        position = Position.of(checkpoint.read_state(resume))
+        checkpoint.load_model(resume, model)
+        checkpoint.load_optimizer(resume, model, optimizer)
+    step = TrainStep(
+        model,
+        inputs,
+        optimizer,
+        schedule,
+        level_weights=recipe.weights_by_level(),
+        mask_ratio=recipe.mask.ratio,
+        seed=recipe.seed,
+        clip_grad=recipe.train.clip_grad,
+        precision=precision_of(recipe, device),
+        wrapped=wrap(model) if wrap else None,
+        world=world,
+    )
+    reader = Reader(
+        shards,
+        "train",
+        batch=plan.batch,
+        rank=rank,
+        world=world,
+        seed=recipe.seed,
+        window=recipe.encoder.image_size,
+        flip=recipe.train.flip,
+        mix_groups=recipe.train.mix_groups,
+    )
+    meter = _Meter(model.levels, recipe.weights_by_level(), device, world, position.epoch_sums)
+
+    def save(folder: Path) -> None:
+        checkpoint.save(
+            folder, model, optimizer, {**position.state(), "recipe": recipe.dump(), "shards": shards.fingerprint}
+        )
+
+    while position.step < plan.total_steps:
+        for batch, waited in _timed(reader.epoch(position.epoch, start=position.batch)):
+            result = step(batch.levels, batch.rows, batch.weight, batch.total, epoch=position.epoch, step=position.step)
+            position.step += 1
+            position.batch += 1
+            position.images += round(batch.total)
+            last = position.step == plan.total_steps
+            epoch_done = position.batch == plan.batches_per_epoch
+            meter.add(result.losses, result.grad_norm, batch.total, waited)
+            if position.step % recipe.train.log_every == 0 or last:
+                metrics = meter.read() | {"train/lr": optimizer.param_groups[0]["lr"]}
+                metrics["train/epoch"] = position.epoch + position.batch / plan.batches_per_epoch
+                if on_log is not None and rank == 0:
+                    on_log(metrics, position.images)
+            if epoch_done or last:
+                position.history.append({"epoch": position.epoch + 1, **meter.read_epoch()})
+            if epoch_done:
+                position.epoch, position.batch = position.epoch + 1, 0
+            if on_checkpoint is not None and (position.step % plan.checkpoint_steps == 0 or last):
+                position.epoch_sums = meter.epoch_sums()
+                on_checkpoint(save, position.state())
+            if last:
+                break
+    return Trained(model, position)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds that it was waited for."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - began
+
+
+class _Meter:
+    """Sums of what steps measured, kept on the device; read only when something is logged."""
+
+    def __init__(
+        self, levels: list[int], weights: dict[int, float], device: torch.device, world: int, epoch_sums: list[float]
+    ) -> None:
+        self.names = [f"train/loss_level{level}" for level in levels]
+        self.weights = [weights[level] for level in levels]
+        self.world = world
+        self.window = torch.zeros(len(levels) + 2, device=device)  # losses · images, gradient norm, steps
+        self.epoch = torch.zeros(len(levels) + 1, device=device)  # losses · images, images
+        if epoch_sums:
+            self.epoch += torch.tensor(epoch_sums, device=device)
+        self.images = self.waited = 0.0
+        self.began = time.perf_counter()
+
+    def add(self, losses: torch.Tensor, grad_norm: torch.Tensor, images: float, waited: float) -> None:
+        """One step: no value is brought to the host."""
+        one = torch.ones_like(grad_norm)
+        self.window += torch.cat((losses * images, (grad_norm)[None], one[None]))
+        self.epoch += torch.cat((losses * images, one[None] * images))
+        self.images += images
+        self.waited += waited
+
+    def read(self) -> dict[str, float]:
+        """Metrics since the last call, as means over images and workers. Every worker has to call it."""
+        values = self._mean_over_workers(self.window)
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        losses = [value / self.images for value in values[:-2]]
+        metrics = dict(zip(self.names, losses, strict=True))
+        metrics["train/loss"] = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
+        metrics["train/grad_norm"] = values[-2] / max(values[-1], 1.0)
+        metrics["perf/images_per_second"] = self.images / seconds
+        metrics["perf/data_wait_share"] = self.waited / seconds
+        self.window.zero_()
+        self.images = self.waited = 0.0
+        self.began = time.perf_counter()
+        return metrics
+
+    def read_epoch(self) -> dict[str, float]:
+        """Mean loss of each level over the epoch so far."""
+        values = self._mean_over_workers(self.epoch)
+        self.epoch.zero_()
+        return {name: value / values[-1] for name, value in zip(self.names, values[:-1], strict=True)}
+
+    def epoch_sums(self) -> list[float]:
+        """What `read_epoch` is made of, the same on every worker."""
+        return self._mean_over_workers(self.epoch)
+
+    def _mean_over_workers(self, sums: torch.Tensor) -> list[float]:
+        total = sums.clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+            total /= self.world
+        return total.tolist()

@@ -1,0 +1,240 @@
+"""Pretraining on Ray Train: data-parallel workers around the loop, checkpoints and restarts by Ray, metrics to MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from tqdm import tqdm
+
+from pipeline.build import check_model, check_shards
+from pipeline.config import Recipe, identity, validate
+from pipeline.loop import Plan, train
+from pipeline.session import SessionInfo
+from pipeline.shards import ShardSet
+from pipeline.stage import StageError, stage_folder
+from pipeline.tracking import RunHandle, Tracker
+from wavemim import checkpoint
+from wavemim.figures import reconstruction_figure
+
+METRICS = "metrics.jsonl"
+
+
+def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
+    """Pretrain by `recipe` on its shard set; gives the summary that is also the stage's finishing mark."""
+    check_model(recipe)
+    shards = ShardSet.open(recipe.shards_dir)
+    check_shards(recipe, shards)
+    folder_path = recipe.stage_dir("pretrain")
+    same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
+    with stage_folder(folder_path, same, restart=recipe.restart) as folder:
+        if folder.finished:
+            return {**folder.result(), "state": "finished already"}
+        plan = Plan.of(recipe, shards.rows["train"])
+        last = checkpoint.latest(folder.path)
+        resumed = _resumable_run(folder.path)
+        with Tracker.start(
+            recipe,
+            "pretrain",
+            log_dir=folder.path,
+            resume_id=resumed,
+            tags={"wavemim.shards": shards.fingerprint},
+        ) as tracker:
+            (folder.path / ".mlflow-run").write_text(tracker.handle.run_id)
+            with _progress_bar(folder.path / METRICS, plan, shards.rows["train"], recipe, enabled=progress):
+                _fit(recipe, shards, folder.path, tracker.handle, session)
+            final = checkpoint.latest(folder.path)
+            if final is None:
+                raise StageError(f"{folder.path} has no whole checkpoint after training")
+            state = checkpoint.read_state(final)
+            picture = folder.path / "reconstruction.png"
+            reconstruction_figure(picture, **_figure_inputs(recipe, shards, final))
+            tracker.artifact(picture)
+            result = {
+                "checkpoint": final.name,
+                "images_seen": state["images"],
+                "steps": state["step"],
+                "history": state["history"],
+                "reconstruction": picture.name,
+                "mlflow_run": tracker.handle.run_id,
+                "shards": shards.fingerprint,
+                "recipe": recipe.dump(),
+            }
+            folder.finish(result)
+        state_word = "new" if last is None else f"continued from {last.name}"
+        return {**result, "state": state_word}
+
+
+def checkpoint_of(recipe: Recipe) -> Path:
+    """The checkpoint that a later stage uses: the one named, else the run's finished one, else its last whole one."""
+    if recipe.checkpoint:
+        path = Path(recipe.checkpoint)
+        found = path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
+        if found is None:
+            raise StageError(f"checkpoint={path}: neither a checkpoint nor a folder with one in it")
+        return found
+    found = checkpoint.latest(recipe.stage_dir("pretrain"))
+    if found is None:
+        raise StageError(
+            f"{recipe.stage_dir('pretrain')} has no checkpoint; run wavemim pretrain with the same name= and out= first"
+        )
+    return found
+
+
+def recipe_of(checkpoint_path: Path) -> Recipe:
+    """The settings with which a checkpoint was trained."""
+    return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
+
+
+def _resumable_run(folder: Path) -> str | None:
+    """MLflow's id of the run that an unfinished call began."""
+    path = folder / ".mlflow-run"
+    return path.read_text().strip() or None if path.is_file() else None
+
+
+def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo) -> None:
+    """Run the workers. Ray keeps its own record of the run below `folder`, under a name made from the settings."""
+    use_gpu = session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.dump(),
+            "shards": str(shards.path.absolute()),
+            "handle": handle,
+            "folder": str(folder),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.train.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=ray.train.FailureConfig(
+                max_failures=recipe.cluster.max_failures, controller_failure_limit=1
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise StageError(f"training failed: {_root_cause(error)}; what was reached is kept in {folder}") from error
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One data-parallel worker."""
+    recipe = validate(config["recipe"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    tracker = Tracker.attach(config["handle"]) if rank == 0 else None
+    with contextlib.ExitStack() as stack:
+        stored = ray.train.get_checkpoint()
+        resume = Path(stack.enter_context(stored.as_directory())) if stored else None
+        train(
+            recipe,
+            ShardSet.open(config["shards"]),
+            device=device,
+            rank=rank,
+            world=world,
+            wrap=(lambda model: ray.train.torch.prepare_model(model, move_to_device=False)) if world > 1 else None,
+            resume=resume,
+            on_log=tracker.log if tracker else None,
+            on_checkpoint=_report,
+        )
+
+
+def _report(write: Callable[[Path], None], state: dict[str, Any]) -> None:
+    """Hand a checkpoint to Ray Train: rank 0 writes it, every rank reports."""
+    metrics = {"images": state["images"], "step": state["step"]}
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoint"
+        write(folder)
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=f"images-{state['images']:012d}",
+        )
+
+
+def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, Any]:
+    """Images of the val split (train, where there is none) and the trained model."""
+    from pipeline.batches import sequential
+    from pipeline.build import build_inputs, build_model, statistics_of
+
+    model = build_model(recipe, statistics_of(shards.manifest), str(shards.manifest["wavelet"]))
+    checkpoint.load_model(path, model)
+    split = "val" if shards.rows.get("val") else "train"
+    batch = next(iter(sequential(shards, split, 6, window=recipe.encoder.image_size, max_rows=6)))
+    return {
+        "model": model.eval(),
+        "inputs": build_inputs(shards),
+        "stored": batch.levels,
+        "rows": batch.rows,
+        "mask_ratio": recipe.mask.ratio,
+        "seed": recipe.seed,
+    }
+
+
+@contextlib.contextmanager
+def _progress_bar(path: Path, plan: Plan, rows: int, recipe: Recipe, *, enabled: bool) -> Iterator[None]:
+    """A bar over images seen, fed by the metrics file that rank 0 writes, wherever it runs."""
+    total = round(recipe.train.epochs * rows)
+    done = threading.Event()
+    bar = tqdm(total=total, desc="pretrain", unit=" images", disable=not enabled, smoothing=0.1)
+
+    def follow() -> None:
+        position = path.stat().st_size if path.is_file() else 0
+        while not done.wait(0.3):
+            position = _advance(path, position, bar)
+        _advance(path, position, bar)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
+        bar.close()
+
+
+def _advance(path: Path, position: int, bar: tqdm) -> int:
+    if not path.is_file():
+        return position
+    with open(path, encoding="utf-8") as file:
+        file.seek(position)
+        lines = file.readlines()
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # still being written
+        for line in lines:
+            record = json.loads(line)
+            if "train/loss" in record["metrics"]:
+                bar.update(min(record["step"], bar.total) - bar.n)
+                bar.set_postfix(loss=f"{float(record['metrics']['train/loss']):.3f}")
+        return position + sum(len(line.encode()) for line in lines)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of what a worker raised."""
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else (error.__cause__ or error)
+    while getattr(inner, "cause", None) is not None:
+        inner = inner.cause
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__

@@ -1,0 +1,54 @@
+"""All stages in a row, each as it would be called by itself, and the report at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import report
+from pipeline.build import check_model
+from pipeline.config import Recipe, SettingError
+from pipeline.session import ray_session
+from pipeline.tune import read_space
+
+
+def run(recipe: Recipe, *, progress: bool = True) -> str:
+    """Prepare, pretrain, evaluate, tune, export; write and return the report."""
+    from pipeline.evaluate import evaluate
+    from pipeline.export import export
+    from pipeline.prepare import prepare
+    from pipeline.pretrain import pretrain
+    from pipeline.tune import tune
+
+    if recipe.images is None:
+        raise SettingError("images is not set; give the folder of your images with images=FOLDER")
+    if not Path(recipe.images).is_dir():
+        raise SettingError(f"images={recipe.images}: no such folder")
+    check_model(recipe)
+    read_space(recipe)
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    results: dict[str, dict[str, Any]] = {}
+
+    def stage(name: str, result: dict[str, Any], line: str) -> None:
+        seconds[name] = time.perf_counter() - began - sum(seconds.values())
+        results[name] = result
+        click.echo(line)
+
+    with ray_session(recipe.cluster) as session:
+        seconds["start"] = time.perf_counter() - began
+        prepared = prepare(recipe, progress=progress)
+        stage("prepare", prepared, report.prepare_line(prepared))
+        pretrained = pretrain(recipe, session, progress=progress)
+        stage("pretrain", pretrained, report.pretrain_line(recipe, pretrained))
+        evaluated = evaluate(recipe, session, progress=progress)
+        stage("evaluate", evaluated, report.evaluate_lines(recipe, evaluated))
+        tuned = tune(recipe, session, progress=progress)
+        stage("tune", tuned, report.tune_lines(tuned))
+    exported = export(recipe)
+    stage("export", exported, report.export_line(exported))
+    text = report.write(recipe, results, seconds)
+    return f"\n{text}"

@@ -1,0 +1,165 @@
+"""The Ray that a stage runs on: a cluster that is there already, or a private Ray on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Cluster
+from pipeline.stage import StageError
+
+CONNECT_SECONDS = 10
+_MAX_OBJECT_STORE = 2 * 2**30
+_MIN_OBJECT_STORE = 128 * 2**20
+
+# Read by Ray here and in every process it starts; what the user has set is left as it is.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning in every task without a GPU
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the stages have bars of their own
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+_PRIVATE = {
+    "RAY_AUTH_MODE": "disabled",  # or Ray writes a token into the home folder; only loopback is listened on
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon the end of a short training is seen
+    # Makes Ray take the loopback address for its own: nothing listens on any other interface.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What the Ray of a session offers."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+    address: str
+    private: bool  # started by and for this process
+
+
+@contextlib.contextmanager
+def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterator[SessionInfo]:
+    """A Ray to work on, shut down at the end unless it was there before.
+
+    `cluster.address`, then RAY_ADDRESS (set inside a Ray job), name a cluster; without either a private Ray is started.
+    Raises StageError where Ray cannot be reached or started. `log_level` INFO also shows what workers print.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    private = address == "local"
+    with _environment({**_QUIET, **(_PRIVATE if private else {})}):
+        import ray
+
+        if ray.is_initialized():
+            yield _info(private=False)
+            return
+        if not private:
+            _check_reachable(address)
+        try:
+            try:
+                (_start if private else _connect)(address, log_level)
+            except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
+                done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
+                raise StageError(f"could not {done}: {_first_line(error)}") from error
+            yield _info(private)
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str, log_level: int) -> None:
+    import ray
+    from ray._private import ray_constants
+
+    # Each retry takes 40 seconds, and 20 are usual: too long to find out about a wrong port or token.
+    retries, ray_constants.NUM_REDIS_GET_RETRIES = ray_constants.NUM_REDIS_GET_RETRIES, 1
+    try:
+        ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
+    finally:
+        ray_constants.NUM_REDIS_GET_RETRIES = retries
+
+
+def _start(address: str, log_level: int) -> None:
+    import ray
+    from ray._private import ray_constants
+
+    # The variable is read when Ray is imported, which may have been before.
+    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            address=address,
+            num_cpus=_cpus(),
+            object_store_memory=_object_store_bytes(),
+            include_dashboard=False,
+            logging_level=log_level,
+            log_to_driver=log_level <= logging.INFO,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+def _cpus() -> int:
+    """CPUs this process may use, and never less than the two that a worker and a task beside it wait for."""
+    from ray._private.utils import get_num_cpus
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(allowed, int(get_num_cpus())))
+
+
+def _object_store_bytes() -> int:
+    """A modest store: stages hand files to each other, not objects."""
+    from ray._common.utils import get_system_memory
+
+    wanted = min(_MAX_OBJECT_STORE, int(get_system_memory() * 0.3))
+    with contextlib.suppress(OSError):  # with less shared memory than asked for, Ray warns and works on disk
+        wanted = min(wanted, int(shutil.disk_usage("/dev/shm").free * 0.9))
+    return max(_MIN_OBJECT_STORE, wanted)
+
+
+def _info(private: bool) -> SessionInfo:
+    import ray
+
+    resources: Mapping[str, Any] = ray.cluster_resources()
+    return SessionInfo(
+        cpus=float(resources.get("CPU", 0)),
+        gpus=float(resources.get("GPU", 0)),
+        nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+        address=ray.get_runtime_context().gcs_address,
+        private=private,
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for many minutes, in lines of its own; a port that nobody listens on is known at once."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if address == "auto" or not host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head` or `ray up`, or "
+            "leave out cluster.address and RAY_ADDRESS to run on this machine alone"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Variables set where they are not, for as long as the session lasts."""
+    added = [name for name in defaults if name not in os.environ]
+    os.environ.update({name: defaults[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -1,0 +1,288 @@
+"""A sweep on Ray Tune: each trial pretrains in its own process with some settings changed, and is judged honestly.
+
+The loss of a trial depends on its level weights and its mask, so it cannot rank trials. The objective is a measure that
+the searched values cannot move by themselves: the linear probe's accuracy on a part of the train split that the probe
+has not seen (val stays untouched, for the final evaluation), or RankMe where there are no labels.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.tune
+import torch
+import yaml
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+from tqdm import tqdm
+
+from pipeline.build import build_inputs, check_model, check_shards
+from pipeline.config import Recipe, SettingError, identity, read_yaml, settings_of, validate, with_overrides
+from pipeline.evaluate import features_of
+from pipeline.loop import train
+from pipeline.session import SessionInfo
+from pipeline.shards import ShardSet
+from pipeline.stage import StageError, StageFolder, stage_folder
+from pipeline.tracking import RunHandle, Tracker, end_trials
+from wavemim.evaluate import held_out, linear_probe, rankme
+from wavemim.figures import sweep_figure
+
+PROBE, RANK = "eval/linear_top1_heldout", "eval/rankme"
+KINDS = ("uniform", "log_uniform", "choice", "int_uniform")
+
+
+def tune(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
+    """Run the sweep; gives the summary that is also the stage's finishing mark."""
+    check_model(recipe)
+    shards = ShardSet.open(recipe.shards_dir)
+    check_shards(recipe, shards)
+    space = read_space(recipe)
+    objective = PROBE if shards.classes is not None else RANK
+    same = {**identity(recipe, "tune"), "space": {k: dict(v) for k, v in space.items()}, "shards": shards.fingerprint}
+    with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
+        if folder.finished:
+            return {**folder.result(), "state": "finished already"}
+        folder.clear()  # an unfinished sweep starts over: its trials are short, and half a search is another search
+        tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": recipe.tune.space}
+        with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags) as tracker:
+            statuses: dict[str, str] = {}
+            try:
+                results = _search(recipe, shards, space, objective, tracker.handle, folder, session, statuses, progress)
+            finally:
+                end_trials(tracker.handle.uri, tracker.handle.run_id, statuses)
+            trials = _trials(results, space, objective)
+            if not any(np.isfinite(trial[objective]) for trial in trials):
+                raise StageError(
+                    f"all {len(trials)} trials failed; the first: {trials[0].get('error', 'no reason given')}"
+                )
+            result = _write(recipe, folder, trials, space, objective, tracker)
+            folder.finish(result)
+        return {**result, "state": "started over" if folder.state == "unfinished" else folder.state}
+
+
+def read_space(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The searched settings and their ranges, without the levels that the recipe does not tap. Raises SettingError."""
+    name = recipe.tune.space
+    entries = read_yaml(name, "tune_spaces", "", "tune.space").get("space")
+    if not isinstance(entries, dict) or not entries:
+        raise SettingError(f"tune.space={name}: the file needs a mapping 'space' of settings to ranges")
+    known = {key for key, _, _ in settings_of()}
+    space: dict[str, dict[str, Any]] = {}
+    for key, entry in entries.items():
+        base, _, last = key.rpartition(".")
+        if key not in known and base not in known:
+            with_overrides(recipe, {key: None})  # says which setting is unknown, and the nearest
+        if base == "target.weights" and int(last) not in recipe.target.taps:
+            continue
+        if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in KINDS:
+            raise SettingError(
+                f"tune.space={name}: {key} needs one of {', '.join(KINDS)}, for example {{uniform: [0.4, 0.9]}}"
+            )
+        kind, values = next(iter(entry.items()))
+        if (
+            not isinstance(values, list)
+            or not values
+            or (kind != "choice" and (len(values) != 2 or values[0] >= values[1]))
+        ):
+            raise SettingError(
+                f"tune.space={name}: {key}: {kind} needs {'a list' if kind == 'choice' else '[low, high]'}, got {values}"
+            )
+        for value in values:
+            with_overrides(recipe, {key: value})  # a range that leaves what is allowed is found before the sweep
+        space[key] = entry
+    if not space:
+        raise SettingError(f"tune.space={name}: none of its levels is tapped by the recipe (target.taps)")
+    return space
+
+
+def _domain(entry: Mapping[str, Any]) -> Any:
+    kind, values = next(iter(entry.items()))
+    if kind == "choice":
+        return ray.tune.choice(values)
+    make = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform, "int_uniform": ray.tune.randint}[kind]
+    return make(*values)
+
+
+def _search(
+    recipe: Recipe,
+    shards: ShardSet,
+    space: Mapping[str, Mapping[str, Any]],
+    objective: str,
+    parent: RunHandle,
+    folder: StageFolder,
+    session: SessionInfo,
+    statuses: dict[str, str],
+    progress: bool,
+) -> ray.tune.ResultGrid:
+    use_gpu = session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
+    slots = int(session.gpus if use_gpu else session.cpus // recipe.cluster.cpus_per_worker)
+    concurrent = recipe.tune.concurrent or max(1, min(slots, recipe.tune.trials))
+    search: Any
+    if recipe.tune.search == "optuna":
+        from optuna.samplers import TPESampler
+        from ray.tune.search.optuna import OptunaSearch
+
+        # a quarter of the trials at random first; with fewer, TPE would only ever guess
+        sampler = TPESampler(seed=recipe.seed, n_startup_trials=max(4, recipe.tune.trials // 4))
+        search = ConcurrencyLimiter(OptunaSearch(sampler=sampler), max_concurrent=concurrent)
+    else:
+        search = BasicVariantGenerator(random_state=recipe.seed, max_concurrent=concurrent)
+    trial = ray.tune.with_parameters(
+        _trial,
+        settings=recipe.dump(),
+        shards_path=str(shards.path.absolute()),
+        parent=parent,
+        objective=objective,
+        logs=str(folder.path / "trials"),
+    )
+    bar = tqdm(total=recipe.tune.trials, desc="tune", unit=" trial", disable=not progress)
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(trial, {"cpu": recipe.cluster.cpus_per_worker, "gpu": 1 if use_gpu else 0}),
+        param_space={key: _domain(entry) for key, entry in space.items()},
+        tune_config=ray.tune.TuneConfig(
+            metric=objective, mode="max", num_samples=recipe.tune.trials, search_alg=search
+        ),
+        run_config=ray.tune.RunConfig(
+            name="ray", storage_path=str(folder.path), verbose=0, callbacks=[_Follow(bar, objective, statuses)]
+        ),
+    )
+    with bar:
+        return tuner.fit()
+
+
+class _Follow(ray.tune.Callback):
+    """Moves the bar and remembers how each trial's MLflow run has to end."""
+
+    def __init__(self, bar: tqdm, objective: str, statuses: dict[str, str]) -> None:
+        self.bar, self.objective, self.statuses = bar, objective, statuses
+        self.best = float("-inf")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has ended by itself."""
+        value = trial.last_result.get(self.objective)
+        if value is not None:
+            self.best = max(self.best, float(value))
+            self.bar.set_postfix(best=f"{self.best:.2f}")
+        self._note(trial, "FINISHED")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has failed: the sweep goes on."""
+        self._note(trial, "FAILED")
+
+    def _note(self, trial: Any, status: str) -> None:
+        self.bar.update()
+        run_id = (trial.last_result or {}).get("mlflow_run")
+        if run_id:
+            self.statuses[run_id] = status
+
+
+def _trial(
+    config: dict[str, Any], settings: dict[str, Any], shards_path: str, parent: RunHandle, objective: str, logs: str
+) -> None:
+    """One trial: a short pretraining and its judgement, in this process."""
+    torch.set_num_threads(1)
+    base = validate(settings)
+    changes = {"train.epochs": base.tune.epochs, "train.workers": 1, "tracking.system_metrics": False, **config}
+    if base.train.warmup_epochs >= base.tune.epochs:
+        changes["train.warmup_epochs"] = base.tune.epochs / 10
+    recipe = with_overrides(base, changes)
+    shards = ShardSet.open(shards_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trial_id = ray.tune.get_context().get_trial_id()
+    with Tracker.start(
+        recipe,
+        "trial",
+        parent=parent,
+        name=f"trial-{trial_id}",
+        log_dir=Path(logs) / trial_id,
+        tags={"wavemim.shards": shards.fingerprint},
+    ) as tracker:
+        trained = train(recipe, shards, device=device, on_log=tracker.log)
+        inputs = build_inputs(shards).to(device)
+        features, labels = features_of(
+            trained.model.encoder.model.eval(),
+            inputs,
+            shards,
+            "train",
+            window=recipe.encoder.image_size,
+            batch=recipe.evaluate.batch,
+            max_rows=recipe.tune.max_images,
+        )
+        measured = {RANK: rankme(features)}
+        if objective == PROBE:
+            out = held_out(len(labels), recipe.seed)
+            probe, _ = linear_probe(
+                (features[~out], labels[~out]),
+                (features[out], labels[out]),
+                strengths=recipe.evaluate.probe_strengths[:1] if len(labels) < 100 else recipe.evaluate.probe_strengths,
+                seed=recipe.seed,
+            )
+            measured |= {PROBE: probe.top1, f"{PROBE}_low": probe.low, f"{PROBE}_high": probe.high}
+        final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
+        tracker.log(measured, trained.position.images)
+        ray.tune.report({**measured, **final, "images": trained.position.images, "mlflow_run": tracker.handle.run_id})
+
+
+def _trials(results: ray.tune.ResultGrid, space: Mapping[str, Any], objective: str) -> list[dict[str, Any]]:
+    """One flat mapping a trial, the best first."""
+    trials = []
+    for result in results:
+        metrics = result.metrics or {}
+        trial: dict[str, Any] = {key: (result.config or {}).get(key) for key in space}
+        trial[objective] = float(metrics.get(objective, float("nan")))
+        for name, value in metrics.items():
+            if name.startswith(("eval/", "train/loss_level")) or name in ("images", "mlflow_run", "time_total_s"):
+                trial.setdefault(name, value)
+        if result.error is not None:
+            trial["error"] = str(result.error).strip().splitlines()[-1]
+        trials.append(trial)
+    return sorted(trials, key=lambda trial: -trial[objective] if np.isfinite(trial[objective]) else float("inf"))
+
+
+def _write(
+    recipe: Recipe,
+    folder: StageFolder,
+    trials: Sequence[dict[str, Any]],
+    space: Mapping[str, Any],
+    objective: str,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """Table, picture and the best settings as a recipe; all of it to MLflow too."""
+    table = folder.path / "trials.csv"
+    columns = list(dict.fromkeys(name for trial in trials for name in trial))
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(trials)
+    picture = folder.path / "sweep.png"
+    sweep_figure(picture, trials, parameters=list(space), metric=objective)
+    best = trials[0]
+    chosen = {key: best[key] for key in space}
+    best_recipe = with_overrides(recipe, chosen).dump()
+    for place in ("images", "shards", "checkpoint"):
+        best_recipe.pop(place)
+    best_recipe |= {"name": f"{recipe.name}-tuned", "restart": False}
+    best_path = folder.path / "best.yaml"
+    best_path.write_text(
+        f"# Best of {len(trials)} trials over {recipe.tune.space}: {objective} {best[objective]:.2f}\n"
+        + yaml.safe_dump(best_recipe, sort_keys=False),
+        encoding="utf-8",
+    )
+    for path in (table, picture, best_path):
+        tracker.artifact(path)
+    images = int(best.get("images", 0))
+    tracker.log({f"tune/best_{objective.rpartition('/')[2]}": best[objective]}, images)
+    return {
+        "objective": objective,
+        "trials": trials,
+        "parameters": list(space),
+        "best": chosen,
+        "best_recipe": str(best_path),
+        "table": str(table),
+        "figure": str(picture),
+        "mlflow_run": tracker.handle.run_id,
+    }

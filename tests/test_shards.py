@@ -1,0 +1,228 @@
+"""The shard format: what is stored is the transform, exactly as far as the step allows; what is damaged is said."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import pywt
+
+from pipeline.moments import Moments
+from pipeline.shards import (
+    MANIFEST,
+    REJECTED,
+    Layout,
+    ShardError,
+    ShardSet,
+    ShardWriter,
+    make_manifest,
+    manifest_fingerprint,
+    read_group,
+    verify,
+    write_rejected,
+)
+from tests.conftest import smooth_texture
+from wavemim.wavelets import haar_sums, reconstruct, window
+
+SIDE, LEVELS = 64, 4
+LAYOUT = Layout(SIDE, 3, {1: 4, 2: 2, 3: 1, 4: 1})
+
+
+def photos(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
+    """uint8 (n, 3, H, W)."""
+    generator = np.random.default_rng(seed)
+    images = [np.asarray(smooth_texture(generator, side, side)).transpose(2, 0, 1) for _ in range(count)]
+    return np.stack(images)
+
+
+def extremes() -> np.ndarray:
+    """Images with the largest coefficients there are, and noise."""
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    patterns = [np.zeros((SIDE, SIDE)), np.full((SIDE, SIDE), 1)]
+    for scale in range(LEVELS):
+        patterns += [(rows >> scale) & 1, (columns >> scale) & 1, ((rows >> scale) ^ (columns >> scale)) & 1]
+        patterns += [1 - patterns[-1], 1 - patterns[-2], 1 - patterns[-3]]
+    grey = np.stack(patterns).astype(np.uint8) * 255
+    noise = np.random.default_rng(1).integers(0, 256, (8, 3, SIDE, SIDE), np.uint8)
+    return np.concatenate([np.repeat(grey[:, None], 3, 1), noise])
+
+
+def reference(images: np.ndarray, levels: int = LEVELS) -> dict[int, np.ndarray]:
+    """PyWavelets' coefficients, (n, C, K, h, w) a level."""
+    approximation, *details = pywt.wavedec2(images.astype(np.float64), "haar", "periodization", levels, axes=(-2, -1))
+    pyramid = {levels - i: np.stack(bands, 2) for i, bands in enumerate(details)}
+    pyramid[levels] = np.concatenate([approximation[:, :, None], pyramid[levels]], 2)
+    return pyramid
+
+
+def write_set(folder: Path, images: np.ndarray, layout: Layout = LAYOUT, rows_per_group: int = 4) -> ShardSet:
+    """A shard set of these images, row numbers with gaps, the last third for val."""
+    moments, files = Moments(layout), {"train": [], "val": []}
+    cut = len(images) - len(images) // 3
+    folder.mkdir(exist_ok=True)
+    for split, part in (("train", range(cut)), ("val", range(cut, len(images)))):
+        writer = ShardWriter(folder / f"{split}-00000.parquet", layout, rows_per_group)
+        for i in part:
+            sums = {
+                level: values[0]
+                for level, values in haar_sums(images[i : i + 1].astype(np.int32), layout.levels).items()
+            }
+            moments.add(sums)
+            writer.append(2 * i + 5, f"{i}.jpg", i % 3, layout.quantise(sums))
+        if entry := writer.close():
+            files[split].append(entry)
+    write_rejected(folder / REJECTED, [("bad.jpg", "empty file")])
+    manifest = make_manifest(
+        layout,
+        rows_per_group=rows_per_group,
+        classes=["a", "b", "c"],
+        splits=files,
+        statistics=moments.statistics(),
+        counts={"inputs": len(images) + 1, "kept": len(images), "rejected": 1, "ignored": 0},
+    )
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return ShardSet.open(folder)
+
+
+@pytest.mark.parametrize("steps", [(4, 2, 1, 1), (2, 2, 2, 2), (1, 1, 1, 1), (0.75, 1.5, 3, 0.3), (8, 16, 32, 0.0625)])
+@pytest.mark.parametrize("images", [photos(6), extremes()], ids=["photos", "extremes"])
+def test_stored_integers_are_pywavelets_coefficients_within_half_a_step(steps, images):
+    layout = Layout(SIDE, 3, dict(enumerate(steps, 1)))
+    stored, wanted = layout.encode(images), reference(images)
+    for level in range(1, LEVELS + 1):
+        assert stored[level].shape == (len(images), *layout.shape(level))
+        assert stored[level].dtype == layout.dtype(level)
+        error = np.abs(stored[level] * layout.steps[level] - wanted[level]).max()
+        assert error <= layout.steps[level] / 2 + 1e-9
+
+
+def test_a_mirrored_image_is_the_mirrored_row():
+    images = np.concatenate([photos(4), extremes()])
+    stored, mirrored = LAYOUT.encode(images), LAYOUT.encode(images[..., ::-1])
+    for level in stored:
+        np.testing.assert_array_equal(window(stored[level], level, 0, 0, SIDE, flip=True), mirrored[level])
+
+
+def test_steps_of_two_to_the_minus_level_lose_nothing():
+    layout = Layout(SIDE, 3, {level: 2.0**-level for level in range(1, LEVELS + 1)})
+    images = np.concatenate([photos(3), extremes()])
+    stored = layout.encode(images)
+    pyramid = {level: values * layout.steps[level] for level, values in stored.items()}
+    np.testing.assert_array_equal(reconstruct(pyramid), images)
+
+
+def test_the_smallest_dtype_that_holds_the_level_is_chosen():
+    names = [Layout(256, 3, dict.fromkeys(range(1, 6), step)).dtype(1).name for step in (4, 2, 1.9, 1, 0.5)]
+    assert names == ["int8", "int8", "int16", "int16", "int16"]
+    assert Layout(256, 3, {level: 2.0**-level for level in range(1, 9)}).dtype(8).name == "int32"
+
+
+def test_statistics_are_those_of_pywavelets_at_every_level(tmp_path):
+    images = photos(9)
+    shards = write_set(tmp_path, images)
+    for level in range(1, LEVELS + 1):
+        wanted = reference(images, level)[level]
+        for index, band in enumerate("AHVD"):
+            found = shards.statistics[level][band]
+            np.testing.assert_allclose(found["mean"], wanted[:, :, index].mean((0, 2, 3)), atol=1e-8)
+            np.testing.assert_allclose(found["std"], wanted[:, :, index].std((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(shards.pixel_mean, images.mean((0, 2, 3)))
+    np.testing.assert_allclose(shards.pixel_std, images.std((0, 2, 3)))
+
+
+def test_merged_moments_are_those_of_all_images():
+    images = photos(6).astype(np.int32)
+    parts = [Moments(LAYOUT), Moments(LAYOUT)]
+    for i, image in enumerate(images):
+        parts[i % 2].add(haar_sums(image, LEVELS))
+    merged = Moments(LAYOUT)
+    for part in reversed(parts):
+        merged.merge(json.loads(json.dumps(part.state())))
+    whole = Moments(LAYOUT)
+    for image in images:
+        whole.add(haar_sums(image, LEVELS))
+    assert merged.statistics() == whole.statistics()
+
+
+def test_what_is_written_is_read(tmp_path):
+    images = photos(11)
+    shards = write_set(tmp_path, images)
+    assert (shards.image_size, shards.levels, shards.rows) == (SIDE, LEVELS, {"train": 8, "val": 3})
+    wanted = LAYOUT.encode(images)
+    [(file, rows)] = shards.files("train")
+    assert rows == 8
+    row, label, pyramid = read_group(shards, file, 1, [2, 4])
+    assert row.tolist() == [13, 15, 17, 19] and label.tolist() == [1, 2, 0, 1]
+    assert sorted(pyramid) == [2, 4]
+    for level, values in pyramid.items():
+        np.testing.assert_array_equal(values, wanted[level][4:8])
+    # Slices of tables begin in the middle of Arrow's memory.
+    table = pq.read_table(file)
+    for level, values in LAYOUT.decode(table.slice(3, 4)).items():
+        np.testing.assert_array_equal(values, wanted[level][3:7])
+    assert table.column("path").to_pylist()[:2] == ["0.jpg", "1.jpg"]
+    verify(shards)
+
+
+def test_a_row_decodes_to_the_image_in_plain_parquet_and_numpy(tmp_path):
+    """The format's promise to other readers: manifest, pyarrow, numpy, PyWavelets, nothing of ours."""
+    image = photos(3)
+    write_set(tmp_path, image)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    values = pq.read_table(tmp_path / "train-00000.parquet").to_pylist()[0]
+    levels = {}
+    for level, entry in manifest["levels"].items():
+        integers = np.frombuffer(values[f"level{level}"], entry["dtype"]).reshape(entry["shape"])
+        levels[int(level)] = dict(zip(entry["bands"], np.moveaxis(integers * entry["step"], 1, 0), strict=True))
+    details = [tuple(levels[level][band] for band in "HVD") for level in (4, 3, 2, 1)]
+    pixels = pywt.waverec2([levels[4]["A"], *details], "haar", "periodization", axes=(-2, -1))
+    assert np.abs(pixels - image[0]).mean() < 1.5
+
+
+def test_a_newer_version_is_refused_with_both_versions(tmp_path):
+    write_set(tmp_path, photos(3))
+    manifest = json.loads((tmp_path / MANIFEST).read_text()) | {"format": 7}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=r"version 7.*version 1"):
+        ShardSet.open(tmp_path)
+
+
+def test_what_is_no_shard_set_is_said(tmp_path):
+    with pytest.raises(ShardError, match=r"no manifest\.json: wavemim prepare"):
+        ShardSet.open(tmp_path / "nowhere")
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ShardError, match="not finished"):
+        ShardSet.open(tmp_path)
+    for content in ("{", "[]", "{}", '{"format": "1"}'):
+        (tmp_path / MANIFEST).write_text(content)
+        with pytest.raises(ShardError, match="manifest"):
+            ShardSet.open(tmp_path)
+    hollow = {"format": 1}
+    (tmp_path / MANIFEST).write_text(json.dumps(hollow | {"fingerprint": manifest_fingerprint(hollow)}))
+    with pytest.raises(ShardError, match="not a manifest"):
+        ShardSet.open(tmp_path)
+
+
+def test_damage_is_found(tmp_path):
+    shards = write_set(tmp_path, photos(12))
+    file = tmp_path / "train-00000.parquet"
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 3] ^= 0x10
+    file.write_bytes(damaged)
+    with pytest.raises(ShardError, match="SHA-256"):
+        verify(ShardSet.open(tmp_path))
+    with pytest.raises(ShardError, match=r"train-00000\.parquet is damaged"):
+        for group in range(2):
+            read_group(shards, file, group, [1, 2, 3, 4])
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ShardError, match=rf"has {len(whole) - 9} bytes"):
+        ShardSet.open(tmp_path)
+    file.unlink()
+    with pytest.raises(ShardError, match="is missing"):
+        ShardSet.open(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text()) | {"classes": ["x"]}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match="changed after it was written"):
+        ShardSet.open(tmp_path)

@@ -1,0 +1,84 @@
+"""Targets against PyWavelets and a literal loop."""
+
+import numpy as np
+import pytest
+import pywt
+import torch
+from tiny import LEVELS, PATCH, SIZE, STEPS, TAPS, photos, statistics, stored
+
+from wavemim.inputs import Inputs
+from wavemim.targets import Tap, WaveletTarget
+
+BAND = {"H": 0, "V": 1, "D": 2}
+
+
+def coefficients(image, level, band):
+    """One band of one level of a 2-D array, by PyWavelets."""
+    approximation, *details = pywt.wavedec2(image.astype(np.float64), "haar", mode="periodization", level=level)
+    return approximation if band == "A" else details[0][BAND[band]]
+
+
+@pytest.mark.parametrize("normalise", ["level", "patch", "none"])
+def test_target_equals_a_literal_loop_over_pywavelets(normalise):
+    images = photos(3)
+    stats = statistics(images)
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, patch_size=PATCH, normalise=normalise)
+    made = target(Inputs(STEPS, stats).pyramid(stored(images)))
+    scale = np.mean(stats.pixel_std)
+    for tap in TAPS:
+        cell = 2**tap.level
+        side, cells = SIZE // max(PATCH, cell), max(PATCH // cell, 1)
+        for b in range(3):
+            for position in range(side * side):
+                y, x = divmod(position, side)
+                vector = []
+                for c in range(3):
+                    for band in tap.bands:
+                        plane = coefficients(images[b, c], tap.level, band)
+                        part = plane[y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
+                        mean, std = stats.mean[tap.level][band][c], stats.std[tap.level][band][c]
+                        if normalise == "none":
+                            mean, std = (mean if band == "A" else 0.0), scale
+                        vector.append((part.ravel() - mean) / std)
+                vector = np.concatenate(vector)
+                if normalise == "patch":
+                    vector = (vector - vector.mean()) / np.sqrt(vector.var(ddof=1) + 1e-6)
+                np.testing.assert_allclose(made[tap.level][b, position].numpy(), vector, atol=2e-3)
+
+
+@pytest.mark.parametrize("normalise", ["level", "patch", "none"])
+def test_coefficients_undo_the_target(normalise):
+    images = photos(4)
+    stats = statistics(images)
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, patch_size=PATCH, normalise=normalise)
+    pyramid = Inputs(STEPS, stats).pyramid(stored(images))
+    back = target.coefficients_like(target(pyramid), pyramid)
+    for tap in TAPS:
+        for c in range(3):
+            for index, band in enumerate(tap.bands):
+                expected = coefficients(images[2, c], tap.level, band)
+                np.testing.assert_allclose(back[tap.level][2, c, index].numpy(), expected, atol=0.05)
+
+
+def test_standardised_targets_have_zero_mean_and_unit_deviation():
+    images = photos(32)
+    stats = statistics(images)
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, patch_size=PATCH)
+    for values in target(Inputs(STEPS, stats).pyramid(stored(images))).values():
+        assert abs(float(values.mean())) < 1e-3
+        assert abs(float(values.std()) - 1) < 1e-3
+
+
+def test_images_come_back_exactly_from_lossless_integers():
+    images = photos(4)
+    inputs = Inputs(STEPS, statistics(images))
+    assert torch.equal(inputs.pixels(inputs.pyramid(stored(images))), torch.from_numpy(images).float())
+
+
+def test_a_band_that_never_varies_is_no_infinity():
+    images = np.full((4, 3, SIZE, SIZE), 80, np.uint8)
+    stats = statistics(images)
+    target = WaveletTarget([Tap(3, 1, "AHVD")], stats, image_size=SIZE, patch_size=PATCH)
+    values = target(Inputs(STEPS, stats).pyramid(stored(images)))[3]
+    assert torch.isfinite(values).all()
+    assert LEVELS >= 3

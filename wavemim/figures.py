@@ -1,0 +1,169 @@
+"""Pictures: what was masked, what was predicted at each level, what comes out; and what a sweep found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from wavemim.inputs import Inputs
+from wavemim.masking import random_mask, share_at
+from wavemim.model import MaskedImageModel
+from wavemim.wavelets import reconstruct
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+
+def complete(
+    model: MaskedImageModel, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor], mask: torch.Tensor
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """Pyramids from the coarsest tap to level 1: as the model completes the image, and of its predictions alone.
+
+    Visible cells keep the image's own coefficients, hidden ones get the prediction; a hidden coefficient that no tap
+    answers for is 0 (A: the mean). Partly hidden cells are mixed by their share.
+    """
+    with torch.no_grad():
+        predicted = model.target.coefficients_like(model.predict(images, mask), pyramid)
+    bands = {tap.level: tap.bands for tap in model.target.taps}
+    coarsest = max(bands)
+    completed, guessed = {}, {}
+    for level in range(1, coarsest + 1):
+        truth = pyramid[level][:, :, -3:]
+        names = "HVD"
+        if level == coarsest:
+            truth = torch.cat((reconstruct(dict(pyramid), to=level)[:, :, None], truth), 2)
+            names = "AHVD"
+        guess = torch.zeros_like(truth)
+        if names == "AHVD":
+            guess[:, :, 0] = truth[:, :, 0].mean()
+        for index, band in enumerate(names):
+            if band in bands.get(level, ""):
+                guess[:, :, index] = predicted[level][:, :, bands[level].index(band)]
+        side = truth.shape[-1]
+        share = share_at(mask, model.encoder.grid, side).reshape(-1, 1, 1, side, side)
+        completed[level] = truth * (1 - share) + guess * share
+        guessed[level] = guess
+    return completed, guessed
+
+
+def reconstruction_figure(
+    path: Path,
+    *,
+    model: MaskedImageModel,
+    inputs: Inputs,
+    stored: Mapping[int, torch.Tensor],
+    rows: torch.Tensor,
+    mask_ratio: float,
+    seed: int,
+) -> None:
+    """Write a grid, a line an image: image, masked, each level's prediction from coarse to fine, the image rebuilt.
+
+    The column of a level shows what that level alone adds, as a picture around mid-grey (the coarsest with its A is a
+    small picture by itself). The rebuilt image has its visible patches from the input.
+    """
+    images, pyramid = inputs(stored)
+    grid = model.encoder.grid
+    mask = random_mask(rows, grid, mask_ratio, seed=seed, epoch=0)
+    completed, guessed = complete(model, images, pyramid, mask)
+    pixels = inputs.pixels(pyramid)
+    hidden = share_at(mask, grid, pixels.shape[-1]).reshape(-1, 1, *pixels.shape[-2:])
+    columns: list[tuple[str, torch.Tensor]] = [
+        ("image", pixels),
+        ("masked", pixels * (1 - hidden) + 200.0 * hidden),
+    ]
+    coarsest = max(guessed)
+    for level in sorted(model.levels, reverse=True):
+        alone = {other: (bands if other == level else torch.zeros_like(bands)) for other, bands in guessed.items()}
+        if level != coarsest:
+            contribution = reconstruct(alone)
+            contribution = 127.5 + contribution * _contrast(contribution)
+        else:
+            contribution = reconstruct(alone)
+        columns.append((f"level {level} predicted", contribution))
+    columns.append(("rebuilt", reconstruct(completed)))
+    _grid(path, columns)
+
+
+def _contrast(contribution: torch.Tensor) -> float:
+    """A factor that makes a band's structure visible: its 99th percentile fills half the range."""
+    peak = float(torch.quantile(contribution.abs().flatten()[:1_000_000], 0.99))
+    return 100.0 / max(peak, 1e-6)
+
+
+def _grid(path: Path, columns: Sequence[tuple[str, torch.Tensor]]) -> None:
+    lines = len(columns[0][1])
+    figure, axes = plt.subplots(
+        lines, len(columns), figsize=(1.7 * len(columns), 1.7 * lines + 0.35), squeeze=False, layout="constrained"
+    )
+    for x, (title, pictures) in enumerate(columns):
+        axes[0][x].set_title(title, fontsize=10)
+        for y in range(lines):
+            picture = pictures[y].detach().cpu().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            axes[y][x].imshow(picture, interpolation="nearest")
+            axes[y][x].axis("off")
+    _save(figure, path)
+
+
+def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters: Sequence[str], metric: str) -> None:
+    """Write one panel a searched setting: its value in each trial against the objective; the best trial is marked.
+
+    `trials` are mappings with the parameters' values and the metric; trials without the metric are left out.
+    """
+    done = [trial for trial in trials if isinstance(trial.get(metric), int | float) and np.isfinite(trial[metric])]
+    shown = [name for name in parameters if any(name in trial for trial in done)] or list(parameters)
+    figure, axes = plt.subplots(
+        1, max(len(shown), 1), figsize=(2.9 * max(len(shown), 1), 3), squeeze=False, sharey=True, layout="constrained"
+    )
+    best = max(done, key=lambda trial: trial[metric]) if done else None
+    for axis, name in zip(axes[0], shown, strict=False):
+        values = [trial.get(name) for trial in done]
+        if any(isinstance(value, str) for value in values):
+            values = [str(value) for value in values]
+        axis.scatter(values, [trial[metric] for trial in done], s=36, color="#4477aa")
+        if best is not None:
+            mark = best.get(name)
+            axis.scatter(
+                [str(mark) if isinstance(mark, str) else mark],
+                [best[metric]],
+                s=110,
+                facecolors="none",
+                edgecolors="#cc3311",
+                linewidths=2,
+            )
+        numbers = [value for value in values if isinstance(value, int | float) and value > 0]
+        if numbers and max(numbers) / min(numbers) > 20:
+            axis.set_xscale("log")
+        elif numbers:
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(metric)
+    _save(figure, path)
+
+
+def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write the loss of each level against the epoch."""
+    figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    for name in history[0]:
+        if name != "epoch":
+            label = name.removeprefix("train/loss_").replace("level", "level ")
+            axis.plot([line["epoch"] for line in history], [line[name] for line in history], label=label, marker=".")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss on hidden cells")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial.png")
+    figure.savefig(partial, dpi=110)
+    plt.close(figure)
+    partial.replace(path)
