@@ -87,15 +87,15 @@ def draw(class_index: int, size: int, rng: np.random.Generator) -> np.ndarray:
     y, x = side[:, None] * (64 / size), side[None, :] * (64 / size)  # all lengths below: of a 64-pixel image
     background, light, dark = _colours(rng)
     image = background + _shading(y, x, rng)[..., None]
-    for _ in range(rng.integers(3, 7)):
+    for _ in range(rng.integers(2, 5)):
         image = _clutter(image, y, x, rng)
-    radius = rng.uniform(15, 23)
+    radius = rng.uniform(17, 25)
     centre_y, centre_x = rng.uniform(radius * 0.8, 64 - radius * 0.8, 2)
     inside = _coverage(list(SHAPES.values())[shape], y - centre_y, x - centre_x, radius, rng)
     cells = _texture(list(TEXTURES.values())[texture], y, x, rng)
     filling = dark + (light - dark) * cells[..., None]
     image = image + (filling - image) * inside[..., None]
-    image = image * rng.uniform(0.75, 1.2) + rng.normal(0, rng.uniform(4, 12), image.shape)
+    image = image * rng.uniform(0.75, 1.2) + rng.normal(0, rng.uniform(3, 9), image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -132,13 +132,13 @@ def _shading(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 def _clutter(image: np.ndarray, y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A small plain or textured patch behind the shape: texture alone, or an edge alone, is not the class."""
-    radius = rng.uniform(4, 10)
+    radius = rng.uniform(4, 9)
     centre_y, centre_x = rng.uniform(0, 64, 2)
     shape = list(SHAPES.values())[rng.integers(len(SHAPES))]
     inside = _coverage(shape, y - centre_y, x - centre_x, radius, rng)
     _, light, dark = _colours(rng)
     colour: np.ndarray = light
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         texture = list(TEXTURES.values())[rng.integers(len(TEXTURES))]
         colour = dark + (light - dark) * _texture(texture, y, x, rng)[..., None]
     return image + (colour - image) * inside[..., None]
