@@ -8,21 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from tiny_shards import smooth_texture
 
 # Before Ray is imported anywhere: no token file in the home folder, no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-
-def smooth_texture(generator: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A random picture with a photo's smoothness: noise at three scales, (H, W, 3) uint8."""
-    total = np.zeros((height, width, 3))
-    for cells, strength in ((3, 80.0), (10, 40.0), (40, 12.0)):
-        noise = generator.normal(0, strength, (cells, cells, 3)).astype(np.float32)
-        bands = [Image.fromarray(noise[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
-        total += np.stack([np.asarray(band) for band in bands], -1)
-    return Image.fromarray(np.clip(total + generator.uniform(60, 190, 3), 0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="session")

@@ -1,39 +1,24 @@
 """The shard format: what is stored is the transform, exactly as far as the step allows; what is damaged is said."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pywt
+from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
 from pipeline.moments import Moments
 from pipeline.shards import (
     MANIFEST,
-    REJECTED,
     Layout,
     ShardError,
     ShardSet,
-    ShardWriter,
-    make_manifest,
     manifest_fingerprint,
     read_group,
     verify,
-    write_rejected,
 )
-from tests.conftest import smooth_texture
 from wavemim.wavelets import haar_sums, reconstruct, window
-
-SIDE, LEVELS = 64, 4
-LAYOUT = Layout(SIDE, 3, {1: 4, 2: 2, 3: 1, 4: 1})
-
-
-def photos(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
-    """uint8 (n, 3, H, W)."""
-    generator = np.random.default_rng(seed)
-    images = [np.asarray(smooth_texture(generator, side, side)).transpose(2, 0, 1) for _ in range(count)]
-    return np.stack(images)
 
 
 def extremes() -> np.ndarray:
@@ -54,35 +39,6 @@ def reference(images: np.ndarray, levels: int = LEVELS) -> dict[int, np.ndarray]
     pyramid = {levels - i: np.stack(bands, 2) for i, bands in enumerate(details)}
     pyramid[levels] = np.concatenate([approximation[:, :, None], pyramid[levels]], 2)
     return pyramid
-
-
-def write_set(folder: Path, images: np.ndarray, layout: Layout = LAYOUT, rows_per_group: int = 4) -> ShardSet:
-    """A shard set of these images, row numbers with gaps, the last third for val."""
-    moments, files = Moments(layout), {"train": [], "val": []}
-    cut = len(images) - len(images) // 3
-    folder.mkdir(exist_ok=True)
-    for split, part in (("train", range(cut)), ("val", range(cut, len(images)))):
-        writer = ShardWriter(folder / f"{split}-00000.parquet", layout, rows_per_group)
-        for i in part:
-            sums = {
-                level: values[0]
-                for level, values in haar_sums(images[i : i + 1].astype(np.int32), layout.levels).items()
-            }
-            moments.add(sums)
-            writer.append(2 * i + 5, f"{i}.jpg", i % 3, layout.quantise(sums))
-        if entry := writer.close():
-            files[split].append(entry)
-    write_rejected(folder / REJECTED, [("bad.jpg", "empty file")])
-    manifest = make_manifest(
-        layout,
-        rows_per_group=rows_per_group,
-        classes=["a", "b", "c"],
-        splits=files,
-        statistics=moments.statistics(),
-        counts={"inputs": len(images) + 1, "kept": len(images), "rejected": 1, "ignored": 0},
-    )
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return ShardSet.open(folder)
 
 
 @pytest.mark.parametrize("steps", [(4, 2, 1, 1), (2, 2, 2, 2), (1, 1, 1, 1), (0.75, 1.5, 3, 0.3), (8, 16, 32, 0.0625)])
@@ -214,8 +170,7 @@ def test_damage_is_found(tmp_path):
     with pytest.raises(ShardError, match="SHA-256"):
         verify(ShardSet.open(tmp_path))
     with pytest.raises(ShardError, match=r"train-00000\.parquet is damaged"):
-        for group in range(2):
-            read_group(shards, file, group, [1, 2, 3, 4])
+        _ = [read_group(shards, file, group, [1, 2, 3, 4]) for group in range(2)]
     file.write_bytes(whole[:-9])
     with pytest.raises(ShardError, match=rf"has {len(whole) - 9} bytes"):
         ShardSet.open(tmp_path)
