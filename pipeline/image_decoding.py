@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Raster formats only: Pillow would hand EPS and the like to external programs.
-FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "JPEG2000"),
-    *("PPM", "TGA", "PCX", "SGI", "QOI", "ICO"),
-)
+# Raster formats only, as far as this Pillow has them: it would hand EPS and the like to external programs.
+Image.init()
+_WANTED = {
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "PCX",
+    "SGI",
+    "QOI",
+}
+FORMATS = tuple(sorted(_WANTED & Image.OPEN.keys()))
+# File name suffixes of these formats, lower case with the dot.
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 # What a TIFF, JPEG or PNG says about its orientation, and the way back.
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
@@ -29,13 +45,6 @@ UPRIGHT = {
 
 class RejectedImage(Exception):
     """An input that cannot be stored, with the reason in words."""
-
-
-@lru_cache(maxsize=1)
-def suffixes() -> frozenset[str]:
-    """File name suffixes, lower case with the dot, of the formats that are read."""
-    Image.init()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def read_image(path: Path, size: int) -> np.ndarray:

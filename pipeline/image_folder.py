@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import SettingError
-from pipeline.image_decoding import suffixes
+from pipeline.image_decoding import SUFFIXES
 
 VAL_NAMES = ("val", "valid", "validation", "test")
 
@@ -132,7 +132,7 @@ def _walk(folder: Path, below: str, seen: frozenset[str] = frozenset()) -> Itera
 
 def _images(folder: Path, root: str, rejects: list[tuple[str, str]]) -> list[str]:
     """Paths that are images by their suffix; the others are added to `rejects`."""
-    known, images = suffixes(), []
+    images = []
     for path in _walk(folder, root):
         suffix = os.path.splitext(path)[1].lower()
         try:
@@ -140,7 +140,7 @@ def _images(folder: Path, root: str, rejects: list[tuple[str, str]]) -> list[str
         except UnicodeEncodeError:
             rejects.append((os.fsencode(path).decode("utf-8", "backslashreplace"), "file name is not valid UTF-8"))
             continue
-        if suffix in known:
+        if suffix in SUFFIXES:
             images.append(path)
         else:
             rejects.append((path, f"not an image ({f'suffix {suffix}' if suffix else 'no suffix'})"))
