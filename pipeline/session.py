@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +25,12 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning in every task without a GPU
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the stages have bars of their own
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
+# A node of an autoscaled cluster is started, set up and only then joins.
+_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
 _PRIVATE = {
     "RAY_AUTH_MODE": "disabled",  # or Ray writes a token into the home folder; only loopback is listened on
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon the end of a short training is seen
     # Makes Ray take the loopback address for its own: nothing listens on any other interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -54,7 +57,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     private = address == "local"
-    with _environment({**_QUIET, **(_PRIVATE if private else {})}):
+    with _environment({**_QUIET, **(_PRIVATE if private else _CLUSTER)}):
         import ray
 
         if ray.is_initialized():
@@ -64,13 +67,26 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             _check_reachable(address)
         try:
             try:
-                (_start if private else _connect)(address, log_level)
+                with _own_sigterm():
+                    (_start if private else _connect)(address, log_level)
             except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
             yield _info(private)
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one that exits with status 15; this process has its own."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if main else None
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(address: str, log_level: int) -> None:

@@ -12,7 +12,7 @@ from pipeline.session import ray_session
 from pipeline.stage import StageError
 
 PRIVATE = """
-import os, ray, psutil
+import os, signal, ray, psutil
 from pipeline.config import Cluster
 from pipeline.session import ray_session
 
@@ -21,6 +21,7 @@ with ray_session(Cluster()) as session:
     with ray_session(Cluster()) as inner:
         assert not inner.private and inner.address == session.address
     assert ray.is_initialized(), "a session inside another leaves Ray running"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "Ray keeps its handler to itself"
     processes = psutil.Process().children(recursive=True)
     listening = {
         connection.laddr.ip.removeprefix("::ffff:")
