@@ -38,7 +38,7 @@ UNITS = "units"
 ALWAYS_ALLOWED_REJECTS = 10
 # A small set is cut finer than rows_per_shard says, so that more than one core has work: about this many images a unit.
 SMALL_UNIT, SMALL_SET_UNITS = 50, 8
-TASK_RETRIES = 3  # after a worker is lost; an exception of the task's own is not repeated
+MAX_TRIES = 4  # of a unit in one call; Ray Data by itself repeats a task for ever whose worker is lost
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def make_shard(item: dict[str, Any], images: str, folder: str, layout: Layout, r
     content = json.loads(item["unit"])
     unit = Unit(content["name"], content["split"], [Input(**entry) for entry in content["inputs"]])
     target = Path(folder)
+    if _count_try(_tries(target, unit)) > MAX_TRIES:
+        return {"report": "", "error": f"{unit.name}: its worker was lost {MAX_TRIES} times (out of memory?)"}
     writer = ShardWriter(target / f"{unit.name}.parquet", layout, rows_per_group)
     try:
         report = _write_shard(unit, Path(images), layout, writer)
@@ -122,6 +124,16 @@ def make_shard(item: dict[str, Any], images: str, folder: str, layout: Layout, r
     finally:
         writer.abort()
     return {"report": json.dumps(report), "error": ""}
+
+
+def _tries(folder: Path, unit: Unit) -> Path:
+    return folder / UNITS / f"{unit.name}.tries"
+
+
+def _count_try(path: Path) -> int:
+    with open(path, "ab") as file:
+        file.write(b".")
+    return path.stat().st_size
 
 
 def _write_shard(unit: Unit, images: Path, layout: Layout, writer: ShardWriter) -> dict[str, Any]:
@@ -154,6 +166,8 @@ def _write_shard(unit: Unit, images: Path, layout: Layout, writer: ShardWriter) 
 def _run(todo: list[Unit], task: dict[str, Any], progress: _Progress) -> dict[str, dict[str, Any]]:
     """Make the shards of `todo`, in any order: reports by the name of the unit."""
     reports: dict[str, dict[str, Any]] = {}
+    for unit in todo:
+        _tries(Path(task["folder"]), unit).unlink(missing_ok=True)
     try:
         for result in _results(todo, task) if todo else ():
             if result["error"]:
@@ -176,7 +190,7 @@ def _results(todo: list[Unit], task: dict[str, Any]) -> Iterator[dict[str, Any]]
     items = [{"unit": json.dumps(asdict(unit))} for unit in todo]
     # A block a unit: a task is one unit, and what it gives back arrives when it is done.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    shards = dataset.map(functools.partial(make_shard, **task), num_cpus=1, ray_remote_args_fn=_retries)
+    shards = dataset.map(functools.partial(make_shard, **task), num_cpus=1)
     try:
         yield from shards.iter_rows()
     except ray.exceptions.RayError as error:
@@ -184,10 +198,6 @@ def _results(todo: list[Unit], task: dict[str, Any]) -> Iterator[dict[str, Any]]
         raise StageError(
             f"a task failed ({type(error).__name__}: {lines[-1].strip()}); the same call continues"
         ) from error
-
-
-def _retries() -> dict[str, Any]:
-    return {"max_retries": TASK_RETRIES}
 
 
 class _Progress:
