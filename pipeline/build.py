@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from pipeline.config import Recipe, SettingError
@@ -14,14 +12,14 @@ from wavemim.model import MaskedImageModel
 from wavemim.targets import Statistics, Tap, WaveletTarget
 
 
-def statistics_of(manifest: dict[str, Any]) -> Statistics:
-    """Statistics of a shard set from its manifest."""
-    by_level = {int(level): bands for level, bands in manifest["statistics"].items()}
+def statistics_of(shards: ShardSet) -> Statistics:
+    """Statistics of a shard set."""
+    by_level = shards.statistics
     return Statistics(
         mean={level: {band: values["mean"] for band, values in bands.items()} for level, bands in by_level.items()},
         std={level: {band: values["std"] for band, values in bands.items()} for level, bands in by_level.items()},
-        pixel_mean=list(manifest["pixel_mean"]),
-        pixel_std=list(manifest["pixel_std"]),
+        pixel_mean=list(shards.pixel_mean),
+        pixel_std=list(shards.pixel_std),
     )
 
 
@@ -44,8 +42,12 @@ def build_encoder(recipe: Recipe) -> ViTEncoder:
         raise SettingError(f"encoder.name={settings.name}: {error}") from None
 
 
-def build_model(recipe: Recipe, statistics: Statistics, wavelet: str = "haar") -> MaskedImageModel:
-    """The masked image model of a recipe, with weights drawn from its seed. Raises SettingError."""
+def build_model(recipe: Recipe, shards: ShardSet) -> MaskedImageModel:
+    """The masked image model of a recipe for a shard set, with weights drawn from its seed. Raises SettingError."""
+    return _model(recipe, statistics_of(shards), shards.layout.wavelet)
+
+
+def _model(recipe: Recipe, statistics: Statistics, wavelet: str) -> MaskedImageModel:
     bands = recipe.bands_by_level()
     taps = [Tap(level, block, bands[level]) for level, block in recipe.target.taps.items()]
     target = WaveletTarget(
@@ -74,7 +76,7 @@ def build_model(recipe: Recipe, statistics: Statistics, wavelet: str = "haar") -
 
 def build_inputs(shards: ShardSet) -> Inputs:
     """What turns a batch of this shard set into images and coefficients."""
-    return Inputs(shards.steps, statistics_of(shards.manifest), str(shards.manifest["wavelet"]))
+    return Inputs(shards.steps, statistics_of(shards), shards.layout.wavelet)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -83,7 +85,7 @@ def check_model(recipe: Recipe) -> None:
     flat = {level: dict.fromkeys("AHVD", [1.0] * recipe.data.channels) for level in levels}
     ones = [1.0] * recipe.data.channels
     with torch.device("meta"):
-        build_model(recipe, Statistics(flat, flat, ones, ones))
+        _model(recipe, Statistics(flat, flat, ones, ones), recipe.data.wavelet)
 
 
 def check_shards(recipe: Recipe, shards: ShardSet) -> None:

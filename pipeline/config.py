@@ -261,9 +261,12 @@ def fingerprint(value: Any) -> str:
 
 def names_of(package: str, folder: str = "") -> list[str]:
     """Names of the YAML files that come with the project, of recipes or of tune spaces."""
+    return sorted(entry.name[:-5] for entry in _files(package, folder).iterdir() if entry.name.endswith(".yaml"))
+
+
+def _files(package: str, folder: str) -> Any:
     root = resources.files(package)
-    root = root.joinpath(folder) if folder else root
-    return sorted(entry.name[:-5] for entry in root.iterdir() if entry.name.endswith(".yaml"))
+    return root / folder if folder else root
 
 
 def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]:
@@ -282,7 +285,7 @@ def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]
                 raise SettingError(
                     f"{what} '{name}' is not known{_nearest(name, known)}; {_one_of(known)} or a YAML file"
                 )
-            text = resources.files(package).joinpath(folder, f"{name}.yaml").read_text(encoding="utf-8")
+            text = (_files(package, folder) / f"{name}.yaml").read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingError(f"{what} '{name}' is not valid YAML: {' '.join(str(error).split())}") from None
@@ -377,11 +380,10 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
         return
     if not last.isdigit():
         raise SettingError(f"{dotted}={value}: '{last}' is not a level; levels are whole numbers from 1")
-    # Mappings are keyed by level, a number: YAML gives 3, JSON "3".
-    merged = {int(key): entry for key, entry in place.items()}
-    merged[int(last)] = value
-    place.clear()
-    place.update(merged)
+    # Mappings are keyed by level, a number: YAML gives 3, JSON "3"; pydantic takes both.
+    for key in [key for key in place if str(key) == last]:
+        del place[key]
+    place[last] = value
 
 
 def _known_key(model: type[BaseModel], key: str, dotted: str) -> None:

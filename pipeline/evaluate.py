@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.batches import sequential
-from pipeline.build import build_inputs, build_model, statistics_of
+from pipeline.build import build_inputs, build_model
 from pipeline.config import Recipe, identity, validate
 from pipeline.pretrain import checkpoint_of, recipe_of
 from pipeline.session import SessionInfo
@@ -131,7 +131,7 @@ def _encoder(subject: str, trained: Recipe, shards: ShardSet, path: Path, device
     if subject == "pixels":
         side = min(PIXELS_SIDE, trained.encoder.image_size)
         return lambda images: torch.nn.functional.interpolate(images, size=(side, side), mode="area")
-    model = build_model(trained, statistics_of(shards.manifest), str(shards.manifest["wavelet"]))
+    model = build_model(trained, shards)
     if subject == "trained":
         checkpoint.load_model(path, model)
     return model.encoder.model.to(device).eval()

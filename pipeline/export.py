@@ -26,8 +26,8 @@ def export(recipe: Recipe) -> dict[str, Any]:
         with Tracker.start(
             recipe, "export", log_dir=folder.path, tags={"wavemim.shards": shards.fingerprint}
         ) as tracker:
-            statistics = statistics_of(shards.manifest)
-            model = build_model(trained, statistics, str(shards.manifest["wavelet"]))
+            statistics = statistics_of(shards)
+            model = build_model(trained, shards)
             checkpoint.load_model(path, model)
             target = folder.path / "encoder"
             config = checkpoint.export_timm(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.batches import Batch, Reader
-from pipeline.build import build_inputs, build_model, check_shards, statistics_of
+from pipeline.build import build_inputs, build_model, check_shards
 from pipeline.config import Recipe
 from pipeline.shards import ShardSet
 from wavemim import checkpoint
@@ -103,7 +103,7 @@ def train(
     """Pretrain by `recipe` on the train split of `shards`, from the checkpoint `resume` on where there is one."""
     check_shards(recipe, shards)
     plan = Plan.of(recipe, shards.rows["train"], world)
-    model = build_model(recipe, statistics_of(shards.manifest), str(shards.manifest["wavelet"])).to(device)
+    model = build_model(recipe, shards).to(device)
     inputs = build_inputs(shards).to(device)
     peak_lr = recipe.train.lr * plan.batch / 256
     optimizer = make_optimizer(model, lr=peak_lr, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)

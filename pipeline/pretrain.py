@@ -120,7 +120,8 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=ray.train.FailureConfig(
-                max_failures=recipe.cluster.max_failures, controller_failure_limit=1
+                max_failures=recipe.cluster.max_failures,
+                controller_failure_limit=1,  # type: ignore[call-arg]  # of Train V2, whose types Ray hides
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
         ),
@@ -175,9 +176,9 @@ def _report(write: Callable[[Path], None], state: dict[str, Any]) -> None:
 def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, Any]:
     """Images of the val split (train, where there is none) and the trained model."""
     from pipeline.batches import sequential
-    from pipeline.build import build_inputs, build_model, statistics_of
+    from pipeline.build import build_inputs, build_model
 
-    model = build_model(recipe, statistics_of(shards.manifest), str(shards.manifest["wavelet"]))
+    model = build_model(recipe, shards)
     checkpoint.load_model(path, model)
     split = "val" if shards.rows.get("val") else "train"
     batch = next(iter(sequential(shards, split, 6, window=recipe.encoder.image_size, max_rows=6)))
@@ -233,7 +234,7 @@ def _advance(path: Path, position: int, bar: tqdm) -> int:
 def _root_cause(error: BaseException) -> str:
     """The first line of what a worker raised."""
     failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else (error.__cause__ or error)
+    inner: Any = next(iter(failures.values())) if failures else (error.__cause__ or error)
     while getattr(inner, "cause", None) is not None:
         inner = inner.cause
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]

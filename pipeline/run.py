@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline import report
+import pipeline.report as report
 from pipeline.build import check_model
 from pipeline.config import Recipe, SettingError
 from pipeline.session import ray_session

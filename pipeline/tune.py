@@ -230,7 +230,7 @@ def _trial(
 def _trials(results: ray.tune.ResultGrid, space: Mapping[str, Any], objective: str) -> list[dict[str, Any]]:
     """One flat mapping a trial, the best first."""
     trials = []
-    for result in results:
+    for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
         trial: dict[str, Any] = {key: (result.config or {}).get(key) for key in space}
         trial[objective] = float(metrics.get(objective, float("nan")))

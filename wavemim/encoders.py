@@ -105,8 +105,9 @@ class ViTEncoder(nn.Module):
         model = self.model
         wanted = set(blocks)
         tokens = model.patch_embed(images)
-        prefix = [token for token in (model.cls_token, model.reg_token) if token is not None]
+        prefix: list[torch.Tensor] = [token for token in (model.cls_token, model.reg_token) if token is not None]
         positions = model.pos_embed
+        assert positions is not None  # held by __init__
         prefix_positions = positions.shape[1] - tokens.shape[1]
         tokens = tokens + positions[:, prefix_positions:]
         tokens = tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
