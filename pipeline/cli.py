@@ -38,7 +38,7 @@ ABOUT = {
 }
 
 
-class _Interrupted(BaseException):
+class _Interrupted(KeyboardInterrupt):
     """The process was asked to end (SIGTERM)."""
 
 
@@ -59,10 +59,10 @@ def main() -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; what is finished is kept, and the same command goes on", EXIT_INTERRUPTED)
     except _Interrupted:
         _fail("ended by SIGTERM; what is finished is kept, and the same command goes on", EXIT_TERMINATED)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; what is finished is kept, and the same command goes on", EXIT_INTERRUPTED)
 
 
 @click.group(

@@ -1,7 +1,7 @@
 """Demo images: a small labelled set, drawn rather than downloaded.
 
-A class is a shape filled with a texture ("disc-stripes"). Colours, place, size, rotation, brightness, clutter and noise
-are drawn at random for each image and say nothing about the class: mean colour cannot tell the classes apart, and raw
+A class is a shape filled with a texture ("disc-stripes"). Colours, place, size, tilt, brightness, clutter and noise are
+drawn at random for each image and say nothing about the class: mean colour cannot tell the classes apart, and raw
 pixels hardly can. The textures have periods of 6 to 14 pixels, which is what the middle wavelet levels see.
 """
 
@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from pipeline.config import SettingError
+
 VERSION = 1
 MARK = "demo-images.json"
 QUALITY = 92
@@ -27,22 +29,18 @@ _SPLITS = ("train", "val")
 Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _triangle(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.maximum(y - 0.62, np.abs(x) * 0.866 - y * 0.5 - 0.62)
-
-
 # Signed fields, negative inside; areas are alike, so that the amount of foreground says little about the shape.
 SHAPES: dict[str, Field] = {
     "disc": lambda y, x: np.hypot(y, x) - 0.82,
-    "square": lambda y, x: np.maximum(np.abs(y), np.abs(x)) - 0.74,
-    "triangle": _triangle,
     "cross": lambda y, x: np.maximum(np.minimum(np.abs(y), np.abs(x)) - 0.32, np.maximum(np.abs(y), np.abs(x)) - 1.0),
-    "ring": lambda y, x: np.abs(np.hypot(y, x) - 0.74) - 0.27,
 }
-# Phases in radians → values in -1..1, positive on about half the area.
+# Phases in radians → values that are positive where the light colour goes.
 TEXTURES: dict[str, Field] = {
     "stripes": lambda v, u: np.sin(u),
     "checks": lambda v, u: np.sin(u) * np.sin(v) * 1.6,
+    "dots": lambda v, u: (np.cos(u) + np.cos(v)) * 1.5 - 0.7,
+    "waves": lambda v, u: np.sin(u + 1.8 * np.sin(v * 0.6)),
+    "plain": lambda v, u: np.ones_like(u),
 }
 CLASSES: tuple[str, ...] = tuple(f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES)
 
@@ -52,7 +50,7 @@ def write_demo_images(
 ) -> dict[str, Any]:
     """Write ``folder/{train,val}/CLASS/00000.jpg``; returns the set's settings. The same call again only looks.
 
-    The folder appears whole or not at all. Raises ValueError where `folder` holds something else.
+    The folder appears whole or not at all. Raises SettingError where `folder` holds something else.
     """
     settings = {
         "version": VERSION,
@@ -66,7 +64,7 @@ def write_demo_images(
     if folder.exists():
         if _settings_in(folder) == settings:
             return settings
-        raise ValueError(f"{folder} exists and does not hold these demo images; remove it or give another folder")
+        raise SettingError(f"{folder} exists and does not hold these demo images; remove it or give another out=")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -87,20 +85,20 @@ def draw(class_index: int, size: int, rng: np.random.Generator) -> np.ndarray:
     y, x = side[:, None] * (64 / size), side[None, :] * (64 / size)  # all lengths below: of a 64-pixel image
     background, light, dark = _colours(rng)
     image = background + _shading(y, x, rng)[..., None]
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(0, 3)):
         image = _clutter(image, y, x, rng)
-    radius = rng.uniform(17, 25)
-    centre_y, centre_x = rng.uniform(radius * 0.8, 64 - radius * 0.8, 2)
+    radius = rng.uniform(20, 27)
+    centre_y, centre_x = 32 + rng.uniform(-8, 8, 2)
     inside = _coverage(list(SHAPES.values())[shape], y - centre_y, x - centre_x, radius, rng)
     cells = _texture(list(TEXTURES.values())[texture], y, x, rng)
     filling = dark + (light - dark) * cells[..., None]
     image = image + (filling - image) * inside[..., None]
-    image = image * rng.uniform(0.75, 1.2) + rng.normal(0, rng.uniform(3, 9), image.shape)
+    image = image * rng.uniform(0.75, 1.2) + rng.normal(0, rng.uniform(2, 5), image.shape)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def _rotated(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-0.5, 0.5)
     return np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
 
 

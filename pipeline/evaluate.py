@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipeline.batches import sequential
 from pipeline.build import build_inputs, build_model
 from pipeline.config import Recipe, identity, validate
-from pipeline.pretrain import checkpoint_of, recipe_of
+from pipeline.pretrain import checkpoint_of, recipe_of, uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import stage_folder
@@ -47,7 +47,7 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.checkpoint": str(path)}
         with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags) as tracker:
             pending = {
-                _task(session).remote(
+                _task(recipe, session).remote(
                     subject, recipe.dump(), trained_with.dump(), str(shards.path.absolute()), str(path)
                 ): subject
                 for subject in SUBJECTS
@@ -87,8 +87,8 @@ def features_of(
     return extract(encode, images())
 
 
-def _task(session: SessionInfo) -> Any:
-    gpus = 1 if session.gpus else 0
+def _task(recipe: Recipe, session: SessionInfo) -> Any:
+    gpus = 1 if uses_gpu(recipe, session) else 0
     return ray.remote(num_cpus=1, num_gpus=gpus)(_measure)
 
 

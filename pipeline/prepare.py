@@ -32,6 +32,7 @@ from pipeline.image_folder import Input, Plan, check_folder, plan_folder
 from pipeline.moments import Moments
 from pipeline.shards import MANIFEST, REJECTED, SPLITS, Layout, ShardSet, ShardWriter, make_manifest, write_rejected
 from pipeline.stage import StageError, StageFolder, read_json, stage_folder, write_json
+from pipeline.tracking import Tracker
 from wavemim.wavelets import haar_sums
 
 UNITS = "units"
@@ -70,30 +71,46 @@ def prepare(
     with stage_folder(recipe.shards_dir, identity(recipe, "prepare"), restart=recipe.restart, mark=MANIFEST) as folder:
         if folder.finished:
             return _summary(folder.path, "finished already", {})
-        plan = plan or _plan(recipe)
-        layout = Layout(recipe.data.image_size, recipe.data.channels, recipe.steps_by_level(), recipe.data.wavelet)
-        began = time.monotonic()
-        (folder.path / UNITS).mkdir(exist_ok=True)
-        units = make_units(plan, recipe.data.rows_per_shard)
-        finished = {unit.name: report for unit in units if (report := _report(folder.path, unit)) is not None}
-        todo = [unit for unit in units if unit.name not in finished]
-        task = {
-            "images": str(Path(recipe.images or "").absolute()),
-            "folder": str(folder.path),
-            "layout": layout,
-            "rows_per_group": recipe.data.rows_per_group,
-        }
-        reports = {**finished, **_run(todo, task, _Progress(units, finished, progress, on_unit))}
-        seconds = time.monotonic() - began
-        _finish(folder, recipe, plan, layout, [reports[unit.name] for unit in units])
-        fresh = sum(len(unit.inputs) for unit in todo)
-        extra = {
-            "layout": plan.layout,
-            "units": {"total": len(units), "reused": len(finished)},
-            "seconds": seconds,
-            "images_per_second": fresh / seconds if fresh else None,
-        }
-        return _summary(folder.path, "continued" if folder.state == "unfinished" else "new", extra)
+        with Tracker.start(recipe, "prepare", log_dir=recipe.stage_dir("prepare")) as tracker:
+            summary = _make(recipe, folder, plan or _plan(recipe), progress, on_unit)
+            tracker.tag("wavemim.shards", summary["fingerprint"])
+            counts = {f"prepare/{name}": count for name, count in summary["counts"].items()}
+            if summary["images_per_second"]:
+                counts["perf/images_per_second"] = summary["images_per_second"]
+            tracker.log({**counts, "prepare/bytes": summary["bytes"]}, summary["counts"]["inputs"])
+        return summary
+
+
+def _make(
+    recipe: Recipe,
+    folder: StageFolder,
+    plan: Plan,
+    progress: bool,
+    on_unit: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    layout = Layout(recipe.data.image_size, recipe.data.channels, recipe.steps_by_level(), recipe.data.wavelet)
+    began = time.monotonic()
+    (folder.path / UNITS).mkdir(exist_ok=True)
+    units = make_units(plan, recipe.data.rows_per_shard)
+    finished = {unit.name: report for unit in units if (report := _report(folder.path, unit)) is not None}
+    todo = [unit for unit in units if unit.name not in finished]
+    task = {
+        "images": str(Path(recipe.images or "").absolute()),
+        "folder": str(folder.path),
+        "layout": layout,
+        "rows_per_group": recipe.data.rows_per_group,
+    }
+    reports = {**finished, **_run(todo, task, _Progress(units, finished, progress, on_unit))}
+    seconds = time.monotonic() - began
+    _finish(folder, recipe, plan, layout, [reports[unit.name] for unit in units])
+    fresh = sum(len(unit.inputs) for unit in todo)
+    extra = {
+        "layout": plan.layout,
+        "units": {"total": len(units), "reused": len(finished)},
+        "seconds": seconds,
+        "images_per_second": fresh / seconds if fresh else None,
+    }
+    return _summary(folder.path, "continued" if folder.state == "unfinished" else "new", extra)
 
 
 def make_units(plan: Plan, rows_per_shard: int) -> list[Unit]:

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.build import check_model, check_shards
-from pipeline.config import Recipe, identity, validate
+from pipeline.config import Recipe, SettingError, identity, validate
 from pipeline.loop import Plan, train
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
@@ -33,6 +33,7 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     check_model(recipe)
     shards = ShardSet.open(recipe.shards_dir)
     check_shards(recipe, shards)
+    check_room(recipe, session)
     folder_path = recipe.stage_dir("pretrain")
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
     with stage_folder(folder_path, same, restart=recipe.restart) as folder:
@@ -40,15 +41,8 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
             return {**folder.result(), "state": "finished already"}
         plan = Plan.of(recipe, shards.rows["train"])
         last = checkpoint.latest(folder.path)
-        resumed = _resumable_run(folder.path)
-        with Tracker.start(
-            recipe,
-            "pretrain",
-            log_dir=folder.path,
-            resume_id=resumed,
-            tags={"wavemim.shards": shards.fingerprint},
-        ) as tracker:
-            (folder.path / ".mlflow-run").write_text(tracker.handle.run_id)
+        tags = {"wavemim.shards": shards.fingerprint}
+        with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags) as tracker:
             with _progress_bar(folder.path / METRICS, plan, shards.rows["train"], recipe, enabled=progress):
                 _fit(recipe, shards, folder.path, tracker.handle, session)
             final = checkpoint.latest(folder.path)
@@ -73,6 +67,25 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
         return {**result, "state": state_word}
 
 
+def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
+    """Whether training runs on GPUs: as set, else where there are any."""
+    return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
+
+
+def check_room(recipe: Recipe, session: SessionInfo) -> None:
+    """Raise SettingError where this machine can never hold the workers; a cluster may still grow."""
+    workers, needed = recipe.train.workers, recipe.train.workers * recipe.cluster.cpus_per_worker
+    if session.private and needed > session.cpus:
+        raise SettingError(
+            f"train.workers={workers}: {needed:g} CPUs are needed (cluster.cpus_per_worker="
+            f"{recipe.cluster.cpus_per_worker:g}), this machine has {session.cpus:g}; use fewer workers"
+        )
+    if uses_gpu(recipe, session) and session.private and workers > session.gpus:
+        raise SettingError(
+            f"train.workers={workers}: a GPU each is needed, this machine has {session.gpus:g}; use fewer workers"
+        )
+
+
 def checkpoint_of(recipe: Recipe) -> Path:
     """The checkpoint that a later stage uses: the one named, else the run's finished one, else its last whole one."""
     if recipe.checkpoint:
@@ -94,15 +107,9 @@ def recipe_of(checkpoint_path: Path) -> Recipe:
     return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
 
 
-def _resumable_run(folder: Path) -> str | None:
-    """MLflow's id of the run that an unfinished call began."""
-    path = folder / ".mlflow-run"
-    return path.read_text().strip() or None if path.is_file() else None
-
-
 def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo) -> None:
-    """Run the workers. Ray keeps its own record of the run below `folder`, under a name made from the settings."""
-    use_gpu = session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
+    """Run the workers. Ray keeps its own record of the run in `folder`, from which it restores an unfinished one."""
+    use_gpu = uses_gpu(recipe, session)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={

@@ -25,6 +25,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning in every task without a GPU
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the stages have bars of their own
+    "RAY_AIR_NEW_OUTPUT": "0",  # and tables: Tune's newer output cannot be silenced
 }
 # A node of an autoscaled cluster is started, set up and only then joins.
 _CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}

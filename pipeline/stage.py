@@ -37,9 +37,9 @@ class StageFolder:
         return self.state == "finished"
 
     def clear(self) -> None:
-        """Remove what an unfinished call left, but for the settings."""
+        """Remove what an unfinished call left, but for the settings and hidden marks (which MLflow run it was)."""
         for entry in self.path.iterdir():
-            if entry.name != "settings.json":
+            if entry.name != "settings.json" and not entry.name.startswith("."):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def finish(self, result: Mapping[str, Any]) -> None:

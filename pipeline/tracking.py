@@ -39,6 +39,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # Seconds. A fresh SQLite store takes 2 to 3, but its many small transactions are slow on network file systems.
+RUN_MARK = ".mlflow-run"  # in a stage's folder: which run an unfinished call began
 _START_LIMIT, _CALL_LIMIT, _ARTIFACT_LIMIT, _MONITOR_LIMIT = 120.0, 20.0, 120.0, 5.0
 # After a failure MLflow is left alone for this long, doubled with every further one: a dead server costs next to nothing.
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
@@ -102,7 +103,10 @@ class Tracker:
         log_dir: Path,
         resume_id: str | None = None,
     ) -> Tracker:
-        """A new run (or the run `resume_id`, where the store has it), in a store that is made if need be."""
+        """A new run, in a store that is made if need be; or the run that an earlier call began in `log_dir`.
+
+        `resume_id` names another run to go on with. A run that the store no longer has is begun anew.
+        """
         # A trial's working folder is not the driver's, so a relative URI is not resolved a second time.
         uri = parent.uri if parent is not None else store_uri(recipe)
         log_file = Path(log_dir).absolute() / "metrics.jsonl"
@@ -112,6 +116,9 @@ class Tracker:
         all_tags = {**_tags(recipe, stage, parent), **(tags or {})}
         run_name = name or f"{stage}-{recipe.name}"
         opened: list[str] = []
+        marker = Path(log_dir) / RUN_MARK
+        if resume_id is None and marker.is_file():
+            resume_id = marker.read_text(encoding="utf-8").strip() or None
 
         def open_run(client: MlflowClient) -> None:
             opened.append(_open_run(client, _experiment(client, recipe, uri), run_name, all_tags, resume_id))
@@ -119,6 +126,8 @@ class Tracker:
         tracker._guarded(open_run, _START_LIMIT)
         if opened:
             tracker.handle = replace(tracker.handle, run_id=opened[0])
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(opened[0] + "\n", encoding="utf-8")
             settings = _redacted(recipe)
             flat = flatten(params if params is not None else settings)
             tracker._guarded(lambda client: _log_params(client, opened[0], flat))
@@ -185,6 +194,8 @@ class Tracker:
 
         if self._owner or self._pending:
             self._guarded(finish, force=True)
+        if self._owner and status == "FINISHED":
+            (Path(self.handle.log_file).parent / RUN_MARK).unlink(missing_ok=True)
 
     def __enter__(self) -> Tracker:
         return self

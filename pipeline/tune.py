@@ -24,6 +24,7 @@ from pipeline.build import build_inputs, check_model, check_shards
 from pipeline.config import Recipe, SettingError, identity, read_yaml, settings_of, validate, with_overrides
 from pipeline.evaluate import features_of
 from pipeline.loop import train
+from pipeline.pretrain import uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, StageFolder, stage_folder
@@ -118,14 +119,16 @@ def _search(
     statuses: dict[str, str],
     progress: bool,
 ) -> ray.tune.ResultGrid:
-    use_gpu = session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
+    use_gpu = uses_gpu(recipe, session)
     slots = int(session.gpus if use_gpu else session.cpus // recipe.cluster.cpus_per_worker)
     concurrent = recipe.tune.concurrent or max(1, min(slots, recipe.tune.trials))
     search: Any
     if recipe.tune.search == "optuna":
+        import optuna
         from optuna.samplers import TPESampler
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a quarter of the trials at random first; with fewer, TPE would only ever guess
         sampler = TPESampler(seed=recipe.seed, n_startup_trials=max(4, recipe.tune.trials // 4))
         search = ConcurrencyLimiter(OptunaSearch(sampler=sampler), max_concurrent=concurrent)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tiny_shards import smooth_texture
 
+from pipeline.session import SessionInfo
+
 # Before Ray is imported anywhere: no token file in the home folder, no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -28,13 +30,10 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """A Ray of two CPUs for the whole session, without a dashboard. What is initialised already is left alone."""
-    import ray
+def ray_local() -> Iterator[SessionInfo]:
+    """A private Ray for the whole session, as the stages start it. What is initialised already is left alone."""
+    from pipeline.config import Cluster
+    from pipeline.session import ray_session
 
-    mine = not ray.is_initialized()
-    if mine:
-        ray.init(num_cpus=2, object_store_memory=int(300e6), include_dashboard=False, log_to_driver=False)
-    yield
-    if mine:
-        ray.shutdown()
+    with ray_session(Cluster()) as session:
+        yield session

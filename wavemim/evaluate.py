@@ -5,14 +5,14 @@ Legend: n images, F features, c classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,10 @@ def judge(
     yield "eval/rankme", rankme(test[0] if len(test[0]) > train[0].shape[1] else train[0][:10_000])
 
 
-def _fit(x: np.ndarray, y: np.ndarray, strength: float, max_iterations: int) -> LogisticRegression:
-    import warnings
+def _fit(x: np.ndarray, y: np.ndarray, strength: float, max_iterations: int) -> Any:
+    # imported here: scikit-learn loads pandas, which loads pyarrow where it is installed
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping of the solver is a setting, not news

@@ -64,8 +64,8 @@ def reconstruction_figure(
 ) -> None:
     """Write a grid, a line an image: image, masked, each level's prediction from coarse to fine, the image rebuilt.
 
-    The column of a level shows what that level alone adds, as a picture around mid-grey (the coarsest with its A is a
-    small picture by itself). The rebuilt image has its visible patches from the input.
+    The coarsest level's column is the picture that its A alone makes; a finer level's shows what its hidden cells add
+    to it, around mid-grey. The rebuilt image has its visible patches from the input.
     """
     images, pyramid = inputs(stored)
     grid = model.encoder.grid
@@ -79,12 +79,13 @@ def reconstruction_figure(
     ]
     coarsest = max(guessed)
     for level in sorted(model.levels, reverse=True):
-        alone = {other: (bands if other == level else torch.zeros_like(bands)) for other, bands in guessed.items()}
+        alone = {other: torch.zeros_like(bands) for other, bands in guessed.items()}
+        side = guessed[level].shape[-1]
+        cells = share_at(mask, grid, side).reshape(-1, 1, 1, side, side)
+        alone[level] = guessed[level] if level == coarsest else guessed[level] * cells
+        contribution = reconstruct(alone)
         if level != coarsest:
-            contribution = reconstruct(alone)
             contribution = 127.5 + contribution * _contrast(contribution)
-        else:
-            contribution = reconstruct(alone)
         columns.append((f"level {level} predicted", contribution))
     columns.append(("rebuilt", reconstruct(completed)))
     _grid(path, columns)

@@ -1,0 +1,126 @@
+"""The one door for settings: what is right goes through, what is wrong gets one line."""
+
+import pytest
+import yaml
+
+from pipeline.config import (
+    STAGE_SECTIONS,
+    Recipe,
+    SettingError,
+    differences,
+    identity,
+    load,
+    names_of,
+    settings_of,
+    with_overrides,
+)
+
+MISTAKES = [
+    ("train.epoch=3", "unknown setting 'train.epoch'; did you mean 'train.epochs'?"),
+    ("trian.lr=3", "did you mean 'train.lr'?"),
+    ("batch=3", "unknown setting 'batch'; did you mean"),
+    ("train.epochs=many", "train.epochs=many: input should be a valid number"),
+    ("train.epochs=-1", "train.epochs=-1: input should be greater than 0"),
+    ("mask.ratio=1.5", "mask.ratio=1.5: input should be less than 1"),
+    ("mask.ratio=0.001", "mask.ratio=0.001: hides 0 of 64 patches"),
+    ("mask.kind=blocky", "mask.kind=blocky: input should be 'random'"),
+    ("train.batch=0", "train.batch=0: input should be greater than or equal to 1"),
+    ("train.batch=33", "train.batch=33: no multiple of train.workers=2; nearest allowed: 32 or 34"),
+    (
+        "data.image_size=100",
+        "data.image_size=100: no multiple of 2^levels = 16 (data.levels=4); nearest allowed: 96 or 112",
+    ),
+    ("encoder.patch_size=12", "encoder.image_size=64: no multiple of encoder.patch_size=12; nearest allowed: 60 or 72"),
+    ("encoder.image_size=128", "encoder.image_size=128: larger than the stored images, data.image_size=64"),
+    ("target.taps.5=8", "target.taps.5: level 5 is deeper than the stored pyramid, data.levels=4; allowed are 1 to 4"),
+    ("target.taps.x=8", "'x' is not a level"),
+    ("target.weights.1=2", "target.weights.1: level 1 has no tap"),
+    ("target.bands.3=HX", "target.bands.3=HX: allowed are some of the letters A, H, V, D"),
+    ("target.bands.3=DH", "target.bands.3=DH: allowed are some of the letters A, H, V, D, in this order"),
+    ("train.warmup_epochs=1000", "train.warmup_epochs=1000: has to be less than train.epochs"),
+    ("decoder.heads=5", "multiple of 4 and of decoder.heads=5"),
+    ("seed.x=1", "'seed' is a value and has no settings inside"),
+    ("name=a/b", "name=a/b: allowed are letters"),
+    ("train.lr=.nan", "train.lr=nan: input should be a finite number"),
+    ("nonsense", "'nonsense' is not a setting; write key=value"),
+    ("=3", "'=3' is not a setting"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES)
+def test_a_mistake_gets_one_line(override, message):
+    with pytest.raises(SettingError) as caught:
+        load("small", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_typed_and_later_ones_win():
+    recipe = load("small", ["train.lr=1e-4", "train.lr=2e-4", "target.weights.4=3", "train.flip=no", "name=2024"])
+    assert (recipe.train.lr, recipe.weights_by_level(), recipe.train.flip) == (2e-4, {3: 1.0, 4: 3.0}, False)
+    assert recipe.name == "2024"
+    assert load("small", ["target.taps={4: 8}"]).target.taps == {4: 8}
+
+
+@pytest.mark.parametrize("name", names_of("pipeline", "recipes"))
+def test_every_recipe_is_valid_and_survives_a_round_trip(name):
+    recipe = load(name)
+    assert Recipe.model_validate(recipe.dump()) == recipe
+    assert recipe.name == name
+
+
+def test_a_recipe_file_builds_on_another(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: small\ntrain: {epochs: 7}\n")
+    recipe, base = load(str(path)), load("small")
+    assert recipe.name == "mine"
+    assert recipe.train.epochs == 7
+    assert recipe.train.batch == base.train.batch
+    path.write_text(f"base: {path}\n")
+    with pytest.raises(SettingError, match="based on itself"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: [1, 2", "not valid YAML"),
+        ("- 1\n", "holds list, not a mapping"),
+        ("train: {epocs: 3}\n", "train.epochs"),
+    ],
+)
+def test_a_broken_recipe_file_is_named(tmp_path, content, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(SettingError, match=message):
+        load(str(path))
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(SettingError, match="did you mean 'small'"):
+        load("smal")
+    with pytest.raises(SettingError, match="no such file"):
+        load("nowhere/mine.yaml")
+
+
+def test_every_setting_is_described():
+    for key, kind, field in settings_of():
+        assert field.description, key
+        assert kind, key
+    assert set(STAGE_SECTIONS) == {"prepare", "pretrain", "evaluate", "tune", "export", "run"}
+
+
+def test_identity_tells_what_is_computed_from_how():
+    base = load("small")
+    for change in ({"train.workers": 1}, {"train.log_every": 3}, {"cluster.cpus_per_worker": 2}, {"out": "elsewhere"}):
+        assert identity(with_overrides(base, change), "pretrain") == identity(base, "pretrain"), change
+    for change in ({"train.epochs": 3}, {"mask.ratio": 0.5}, {"seed": 1}, {"target.weights.3": 2.0}):
+        changed = identity(with_overrides(base, change), "pretrain")
+        assert len(differences(identity(base, "pretrain"), changed)) == 1, change
+
+
+def test_best_recipe_of_a_sweep_can_be_read_back(tmp_path):
+    path = tmp_path / "best.yaml"
+    recipe = with_overrides(load("small"), {"target.weights.3": 0.3, "mask.ratio": 0.61})
+    path.write_text(yaml.safe_dump(recipe.dump()))
+    assert load(str(path)) == recipe

@@ -1,0 +1,100 @@
+"""The training loop without Ray: resuming equals no interruption, and what it logs."""
+
+import pytest
+import torch
+from tiny_shards import photos, write_set
+
+from pipeline.config import load, with_overrides
+from pipeline.loop import Plan, train
+from wavemim import checkpoint
+
+SETTINGS = {
+    "encoder.width": 32,
+    "encoder.depth": 2,
+    "encoder.heads": 2,
+    "decoder.width": 16,
+    "decoder.heads": 2,
+    "target.taps": {2: 1, 3: 2, 4: 2},
+    "target.weights": {2: 0.5},
+    "train.epochs": 3,
+    "train.batch": 10,
+    "train.workers": 1,
+    "train.warmup_epochs": 1,
+    "train.log_every": 2,
+    "train.checkpoint_every": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("set") / "shards", photos(60))  # 40 to train on: 4 steps an epoch
+
+
+def run(shards, folder=None, resume=None, **changes):
+    recipe = with_overrides(load("small"), SETTINGS | changes)
+    logged = {}
+
+    def keep(write, state):
+        if folder is not None:
+            write(folder / f"images-{state['images']}")
+
+    trained = train(
+        recipe,
+        shards,
+        device=torch.device("cpu"),
+        resume=resume,
+        on_log=lambda metrics, images: logged.update({images: metrics}),
+        on_checkpoint=keep,
+    )
+    return trained, logged
+
+
+def test_resuming_in_the_middle_of_an_epoch_equals_no_interruption(shards, tmp_path):
+    whole, logged = run(shards, tmp_path)
+    middle = tmp_path / "images-60"  # one and a half epochs
+    assert checkpoint.read_state(middle)["batch"] == 2
+    resumed, again = run(shards, resume=middle)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert resumed.position.history == whole.position.history
+    assert set(again) == {images for images in logged if images > 60}
+    for images, metrics in again.items():
+        for name, value in metrics.items():
+            if not name.startswith("perf/"):
+                assert value == logged[images][name], name
+
+
+def test_what_is_logged(shards):
+    trained, logged = run(shards)
+    assert list(logged) == [20, 40, 60, 80, 100, 120]
+    last = logged[120]
+    assert last["train/loss"] == pytest.approx(
+        0.5 * last["train/loss_level2"] + last["train/loss_level3"] + last["train/loss_level4"]
+    )
+    assert {"train/lr", "train/grad_norm", "perf/images_per_second", "perf/data_wait_share"} <= set(last)
+    assert 0 <= last["perf/data_wait_share"] <= 1
+    assert [line["epoch"] for line in trained.position.history] == [1, 2, 3]
+    assert trained.position.images == 120
+
+
+def test_another_seed_is_another_run(shards):
+    first, second = run(shards, **{"train.epochs": 1.5})[0], run(shards, **{"train.epochs": 1.5, "seed": 1})[0]
+    assert not torch.equal(
+        first.model.encoder.model.blocks[0].mlp.fc1.weight, second.model.encoder.model.blocks[0].mlp.fc1.weight
+    )
+
+
+def test_a_set_smaller_than_a_batch_trains(shards):
+    trained, _ = run(shards, **{"train.batch": 512})
+    assert trained.position.step == 3
+    assert trained.position.images == 120
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "batch", "expected"),
+    [(100, 1, 32, (32, 4)), (100, 2, 512, (100, 1)), (19, 2, 64, (18, 2)), (3, 2, 64, (2, 2)), (64, 2, 64, (64, 1))],
+)
+def test_plan_follows_the_size_of_the_set(rows, workers, batch, expected):
+    recipe = with_overrides(load("small"), {"train.batch": batch, "train.workers": workers})
+    plan = Plan.of(recipe, rows)
+    assert (plan.batch, plan.batches_per_epoch) == expected

@@ -1,0 +1,81 @@
+"""A stage's folder: one owner, a finishing mark, and no work of other settings taken for one's own."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from pipeline.config import SettingError
+from pipeline.stage import StageError, read_json, stage_folder, write_json
+
+
+def test_new_unfinished_finished(tmp_path):
+    path = tmp_path / "s"
+    with stage_folder(path, {"a": 1}) as folder:
+        assert folder.state == "new"
+        (path / "half").write_text("x")
+    with stage_folder(path, {"a": 1}) as folder:
+        assert folder.state == "unfinished"
+        folder.clear()
+        assert sorted(p.name for p in path.iterdir()) == ["settings.json"]
+        folder.finish({"answer": 42})
+    with stage_folder(path, {"a": 1}) as folder:
+        assert folder.finished
+        assert folder.result() == {"answer": 42}
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    with stage_folder(tmp_path / "s", {"train.epochs": 3, "seed": 0}) as folder:
+        folder.finish({})
+    with (
+        pytest.raises(SettingError, match=r"train\.epochs: 3 → 5") as caught,
+        stage_folder(tmp_path / "s", {"train.epochs": 5, "seed": 0}),
+    ):
+        pass
+    assert "seed" not in str(caught.value)
+    with stage_folder(tmp_path / "s", {"train.epochs": 5, "seed": 0}, restart=True) as folder:
+        assert folder.state == "new"
+
+
+def test_a_foreign_folder_is_never_emptied(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_text("precious")
+    for restart in (False, True):
+        with (
+            pytest.raises(SettingError, match="not a folder that a stage made"),
+            stage_folder(tmp_path / "photos", {}, restart=restart),
+        ):
+            pass
+    assert (tmp_path / "photos" / "mine.jpg").read_text() == "precious"
+
+
+def _hold(path, ready):
+    with stage_folder(path, {"a": 1}):
+        ready.set()
+        signal.pause()
+
+
+def test_one_owner_and_a_killed_owner_owns_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path / "s", ready))
+    holder.start()
+    assert ready.wait(60)
+    with (
+        pytest.raises(StageError, match=f"being written by process {holder.pid}"),
+        stage_folder(tmp_path / "s", {"a": 1}),
+    ):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with stage_folder(tmp_path / "s", {"a": 1}) as folder:
+        assert folder.state == "unfinished"
+
+
+def test_json_is_whole_or_named(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    (tmp_path / "a.json").write_text('{"x": ')
+    with pytest.raises(StageError, match=r"a\.json cannot be read"):
+        read_json(tmp_path / "a.json")

@@ -1,0 +1,264 @@
+"""The whole way on real JPEGs, real Ray, a real MLflow store: each stage's files, numbers and second call."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline.build import build_model
+from pipeline.config import SettingError, load, with_overrides
+from pipeline.evaluate import evaluate
+from pipeline.export import export
+from pipeline.prepare import prepare
+from pipeline.pretrain import check_room, pretrain
+from pipeline.shards import ShardSet
+from pipeline.tune import PROBE, RANK, tune
+from wavemim import checkpoint
+
+TINY = {
+    "data.image_size": 32,
+    "data.levels": 3,
+    "encoder.image_size": 32,
+    "encoder.width": 32,
+    "encoder.depth": 2,
+    "encoder.heads": 2,
+    "decoder.width": 16,
+    "decoder.heads": 2,
+    "target.taps": {2: 1, 3: 2},
+    "train.epochs": 4,
+    "train.batch": 20,
+    "train.warmup_epochs": 1,
+    "train.log_every": 2,
+    "evaluate.probe_strengths": [0.1],
+    "tune.trials": 2,
+    "tune.epochs": 1,
+    "tracking.system_metrics": False,
+}
+pytestmark = pytest.mark.ray
+
+
+def recipe_for(folder, images, **changes):
+    return with_overrides(load("small"), {**TINY, "images": str(images), "out": str(folder), **changes})
+
+
+def client_of(folder):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("wavemim")
+    return client, {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+@pytest.fixture(scope="module")
+def whole(ray_local, photo_folder, tmp_path_factory):
+    """All stages once, on labelled photos, pretraining with two workers."""
+    out = tmp_path_factory.mktemp("whole")
+    recipe = recipe_for(out, photo_folder)
+    results = {"prepare": prepare(recipe, progress=False)}
+    results["pretrain"] = pretrain(recipe, ray_local, progress=False)
+    results["evaluate"] = evaluate(recipe, ray_local, progress=False)
+    results["tune"] = tune(recipe, ray_local, progress=False)
+    results["export"] = export(recipe)
+    return out, recipe, results
+
+
+def test_pretrain_leaves_whole_checkpoints_and_a_picture(whole):
+    _, recipe, results = whole
+    folder = recipe.stage_dir("pretrain")
+    last = checkpoint.latest(folder)
+    state = checkpoint.read_state(last)
+    assert last.name == results["pretrain"]["checkpoint"]
+    assert state["epoch"] == 4
+    assert state["images"] == 4 * ShardSet.open(recipe.shards_dir).rows["train"] == results["pretrain"]["images_seen"]
+    assert len(list(folder.glob("images-*"))) == recipe.train.keep_checkpoints
+    first, final = results["pretrain"]["history"][0], results["pretrain"]["history"][-1]
+    assert final["train/loss_level3"] < first["train/loss_level3"]
+    assert Image.open(folder / "reconstruction.png").size[0] > 300
+
+
+def test_everything_is_in_mlflow(whole):
+    out, recipe, results = whole
+    client, runs = client_of(out)
+    stages = {f"{stage}-small" for stage in ("prepare", "pretrain", "evaluate", "tune", "export")}
+    assert stages <= set(runs)
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    run = runs["pretrain-small"]
+    shards = ShardSet.open(recipe.shards_dir)
+    assert run.data.tags["wavemim.shards"] == shards.fingerprint
+    assert run.data.params["target.taps.3"] == "2"
+    assert run.data.params["mask.ratio"] == "0.75"
+    points = client.get_metric_history(run.info.run_id, "train/loss_level3")
+    assert points[-1].step == results["pretrain"]["images_seen"]
+    assert {"train/loss", "train/lr", "train/grad_norm", "perf/images_per_second"} <= set(run.data.metrics)
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"reconstruction.png", "recipe.yaml"} <= names
+    parent = runs["tune-small"]
+    trials = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(trials) == 2
+    assert len({trial.data.params["mask.ratio"] for trial in trials}) == 2
+    assert all(PROBE in trial.data.metrics for trial in trials)
+    assert "sweep.png" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+    measured = runs["evaluate-small"].data.metrics
+    assert {"eval/linear_top1", "eval/linear_top1_untrained", "eval/knn_top1", "eval/rankme"} <= set(measured)
+
+
+def test_evaluation_is_of_three_subjects_on_val(whole):
+    _, recipe, results = whole
+    measured = results["evaluate"]["measured"]
+    assert set(measured) == {"trained", "untrained", "pixels"}
+    assert results["evaluate"]["val_images"] == ShardSet.open(recipe.shards_dir).rows["val"]
+    for values in measured.values():
+        assert values["eval/linear_top1_low"] <= values["eval/linear_top1"] <= values["eval/linear_top1_high"]
+
+
+def test_the_sweep_is_ranked_by_what_weights_cannot_move(whole):
+    _, _, results = whole
+    found = results["tune"]
+    assert found["objective"] == PROBE
+    values = [trial[PROBE] for trial in found["trials"]]
+    assert values == sorted(values, reverse=True)
+    assert set(found["parameters"]) == {"target.weights.2", "target.weights.3", "mask.ratio"}  # only tapped levels
+    with open(found["table"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row[PROBE]) for row in rows] == values
+    best = load(found["best_recipe"])
+    assert best.mask.ratio == found["trials"][0]["mask.ratio"]
+    assert best.target.weights[3] == found["trials"][0]["target.weights.3"]
+
+
+def test_the_export_is_the_trained_encoder(whole):
+    import timm
+
+    _, recipe, results = whole
+    shards = ShardSet.open(recipe.shards_dir)
+    model = build_model(recipe, shards)
+    checkpoint.load_model(checkpoint.latest(recipe.stage_dir("pretrain")), model)
+    loaded = timm.create_model(f"local-dir:{results['export']['encoder']}", pretrained=True).eval()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (loaded(x) - model.encoder.model.eval()(x)).abs().max() < 1e-5
+    assert loaded.pretrained_cfg["mean"] == pytest.approx([m / 255 for m in shards.pixel_mean])
+
+
+def test_the_same_call_again_does_nothing_and_says_so(whole, ray_local):
+    _, recipe, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in recipe.run_dir.rglob("*") if path.is_file()}
+    assert prepare(recipe, progress=False)["state"] == "finished already"
+    for stage in (pretrain, evaluate, tune):
+        assert stage(recipe, ray_local, progress=False)["state"] == "finished already"
+    assert export(recipe)["state"] == "finished already"
+    assert {path: path.stat().st_mtime_ns for path in recipe.run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_in_the_same_place_are_refused(whole, ray_local):
+    _, recipe, _ = whole
+    with pytest.raises(SettingError, match=r"train\.epochs: 4\.0 → 5\.0.*restart=true"):
+        pretrain(with_overrides(recipe, {"train.epochs": 5}), ray_local, progress=False)
+
+
+def test_workers_that_never_fit_are_refused_at_once(whole, ray_local):
+    from dataclasses import replace
+
+    _, recipe, _ = whole
+    many = with_overrides(recipe, {"train.workers": 20})
+    with pytest.raises(SettingError, match=r"train\.workers=20: 20 CPUs are needed"):
+        check_room(many, replace(ray_local, private=True, gpus=0))
+
+
+def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(photo_folder.rglob("*.jpg"))[:20]):
+        (flat / f"{number}.jpg").write_bytes(path.read_bytes())
+    (flat / "notes.txt").write_text("not a picture")
+    (flat / "broken.jpg").write_bytes((flat / "0.jpg").read_bytes()[:200])
+    recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.trials": 2})
+    summary = prepare(recipe, progress=False)
+    assert summary["counts"]["kept"] == 20
+    assert summary["counts"]["rejected"] == 2
+    pretrain(recipe, ray_local, progress=False)
+    measured = evaluate(recipe, ray_local, progress=False)
+    assert not measured["labelled"]
+    assert set(measured["measured"]["trained"]) == {"eval/rankme"}
+    assert tune(recipe, ray_local, progress=False)["objective"] == RANK
+
+
+def wavemim(*arguments, **options):
+    """The real command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def arguments_of(recipe_file, folder, images, *more):
+    return ["pretrain", "--quiet", "--recipe", str(recipe_file), f"out={folder}", f"images={images}", *more]
+
+
+def wait_for(condition, process, seconds=150):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends, "nothing happened in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(400)
+def test_killed_and_interrupted_pretraining_ends_as_if_undisturbed(whole, photo_folder, tmp_path):
+    """kill -9 of the driver with all its Ray, then Ctrl-C, then the same call once more: the same weights, bit for bit."""
+    _, recipe, _ = whole
+    changes = {"train.epochs": 60, "train.checkpoint_every": 2, "train.workers": 1, "train.warmup_epochs": 1}
+    settings = with_overrides(recipe, {**changes, "name": "long"}).dump()
+    recipe_file = tmp_path / "long.yaml"
+    recipe_file.write_text(yaml.safe_dump(settings))
+    folder = tmp_path / "out"
+    shards = f"shards={recipe.shards_dir}"
+    runs = folder / "runs" / "long" / "pretrain"
+
+    process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
+    wait_for(lambda: len(list(runs.glob("images-*/state.json"))) >= 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (runs / "result.json").exists()
+    reached = checkpoint.read_state(checkpoint.latest(runs))["images"]
+
+    process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
+    wait_for(lambda: (latest := checkpoint.latest(runs)) and checkpoint.read_state(latest)["images"] > reached, process)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, errors
+    assert (
+        errors.strip().splitlines()[-1]
+        == "wavemim: interrupted; what is finished is kept, and the same command goes on"
+    )
+    assert "Traceback" not in errors
+
+    process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "continued from images-" in output
+
+    from pipeline.loop import train
+
+    undisturbed = train(load(str(recipe_file)), ShardSet.open(recipe.shards_dir), device=torch.device("cpu"))
+    final = build_model(load(str(recipe_file)), ShardSet.open(recipe.shards_dir))
+    checkpoint.load_model(checkpoint.latest(runs), final)
+    for name, value in undisturbed.model.state_dict().items():
+        assert torch.equal(value, final.state_dict()[name]), name
+    assert json.loads((runs / "result.json").read_text())["history"] == undisturbed.position.history
+    client, found = client_of(folder)
+    assert [run.info.status for run in found.values()] == ["FINISHED"]  # one run, gone on with
+    assert Path(client.get_run(next(iter(found.values())).info.run_id).info.artifact_uri).exists()
