@@ -74,7 +74,7 @@ def test_textures_differ_inside_a_shape() -> None:
             shares.append(np.sort(middle)[-4:].sum() / middle.sum())
         return float(np.mean(shares))
 
-    stripes, checks = CLASSES.index("square-stripes"), CLASSES.index("square-checks")
+    stripes, checks = CLASSES.index("disc-stripes"), CLASSES.index("disc-checks")
     assert share_of_strongest(stripes) > share_of_strongest(checks) + 0.05
 
 
