@@ -1,4 +1,4 @@
-"""What tests share: a small folder of real JPEGs, and one lean Ray for the whole session."""
+"""What tests share: a small folder of real JPEGs, and a lean Ray."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local() -> Iterator[SessionInfo]:
-    """A private Ray for the whole session, as the stages start it. What is initialised already is left alone."""
+    """A private Ray for the tests of a file, as the stages start it: ended before other files start theirs."""
     from pipeline.config import Cluster
     from pipeline.session import ray_session
 
