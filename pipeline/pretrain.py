@@ -135,6 +135,9 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
     )
     try:
         trainer.fit()
+    except SystemExit:
+        # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise StageError(f"training failed: {_root_cause(error)}; what was reached is kept in {folder}") from error
 
