@@ -116,6 +116,9 @@ def _session(recipe: Recipe) -> Iterator[Any]:
 
 
 def _prepare(recipe: Recipe, progress: bool) -> None:
+    from pipeline.image_folder import check_folder
+
+    check_folder(recipe.images)
     from pipeline.prepare import prepare
     from pipeline.report import prepare_line
 

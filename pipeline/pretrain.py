@@ -23,7 +23,7 @@ from pipeline.shards import ShardSet
 from pipeline.stage import StageError, stage_folder
 from pipeline.tracking import RunHandle, Tracker
 from wavemim import checkpoint
-from wavemim.figures import reconstruction_figure
+from wavemim.figures import loss_figure, reconstruction_figure
 
 METRICS = "metrics.jsonl"
 
@@ -51,7 +51,10 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
             state = checkpoint.read_state(final)
             picture = folder.path / "reconstruction.png"
             reconstruction_figure(picture, **_figure_inputs(recipe, shards, final))
-            tracker.artifact(picture)
+            losses = folder.path / "losses.png"
+            loss_figure(losses, state["history"])
+            for figure in (picture, losses):
+                tracker.artifact(figure)
             result = {
                 "checkpoint": final.name,
                 "images_seen": state["images"],
@@ -191,7 +194,7 @@ def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, An
     model = build_model(recipe, shards)
     checkpoint.load_model(path, model)
     split = "val" if shards.rows.get("val") else "train"
-    batch = next(iter(sequential(shards, split, 6, window=recipe.encoder.image_size, max_rows=6)))
+    batch = next(iter(sequential(shards, split, 4, window=recipe.encoder.image_size, max_rows=4)))
     return {
         "model": model.eval(),
         "inputs": build_inputs(shards),

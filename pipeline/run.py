@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 import pipeline.report as report
 from pipeline.build import check_model
-from pipeline.config import Recipe, SettingError
+from pipeline.config import Recipe
+from pipeline.image_folder import check_folder
 from pipeline.session import ray_session
 from pipeline.tune import read_space
 
@@ -23,10 +23,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> str:
     from pipeline.pretrain import pretrain
     from pipeline.tune import tune
 
-    if recipe.images is None:
-        raise SettingError("images is not set; give the folder of your images with images=FOLDER")
-    if not Path(recipe.images).is_dir():
-        raise SettingError(f"images={recipe.images}: no such folder")
+    check_folder(recipe.images)
     check_model(recipe)
     read_space(recipe)
     began = time.perf_counter()

@@ -1,0 +1,99 @@
+"""The command as a person types it: help, mistakes, exit codes."""
+
+import sys
+
+import pytest
+
+from pipeline import cli
+from pipeline.config import STAGE_SECTIONS, settings_of
+
+
+def wavemim(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of one call."""
+    monkeypatch.setattr(sys, "argv", ["wavemim", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("stage", [*STAGE_SECTIONS, "demo"])
+def test_help_lists_every_setting_of_the_stage(monkeypatch, capsys, stage):
+    code, out, _ = wavemim(monkeypatch, capsys, stage, "--help")
+    assert code == 0
+    for key, kind, field in settings_of(STAGE_SECTIONS.get(stage, STAGE_SECTIONS["run"])):
+        assert f"  {key}=" in out
+        assert f"({kind})" in out
+        assert field.description.split()[0] in out
+    assert "small" in out
+
+
+def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys):
+    _, out, _ = wavemim(monkeypatch, capsys, "pretrain", "--recipe", "wamim_vit_base", "--help", "mask.ratio=0.61")
+    assert "encoder.patch_size=16 " in out
+    assert "mask.ratio=0.61 " in out
+    assert "target.taps={2: 2, 3: 4, 4: 10, 5: 12}" in out
+
+
+MISTAKES = [
+    (["pretrain", "train.epoch=3"], "did you mean 'train.epochs'?"),
+    (["pretrain", "target.taps={3: 6, 4: 9}"], "block 9 does not exist, vit_tiny_patch16_224 has blocks 1 to 8"),
+    (["run", "images=.", "target.taps={3: 6, 4: 7}"], "the last block, 8, has no tap"),
+    (["pretrain", "encoder.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+    (["pretrain", "encoder.name=resnet50"], "encoder.name=resnet50"),
+    (["prepare"], "images"),
+    (["prepare", "images=nowhere"], "nowhere"),
+    (["run"], "images"),
+    (["run", "images=nowhere"], "nowhere"),
+    (["tune", "tune.space=level_weight"], "did you mean 'level_weights'"),
+    (["pretrain", "--recipe", "smal"], "did you mean 'small'"),
+    (["pretrain", "--recipe", "nowhere.yaml"], "no such file"),
+    (["train"], "No such command"),
+    (["pretrain", "--fast"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line_exit_2_and_nothing_written(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.session.ray_session", lambda *_: pytest.fail("Ray was started for a mistake"))
+    code, out, err = wavemim(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("wavemim: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "export"])
+def test_a_stage_without_what_it_needs_says_what_to_run(monkeypatch, capsys, tmp_path, stage):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = wavemim(monkeypatch, capsys, stage)
+    assert code == 1
+    assert "run wavemim pretrain with the same name= and out= first" in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("space: {mask.ratoi: {uniform: [0.4, 0.9]}}", "did you mean 'mask.ratio'?"),
+        ("space: {mask.ratio: {unifrom: [0.4, 0.9]}}", "mask.ratio needs one of uniform"),
+        ("space: {mask.ratio: {uniform: [0.9, 0.4]}}", "uniform needs [low, high]"),
+        ("space: {mask.ratio: {uniform: [0.4, 1.9]}}", "mask.ratio=1.9: input should be less than 1"),
+        ("space: {target.weights.1: {uniform: [0.4, 0.9]}}", "none of its levels is tapped"),
+        ("spaces: {}", "the file needs a mapping 'space'"),
+    ],
+)
+def test_a_broken_space_is_named_before_anything_starts(monkeypatch, capsys, tmp_path, space, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(space)
+    code, _, err = wavemim(monkeypatch, capsys, "tune", "tune.space=./space.yaml")
+    assert code == 2
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
