@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from pipeline.config import Recipe, SettingError
@@ -74,18 +78,29 @@ def _model(recipe: Recipe, statistics: Statistics, wavelet: str) -> MaskedImageM
             raise SettingError(str(error)) from None
 
 
-def build_inputs(shards: ShardSet) -> Inputs:
-    """What turns a batch of this shard set into images and coefficients."""
-    return Inputs(shards.steps, statistics_of(shards), shards.layout.wavelet)
+def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None) -> Inputs:
+    """What turns a batch of this shard set into images and coefficients.
+
+    Images are normalised by this set's pixels, or by those of the set that a checkpoint with state `trained` has seen.
+    """
+    statistics = statistics_of(shards)
+    if trained is not None:
+        statistics = replace(statistics, pixel_mean=trained["pixel_mean"], pixel_std=trained["pixel_std"])
+    return Inputs(shards.steps, statistics, shards.layout.wavelet)
 
 
 def check_model(recipe: Recipe) -> None:
     """Raise SettingError where the recipe's model cannot be built: on the meta device, so at no cost and without data."""
+    with torch.device("meta"):
+        build_blank_model(recipe)
+
+
+def build_blank_model(recipe: Recipe) -> MaskedImageModel:
+    """The model of a recipe without a shard set: the same weights, targets that are not standardised."""
     levels = range(1, recipe.data.levels + 1)
     flat = {level: dict.fromkeys("AHVD", [1.0] * recipe.data.channels) for level in levels}
     ones = [1.0] * recipe.data.channels
-    with torch.device("meta"):
-        _model(recipe, Statistics(flat, flat, ones, ones), recipe.data.wavelet)
+    return _model(recipe, Statistics(flat, flat, ones, ones), recipe.data.wavelet)
 
 
 def check_shards(recipe: Recipe, shards: ShardSet) -> None:

@@ -115,6 +115,13 @@ def _session(recipe: Recipe) -> Iterator[Any]:
         yield session
 
 
+def _shards(recipe: Recipe) -> None:
+    """Find out that the shard set is missing or damaged before Ray is started."""
+    from pipeline.shards import ShardSet
+
+    ShardSet.open(recipe.shards_dir)
+
+
 def _prepare(recipe: Recipe, progress: bool) -> None:
     from pipeline.image_folder import check_folder
 
@@ -133,6 +140,7 @@ def _pretrain(recipe: Recipe, progress: bool) -> None:
     from pipeline.pretrain import pretrain
     from pipeline.report import pretrain_line
 
+    _shards(recipe)
     with _session(recipe) as session:
         click.echo(pretrain_line(recipe, pretrain(recipe, session, progress=progress)))
 
@@ -143,6 +151,7 @@ def _evaluate(recipe: Recipe, progress: bool) -> None:
     from pipeline.report import evaluate_lines
 
     checkpoint_of(recipe)
+    _shards(recipe)
     with _session(recipe) as session:
         click.echo(evaluate_lines(recipe, evaluate(recipe, session, progress=progress)))
 
@@ -154,6 +163,7 @@ def _tune(recipe: Recipe, progress: bool) -> None:
 
     check_model(recipe)
     read_space(recipe)
+    _shards(recipe)
     with _session(recipe) as session:
         click.echo(tune_lines(tune(recipe, session, progress=progress)))
 

@@ -7,7 +7,6 @@ A *recipe* is a YAML file. A run's settings are a recipe (and the recipes it is 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -227,7 +226,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
 }
 _OPERATIONAL = {
-    "train": {"workers", "checkpoint_every", "keep_checkpoints", "log_every"},
+    "train": {"checkpoint_every", "keep_checkpoints", "log_every"},
     "data": {"max_rejected"},
     "tune": {"concurrent"},
     "evaluate": {"batch"},
@@ -254,11 +253,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
-def fingerprint(value: Any) -> str:
-    """Short SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def names_of(package: str, folder: str = "") -> list[str]:
     """Names of the YAML files that come with the project, of recipes or of tune spaces."""
     return sorted(entry.name[:-5] for entry in _files(package, folder).iterdir() if entry.name.endswith(".yaml"))
@@ -276,14 +270,14 @@ def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]
             path = Path(name)
             if not path.is_file():
                 raise SettingError(
-                    f"{what} '{name}': no such file; give a YAML file or {_one_of(names_of(package, folder))}"
+                    f"{what} '{name}': no such file; give another YAML file, or one of {', '.join(names_of(package, folder))}"
                 )
             text = path.read_text(encoding="utf-8")
         else:
             known = names_of(package, folder)
             if name not in known:
                 raise SettingError(
-                    f"{what} '{name}' is not known{_nearest(name, known)}; {_one_of(known)} or a YAML file"
+                    f"{what} '{name}' is not known{_nearest(name, known, '')}; give one of {', '.join(known)}, or a YAML file"
                 )
             text = (_files(package, folder) / f"{name}.yaml").read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -314,6 +308,8 @@ def validate(settings: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
     _check_together(recipe)
+    if Path(recipe.out).is_file():
+        raise SettingError(f"out={recipe.out}: a file, not a folder")
     return recipe
 
 
@@ -328,6 +324,8 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
 def _with_bases(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if name in seen:
         raise SettingError(f"recipe '{name}' is based on itself: {' → '.join((*seen, name))}")
+    if name.endswith((".yaml", ".yml")) and seen and not Path(name).is_absolute():
+        name = str(Path(seen[-1]).parent / name)  # a base is meant beside the recipe that names it
     settings = read_yaml(name, "pipeline", "recipes", "recipe")
     base = settings.pop("base", None)
     if base is None:
@@ -346,6 +344,9 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise SettingError(f"'{override}' is not a setting; write key=value, for example train.epochs=10")
+    if _is_text(key.strip()) and text.strip() not in ("", "null"):
+        _set(settings, key.strip(), text.strip())  # name=007, images=2024: a text stays as it was typed
+        return
     try:
         value = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError:
@@ -353,6 +354,11 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     if isinstance(value, str):
         value = _number_like(value)
     _set(settings, key.strip(), value)
+
+
+def _is_text(dotted: str) -> bool:
+    kinds = {key: kind for key, kind, _ in settings_of()}
+    return kinds.get(dotted, "").partition("|")[0] == "text"
 
 
 def _number_like(text: str) -> Any:
@@ -374,8 +380,6 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
         place = place[part]
     if isinstance(model, type) and issubclass(model, BaseModel):
         _known_key(model, last, dotted)
-        if last == "name" and model is Recipe and not isinstance(value, str):
-            value = str(value)
         place[last] = value
         return
     if not last.isdigit():
@@ -519,13 +523,9 @@ def _nearest_multiple(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists the settings") -> str:
     known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # a right name at a wrong place: "epochs" for "train.epochs"
         near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    return f"; did you mean '{near[0]}'?" if near else "; --help lists the settings"
-
-
-def _one_of(names: list[str]) -> str:
-    return f"known are {', '.join(names)}"
+    return f"; did you mean '{near[0]}'?" if near else otherwise

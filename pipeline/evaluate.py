@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from pipeline.batches import sequential
-from pipeline.build import build_inputs, build_model
+from pipeline.build import build_inputs, build_model, check_shards
 from pipeline.config import Recipe, identity, validate
-from pipeline.pretrain import checkpoint_of, recipe_of, uses_gpu
+from pipeline.pretrain import check_room, checkpoint_of, recipe_of, root_cause, uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
-from pipeline.stage import stage_folder
+from pipeline.stage import StageError, stage_folder
 from pipeline.tracking import Tracker
 from wavemim import checkpoint
 from wavemim.evaluate import extract, judge
@@ -35,6 +35,8 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     path = checkpoint_of(recipe)
     trained_with = recipe_of(path)
     shards = ShardSet.open(recipe.shards_dir)
+    check_shards(trained_with, shards)
+    check_room(recipe, session, 1)
     state = checkpoint.read_state(path)
     same = {
         **identity(recipe, "evaluate"),
@@ -48,7 +50,12 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
         with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags) as tracker:
             pending = {
                 _task(recipe, session).remote(
-                    subject, recipe.dump(), trained_with.dump(), str(shards.path.absolute()), str(path)
+                    subject,
+                    recipe.dump(),
+                    trained_with.dump(),
+                    str(shards.path.absolute()),
+                    str(path.absolute()),
+                    uses_gpu(recipe, session),
                 ): subject
                 for subject in SUBJECTS
             }
@@ -56,7 +63,10 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
             with tqdm(total=len(pending), desc="evaluate", unit=" encoder", disable=not progress) as bar:
                 while pending:
                     (ready,), _ = ray.wait(list(pending))
-                    measured[pending.pop(ready)] = ray.get(ready)
+                    try:
+                        measured[pending.pop(ready)] = ray.get(ready)
+                    except ray.exceptions.RayError as error:
+                        raise StageError(f"evaluation failed: {root_cause(error)}") from error
                     bar.update()
             images = int(state["images"])
             tracker.log(measured["trained"], images)
@@ -65,7 +75,7 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
             result = {
                 "checkpoint": str(path),
                 "images_seen": images,
-                "labelled": shards.classes is not None,
+                "labelled": shards.classes is not None and bool(shards.rows.get("val")),
                 "classes": len(shards.classes or ()),
                 "train_images": min(shards.rows["train"], recipe.evaluate.max_images),
                 "val_images": shards.rows.get("val", 0),
@@ -93,15 +103,15 @@ def _task(recipe: Recipe, session: SessionInfo) -> Any:
 
 
 def _measure(
-    subject: str, settings: dict[str, Any], trained_with: dict[str, Any], shards_path: str, path: str
+    subject: str, settings: dict[str, Any], trained_with: dict[str, Any], shards_path: str, path: str, use_gpu: bool
 ) -> dict[str, float]:
     """All measures of one subject."""
     torch.set_num_threads(1)
     recipe, trained = validate(settings), validate(trained_with)
     shards = ShardSet.open(shards_path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if use_gpu else "cpu")
     encode = _encoder(subject, trained, shards, Path(path), device)
-    inputs = build_inputs(shards).to(device)
+    inputs = build_inputs(shards, checkpoint.read_state(Path(path), verify=False)).to(device)
     test_split = "val" if shards.rows.get("val") else "train"
     train_set, test_set = (
         features_of(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.build import build_model, statistics_of
+from pipeline.build import build_blank_model
 from pipeline.config import Recipe, identity
 from pipeline.pretrain import checkpoint_of, recipe_of
-from pipeline.shards import ShardSet
 from pipeline.stage import stage_folder
 from pipeline.tracking import Tracker
 from wavemim import __version__, checkpoint
@@ -17,17 +16,13 @@ def export(recipe: Recipe) -> dict[str, Any]:
     """Write the trained encoder to the run's ``export/encoder``; gives the stage's summary."""
     path = checkpoint_of(recipe)
     trained = recipe_of(path)
-    shards = ShardSet.open(recipe.shards_dir)
     state = checkpoint.read_state(path)
     same = {**identity(recipe, "export"), "checkpoint": state["files"][checkpoint.MODEL], "version": __version__}
     with stage_folder(recipe.stage_dir("export"), same, restart=recipe.restart) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
-        with Tracker.start(
-            recipe, "export", log_dir=folder.path, tags={"wavemim.shards": shards.fingerprint}
-        ) as tracker:
-            statistics = statistics_of(shards)
-            model = build_model(trained, shards)
+        with Tracker.start(recipe, "export", log_dir=folder.path, tags={"wavemim.shards": state["shards"]}) as tracker:
+            model = build_blank_model(trained)
             checkpoint.load_model(path, model)
             target = folder.path / "encoder"
             config = checkpoint.export_timm(
@@ -35,13 +30,13 @@ def export(recipe: Recipe) -> dict[str, Any]:
                 model.encoder.model,
                 architecture=model.encoder.name,
                 arguments=model.encoder.arguments,
-                pixel_mean=statistics.pixel_mean,
-                pixel_std=statistics.pixel_std,
+                pixel_mean=state["pixel_mean"],
+                pixel_std=state["pixel_std"],
                 about={
                     "version": __version__,
                     "recipe": trained.name,
                     "images_seen": state["images"],
-                    "shards": shards.fingerprint,
+                    "shards": state["shards"],
                 },
             )
             weights = target / checkpoint.MODEL

@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.batches import Batch, Reader
 from pipeline.build import build_inputs, build_model, check_shards
-from pipeline.config import Recipe
+from pipeline.config import Recipe, SettingError
 from pipeline.shards import ShardSet
 from wavemim import checkpoint
 from wavemim.model import MaskedImageModel
@@ -69,6 +69,10 @@ class Plan:
     def of(cls, recipe: Recipe, rows: int, workers: int | None = None) -> Plan:
         """A batch is never larger than the train split, and is divided evenly over the workers."""
         workers = workers or recipe.train.workers
+        if rows < workers:
+            raise SettingError(
+                f"train.workers={workers}: the train split has {rows} images; use at most {max(rows, 1)}"
+            )
         batch = max(min(recipe.train.batch, rows) // workers, 1) * workers
         batches = -(-rows // batch)
         return cls(
@@ -146,7 +150,16 @@ def train(
 
     def save(folder: Path) -> None:
         checkpoint.save(
-            folder, model, optimizer, {**position.state(), "recipe": recipe.dump(), "shards": shards.fingerprint}
+            folder,
+            model,
+            optimizer,
+            {
+                **position.state(),
+                "recipe": recipe.dump(),
+                "shards": shards.fingerprint,
+                "pixel_mean": shards.pixel_mean,
+                "pixel_std": shards.pixel_std,
+            },
         )
 
     while position.step < plan.total_steps:

@@ -33,7 +33,7 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     check_model(recipe)
     shards = ShardSet.open(recipe.shards_dir)
     check_shards(recipe, shards)
-    check_room(recipe, session)
+    check_room(recipe, session, recipe.train.workers)
     folder_path = recipe.stage_dir("pretrain")
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
     with stage_folder(folder_path, same, restart=recipe.restart) as folder:
@@ -75,17 +75,18 @@ def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
     return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
 
 
-def check_room(recipe: Recipe, session: SessionInfo) -> None:
-    """Raise SettingError where this machine can never hold the workers; a cluster may still grow."""
-    workers, needed = recipe.train.workers, recipe.train.workers * recipe.cluster.cpus_per_worker
+def check_room(recipe: Recipe, session: SessionInfo, workers: int) -> None:
+    """Raise SettingError where this machine can never hold so many workers; a cluster may still grow."""
+    needed = workers * recipe.cluster.cpus_per_worker
     if session.private and needed > session.cpus:
         raise SettingError(
-            f"train.workers={workers}: {needed:g} CPUs are needed (cluster.cpus_per_worker="
-            f"{recipe.cluster.cpus_per_worker:g}), this machine has {session.cpus:g}; use fewer workers"
+            f"{workers} worker(s) with cluster.cpus_per_worker={recipe.cluster.cpus_per_worker:g} need {needed:g} CPUs, "
+            f"this machine has {session.cpus:g}; use fewer with train.workers={max(1, int(session.cpus))}, or a smaller share"
         )
-    if uses_gpu(recipe, session) and session.private and workers > session.gpus:
+    if session.private and uses_gpu(recipe, session) and workers > session.gpus:
         raise SettingError(
-            f"train.workers={workers}: a GPU each is needed, this machine has {session.gpus:g}; use fewer workers"
+            f"{workers} worker(s) need a GPU each (cluster.gpus={recipe.cluster.gpus}), this machine has {session.gpus:g}; "
+            "use fewer with train.workers=, or none with cluster.gpus=false"
         )
 
 
@@ -95,7 +96,7 @@ def checkpoint_of(recipe: Recipe) -> Path:
         path = Path(recipe.checkpoint)
         found = path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
         if found is None:
-            raise StageError(f"checkpoint={path}: neither a checkpoint nor a folder with one in it")
+            raise SettingError(f"checkpoint={path}: neither a checkpoint nor a folder with one in it")
         return found
     found = checkpoint.latest(recipe.stage_dir("pretrain"))
     if found is None:
@@ -142,7 +143,7 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
         # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"training failed: {_root_cause(error)}; what was reached is kept in {folder}") from error
+        raise StageError(f"training failed: {root_cause(error)}; what was reached is kept in {folder}") from error
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -244,8 +245,8 @@ def _advance(path: Path, position: int, bar: tqdm) -> int:
         return position + sum(len(line.encode()) for line in lines)
 
 
-def _root_cause(error: BaseException) -> str:
-    """The first line of what a worker raised."""
+def root_cause(error: BaseException) -> str:
+    """The last line of what a worker raised."""
     failures = getattr(error, "worker_failures", None)
     inner: Any = next(iter(failures.values())) if failures else (error.__cause__ or error)
     while getattr(inner, "cause", None) is not None:

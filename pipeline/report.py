@@ -56,8 +56,9 @@ def write(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], seconds: Map
         f"Images: {counts['kept']:,} of {counts['inputs']:,} kept, {counts['rejected']:,} rejected ({recipe.images})."
     )
     if not evaluated["labelled"]:
-        parts.append("The images have no labels: what needs them (linear probe, kNN) is left out, and the sweep's")
-        parts.append("objective is RankMe, the effective rank of the features.")
+        parts.append("There are no labelled val images: what needs them (linear probe, kNN) is left out.")
+    if results["tune"]["objective"].endswith("rankme"):
+        parts.append("The sweep's objective is RankMe, the effective rank of the features.")
     parts += ["", "## Loss on hidden cells, per level", "", _loss_table(pretrained["history"]), ""]
     parts += ["## Frozen features", "", _evaluation_table(evaluated), "", _verdict(evaluated), ""]
     parts += ["## Sweep", "", _sweep_table(results["tune"]), ""]

@@ -21,10 +21,10 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from tqdm import tqdm
 
 from pipeline.build import build_inputs, check_model, check_shards
-from pipeline.config import Recipe, SettingError, identity, read_yaml, settings_of, validate, with_overrides
+from pipeline.config import Recipe, SettingError, identity, read_yaml, validate, with_overrides
 from pipeline.evaluate import features_of
 from pipeline.loop import train
-from pipeline.pretrain import uses_gpu
+from pipeline.pretrain import check_room, uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, StageFolder, stage_folder
@@ -33,6 +33,7 @@ from wavemim.evaluate import held_out, linear_probe, rankme
 from wavemim.figures import sweep_figure
 
 PROBE, RANK = "eval/linear_top1_heldout", "eval/rankme"
+SEARCHABLE = ("encoder", "target", "decoder", "mask", "train")  # what evaluates a trial must not be searched
 KINDS = ("uniform", "log_uniform", "choice", "int_uniform")
 
 
@@ -41,6 +42,7 @@ def tune(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict
     check_model(recipe)
     shards = ShardSet.open(recipe.shards_dir)
     check_shards(recipe, shards)
+    check_room(recipe, session, 1)
     space = read_space(recipe)
     objective = PROBE if shards.classes is not None else RANK
     same = {**identity(recipe, "tune"), "space": {k: dict(v) for k, v in space.items()}, "shards": shards.fingerprint}
@@ -71,41 +73,60 @@ def read_space(recipe: Recipe) -> dict[str, dict[str, Any]]:
     entries = read_yaml(name, "tune_spaces", "", "tune.space").get("space")
     if not isinstance(entries, dict) or not entries:
         raise SettingError(f"tune.space={name}: the file needs a mapping 'space' of settings to ranges")
-    known = {key for key, _, _ in settings_of()}
     space: dict[str, dict[str, Any]] = {}
     for key, entry in entries.items():
-        base, _, last = key.rpartition(".")
-        if key not in known and base not in known:
-            with_overrides(recipe, {key: None})  # says which setting is unknown, and the nearest
-        if base == "target.weights" and int(last) not in recipe.target.taps:
+        section, _, last = str(key).rpartition(".")
+        if section == "target.weights" and last.isdigit() and int(last) not in recipe.target.taps:
             continue
-        if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in KINDS:
-            raise SettingError(
-                f"tune.space={name}: {key} needs one of {', '.join(KINDS)}, for example {{uniform: [0.4, 0.9]}}"
-            )
-        kind, values = next(iter(entry.items()))
-        if (
-            not isinstance(values, list)
-            or not values
-            or (kind != "choice" and (len(values) != 2 or values[0] >= values[1]))
-        ):
-            raise SettingError(
-                f"tune.space={name}: {key}: {kind} needs {'a list' if kind == 'choice' else '[low, high]'}, got {values}"
-            )
-        for value in values:
-            with_overrides(recipe, {key: value})  # a range that leaves what is allowed is found before the sweep
-        space[key] = entry
+        _check_entry(recipe, str(key), entry)
+        space[str(key)] = entry
     if not space:
         raise SettingError(f"tune.space={name}: none of its levels is tapped by the recipe (target.taps)")
     return space
+
+
+def _check_entry(recipe: Recipe, key: str, entry: Any) -> None:
+    """Raise SettingError unless `entry` is a range of values that a trial of `recipe` can have for setting `key`."""
+    where = f"tune.space={recipe.tune.space}: {key}"
+    if key.partition(".")[0] not in SEARCHABLE:
+        raise SettingError(f"{where} is not searched; allowed are settings of {', '.join(SEARCHABLE)}")
+    if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in KINDS:
+        raise SettingError(f"{where} needs one of {', '.join(KINDS)}, for example {{uniform: [0.4, 0.9]}}")
+    kind, values = next(iter(entry.items()))
+    if kind == "choice":
+        if not isinstance(values, list) or not values:
+            raise SettingError(f"{where}: choice needs a list of values, got {values}")
+    else:
+        numbers = isinstance(values, list) and len(values) == 2 and all(type(v) in (int, float) for v in values)
+        if not numbers or values[0] >= values[1] or (kind == "log_uniform" and values[0] <= 0):
+            above = " above 0" if kind == "log_uniform" else ""
+            raise SettingError(f"{where}: {kind} needs [low, high]{above}, got {values}")
+        if kind == "int_uniform" and not all(type(value) is int for value in values):
+            raise SettingError(f"{where}: int_uniform needs whole numbers, got {values}")
+    # A range that leaves what is allowed is found before the sweep; so is a whole number asked for in fractions.
+    between = [values[0] + (values[1] - values[0]) * 0.37] if kind in ("uniform", "log_uniform") else []
+    for value in (*values, *between):
+        with_overrides(recipe, _changes(recipe, {key: value}))
+
+
+def _changes(recipe: Recipe, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial changes in the recipe: its length, one worker, and the searched values."""
+    changes = {"train.epochs": recipe.tune.epochs, "train.workers": 1, "tracking.system_metrics": False, **config}
+    if "train.warmup_epochs" not in config and recipe.train.warmup_epochs >= changes["train.epochs"]:
+        changes["train.warmup_epochs"] = changes["train.epochs"] / 10
+    return changes
 
 
 def _domain(entry: Mapping[str, Any]) -> Any:
     kind, values = next(iter(entry.items()))
     if kind == "choice":
         return ray.tune.choice(values)
-    make = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform, "int_uniform": ray.tune.randint}[kind]
+    make = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform, "int_uniform": _whole}[kind]
     return make(*values)
+
+
+def _whole(low: int, high: int) -> Any:
+    return ray.tune.randint(low, high + 1)  # Ray leaves the upper end out
 
 
 def _search(
@@ -141,6 +162,7 @@ def _search(
         parent=parent,
         objective=objective,
         logs=str(folder.path / "trials"),
+        use_gpu=use_gpu,
     )
     bar = tqdm(total=recipe.tune.trials, desc="tune", unit=" trial", disable=not progress)
     tuner = ray.tune.Tuner(
@@ -184,17 +206,20 @@ class _Follow(ray.tune.Callback):
 
 
 def _trial(
-    config: dict[str, Any], settings: dict[str, Any], shards_path: str, parent: RunHandle, objective: str, logs: str
+    config: dict[str, Any],
+    settings: dict[str, Any],
+    shards_path: str,
+    parent: RunHandle,
+    objective: str,
+    logs: str,
+    use_gpu: bool,
 ) -> None:
     """One trial: a short pretraining and its judgement, in this process."""
     torch.set_num_threads(1)
     base = validate(settings)
-    changes = {"train.epochs": base.tune.epochs, "train.workers": 1, "tracking.system_metrics": False, **config}
-    if base.train.warmup_epochs >= base.tune.epochs:
-        changes["train.warmup_epochs"] = base.tune.epochs / 10
-    recipe = with_overrides(base, changes)
+    recipe = with_overrides(base, _changes(base, config))
     shards = ShardSet.open(shards_path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if use_gpu else "cpu")
     trial_id = ray.tune.get_context().get_trial_id()
     with Tracker.start(
         recipe,

@@ -112,9 +112,20 @@ def test_every_setting_is_described():
 
 def test_identity_tells_what_is_computed_from_how():
     base = load("small")
-    for change in ({"train.workers": 1}, {"train.log_every": 3}, {"cluster.cpus_per_worker": 2}, {"out": "elsewhere"}):
+    for change in (
+        {"train.keep_checkpoints": 1},
+        {"train.log_every": 3},
+        {"cluster.cpus_per_worker": 2},
+        {"out": "elsewhere"},
+    ):
         assert identity(with_overrides(base, change), "pretrain") == identity(base, "pretrain"), change
-    for change in ({"train.epochs": 3}, {"mask.ratio": 0.5}, {"seed": 1}, {"target.weights.3": 2.0}):
+    for change in (
+        {"train.epochs": 3},
+        {"mask.ratio": 0.5},
+        {"seed": 1},
+        {"target.weights.3": 2.0},
+        {"train.workers": 1},
+    ):
         changed = identity(with_overrides(base, change), "pretrain")
         assert len(differences(identity(base, "pretrain"), changed)) == 1, change
 
@@ -124,3 +135,20 @@ def test_best_recipe_of_a_sweep_can_be_read_back(tmp_path):
     recipe = with_overrides(load("small"), {"target.weights.3": 0.3, "mask.ratio": 0.61})
     path.write_text(yaml.safe_dump(recipe.dump()))
     assert load(str(path)) == recipe
+
+
+def test_texts_stay_as_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load("small", ["name=007", "images=2024", "out=1e5"])
+    assert (recipe.name, recipe.images, recipe.out) == ("007", "2024", "1e5")
+    assert load("small", ["images=x", "images=null"]).images is None
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SettingError, match="out=taken: a file"):
+        load("small", ["out=taken"])
+
+
+def test_a_base_is_found_beside_its_recipe(tmp_path):
+    (tmp_path / "base.yaml").write_text("base: small\ntrain: {epochs: 3}\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nmask: {ratio: 0.5}\n")
+    recipe = load(str(tmp_path / "mine.yaml"))
+    assert (recipe.train.epochs, recipe.mask.ratio) == (3, 0.5)

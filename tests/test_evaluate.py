@@ -66,3 +66,11 @@ def test_without_labels_only_what_needs_none():
     settings = {"strengths": (0.1,), "k": 5, "seed": 0}
     assert [name for name, _ in judge(train, test, labelled=False, **settings)] == ["eval/rankme"]
     assert dict(judge(train, test, labelled=True, **settings))["eval/linear_top1"] > 25
+
+
+def test_a_single_class_is_no_crash():
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    accuracy, _ = linear_probe(
+        (x, np.array([0, 0, 0, 0, 0, 0])), (x, np.array([0, 0, 0, 1, 1, 1])), strengths=(0.1, 1), seed=0
+    )
+    assert accuracy.top1 == 50

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_shards import photos, write_set
 
-from pipeline.config import load, with_overrides
+from pipeline.config import SettingError, load, with_overrides
 from pipeline.loop import Plan, train
 from wavemim import checkpoint
 
@@ -98,3 +98,8 @@ def test_plan_follows_the_size_of_the_set(rows, workers, batch, expected):
     recipe = with_overrides(load("small"), {"train.batch": batch, "train.workers": workers})
     plan = Plan.of(recipe, rows)
     assert (plan.batch, plan.batches_per_epoch) == expected
+
+
+def test_more_workers_than_images_is_named():
+    with pytest.raises(SettingError, match=r"train\.workers=2: the train split has 1 images; use at most 1"):
+        Plan.of(load("small"), 1)

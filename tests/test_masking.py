@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wavemim.masking import hidden_count, random_mask, share_at, visible_indices_of
-from wavemim.randomness import seed_of, uniform
+from wavemim.randomness import uniform
 
 
 @settings(max_examples=30, deadline=None)
@@ -53,8 +53,3 @@ def test_share_at_other_grids():
     assert np.array_equal(share_at(mask, 8, 16).reshape(5, 16, 16).numpy(), np.kron(grid, np.ones((1, 2, 2))))
     pooled = grid.reshape(5, 4, 2, 4, 2).mean((2, 4))
     np.testing.assert_allclose(share_at(mask, 8, 4).reshape(5, 4, 4).numpy(), pooled, atol=1e-7)
-
-
-def test_seeds_differ_by_purpose_and_epoch():
-    assert len({seed_of(0, p, e) for p in ("order", "mask") for e in range(100)}) == 200
-    assert 0 <= seed_of(5, "order", 3) < 2**63

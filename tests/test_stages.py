@@ -175,8 +175,8 @@ def test_workers_that_never_fit_are_refused_at_once(whole, ray_local):
 
     _, recipe, _ = whole
     many = with_overrides(recipe, {"train.workers": 20})
-    with pytest.raises(SettingError, match=r"train\.workers=20: 20 CPUs are needed"):
-        check_room(many, replace(ray_local, private=True, gpus=0))
+    with pytest.raises(SettingError, match=r"20 worker\(s\) with cluster\.cpus_per_worker=1 need 20 CPUs"):
+        check_room(many, replace(ray_local, private=True, gpus=0), 20)
 
 
 def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp_path):

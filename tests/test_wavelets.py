@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from wavemim.wavelets import (
     bands_of,
     check_levels,
-    check_wavelet,
     coefficient_bound,
     decompose,
     haar_sums,
@@ -110,5 +109,3 @@ def test_bound_holds_for_extreme_images(wavelet):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="multiples of 2\\^4 = 16"):
         check_levels(64, 56, 4)
-    with pytest.raises(ValueError, match="did you mean 'haar'"):
-        check_wavelet("harr")

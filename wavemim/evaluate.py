@@ -68,7 +68,7 @@ def linear_probe(
     x, test_x = (x - mean) / std, (test[0] - mean) / std
     best = strengths[0]
     if len(strengths) > 1:
-        out = held_out(len(y), seed)
+        out = held_out(len(y), seed)  # of a handful of images it may leave a single class
         scores = [(_fit(x[~out], y[~out], c, max_iterations).score(x[out], y[out]), -c) for c in strengths]
         best = -max(scores)[1]  # the stronger regularisation of equals
     predicted = _fit(x, y, best, max_iterations).predict(test_x)
@@ -115,14 +115,17 @@ def judge(
         yield "eval/linear_top1_high", probe.high
         yield "eval/linear_strength", strength
         yield "eval/knn_top1", knn(train, test, k=k).top1
-    yield "eval/rankme", rankme(test[0] if len(test[0]) > train[0].shape[1] else train[0][:10_000])
+    yield "eval/rankme", rankme(train[0][:10_000])
 
 
 def _fit(x: np.ndarray, y: np.ndarray, strength: float, max_iterations: int) -> Any:
     # imported here: scikit-learn loads pandas, which loads pyarrow where it is installed
+    from sklearn.dummy import DummyClassifier
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    if len(np.unique(y)) < 2:
+        return DummyClassifier(strategy="most_frequent").fit(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping of the solver is a setting, not news
         return LogisticRegression(C=strength, max_iter=max_iterations).fit(x, y)

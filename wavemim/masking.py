@@ -25,15 +25,6 @@ def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch
     return mask.scatter_(1, order[:, : hidden_count(tokens, ratio)], True)
 
 
-def visible_indices(mask: torch.Tensor) -> torch.Tensor:
-    """Indices (B, V) of the visible tokens, ascending. Every image has to hide the same number (an ``assert`` on shape).
-
-    The number V is taken from the first image, without a synchronisation when `mask` lives on a device of its own: a
-    caller that knows it passes it to `visible_indices_of` instead.
-    """
-    return visible_indices_of(mask, int((~mask[0]).sum()))
-
-
 def visible_indices_of(mask: torch.Tensor, visible: int) -> torch.Tensor:
     """Indices (B, `visible`) of the visible tokens, ascending; no host synchronisation."""
     return mask.to(torch.uint8).argsort(stable=True, dim=1)[:, :visible]

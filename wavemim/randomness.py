@@ -24,11 +24,6 @@ def uniform(seed: int, purpose: str, epoch: int, rows: torch.Tensor, count: int)
     return (_shift(bits, 40)).to(torch.float32) * 2.0**-24
 
 
-def seed_of(seed: int, purpose: str, epoch: int = 0) -> int:
-    """A 63-bit seed for a library's own generator, the same function of (seed, purpose, epoch) everywhere."""
-    return _mix_int(_mix_int(_mix_int(seed) ^ zlib.crc32(purpose.encode())) ^ epoch) >> 1
-
-
 def _signed(value: int) -> int:
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from wavemim.wavelets import BANDS, reconstruct
+from wavemim.wavelets import reconstruct
 
 Normalise = Literal["level", "patch", "none"]
 
@@ -154,9 +154,3 @@ class WaveletTarget(nn.Module):
         cells, side = self.cells(tap.level), self.positions(tap.level)
         split = vectors.reshape(-1, side, side, self.channels, len(tap.bands), cells, cells)
         return split.permute(0, 3, 4, 1, 5, 2, 6).reshape(-1, self.channels, len(tap.bands), side * cells, side * cells)
-
-
-def check_bands(bands: str) -> None:
-    """Raise ValueError unless `bands` are some of A, H, V, D in this order."""
-    if not bands or [band for band in BANDS if band in bands] != list(bands):
-        raise ValueError(f"bands '{bands}': allowed are some of the letters A, H, V, D, in this order")

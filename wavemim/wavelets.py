@@ -35,18 +35,6 @@ def is_haar(wavelet: str) -> bool:
     return wavelet in ("haar", "db1", "bior1.1", "rbio1.1")
 
 
-def check_wavelet(wavelet: str) -> str:
-    """Return `wavelet` if PyWavelets knows it as a discrete wavelet; raise ValueError naming the nearest otherwise."""
-    import difflib
-
-    known = pywt.wavelist(kind="discrete")
-    if wavelet not in known:
-        near = difflib.get_close_matches(wavelet, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"'{wavelet}' is not a discrete wavelet of PyWavelets{hint}")
-    return wavelet
-
-
 def check_levels(height: int, width: int, levels: int) -> None:
     """Raise ValueError unless an image of `height` × `width` pixels can be halved `levels` times without a rest."""
     if levels < 1 or height % 2**levels or width % 2**levels:
