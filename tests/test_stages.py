@@ -225,7 +225,7 @@ def wait_for(condition, process, seconds=150):
 def test_killed_and_interrupted_pretraining_ends_as_if_undisturbed(whole, photo_folder, tmp_path):
     """kill -9 of the driver with all its Ray, then Ctrl-C, then the same call once more: the same weights, bit for bit."""
     _, recipe, _ = whole
-    changes = {"train.epochs": 200, "train.checkpoint_every": 2, "train.workers": 1, "train.warmup_epochs": 1}
+    changes = {"train.epochs": 70, "train.checkpoint_every": 2, "train.workers": 1, "train.warmup_epochs": 1}
     settings = with_overrides(recipe, {**changes, "name": "long"}).dump()
     recipe_file = tmp_path / "long.yaml"
     recipe_file.write_text(yaml.safe_dump(settings))
