@@ -34,12 +34,11 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     shards = ShardSet.open(recipe.shards_dir)
     check_shards(recipe, shards)
     check_room(recipe, session, recipe.train.workers)
-    folder_path = recipe.stage_dir("pretrain")
+    plan = Plan.of(recipe, shards.rows["train"])
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
-    with stage_folder(folder_path, same, restart=recipe.restart) as folder:
+    with stage_folder(recipe.stage_dir("pretrain"), same, restart=recipe.restart) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
-        plan = Plan.of(recipe, shards.rows["train"])
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
         with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags) as tracker:
@@ -91,7 +90,7 @@ def check_room(recipe: Recipe, session: SessionInfo, workers: int) -> None:
 
 
 def checkpoint_of(recipe: Recipe) -> Path:
-    """The checkpoint that a later stage uses: the one named, else the run's finished one, else its last whole one."""
+    """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
     if recipe.checkpoint:
         path = Path(recipe.checkpoint)
         found = path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
@@ -120,7 +119,6 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
             "recipe": recipe.dump(),
             "shards": str(shards.path.absolute()),
             "handle": handle,
-            "folder": str(folder),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.train.workers,

@@ -57,6 +57,8 @@ def tune(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict
                 results = _search(recipe, shards, space, objective, tracker.handle, folder, session, statuses, progress)
             finally:
                 end_trials(tracker.handle.uri, tracker.handle.run_id, statuses)
+            if _ended(results, objective) < recipe.tune.trials:
+                raise KeyboardInterrupt  # Ray Tune takes Ctrl-C for itself, and gives back what it has as if whole
             trials = _trials(results, space, objective)
             if not any(np.isfinite(trial[objective]) for trial in trials):
                 raise StageError(
@@ -253,6 +255,12 @@ def _trial(
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
         tracker.log(measured, trained.position.images)
         ray.tune.report({**measured, **final, "images": trained.position.images, "mlflow_run": tracker.handle.run_id})
+
+
+def _ended(results: ray.tune.ResultGrid, objective: str) -> int:
+    """Trials that came to their own end, judged or failed."""
+    ends = [results[index] for index in range(len(results))]
+    return sum(result.error is not None or objective in (result.metrics or {}) for result in ends)
 
 
 def _trials(results: ray.tune.ResultGrid, space: Mapping[str, Any], objective: str) -> list[dict[str, Any]]:
