@@ -2,31 +2,38 @@
 
 The order of an epoch depends on (seed, epoch, batch, streams) alone. The row groups of the split are permuted,
 concatenated and cut into `streams` contiguous chunks; within a chunk rows are mixed over a few row groups at a time; a
-batch takes the same number of rows from every chunk. Chunks are dealt to ranks, so that with the same `streams` any
-number of ranks sees the same global batches, and a run goes on in the middle of an epoch with what it would have seen.
+global batch takes the same number of rows from every chunk. Ranks share each global batch out among them, so that with
+the same `streams` any number of ranks sees the same global batches, and a run goes on in the middle of an epoch with
+what it would have seen.
+
+Threads read row groups and cut batches ahead of the consumer. What they hold is bounded: in every stream of this rank
+the mix in use and the next one, 2 · mix_groups · rows_per_group rows, and `ahead` finished batches.
 
 Letters of shapes: B rows, C channels, K bands, h × w cells of a level's window.
 """
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.shards import ShardSet, read_group
+from wavemim.inputs import Crop
+from wavemim.integer_haar import HaarPixels
 from wavemim.randomness import uniform
 from wavemim.wavelets import bands_of
 
 Item = TypeVar("Item")
 Group = tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]  # row (n,), label (n,), level -> (n, C, K, h, w)
+Pick = tuple[Group, int, float]  # row group, row in it, weight
 
 
 @dataclass
@@ -36,8 +43,9 @@ class Batch:
     rows: torch.Tensor  # int64 (B,): the column `row`
     weight: torch.Tensor  # float32 (B,)
     total: float  # sum of the weights over all ranks
-    levels: dict[int, torch.Tensor]  # level -> stored integers (B, C, K, h, w)
+    levels: dict[int, torch.Tensor]  # level -> stored integers (B, C, K, h, w): windows, or whole where crop is given
     labels: torch.Tensor  # int64 (B,), -1 for none
+    crop: Crop | None = None  # windows still to be cut (wavelets other than Haar)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class _Mix:
 
 
 class Reader:
-    """Reads a split for training. `batch` is the global batch; every rank gets batch/world rows of it."""
+    """Reads a split for training. `batch` is the global batch; every rank gets batch/world rows of it, rounded up."""
 
     def __init__(
         self,
@@ -64,18 +72,23 @@ class Reader:
         window: int,
         flip: bool,
         mix_groups: int = 8,
-        levels: Sequence[int] | None = None,
+        finest: int = 1,
         streams: int | None = None,
         ahead: int = 4,
+        threads: int = 2,
     ) -> None:
+        """`window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
+        1/2^(finest-1) of the window's side, out of fewer bytes. `streams`: chunks of the order, by default one a rank;
+        a restart with another `world` keeps the first one's."""
         self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world
-        self.seed, self.window, self.flip, self.mix_groups, self.ahead = seed, window, flip, mix_groups, ahead
-        self.levels = _checked_levels(shards, levels, window)
+        self.seed, self.window, self.flip, self.mix_groups = seed, window, flip, mix_groups
+        self.ahead, self.threads = ahead, threads
+        self.levels = _checked_levels(shards, finest, window)
         self.streams = world if streams is None else streams
         self.rows = shards.rows[split]
         assert 0 <= rank < world, (rank, world)
         assert 0 < batch <= self.rows, f"a batch of {batch} out of {self.rows} rows: clip it"
-        assert batch % self.streams == 0 and self.streams % world == 0, (batch, self.streams, world)
+        assert batch % self.streams == 0 and self.streams <= self.rows, (batch, self.streams, self.rows)
         self._groups = _groups(shards, split)
 
     @property
@@ -84,21 +97,40 @@ class Reader:
         return -(-self.rows // self.batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
-        """Batches of one epoch from batch `start` on, read ahead by a thread that ends with the generator."""
+        """Batches of one epoch from batch `start` on, read ahead by threads that end with the generator."""
         return _read_ahead(self._batches(epoch, start), self.ahead)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         mixes = self._mixes(epoch)
-        share = self.streams // self.world
-        mine = range(self.rank * share, (self.rank + 1) * share)
         take = self.batch // self.streams
+        per_rank = -(-self.batch // self.world)
+        # This rank's places in a global batch; beyond the end only where batch/world leaves a rest.
+        mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        parts = [
+            (stream, max(mine.start, stream * take), min(mine.stop, (stream + 1) * take))
+            for stream in range(self.streams)
+            if max(mine.start, stream * take) < min(mine.stop, (stream + 1) * take)
+        ] or [(self.streams - 1, self.batch, self.batch)]
         sizes = [sum(mix.rows for mix in stream) for stream in mixes]
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="shards") as pool:
+        pending: collections.deque[Future[Batch]] = collections.deque()
+        with ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="shards") as pool:
             try:
-                streams = [_Stream(self, mixes[number], epoch, pool) for number in mine]
+                streams = {stream: _Stream(self, mixes[stream], epoch, pool) for stream, _, _ in parts}
                 for k in range(start, self.batches_per_epoch):
-                    total = sum(min(max(size - k * take, 0), take) for size in sizes)
-                    yield self._batch(epoch, [stream.rows(k * take, take) for stream in streams], float(total))
+                    total = float(sum(min(max(size - k * take, 0), take) for size in sizes))
+                    picks = [
+                        pick
+                        for stream, low, high in parts
+                        for pick in streams[stream].rows(k * take + low - stream * take, high - low)
+                    ]
+                    if len(picks) < per_rank:
+                        group, i, _ = picks[-1] if picks else streams[parts[-1][0]].rows(k * take, 1)[0]
+                        picks += [(group, i, 0.0)] * (per_rank - len(picks))
+                    pending.append(pool.submit(self._batch, epoch, picks, total))
+                    if len(pending) > self.threads:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -124,9 +156,8 @@ class Reader:
             plan.append(mixes)
         return plan
 
-    def _batch(self, epoch: int, chosen: list[list[tuple[Group, int, float]]], total: float) -> Batch:
+    def _batch(self, epoch: int, picks: list[Pick], total: float) -> Batch:
         """Cut the windows of the chosen rows into new arrays."""
-        picks = [pick for stream in chosen for pick in stream]
         rows = torch.tensor([int(group[0][i]) for group, i, _ in picks], dtype=torch.int64)
         unit = 2**self.shards.levels
         places = (self.shards.image_size - self.window) // unit + 1
@@ -134,12 +165,14 @@ class Reader:
         corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
         mirrored = (draws[:, 2] < 0.5) & self.flip
         sources = [(group, i) for group, i, _ in picks]
+        levels, crop = _windows(self.shards, sources, self.levels, corners, self.window, mirrored)
         return Batch(
             rows=rows,
             weight=torch.tensor([weight for _, _, weight in picks], dtype=torch.float32),
             total=total,
-            levels=_windows(self.shards, sources, self.levels, corners, self.window, mirrored),
+            levels=levels,
             labels=torch.tensor([int(group[1][i]) for group, i, _ in picks], dtype=torch.int64),
+            crop=crop,
         )
 
 
@@ -152,7 +185,7 @@ class _Stream:
         self._reading: dict[int, list[Future[Group]]] = {}
         self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
 
-    def rows(self, first: int, count: int) -> list[tuple[Group, int, float]]:
+    def rows(self, first: int, count: int) -> list[Pick]:
         """(row group, row in it, weight) at places first … first + count - 1; the last row, weight 0, beyond the end."""
         last = int(self._ends[-1]) - 1
         chosen = []
@@ -191,16 +224,15 @@ def sequential(
     *,
     window: int,
     max_rows: int | None = None,
-    levels: Sequence[int] | None = None,
+    finest: int = 1,
     ahead: int = 4,
 ) -> Generator[Batch, None, None]:
     """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
 
     The corner of the middle window is the multiple of 2^levels nearest to the true one from below.
     """
-    return _read_ahead(
-        _sequential(shards, split, batch, window, max_rows, _checked_levels(shards, levels, window)), ahead
-    )
+    levels = _checked_levels(shards, finest, window)
+    return _read_ahead(_sequential(shards, split, batch, window, max_rows, levels), ahead)
 
 
 def _sequential(
@@ -220,13 +252,31 @@ def _sequential(
             chosen, pending = pending[:batch], pending[batch:]
             count = len(chosen)
             corners, mirrored = np.full((count, 2), corner), np.zeros(count, bool)
+            cut, crop = _windows(shards, chosen, levels, corners, window, mirrored)
             yield Batch(
                 rows=torch.tensor([int(source[0][i]) for source, i in chosen], dtype=torch.int64),
                 weight=torch.ones(count),
                 total=float(count),
-                levels=_windows(shards, chosen, levels, corners, window, mirrored),
+                levels=cut,
                 labels=torch.tensor([int(source[1][i]) for source, i in chosen], dtype=torch.int64),
+                crop=crop,
             )
+
+
+class Pixels:
+    """8-bit images of a Haar set's batches on the CPU, for runs and tools that need no coefficients."""
+
+    def __init__(self, shards: ShardSet, window: int, finest: int = 1) -> None:
+        """`window` and `finest` as of the `Reader` that gives the batches."""
+        assert shards.layout.windows, shards.layout.wavelet
+        steps = {level: step for level, step in shards.steps.items() if level >= finest}
+        self._inverse = HaarPixels(shards.channels, window, steps)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """uint8 (B, C, H, W), the pixels rounded from the stored coefficients."""
+        levels = {level: values.numpy() for level, values in batch.levels.items()}
+        images = [self._inverse({level: values[b] for level, values in levels.items()}) for b in range(len(batch.rows))]
+        return torch.from_numpy(np.stack(images))
 
 
 def _windows(
@@ -236,38 +286,39 @@ def _windows(
     corners: np.ndarray,
     window: int,
     mirrored: np.ndarray,
-) -> dict[int, torch.Tensor]:
+) -> tuple[dict[int, torch.Tensor], Crop | None]:
     """Windows (B, C, K, h, w) a level of the rows `sources`, with corners (B, 2) in pixels and mirrored (B,).
 
     As `wavemim.wavelets.window`, but straight into the batch's memory: mirroring reverses the columns and changes the
-    sign of V and D.
+    sign of V and D. Where the wavelet does not allow it: whole levels, and the windows that are to be cut.
     """
+    whole = not shards.layout.windows
     out: dict[int, torch.Tensor] = {}
     for level in levels:
-        side = window >> level
-        cells = (corners >> level).tolist()
+        side = (shards.image_size if whole else window) >> level
+        cells = (0 * corners if whole else corners >> level).tolist()
         shape = (len(sources), shards.channels, len(bands_of(level, shards.levels)), side, side)
         values = np.empty(shape, shards.layout.dtype(level))
         for b, ((_, _, pyramid), i) in enumerate(sources):
             top, left = cells[b]
             cut = pyramid[level][i, :, :, top : top + side, left : left + side]
-            if mirrored[b]:
+            if mirrored[b] and not whole:
                 np.copyto(values[b], cut[..., ::-1])
                 np.negative(values[b, :, -2:], out=values[b, :, -2:])
             else:
                 np.copyto(values[b], cut)
         out[level] = torch.from_numpy(values)
-    return out
+    crop = Crop(torch.from_numpy(corners.copy()), torch.from_numpy(mirrored.copy()), window) if whole else None
+    return out, crop
 
 
-def _checked_levels(shards: ShardSet, levels: Sequence[int] | None, window: int) -> list[int]:
-    chosen = sorted(range(1, shards.levels + 1) if levels is None else levels)
-    assert all(1 <= level <= shards.levels for level in chosen), (chosen, shards.levels)
+def _checked_levels(shards: ShardSet, finest: int, window: int) -> list[int]:
+    assert 1 <= finest <= shards.levels, (finest, shards.levels)
     assert 0 < window <= shards.image_size and window % 2**shards.levels == 0, (window, shards.image_size)
-    return chosen
+    return list(range(finest, shards.levels + 1))
 
 
-def _groups(shards: ShardSet, split: str) -> list[tuple[Path, int, int]]:
+def _groups(shards: ShardSet, split: str) -> list[tuple[str, int, int]]:
     """(file, row group, rows) of every row group of a split, in the order of the files."""
     size = shards.rows_per_group
     return [

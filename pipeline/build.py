@@ -108,9 +108,9 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
     unit = 2**shards.levels
     if recipe.encoder.image_size > shards.image_size or recipe.encoder.image_size % unit:
         raise SettingError(
-            f"encoder.image_size={recipe.encoder.image_size}: {shards.path} stores images of {shards.image_size} pixels "
+            f"encoder.image_size={recipe.encoder.image_size}: {shards.url} stores images of {shards.image_size} pixels "
             f"in {shards.levels} levels; allowed are multiples of {unit} up to {shards.image_size}"
         )
     deepest = max(recipe.target.taps)
     if deepest > shards.levels:
-        raise SettingError(f"target.taps.{deepest}: {shards.path} stores levels 1 to {shards.levels}")
+        raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")

@@ -119,13 +119,13 @@ def _shards(recipe: Recipe) -> None:
     """Find out that the shard set is missing or damaged before Ray is started."""
     from pipeline.shards import ShardSet
 
-    ShardSet.open(recipe.shards_dir)
+    ShardSet.open(recipe.shards_at)
 
 
 def _prepare(recipe: Recipe, progress: bool) -> None:
-    from pipeline.image_folder import check_folder
+    from pipeline.sources import check_source
 
-    check_folder(recipe.images)
+    check_source(recipe.images)
     from pipeline.prepare import prepare
     from pipeline.report import prepare_line
 
@@ -215,6 +215,30 @@ def _sigterm() -> Iterator[None]:
 def _fail(message: str, code: int) -> None:
     click.echo(f"wavemim: {' '.join(message.split())}", err=True)
     sys.exit(code)
+
+
+@_group.command("verify", short_help="Compare every file of a shard set with its checksum.")
+@click.argument("shards")
+@click.option("--quiet", "-q", is_flag=True, help="no progress bar")
+def _verify(shards: str, quiet: bool) -> None:
+    """Compare every file of a shard set (folder or URL) with size and SHA-256 in its manifest; exit 1 if one differs."""
+    from pipeline.inspect_shards import check
+
+    if not check(shards, progress=not quiet):
+        sys.exit(EXIT_FAILED)
+
+
+@_group.command("inspect", short_help="Say what is in a shard set, and draw it.")
+@click.argument("shards")
+@click.option("--picture", default="inspect.png", show_default=True, metavar="FILE.png", help="where it is drawn")
+@click.option("--images", default=4, show_default=True, type=click.IntRange(1, 8), help="how many it shows")
+@click.option("--json", "numbers", metavar="FILE", help="write the numbers there too")
+@click.option("--quiet", "-q", is_flag=True, help="no progress bar")
+def _inspect(shards: str, picture: str, images: int, numbers: str | None, quiet: bool) -> None:
+    """Say what is in a shard set (folder or URL): classes, bytes, statistics, rejects, duplicates; and draw a picture."""
+    from pipeline.inspect_shards import show
+
+    show(shards, picture=picture, images=images, numbers=numbers, progress=not quiet)
 
 
 for _stage, _body in {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -15,12 +16,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 DEFAULT_RECIPE = "small"
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Bands = Annotated[str, Field(pattern="^A?H?V?D?$", min_length=1)]
+
+
+def _steps(value: Any) -> Any:
+    """One number stands for all levels."""
+    numbers = [value] if isinstance(value, int | float) else value
+    if value == "lossless":
+        return value
+    if not isinstance(numbers, list | tuple) or not numbers:
+        raise ValueError("allowed are numbers above 0, from the finest level on, such as [4, 2, 1], or lossless")
+    if any(isinstance(step, bool) or not isinstance(step, int | float) or not step > 0 for step in numbers):
+        raise ValueError("every step has to be a number above 0")
+    return tuple(numbers)
+
+
+Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_steps)]
 
 
 class SettingError(ValueError):
@@ -37,12 +53,21 @@ class Data(Section):
     """How images become a shard set."""
 
     image_size: Positive = Field(256, description="side of the stored images in pixels; a multiple of 2^levels")
-    channels: Literal[3] = Field(3, description="channels of an image")
-    wavelet: Literal["haar"] = Field("haar", description="wavelet of the stored pyramid")
+    channels: int = Field(3, ge=1, le=16, description="channels; other than 1 and 3 come from multi-band TIFF or .npy")
+    wavelet: str = Field("haar", description="wavelet of the stored pyramid: any discrete one of PyWavelets")
     levels: Positive = Field(5, le=8, description="levels of the stored pyramid")
-    steps: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (4, 2, 1), description="quantisation step of each level from the finest; the last one counts for the rest"
+    steps: Steps = Field(
+        (4, 4, 8),
+        description="quantisation step of each level from the finest, the last one counts for the rest; "
+        "or 'lossless' (Haar alone): the very pixels come back",
     )
+    value_range: tuple[float, float] | None = Field(
+        None, description="pixel values that become black and white; null: the whole range of the file's integer type"
+    )
+    max_pixels: Positive = Field(100_000_000, description="larger images are rejected undecoded")
+    min_side: Positive = Field(8, description="images with a shorter side below this are rejected")
+    image_column: str | None = Field(None, description="column of a list or of Parquet that names or holds the image")
+    label_column: str | None = Field(None, description="column of a list or of Parquet that holds the label")
     rows_per_shard: Positive = Field(1024, description="images in one Parquet file")
     rows_per_group: Positive = Field(64, description="images in one row group, the unit of reading")
     val_share: float = Field(0.1, ge=0, lt=1, description="share held out for val where the folder names no val split")
@@ -113,6 +138,9 @@ class Train(Section):
     clip_grad: float = Field(1.0, gt=0, description="largest gradient norm")
     flip: bool = Field(True, description="mirror windows at random")
     mix_groups: Positive = Field(8, description="row groups mixed with each other in a worker's buffer")
+    reader_threads: Positive | None = Field(
+        None, description="threads that read ahead in a worker; null: its cores, up to 8"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
     checkpoint_every: float = Field(1, gt=0, description="epochs between checkpoints")
     keep_checkpoints: Positive = Field(2, description="checkpoints kept")
@@ -162,9 +190,14 @@ class Recipe(Section):
     """Everything a run needs."""
 
     name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
-    images: str | None = Field(None, description="folder of images")
+    images: str | None = Field(
+        None,
+        description="images: a folder, a CSV or Parquet list, Parquet or tar files that hold them; local or s3://…",
+    )
     out: str = Field("wavemim-out", min_length=1, description="folder that everything is written to")
-    shards: str | None = Field(None, description="shard set; null: OUT/shards")
+    shards: str | None = Field(
+        None, description="shard set, a folder or URL such as s3://BUCKET/NAME; null: OUT/shards"
+    )
     checkpoint: str | None = Field(None, description="checkpoint to use; null: the run's own last one")
     restart: bool = Field(False, description="throw away what an earlier call wrote to the same place")
     seed: int = Field(0, ge=0, description="seed of everything random")
@@ -181,9 +214,9 @@ class Recipe(Section):
 
     # The layout of the out folder: shards and the MLflow store are shared by all runs in it.
     @property
-    def shards_dir(self) -> Path:
-        """The shard set."""
-        return Path(self.shards) if self.shards else Path(self.out) / "shards"
+    def shards_at(self) -> str:
+        """The shard set: a folder or a URL."""
+        return self.shards or str(Path(self.out) / "shards")
 
     @property
     def run_dir(self) -> Path:
@@ -201,6 +234,8 @@ class Recipe(Section):
     def steps_by_level(self) -> dict[int, float]:
         """Quantisation step of every stored level, in coefficient units."""
         steps = self.data.steps
+        if steps == "lossless":  # Haar coefficients are multiples of 2^-level
+            return {level: 2.0**-level for level in range(1, self.data.levels + 1)}
         return {level: steps[min(level, len(steps)) - 1] for level in range(1, self.data.levels + 1)}
 
     def bands_by_level(self) -> dict[int, str]:
@@ -226,7 +261,7 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
 }
 _OPERATIONAL = {
-    "train": {"checkpoint_every", "keep_checkpoints", "log_every"},
+    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "reader_threads"},
     "data": {"max_rejected"},
     "tune": {"concurrent"},
     "evaluate": {"batch"},
@@ -237,7 +272,8 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that decide what `stage` computes, flat; those that only say how and where are left out."""
     kept: dict[str, Any] = {"seed": recipe.seed}
     if stage == "prepare":
-        kept["images"] = str(Path(recipe.images).resolve()) if recipe.images else None
+        local = recipe.images and "://" not in recipe.images
+        kept["images"] = str(Path(recipe.images or "").resolve()) if local else recipe.images
     for section in STAGE_SECTIONS[stage]:
         if section in ("tracking", "cluster") or (section == "data" and stage != "prepare"):
             continue
@@ -308,6 +344,19 @@ def validate(settings: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
     _check_together(recipe)
+    for key in ("images", "shards", "out"):
+        if re.match(
+            r"[^:/]+://([^/@]*:[^/@]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", getattr(recipe, key) or ""
+        ):
+            raise SettingError(
+                f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+            )
+    if "://" in recipe.out:
+        raise SettingError(
+            f"out={recipe.out}: checkpoints and reports go to a folder that all nodes see; "
+            "only shards= may be in an object store"
+        )
     if Path(recipe.out).is_file():
         raise SettingError(f"out={recipe.out}: a file, not a folder")
     return recipe
@@ -445,7 +494,8 @@ def _explain(error: ValidationError) -> str:
     value = first.get("input")
     if first["type"] == "extra_forbidden":
         return f"unknown setting '{key}'{_nearest(key, [k for k, _, _ in settings_of()])}"
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     if first["type"] == "string_pattern_mismatch" and ".bands" in f".{key}":
         message = "allowed are some of the letters A, H, V, D, in this order"
     elif key == "name":
@@ -456,6 +506,7 @@ def _explain(error: ValidationError) -> str:
 def _check_together(recipe: Recipe) -> None:
     """What pydantic cannot see in one field: settings that do not go together."""
     data, encoder, target = recipe.data, recipe.encoder, recipe.target
+    _check_data(data)
     unit = 2**data.levels
     for key, size in (("data.image_size", data.image_size), ("encoder.image_size", encoder.image_size)):
         if size % unit:
@@ -516,6 +567,26 @@ def _check_together(recipe: Recipe) -> None:
         raise SettingError(
             f"train.warmup_epochs={recipe.train.warmup_epochs:g}: has to be less than train.epochs={recipe.train.epochs:g}"
         )
+
+
+def _check_data(data: Data) -> None:
+    if data.wavelet != "haar":
+        import pywt  # not needed for most commands
+
+        known = pywt.wavelist(kind="discrete")
+        if data.wavelet not in known:
+            raise SettingError(
+                f"data.wavelet={data.wavelet}: no discrete wavelet of PyWavelets"
+                f"{_nearest(data.wavelet, known, '')}; allowed are {', '.join(pywt.families(short=True)[:7])} with their "
+                "orders, such as db4, sym8 or bior2.2"
+            )
+        if data.steps == "lossless":
+            raise SettingError(
+                f"data.steps=lossless: other wavelets than haar have no exact integers (data.wavelet={data.wavelet}); "
+                "give steps as numbers, such as [0.5]"
+            )
+    if data.value_range is not None and data.value_range[0] >= data.value_range[1]:
+        raise SettingError(f"data.value_range={list(data.value_range)}: the first value has to be below the second")
 
 
 def _nearest_multiple(value: int, unit: int) -> str:

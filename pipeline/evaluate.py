@@ -34,7 +34,7 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     """Judge the recipe's checkpoint; gives the summary that is also the stage's finishing mark."""
     path = checkpoint_of(recipe)
     trained_with = recipe_of(path)
-    shards = ShardSet.open(recipe.shards_dir)
+    shards = ShardSet.open(recipe.shards_at)
     check_shards(trained_with, shards)
     check_room(recipe, session, 1)
     state = checkpoint.read_state(path)
@@ -53,7 +53,7 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
                     subject,
                     recipe.dump(),
                     trained_with.dump(),
-                    str(shards.path.absolute()),
+                    shards.folder.url,
                     str(path.absolute()),
                     uses_gpu(recipe, session),
                 ): subject
@@ -92,7 +92,7 @@ def features_of(
 
     def images() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for part in sequential(shards, split, batch, window=window, max_rows=max_rows):
-            yield inputs(part.levels)[0], part.labels
+            yield inputs(part.levels, part.crop)[0], part.labels
 
     return extract(encode, images())
 

@@ -1,16 +1,35 @@
-"""One image file → uint8 pixels (C, H, W) of one size, or a reason in words why not."""
+"""The encoded bytes of one image → uint8 pixels (C, H, W) of one size, or a reason in words why not."""
 
 from __future__ import annotations
 
+import io
+import threading
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Raster formats only, as far as this Pillow has them: it would hand EPS and the like to external programs.
+from pipeline.array_decoding import (
+    NPY_MAGIC,
+    Pixels,
+    RejectedImage,
+    Samples,
+    check_size,
+    from_samples,
+    middle_square,
+    npy_samples,
+    tiff_samples,
+    turned_upright,
+    wrong_count,
+)
+
+# Raster formats only, as far as this Pillow has them: it would hand EPS and the like to external programs. TGA has no
+# signature at its start, so it is tried last.
 Image.init()
-_WANTED = {
+_WANTED = (
     "JPEG",
     "MPO",
     "PNG",
@@ -22,63 +41,142 @@ _WANTED = {
     "DIB",
     "JPEG2000",
     "PPM",
-    "TGA",
     "PCX",
     "SGI",
     "QOI",
-}
-FORMATS = tuple(sorted(_WANTED & Image.OPEN.keys()))
-# File name suffixes of these formats, lower case with the dot.
-SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
-# What a TIFF, JPEG or PNG says about its orientation, and the way back.
+    "TGA",
+)
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
+# File name suffixes of what is read, lower case with the dot.
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS) | {".npy"}
+# What a TIFF, JPEG or PNG says about its orientation.
 ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_BITS, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 338, 339  # tags of TIFF
+_pillow_bound = threading.Lock()
 
 
-class RejectedImage(Exception):
-    """An input that cannot be stored, with the reason in words."""
+def decode_image(data: bytes, name: str, wanted: Pixels) -> np.ndarray:
+    """The middle square of an image, resized with antialiasing: uint8 (channels, size, size), C-contiguous.
 
-
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The middle square of an image file, resized with antialiasing: uint8 (3, size, size).
-
-    Upright by its EXIF orientation, transparency on white, 16-bit values scaled to 8, of an animation the first frame.
-    Raises RejectedImage, whatever goes wrong.
+    Upright by its EXIF orientation, transparency on white, deeper values scaled to 8 bits (or by ``value_range``), of
+    an animation the first frame. What it is, the content decides; ``name`` is for words alone. Raises RejectedImage,
+    whatever goes wrong.
     """
     try:
-        if path.stat().st_size == 0:
+        if not data:
             raise RejectedImage("empty file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return _middle_square(image, size)
+            return _decoded(data, PurePath(name).suffix.lower(), wanted)
     except RejectedImage:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise RejectedImage(_in_words(error)) from None
 
 
-def _middle_square(image: Image.Image, size: int) -> np.ndarray:
-    image.draft(None, (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is still large enough
+def _decoded(data: bytes, suffix: str, wanted: Pixels) -> np.ndarray:
+    if data.startswith(NPY_MAGIC) or (suffix == ".npy" and NPY_MAGIC.startswith(data)):
+        return from_samples(npy_samples(data, wanted), wanted)
+    with _max_pixels_alone(wanted):
+        if data.startswith(_TIFF_MAGIC):
+            return _from_tiff(data, wanted)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise RejectedImage(_why_unidentified(data, suffix)) from None
+        with image:
+            if data.startswith(_PNG_MAGIC) and data[24] == 16 and data[25] in (2, 6):
+                return _from_deep_png(image, data, wanted)
+            return _from_photo(image, wanted)
+
+
+@contextmanager
+def _max_pixels_alone(wanted: Pixels) -> Iterator[None]:
+    """Keep Pillow's own bound out of the way where ``max_pixels`` is beyond it.
+
+    The bound belongs to the whole process: it is left as it is whenever it cannot interfere (its error comes at twice
+    its value), and raised for no longer than one image otherwise, never lowered; by one thread at a time, so that it
+    comes back as it was.
+    """
+    if Image.MAX_IMAGE_PIXELS is None or wanted.max_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
+        yield
+        return
+    with _pillow_bound:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = wanted.max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _from_photo(image: Image.Image, wanted: Pixels) -> np.ndarray:
+    """An image that Pillow has opened and not yet decoded."""
+    check_size(*image.size, wanted)
+    if wanted.channels not in (1, 3):
+        raise wrong_count(1 if Image.getmodebase(image.mode) == "L" else 3, wanted)
+    # A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still large enough, and for grey its luminance alone.
+    grey_at_once = wanted.channels == 1 and wanted.value_range is None
+    image.draft("L" if grey_at_once else None, (wanted.size, wanted.size))
+    highest = _highest_of_ppm(image)
     image.load()
     orientation = _orientation(image)
-    image = _to_rgb(image)
-    # The middle square is the same one before and after turning, and never larger than the image, however narrow.
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    if image.mode[0] in "IF" or (image.mode == "1" and wanted.value_range):
+        values = np.asarray(image)
+        if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:  # a PGM, which Pillow scales to 16 bits
+            values = np.rint(values * (highest / 65535)) if wanted.value_range else values.astype(np.uint16)
+        return from_samples(Samples([values], orientation=orientation), wanted)
+    image = _to_mode(image, "L" if wanted.channels == 1 else "RGB", wanted.value_range)
+    image = image.resize((wanted.size,) * 2, Image.Resampling.BICUBIC, box=middle_square(*image.size))
+    pixels = np.asarray(image)
+    return turned_upright(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), orientation)
+
+
+def _from_tiff(data: bytes, wanted: Pixels) -> np.ndarray:
+    """Photos of 8 bits by Pillow; deeper ones, those of many bands, and those that it does not know by tifffile."""
+    if wanted.channels in (1, 3):
+        try:
+            image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        except Exception:  # not only UnidentifiedImageError: KeyError on a compression it does not know
+            image = None
+        if image is not None:
+            with image:
+                if _is_photo(image):
+                    return _from_photo(image, wanted)
+    return from_samples(tiff_samples(data, wanted), wanted)
+
+
+def _is_photo(image: Image.Image) -> bool:
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    extra = tags.get(_EXTRA_SAMPLES, ())
+    if image.mode == "CMYK":  # of 16 bits too: Pillow keeps the upper 8
+        return len(extra) <= 1
+    eight_bits = max(tags.get(_BITS, (1,))) <= 8 and set(tags.get(_SAMPLE_FORMAT, (1,))) == {1}
+    many_bands = len(extra) > 1 or (image.mode == "L" and len(extra) > 0)
+    return eight_bits and not many_bands and image.mode[0] not in "IF"
+
+
+def _from_deep_png(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarray:
+    """A PNG of 16-bit colours: Pillow, which drops their lower half, is asked for all but the values."""
+    check_size(*image.size, wanted)
+    if wanted.channels not in (1, 3):
+        raise wrong_count(3, wanted)
+    import imagecodecs  # some tenths of a second, and few folders need it
+
+    values = imagecodecs.png_decode(data)
+    if values.dtype != np.uint16 or values.shape[:2] != image.size[::-1] or values.shape[2:] not in ((3,), (4,)):
+        raise RejectedImage(f"damaged (PNG of 16-bit colours decoded to {values.dtype} {values.shape})")
+    bands = list(values.transpose(2, 0, 1))
+    alpha = bands.pop() if len(bands) == 4 else None
+    return from_samples(Samples(bands, colour=True, alpha=alpha, orientation=_orientation(image)), wanted)
+
+
+def _highest_of_ppm(image: Image.Image) -> int:
+    """The value that a PGM of 16 bits declares as white, before decoding; 65535 for anything else."""
+    args = image.tile[0].args if image.format == "PPM" and getattr(image, "tile", None) else None
+    return args[1] if isinstance(args, tuple) and len(args) > 1 and isinstance(args[1], int) else 65535
 
 
 def _orientation(image: Image.Image) -> int:
@@ -88,21 +186,29 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise RejectedImage("32-bit pixels without a known range")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise RejectedImage("floating-point pixels without a known range")
+def _to_mode(image: Image.Image, mode: str, value_range: tuple[float, float] | None) -> Image.Image:
+    """Any 8-bit image → ``mode`` (RGB or L), transparency on white, its values mapped by the range if one is given."""
     if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, rgba).convert("RGB")
+    elif image.mode not in ("RGB", "L"):
+        image = image.convert("RGB")
+    if value_range is not None:
+        low, high = value_range
+        table = np.clip((np.arange(256) - low) * (255 / (high - low)) + 0.5, 0, 255).astype(np.uint8)
+        image = image.point(table.tolist() * len(image.getbands()))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _why_unidentified(data: bytes, suffix: str) -> str:
+    for name in FORMATS:
+        accept = Image.OPEN[name][1]
+        if accept is not None and accept(data[:16]) is True:
+            return f"damaged (unreadable header of {name})"
+    return "damaged (no header of .npy)" if suffix == ".npy" else "not an image (of no known format)"
 
 
 def _in_words(error: Exception) -> str:
@@ -111,12 +217,21 @@ def _in_words(error: Exception) -> str:
         return "no such file"
     if isinstance(error, PermissionError):
         return "no permission to read it"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow reads"
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-        return f"too large (more than {Image.MAX_IMAGE_PIXELS} pixels)"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    if "truncated" in text.lower():
-        return f"truncated ({text[:120]})"
-    return f"damaged ({type(error).__name__}: {text[:120]})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large ({text})"
+    if "MAX_TEXT_" in text:
+        return f"metadata too large ({text})"
+    if isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "eof", "stream too small")):
+        return f"truncated ({text})" if text else "truncated"
+    return f"damaged ({type(error).__name__}: {text})"
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """The same of a file. To be removed once callers read the bytes themselves."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RejectedImage(_in_words(error)) from None
+    return decode_image(data, path.name, Pixels(size, min_side=1))

@@ -34,6 +34,7 @@ class Position:
     images: int = 0
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
+    streams: int = 0  # chunks of the reading order: the workers that began; 0 before the first step
     history: list[dict[str, float]] = field(default_factory=list)
     epoch_sums: list[float] = field(default_factory=list)  # of the losses of this epoch, so that a resume loses none
 
@@ -100,11 +101,15 @@ def train(
     rank: int = 0,
     world: int = 1,
     wrap: Callable[[nn.Module], nn.Module] | None = None,
+    threads: int = 2,
     resume: Path | None = None,
     on_log: LogHook | None = None,
     on_checkpoint: CheckpointHook | None = None,
 ) -> Trained:
-    """Pretrain by `recipe` on the train split of `shards`, from the checkpoint `resume` on where there is one."""
+    """Pretrain by `recipe` on the train split of `shards`, from the checkpoint `resume` on where there is one.
+
+    `threads` read and cut batches in this process.
+    """
     check_shards(recipe, shards)
     plan = Plan.of(recipe, shards.rows["train"], world)
     model = build_model(recipe, shards).to(device)
@@ -145,7 +150,10 @@ def train(
         window=recipe.encoder.image_size,
         flip=recipe.train.flip,
         mix_groups=recipe.train.mix_groups,
+        streams=position.streams or None,
+        threads=threads,
     )
+    position.streams = reader.streams
     meter = _Meter(model.levels, recipe.weights_by_level(), device, world, position.epoch_sums)
 
     def save(folder: Path) -> None:
@@ -164,7 +172,15 @@ def train(
 
     while position.step < plan.total_steps:
         for batch, waited in _timed(reader.epoch(position.epoch, start=position.batch)):
-            result = step(batch.levels, batch.rows, batch.weight, batch.total, epoch=position.epoch, step=position.step)
+            result = step(
+                batch.levels,
+                batch.rows,
+                batch.weight,
+                batch.total,
+                epoch=position.epoch,
+                step=position.step,
+                crop=batch.crop,
+            )
             position.step += 1
             position.batch += 1
             position.images += round(batch.total)

@@ -3,39 +3,45 @@
 The work is cut into units, fixed before it begins: one unit is one shard, made by one task that reads, decodes,
 transforms, writes the shard under a temporary name, renames it, and leaves a report in ``units/``. A call that was
 interrupted, wherever, is continued by the same call: it leaves out the units whose report and shard are there.
-All nodes of a cluster have to see the folder of images and the shard set under the same paths.
+Images and shard set may be local, then all nodes of a cluster have to see them under the same paths, or in object stores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
-import shutil
+import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
 from tqdm import tqdm
 
-from pipeline.config import Recipe, identity
-from pipeline.image_decoding import RejectedImage, read_image
-from pipeline.image_folder import Input, Plan, check_folder, plan_folder
+from pipeline.config import Recipe, SettingError, identity
+from pipeline.errors import StageError
+from pipeline.image_decoding import Pixels, RejectedImage, decode_image
+from pipeline.layout import Layout
 from pipeline.moments import Moments
-from pipeline.shards import MANIFEST, REJECTED, SPLITS, Layout, ShardSet, ShardWriter, make_manifest, write_rejected
-from pipeline.stage import StageError, StageFolder, read_json, stage_folder, write_json
+from pipeline.shard_writer import ShardWriter, write_rejected
+from pipeline.shards import MANIFEST, REJECTED, SPLITS, ShardSet, make_manifest
+from pipeline.sources import Origin, Plan, plan_source
+from pipeline.stage import StageFolder, as_json, stage_folder
+from pipeline.storage import Folder
 from pipeline.tracking import Tracker
-from wavemim.wavelets import haar_sums
 
 UNITS = "units"
+PLAN = "plan.parquet"  # in UNITS: all inputs, a row group a unit
 ALWAYS_ALLOWED_REJECTS = 10
 # A small set is cut finer than rows_per_shard says, so that more than one core has work: about this many images a unit.
 SMALL_UNIT, SMALL_SET_UNITS = 50, 8
@@ -44,33 +50,47 @@ MAX_TRIES = 4  # of a unit in one call; Ray Data by itself repeats a task for ev
 
 @dataclass(frozen=True)
 class Unit:
-    """One shard to be made."""
+    """One shard to be made: a run of rows of a split's plan."""
 
     name: str  # of the file, without suffix
     split: str
-    inputs: list[Input]
+    number: int  # its row group in the plan
+    start: int
+    stop: int
+    digest: str  # of its inputs: a report with another digest is one of another folder of images
 
-    def digest(self) -> str:
-        """What the unit consists of: a report with another digest is one of another folder of images."""
-        content = json.dumps([asdict(entry) for entry in self.inputs])
-        return hashlib.sha256(content.encode()).hexdigest()
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all units of a call share."""
+
+    folder: Folder
+    origin: Origin
+    layout: Layout
+    pixels: Pixels
+    rows_per_group: int
 
 
 def prepare(
     recipe: Recipe, *, progress: bool = True, on_unit: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """Make the shard set of `recipe.images` at `recipe.shards_dir`; Ray is initialised already. Returns a summary.
+    """Make the shard set of `recipe.images` at `recipe.shards_at`; Ray is initialised already. Returns a summary.
 
     A finished set of the same settings is left as it is, an unfinished one is continued. `on_unit` is called with the
     progress after every shard. Raises SettingError and StageError.
     """
     # Planned before the folder is taken: a mistake in images= leaves nothing behind, and throws nothing away.
     plan = None
-    if recipe.restart or not recipe.images or not (recipe.shards_dir / MANIFEST).is_file():
+    if recipe.restart or not recipe.images or Folder.at(recipe.shards_at).size(MANIFEST) is None:
         plan = _plan(recipe)
-    with stage_folder(recipe.shards_dir, identity(recipe, "prepare"), restart=recipe.restart, mark=MANIFEST) as folder:
+    with stage_folder(recipe.shards_at, identity(recipe, "prepare"), restart=recipe.restart, mark=MANIFEST) as folder:
         if folder.finished:
-            return _summary(folder.path, "finished already", {})
+            return _summary(folder.folder, "finished already", {})
         with Tracker.start(recipe, "prepare", log_dir=recipe.stage_dir("prepare")) as tracker:
             summary = _make(recipe, folder, plan or _plan(recipe), progress, on_unit)
             tracker.tag("wavemim.shards", summary["fingerprint"])
@@ -88,126 +108,171 @@ def _make(
     progress: bool,
     on_unit: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
-    layout = Layout(recipe.data.image_size, recipe.data.channels, recipe.steps_by_level(), recipe.data.wavelet)
+    data = recipe.data
+    task = Task(
+        folder=folder.folder,
+        origin=plan.origin,
+        layout=Layout(data.image_size, data.channels, recipe.steps_by_level(), data.wavelet),
+        pixels=Pixels(data.image_size, data.channels, data.max_pixels, data.min_side, data.value_range),
+        rows_per_group=data.rows_per_group,
+    )
     began = time.monotonic()
-    (folder.path / UNITS).mkdir(exist_ok=True)
-    units = make_units(plan, recipe.data.rows_per_shard)
-    finished = {unit.name: report for unit in units if (report := _report(folder.path, unit)) is not None}
+    units = make_units(plan, data.rows_per_shard)
+    finished = {unit.name: report for unit, report in zip(units, _reports(task.folder, units), strict=True) if report}
     todo = [unit for unit in units if unit.name not in finished]
-    task = {
-        "images": str(Path(recipe.images or "").absolute()),
-        "folder": str(folder.path),
-        "layout": layout,
-        "rows_per_group": recipe.data.rows_per_group,
-    }
-    reports = {**finished, **_run(todo, task, _Progress(units, finished, progress, on_unit))}
+    rejects = len(plan.rejects) + sum(len(report["rejects"]) for report in finished.values())
+    watch = _Watch(recipe, plan.inputs, rejects, _Progress(units, finished, progress, on_unit))
+    if todo:
+        _write_plan(task.folder, plan, units)
+    reports = {**finished, **_run(todo, task, watch)}
+    _finish(folder, recipe, plan, task.layout, [reports[unit.name] for unit in units])
     seconds = time.monotonic() - began
-    _finish(folder, recipe, plan, layout, [reports[unit.name] for unit in units])
-    fresh = sum(len(unit.inputs) for unit in todo)
+    fresh = sum(unit.inputs for unit in todo)
     extra = {
         "layout": plan.layout,
         "units": {"total": len(units), "reused": len(finished)},
         "seconds": seconds,
         "images_per_second": fresh / seconds if fresh else None,
     }
-    return _summary(folder.path, "continued" if folder.state == "unfinished" else "new", extra)
+    return _summary(folder.folder, "continued" if folder.state == "unfinished" else "new", extra)
 
 
 def make_units(plan: Plan, rows_per_shard: int) -> list[Unit]:
     """Cut every split into units of nearly equal size, at most `rows_per_shard` inputs each."""
-    units = []
+    units: list[Unit] = []
     for split in SPLITS:
         inputs = plan.splits[split]
         count = max(-(-len(inputs) // rows_per_shard), min(len(inputs) // SMALL_UNIT, SMALL_SET_UNITS), 1)
-        for number in range(count if inputs else 0):
-            part = inputs[number * len(inputs) // count : (number + 1) * len(inputs) // count]
-            units.append(Unit(f"{split}-{number:05d}", split, part))
+        for number in range(count if len(inputs) else 0):
+            start, stop = number * len(inputs) // count, (number + 1) * len(inputs) // count
+            digest = _digest(inputs.slice(start, stop - start))
+            units.append(Unit(f"{split}-{number:05d}", split, len(units), start, stop, digest))
     return units
 
 
-def make_shard(item: dict[str, Any], images: str, folder: str, layout: Layout, rows_per_group: int) -> dict[str, Any]:
+def _digest(inputs: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for column in inputs.columns:
+        digest.update(json.dumps(column.to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def _write_plan(folder: Folder, plan: Plan, units: list[Unit]) -> None:
+    """All inputs as one file, so that a task is told no more than which part of it is its own."""
+    with _room(folder) as room:
+        file = room / f".{PLAN}.tmp"
+        schema = next(inputs.schema for inputs in plan.splits.values() if len(inputs))
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for unit in units:
+                rows = plan.splits[unit.split].slice(unit.start, unit.inputs)
+                writer.write_table(rows, row_group_size=unit.inputs)
+        folder.put(file, f"{UNITS}/{PLAN}")
+
+
+def make_shard(item: dict[str, Any], task: Task) -> dict[str, Any]:
     """The task of one unit (Ray Data hands over and takes back a row): {"report": JSON} or {"error": text}."""
-    content = json.loads(item["unit"])
-    unit = Unit(content["name"], content["split"], [Input(**entry) for entry in content["inputs"]])
-    target = Path(folder)
-    if _count_try(_tries(target, unit)) > MAX_TRIES:
-        return {"report": "", "error": f"{unit.name}: its worker was lost {MAX_TRIES} times (out of memory?)"}
-    writer = ShardWriter(target / f"{unit.name}.parquet", layout, rows_per_group)
+    unit = Unit(**json.loads(item["unit"]))
     try:
-        report = _write_shard(unit, Path(images), layout, writer)
-        write_json(target / UNITS / f"{unit.name}.json", report)
-    except OSError as error:  # of writing: those of reading an image are rejects
-        return {"report": "", "error": f"{unit.name}: {error}"}
-    finally:
-        writer.abort()
+        if _count_try(task.folder, unit) > MAX_TRIES:
+            return {"report": "", "error": f"{unit.name}: its worker was lost {MAX_TRIES} times (out of memory?)"}
+        with task.folder.open(f"{UNITS}/{PLAN}") as source, pq.ParquetFile(source) as plan:
+            inputs = plan.read_row_group(unit.number)
+        report = _write_shard(unit, inputs, task)
+        task.folder.write(f"{UNITS}/{unit.name}.json", as_json(report))
+    except (OSError, pa.ArrowException, StageError, SettingError) as error:  # those of reading an image are rejects
+        return {"report": "", "error": f"{unit.name}: {_in_words(error)}"}
     return {"report": json.dumps(report), "error": ""}
 
 
-def _tries(folder: Path, unit: Unit) -> Path:
-    return folder / UNITS / f"{unit.name}.tries"
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    return " ".join(str(error).split())
 
 
-def _count_try(path: Path) -> int:
-    with open(path, "ab") as file:
-        file.write(b".")
-    return path.stat().st_size
+def _count_try(folder: Folder, unit: Unit) -> int:
+    name = f"{UNITS}/{unit.name}.tries"
+    tries = (folder.size(name) or 0) + 1
+    folder.write(name, b"." * tries)
+    return tries
 
 
-def _write_shard(unit: Unit, images: Path, layout: Layout, writer: ShardWriter) -> dict[str, Any]:
+@contextlib.contextmanager
+def _room(folder: Folder) -> Iterator[Path]:
+    """Where to write a file that goes into `folder`: in it, so that it only needs its name; or a passing local one."""
+    if folder.local is not None:
+        yield folder.local
+        return
+    with tempfile.TemporaryDirectory(prefix="wavemim-") as room:
+        yield Path(room)
+
+
+def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
     began = time.monotonic()
-    moments = Moments(layout)
+    rows, labels = (inputs.column(name).to_numpy() for name in ("row", "label"))
+    paths = inputs.column("path").to_pylist()
     rejects = []
-    for entry in unit.inputs:
+    entry = None
+    with _room(task.folder) as room:
+        writer = ShardWriter(room, task.layout, task.rows_per_group)
         try:
-            pixels = read_image(images / entry.path, layout.image_size)
-        except RejectedImage as error:
-            rejects.append([entry.path, str(error)])
-            continue
-        sums = haar_sums(pixels.astype(np.int32), layout.levels)
-        if unit.split == "train":  # statistics are those of the train split
-            moments.add(sums)
-        writer.append(entry.row, entry.path, entry.label, layout.quantise(sums))
+            for index, data in task.origin.fetch(inputs):
+                try:
+                    if isinstance(data, str):
+                        raise RejectedImage(data)
+                    image = decode_image(data, paths[index], task.pixels)
+                except RejectedImage as error:
+                    rejects.append([paths[index], str(error)])
+                    continue
+                writer.append(int(rows[index]), paths[index], int(labels[index]), image)
+            if closed := writer.close():
+                file, about = closed
+                entry = {"name": f"{unit.name}.parquet", **about}
+                task.folder.put(file, entry["name"])
+        finally:
+            writer.abort()
     return {
         "unit": unit.name,
         "split": unit.split,
-        "digest": unit.digest(),
-        "inputs": len(unit.inputs),
+        "digest": unit.digest,
+        "inputs": unit.inputs,
         "kept": writer.rows,
         "rejects": rejects,
-        "file": writer.close(),
-        "moments": moments.state(),
+        "file": entry,
+        # statistics are those of the train split
+        "moments": (writer.moments if unit.split == "train" else Moments(task.layout)).state(),
         "seconds": time.monotonic() - began,
     }
 
 
-def _run(todo: list[Unit], task: dict[str, Any], progress: _Progress) -> dict[str, dict[str, Any]]:
+def _run(todo: list[Unit], task: Task, watch: _Watch) -> dict[str, dict[str, Any]]:
     """Make the shards of `todo`, in any order: reports by the name of the unit."""
     reports: dict[str, dict[str, Any]] = {}
     for unit in todo:
-        _tries(Path(task["folder"]), unit).unlink(missing_ok=True)
+        task.folder.remove(f"{UNITS}/{unit.name}.tries")
     try:
         for result in _results(todo, task) if todo else ():
             if result["error"]:
                 raise StageError(f"a shard could not be written, {result['error']}; the same call continues")
             report = json.loads(result["report"])
             reports[report["unit"]] = report
-            progress.done(report)
+            watch.done(report)
     finally:
-        progress.close()
+        watch.progress.close()
     return reports
 
 
-def _results(todo: list[Unit], task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _results(todo: list[Unit], task: Task) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # One bar is enough: this logger warns that Ray Data's own are off.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    items = [{"unit": json.dumps(asdict(unit))} for unit in todo]
+    items = [{"unit": json.dumps(vars(unit))} for unit in todo]
     # A block a unit: a task is one unit, and what it gives back arrives when it is done.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    shards = dataset.map(functools.partial(make_shard, **task), num_cpus=1)
+    shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1)
     try:
         yield from shards.iter_rows()
     except ray.exceptions.RayError as error:
@@ -215,6 +280,22 @@ def _results(todo: list[Unit], task: dict[str, Any]) -> Iterator[dict[str, Any]]
         raise StageError(
             f"a task failed ({type(error).__name__}: {lines[-1].strip()}); the same call continues"
         ) from error
+
+
+class _Watch:
+    """Ends the call as soon as too many inputs are rejected: a mistake should not take the whole day to show."""
+
+    def __init__(self, recipe: Recipe, inputs: int, rejects: int, progress: _Progress) -> None:
+        self.progress = progress
+        self._recipe, self._inputs, self._count = recipe, inputs, rejects
+        self._first: list[tuple[str, str]] = []
+
+    def done(self, report: dict[str, Any]) -> None:
+        """One more unit is finished."""
+        self.progress.done(report)
+        self._count += len(report["rejects"])
+        self._first = (self._first + report["rejects"])[:10]
+        _check_rejects(self._recipe, self._count, self._first, self._inputs)
 
 
 class _Progress:
@@ -227,7 +308,7 @@ class _Progress:
         show: bool,
         on_unit: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self._total, self._units, self._on_unit = sum(len(unit.inputs) for unit in units), len(units), on_unit
+        self._total, self._units, self._on_unit = sum(unit.inputs for unit in units), len(units), on_unit
         self._done_units = len(finished)
         initial = sum(report["inputs"] for report in finished.values())
         self._bar = tqdm(total=self._total, initial=initial, unit="image", desc="prepare", disable=not show)
@@ -247,40 +328,47 @@ class _Progress:
 
 
 def _plan(recipe: Recipe) -> Plan:
-    plan = plan_folder(check_folder(recipe.images), val_share=recipe.data.val_share, seed=recipe.seed)
-    _check_rejects(recipe, plan.rejects, plan.inputs)
+    plan = plan_source(
+        recipe.images or "",
+        val_share=recipe.data.val_share,
+        seed=recipe.seed,
+        image_column=recipe.data.image_column,
+        label_column=recipe.data.label_column,
+    )
+    _check_rejects(recipe, len(plan.rejects), plan.rejects, plan.inputs)
     return plan
 
 
-def _report(folder: Path, unit: Unit) -> dict[str, Any] | None:
-    """The report of a unit that an earlier call finished; None if it has to be done (again)."""
-    path = folder / UNITS / f"{unit.name}.json"
-    if not path.is_file():
-        return None
-    try:
-        report = read_json(path)
-        size = report["file"]["bytes"] if report["file"] else None
-    except (StageError, KeyError, TypeError):
-        return None
-    shard = folder / f"{unit.name}.parquet"
-    found = shard.stat().st_size if shard.is_file() else None
-    return report if found == size and report["digest"] == unit.digest() else None
+def _reports(folder: Folder, units: list[Unit]) -> list[dict[str, Any] | None]:
+    """The reports of units that an earlier call finished; None for those that have to be done (again)."""
+    there, sizes = set(folder.sub(UNITS).names()), folder.sizes()
+    found: list[dict[str, Any] | None] = []
+    for unit in units:
+        report = None
+        if f"{unit.name}.json" in there:
+            with contextlib.suppress(ValueError, KeyError, TypeError, FileNotFoundError):
+                report = json.loads(folder.read(f"{UNITS}/{unit.name}.json"))
+                size = report["file"]["bytes"] if report["file"] else None
+                if sizes.get(f"{unit.name}.parquet") != size or report["digest"] != unit.digest:
+                    report = None
+        found.append(report)
+    return found
 
 
-def _check_rejects(recipe: Recipe, rejects: list[tuple[str, str]], inputs: int) -> None:
+def _check_rejects(recipe: Recipe, count: int, first: list[tuple[str, str]], inputs: int) -> None:
     allowed = max(ALWAYS_ALLOWED_REJECTS, recipe.data.max_rejected * inputs)
-    if len(rejects) > allowed:
-        first = "; ".join(f"{path}: {reason}" for path, reason in rejects[:10])
+    if count > allowed:
+        shown = "; ".join(f"{path}: {reason}" for path, reason in first[:10])
         raise StageError(
-            f"{len(rejects)} of {inputs} inputs are rejected, data.max_rejected={recipe.data.max_rejected:g} allows "
-            f"{int(allowed)}; raise it to go on without them. The first: {first}"
+            f"{count} of {inputs} inputs are rejected, data.max_rejected={recipe.data.max_rejected:g} allows "
+            f"{int(allowed)}; raise it to go on without them. The first: {shown}"
         )
 
 
 def _finish(folder: StageFolder, recipe: Recipe, plan: Plan, layout: Layout, reports: list[dict[str, Any]]) -> None:
     """Merge the reports: rejected.parquet, the manifest last of all, and away with what is not part of the set."""
     rejects = sorted([*plan.rejects, *((path, reason) for report in reports for path, reason in report["rejects"])])
-    _check_rejects(recipe, rejects, plan.inputs)
+    _check_rejects(recipe, len(rejects), rejects, plan.inputs)
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     moments = Moments(layout)
     for report in reports:
@@ -290,7 +378,10 @@ def _finish(folder: StageFolder, recipe: Recipe, plan: Plan, layout: Layout, rep
     if not moments.images:
         path, reason = rejects[0]
         raise StageError(f"no image of {recipe.images} could be stored for train; the first reject: {path}: {reason}")
-    write_rejected(folder.path / REJECTED, rejects)
+    with _room(folder.folder) as room:
+        file = room / f".{REJECTED}.tmp"
+        write_rejected(file, rejects)
+        folder.folder.put(file, REJECTED)
     kept = sum(report["kept"] for report in reports)
     counts = {"inputs": plan.inputs, "kept": kept, "rejected": len(rejects), "ignored": plan.ignored}
     manifest = make_manifest(
@@ -302,26 +393,43 @@ def _finish(folder: StageFolder, recipe: Recipe, plan: Plan, layout: Layout, rep
         counts=counts,
     )
     named = {REJECTED, *(entry["name"] for files in splits.values() for entry in files)}
-    for path in folder.path.iterdir():  # of interrupted calls, or of a folder that had other images then
-        if path.is_file() and (path.suffix == ".tmp" or (path.suffix == ".parquet" and path.name not in named)):
-            path.unlink()
+    _tidy(folder.folder, named)
     folder.finish(manifest)
-    shutil.rmtree(folder.path / UNITS, ignore_errors=True)
+    units = folder.folder.sub(UNITS)
+    with contextlib.suppress(OSError):
+        units.clear()
+        if units.local is not None:
+            units.local.rmdir()
 
 
-def _summary(path: Path, state: str, extra: dict[str, Any]) -> dict[str, Any]:
+def _tidy(folder: Folder, named: set[str]) -> None:
+    """Remove what interrupted calls left, or a call when the images were others; bring the rest to the disk."""
+    for name in folder.names():
+        if name.endswith(".parquet") and name not in named:
+            folder.remove(name)
+    if folder.local is None:
+        return
+    for path in folder.local.glob(".*.tmp"):
+        path.unlink()
+    # Not after each shard, where a worker would wait for the disk: by now most of it is there.
+    for name in sorted(named):
+        with open(folder.local / name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _summary(folder: Folder, state: str, extra: dict[str, Any]) -> dict[str, Any]:
     """What the call did, and what is in the shard set."""
-    shards = ShardSet.open(path)
-    rejects = pq.read_table(path / REJECTED).to_pylist()
-    files = [entry for split in SPLITS for entry in shards.manifest["splits"][split]["files"]]
+    shards = ShardSet.open(folder.url)
+    with folder.open(REJECTED) as source:
+        rejects = pq.read_table(source).to_pylist()
     return {
         "state": state,
-        "path": str(path),
+        "path": str(folder),
         "fingerprint": shards.fingerprint,
         "rows": shards.rows,
         "classes": len(shards.classes) if shards.classes else None,
         "counts": shards.manifest["counts"],
-        "bytes": sum(entry["bytes"] for entry in files),
+        "bytes": sum(entry["bytes"] for entry in shards.entries()),
         # Details in brackets differ from file to file.
         "rejects": dict(Counter(reject["reason"].partition(" (")[0] for reject in rejects).most_common()),
         "first_rejects": [f"{reject['path']}: {reject['reason']}" for reject in rejects[:10]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ METRICS = "metrics.jsonl"
 def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
     """Pretrain by `recipe` on its shard set; gives the summary that is also the stage's finishing mark."""
     check_model(recipe)
-    shards = ShardSet.open(recipe.shards_dir)
+    shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
     check_room(recipe, session, recipe.train.workers)
     plan = Plan.of(recipe, shards.rows["train"])
@@ -117,7 +118,7 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
         _worker,
         train_loop_config={
             "recipe": recipe.dump(),
-            "shards": str(shards.path.absolute()),
+            "shards": shards.folder.url,
             "handle": handle,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -162,11 +163,18 @@ def _worker(config: dict[str, Any]) -> None:
             device=device,
             rank=rank,
             world=world,
+            threads=_reader_threads(recipe, context.get_local_world_size()),
             wrap=(lambda model: ray.train.torch.prepare_model(model, move_to_device=False)) if world > 1 else None,
             resume=resume,
             on_log=tracker.log if tracker else None,
             on_checkpoint=_report,
         )
+
+
+def _reader_threads(recipe: Recipe, workers_here: int) -> int:
+    """A worker's share of the cores that its machine gives it; more than 8 would only wait for memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return recipe.train.reader_threads or min(max(cores // workers_here, 1), 8)
 
 
 def _report(write: Callable[[Path], None], state: dict[str, Any]) -> None:
@@ -198,6 +206,7 @@ def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, An
         "model": model.eval(),
         "inputs": build_inputs(shards),
         "stored": batch.levels,
+        "crop": batch.crop,
         "rows": batch.rows,
         "mask_ratio": recipe.mask.ratio,
         "seed": recipe.seed,

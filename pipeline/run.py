@@ -10,8 +10,8 @@ import click
 import pipeline.report as report
 from pipeline.build import check_model
 from pipeline.config import Recipe
-from pipeline.image_folder import check_folder
 from pipeline.session import ray_session
+from pipeline.sources import check_source
 from pipeline.tune import read_space
 
 
@@ -23,8 +23,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> str:
     from pipeline.pretrain import pretrain
     from pipeline.tune import tune
 
-    check_folder(recipe.images)
     check_model(recipe)
+    check_source(recipe.images)
     read_space(recipe)
     began = time.perf_counter()
     seconds: dict[str, float] = {}

@@ -1,27 +1,16 @@
-"""The shard format: images stored once, as quantised Haar pyramids in Parquet files. No Ray in here.
+"""The shard format: images stored once, as quantised wavelet pyramids in Parquet files. No Ray in here.
 
-A *shard set* is a folder with ``train-00000.parquet`` …, ``val-00000.parquet`` …, ``rejected.parquet`` (path and reason
-of every input that could not be stored) and ``manifest.json``, written last: a folder without one is no shard set.
-
-One row is one image:
-
-    row              int64   unique and stable within its split, not necessarily dense: the place in the plan, which is
-                             made before it is known which inputs can be decoded
-    path             string  relative to the folder of images
-    label            int32   index into the manifest's class names, -1 for none
-    level1 … levelL  fixed-size binary: little-endian int8, int16 or int32, (C, K, h, w) in C order
-
-A stored integer is round(coefficient / step), halves towards zero, so that a mirrored image is the mirrored row.
-Letters of shapes: n images, C channels, H × W pixels, K bands (H, V, D; at the coarsest level A, H, V, D), h × w cells.
+FORMAT.md beside this file describes it for readers in other languages. A *shard set* is a folder, local or in an object
+store, with ``train-00000.parquet`` …, ``val-00000.parquet`` …, ``rejected.parquet`` (path and reason of every input that
+could not be stored) and ``manifest.json``, written last: a folder without one is no shard set.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,177 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.stage import StageError
-from wavemim.wavelets import bands_of, coefficient_bound, haar_sums, is_haar
+from pipeline.layout import Layout, ShardError
+from pipeline.storage import Folder, reaching
+from wavemim.wavelets import bands_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 SPLITS = ("train", "val")
-COMPRESSION_LEVEL = 1  # of zstd; on these columns 3 is half as fast and no smaller
-
-
-class ShardError(StageError):
-    """A shard set is missing, damaged or of another format: one line."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the pyramid of one image is stored: image side, channels and the quantisation step of every level."""
-
-    image_size: int
-    channels: int
-    steps: Mapping[int, float]
-    wavelet: str = "haar"
-
-    def __post_init__(self) -> None:
-        assert is_haar(self.wavelet), self.wavelet
-        # A step of 4 and one of 4.0 are the same step, also in JSON.
-        object.__setattr__(self, "steps", {level: float(step) for level, step in sorted(self.steps.items())})
-        assert list(self.steps) == list(range(1, len(self.steps) + 1)), self.steps
-
-    @property
-    def levels(self) -> int:
-        """Number of levels; the coarsest one."""
-        return len(self.steps)
-
-    def shape(self, level: int) -> tuple[int, int, int, int]:
-        """(C, K, h, w) of a level."""
-        side = self.image_size >> level
-        return self.channels, len(bands_of(level, self.levels)), side, side
-
-    def dtype(self, level: int) -> np.dtype[Any]:
-        """Smallest integer type that holds every coefficient of a level that an 8-bit image can have."""
-        bands = bands_of(level, self.levels)
-        peak = max(coefficient_bound(level, band, self.wavelet) for band in bands) / self.steps[level]
-        for kind in ("<i1", "<i2", "<i4"):
-            # Half more than the largest integer still rounds to it; the factor forgives the bound's own rounding.
-            if peak * (1 - 1e-9) <= np.iinfo(kind).max + 0.5:
-                return np.dtype(kind)
-        raise ShardError(f"step {self.steps[level]} of level {level} is too fine: values would not fit 32 bits")
-
-    def row_bytes(self, level: int) -> int:
-        """Bytes of a level in one row."""
-        return int(np.prod(self.shape(level))) * self.dtype(level).itemsize
-
-    def schema(self) -> pa.Schema:
-        """Arrow schema of a shard."""
-        fields = [pa.field("row", pa.int64()), pa.field("path", pa.string()), pa.field("label", pa.int32())]
-        for level in range(1, self.levels + 1):
-            fields.append(pa.field(f"level{level}", pa.binary(self.row_bytes(level))))
-        return pa.schema([field.with_nullable(False) for field in fields])
-
-    def quantise(self, sums: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Integers to store, (n, C, K, h, w) a level, from `haar_sums` (coefficient = sum / 2^level)."""
-        return {
-            level: _divide(sums[level], 2**level * self.steps[level]).astype(self.dtype(level))
-            for level in range(1, self.levels + 1)
-        }
-
-    def encode(self, images: np.ndarray) -> dict[int, np.ndarray]:
-        """Integers to store, (n, C, K, h, w) a level, of uint8 images (n, C, H, W)."""
-        return self.quantise(haar_sums(images.astype(np.int32), self.levels))
-
-    def decode(self, data: pa.RecordBatch | pa.Table, levels: Iterable[int] | None = None) -> dict[int, np.ndarray]:
-        """Stored integers (n, C, K, h, w) of the levels asked for; read-only views of Arrow's memory, not copies."""
-        wanted = range(1, self.levels + 1) if levels is None else levels
-        return {level: self._view(data.column(f"level{level}"), level) for level in wanted}
-
-    def _view(self, column: pa.Array | pa.ChunkedArray, level: int) -> np.ndarray:
-        if isinstance(column, pa.ChunkedArray):
-            column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        width, dtype = self.row_bytes(level), self.dtype(level)
-        if column.type != pa.binary(width):
-            raise ShardError(f"column level{level} holds {column.type}, the manifest says {pa.binary(width)}")
-        values = np.frombuffer(column.buffers()[1], dtype, len(column) * width // dtype.itemsize, column.offset * width)
-        return values.reshape(len(column), *self.shape(level))
-
-
-def _divide(sums: np.ndarray, divisor: float) -> np.ndarray:
-    """round(sums / divisor), halves towards zero; exact where the divisor is a whole number."""
-    if divisor == 1:
-        return sums
-    whole = int(divisor)
-    if divisor != whole:
-        scaled = np.abs(sums) / divisor
-        return np.copysign(np.ceil(scaled - 0.5), sums).astype(np.int64)
-    if whole & (whole - 1) == 0:  # a shift: for d = 2h, floor((s + h - 1) / d), and for s < 0 floor((s + h) / d)
-        half = whole // 2
-        return (sums + (half - 1) - (sums >> 31)) >> (whole.bit_length() - 1)
-    return np.sign(sums) * ((2 * np.abs(sums) + (whole - 1)) // (2 * whole))
-
-
-class ShardWriter:
-    """Writes one shard, a row group at a time, under a temporary name; `close` gives it its name."""
-
-    def __init__(self, path: Path, layout: Layout, rows_per_group: int) -> None:
-        self.path, self.layout, self.rows_per_group = path, layout, rows_per_group
-        self.rows = 0
-        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        self._pending: list[tuple[int, str, int, dict[int, np.ndarray]]] = []
-        self._writer: pq.ParquetWriter | None = None
-
-    def append(self, row: int, path: str, label: int, pyramid: dict[int, np.ndarray]) -> None:
-        """Add an image: its integers (C, K, h, w) a level."""
-        self._pending.append((row, path, label, pyramid))
-        self.rows += 1
-        if len(self._pending) == self.rows_per_group:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        schema = self.layout.schema()
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(
-                self._temporary,
-                schema,
-                compression="zstd",
-                compression_level=COMPRESSION_LEVEL,
-                use_dictionary=False,
-                write_statistics=["row", "label"],
-                write_page_checksum=True,
-            )
-        rows, paths, labels, pyramids = zip(*self._pending, strict=True)
-        columns = [pa.array(rows, pa.int64()), pa.array(paths, pa.string()), pa.array(labels, pa.int32())]
-        for level in range(1, self.layout.levels + 1):
-            values = np.ascontiguousarray(np.stack([pyramid[level] for pyramid in pyramids]))
-            binary = pa.binary(self.layout.row_bytes(level))
-            columns.append(pa.FixedSizeBinaryArray.from_buffers(binary, len(rows), [None, pa.py_buffer(values)]))
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(rows))
-        self._pending = []
-
-    def close(self) -> dict[str, Any] | None:
-        """Finish the file: its manifest entry, or None where no image was added and there is no file."""
-        self._flush()
-        if self._writer is None:
-            return None
-        self._writer.close()
-        with open(self._temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._temporary, self.path)
-        return {"name": self.path.name, "rows": self.rows, **file_entry(self.path)}
-
-    def abort(self) -> None:
-        """Leave nothing behind."""
-        if self._writer is not None:
-            self._writer.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def write_rejected(path: Path, rejects: Sequence[tuple[str, str]]) -> None:
-    """Write rejected.parquet: (path, reason) of every input that could not be stored."""
-    schema = pa.schema([("path", pa.string()), ("reason", pa.string())])
-    columns = [pa.array([reject[i] for reject in rejects], pa.string()) for i in range(2)]
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, compression="zstd")
-    os.replace(temporary, path)
 
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -249,14 +75,14 @@ def make_manifest(
 class ShardSet:
     """A finished shard set."""
 
-    path: Path
+    folder: Folder
     manifest: dict[str, Any]
     layout: Layout
 
     @classmethod
-    def open(cls, path: str | Path) -> ShardSet:
-        """Read the manifest of the shard set at `path` and see that its files are there. Raises ShardError."""
-        folder = Path(path)
+    def open(cls, where: str | Path, *, check_files: bool = True) -> ShardSet:
+        """Read the manifest of the shard set at a path or URL and see that its files are there. Raises ShardError."""
+        folder = Folder.at(where)
         manifest = _read_manifest(folder)
         try:
             steps = {int(level): float(entry["step"]) for level, entry in manifest["levels"].items()}
@@ -265,15 +91,22 @@ class ShardSet:
                 stored = (tuple(entry["shape"]), entry["dtype"])
                 assert stored == (layout.shape(int(level)), layout.dtype(int(level)).name), (level, stored)
             shards = cls(folder, manifest, layout)
-            files = [(folder / entry["name"], entry["bytes"]) for entry in shards._entries()]
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise ShardError(f"{folder / MANIFEST} is not a manifest of a shard set ({error!r})") from None
-        for file, size in files:
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes, the manifest says {size}"
-                raise ShardError(f"{file} {state}; copy the shard set again or prepare it with restart=true")
+            expected = {entry["name"]: entry["bytes"] for entry in shards.entries()}
+        except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+            raise ShardError(f"{folder.shown(MANIFEST)} is not a manifest of a shard set ({error!r})") from None
+        found = folder.sizes() if check_files else expected
+        for name, size in expected.items():
+            if found.get(name) != size:
+                state = f"has {found[name]} bytes, the manifest says {size}" if name in found else "is missing"
+                raise ShardError(
+                    f"{folder.shown(name)} {state}; copy the shard set again or prepare it with restart=true"
+                )
         return shards
+
+    @property
+    def url(self) -> str:
+        """Where the shard set is, for messages and records: without credentials."""
+        return str(self.folder)
 
     @property
     def image_size(self) -> int:
@@ -313,7 +146,7 @@ class ShardSet:
 
     @cached_property
     def statistics(self) -> dict[int, dict[str, dict[str, list[float]]]]:
-        """statistics[level][band]["mean" or "std"]: a number per channel, in units of orthonormal Haar coefficients."""
+        """statistics[level][band]["mean" or "std"]: a number per channel, in units of coefficients."""
         return {int(level): bands for level, bands in self.manifest["statistics"]["levels"].items()}
 
     @property
@@ -331,54 +164,101 @@ class ShardSet:
         """SHA-256 of the manifest, and with it of all files."""
         return str(self.manifest["fingerprint"])
 
-    def files(self, split: str) -> list[tuple[Path, int]]:
-        """(file, rows) of a split's shards, in their order."""
-        assert split in SPLITS, split
-        return [(self.path / entry["name"], entry["rows"]) for entry in self.manifest["splits"][split]["files"]]
+    @cached_property
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of every shard, by name."""
+        return {entry["name"]: entry["sha256"] for entry in self.entries()}
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def files(self, split: str) -> list[tuple[str, int]]:
+        """(name, rows) of a split's shards, in their order."""
+        assert split in SPLITS, split
+        return [(entry["name"], entry["rows"]) for entry in self.manifest["splits"][split]["files"]]
+
+    def entries(self) -> list[dict[str, Any]]:
+        """{"name", "rows", "bytes", "sha256"} of every shard of all splits."""
         return [entry for split in SPLITS for entry in self.manifest["splits"][split]["files"]]
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        unfinished = (folder / "settings.json").is_file()
+def _read_manifest(folder: Folder) -> dict[str, Any]:
+    path = folder.shown(MANIFEST)
+    if folder.size(MANIFEST) is None:
+        unfinished = folder.size("settings.json") is not None
         hint = "prepare was not finished there; call it again" if unfinished else "wavemim prepare writes one"
         raise ShardError(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(folder.read(MANIFEST))
     except (OSError, ValueError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
         raise ShardError(f"{path} is not a manifest of a shard set: it names no format version")
-    if version > FORMAT_VERSION:
-        raise ShardError(
-            f"{path} has format version {version}, this wavemim reads up to version {FORMAT_VERSION}; update wavemim"
-        )
+    if version != FORMAT_VERSION:
+        advice = "update wavemim" if version > FORMAT_VERSION else "prepare the images again"
+        raise ShardError(f"{path} has format version {version}, this wavemim reads version {FORMAT_VERSION}; {advice}")
     if manifest.get("fingerprint") != manifest_fingerprint(manifest):
         raise ShardError(f"{path} was changed after it was written: its fingerprint does not fit its content")
     return manifest
 
 
+@functools.lru_cache(maxsize=512)
+def _footer(folder: Folder, name: str, sha256: str) -> pq.FileMetaData:
+    """A file's footer, read once: an object store would be asked twice for every row group otherwise."""
+    with reaching(folder.shown(name)), folder.open(name) as source, pq.ParquetFile(source) as parquet:
+        return parquet.metadata
+
+
+def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
+    """Some columns of one row group of a shard. Raises ShardError."""
+    try:
+        footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
+        with (
+            reaching(shards.folder.shown(name)),
+            shards.folder.open(name) as source,
+            pq.ParquetFile(
+                source,
+                metadata=footer,
+                page_checksum_verification=True,
+                pre_buffer=shards.folder.local is None,  # a store is asked once for neighbouring columns
+            ) as parquet,
+        ):
+            return parquet.read_row_group(group, columns=list(columns), use_threads=False)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise ShardError(
+            f"{shards.folder.shown(name)} is damaged (row group {group}): {text}; "
+            f"wavemim verify {shards.url} names all such files"
+        ) from None
+
+
 def read_group(
-    shards: ShardSet, file: Path, group: int, levels: Sequence[int]
+    shards: ShardSet, name: str, group: int, levels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
     """One row group: `row` (n,), `label` (n,) and the stored integers (n, C, K, h, w) of `levels`. Raises ShardError."""
-    columns = ["row", "label", *(f"level{level}" for level in levels)]
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            table = parquet.read_row_group(group, columns=columns, use_threads=False)
-        row, label = (table.column(name).to_numpy() for name in ("row", "label"))
-        return row, label, shards.layout.decode(table, levels)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise ShardError(f"{file} is damaged (row group {group}): {' '.join(str(error).split())}") from None
+    table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
+    row, label = (table.column(column).to_numpy() for column in ("row", "label"))
+    return row, label, shards.layout.decode(table, levels)
 
 
-def verify(shards: ShardSet) -> None:
-    """Compare every file with its checksum in the manifest. Raises ShardError naming the first that differs."""
-    for entry in shards._entries():
-        file = shards.path / entry["name"]
-        if file_entry(file)["sha256"] != entry["sha256"]:
-            raise ShardError(f"{file} is damaged: its SHA-256 is not the manifest's")
+def verify(shards: ShardSet) -> Iterator[tuple[str, str | None]]:
+    """Compare every file with its size and checksum in the manifest: (name, what is wrong with it or None)."""
+    sizes = shards.folder.sizes()
+    for entry in shards.entries():
+        name = entry["name"]
+        if name not in sizes:
+            yield name, "is missing"
+        elif sizes[name] != entry["bytes"]:
+            yield name, f"has {sizes[name]} bytes, the manifest says {entry['bytes']}"
+        else:
+            try:
+                same = _sha256(shards.folder, name) == entry["sha256"]
+                yield name, None if same else "is damaged: its SHA-256 is not the manifest's"
+            except OSError as error:
+                yield name, f"cannot be read: {error}"
+
+
+def _sha256(folder: Folder, name: str) -> str:
+    digest = hashlib.sha256()
+    with reaching(folder.shown(name)), folder.open(name) as source:
+        while chunk := source.read(1 << 23):
+            digest.update(chunk)
+    return digest.hexdigest()

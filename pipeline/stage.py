@@ -7,7 +7,6 @@ Without the mark nothing in it counts as whole: the same call continues or start
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,19 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import SettingError, differences
+from pipeline.errors import StageError
+from pipeline.storage import Folder, owned
 
+__all__ = ["StageError", "StageFolder", "read_json", "stage_folder", "write_json"]
 
-class StageError(RuntimeError):
-    """A stage cannot go on, for a reason that the user can act on: one line."""
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class StageFolder:
     """A stage's folder while this process owns it."""
 
-    path: Path
+    folder: Folder
     mark: str
     state: str  # "new", "unfinished" or "finished", as it was found
+
+    @property
+    def path(self) -> Path:
+        """Where it is, for stages that write to local folders only."""
+        assert self.folder.local is not None, str(self.folder)
+        return self.folder.local
 
     @property
     def finished(self) -> bool:
@@ -39,74 +46,81 @@ class StageFolder:
     def clear(self) -> None:
         """Remove what an unfinished call left, but for the settings and hidden marks (which MLflow run it was)."""
         for entry in self.path.iterdir():
-            if entry.name != "settings.json" and not entry.name.startswith("."):
+            if entry.name != SETTINGS and not entry.name.startswith("."):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the finishing mark."""
-        write_json(self.path / self.mark, result)
+        self.folder.write(self.mark, as_json(result))
 
     def result(self) -> dict[str, Any]:
         """Content of the finishing mark."""
-        return read_json(self.path / self.mark)
+        return _read(self.folder, self.mark)
 
 
 @contextlib.contextmanager
 def stage_folder(
-    path: Path, identity: Mapping[str, Any], *, restart: bool = False, mark: str = "result.json"
+    where: Path | str, identity: Mapping[str, Any], *, restart: bool = False, mark: str = "result.json"
 ) -> Iterator[StageFolder]:
-    """Own `path` for the work that `identity` describes.
+    """Own the folder at a path or URL for the work that `identity` describes.
 
     Raises SettingError where the folder holds other work (unless `restart`, which empties it), and StageError where
-    another process owns it. Ownership is a lock that ends with the process, however it ends.
+    another process owns it.
     """
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = path.parent / f".{path.name}.lock"
-    with open(lock_path, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise StageError(f"{path} is being written by process {owner}; wait for it or give another out=") from None
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield _open(path, identity, restart, mark)
+    folder = Folder.at(where)
+    with owned(folder, "a stage"):
+        yield _open(folder, identity, restart, mark)
 
 
-def _open(path: Path, identity: Mapping[str, Any], restart: bool, mark: str) -> StageFolder:
+def _open(folder: Folder, identity: Mapping[str, Any], restart: bool, mark: str) -> StageFolder:
     state = "new"
-    if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-        settings_path = path / "settings.json"
-        known = read_json(settings_path) if settings_path.is_file() else None
-        if known is None:
-            raise SettingError(f"{path} is not empty and not a folder that a stage made; give another out= or name=")
-        changed = differences(known, identity)
+    if _holds_something(folder):
+        if folder.size(SETTINGS) is None:
+            raise SettingError(f"{folder} is not empty and not a folder that a stage made; give another out= or name=")
+        changed = differences(_read(folder, SETTINGS), identity)
         if restart:
-            shutil.rmtree(path)
+            folder.clear()
         elif changed:
             more = "; …" if len(changed) > 4 else ""
             raise SettingError(
-                f"{path} holds the work of other settings ({'; '.join(changed[:4])}{more}); "
+                f"{folder} holds the work of other settings ({'; '.join(changed[:4])}{more}); "
                 "give another name= or out=, or replace it with restart=true"
             )
         else:
-            state = "finished" if (path / mark).is_file() else "unfinished"
-    path.mkdir(parents=True, exist_ok=True)
+            state = "finished" if folder.size(mark) is not None else "unfinished"
+    if folder.local is not None:
+        folder.local.mkdir(parents=True, exist_ok=True)
     if state == "new":
-        write_json(path / "settings.json", identity)
-    return StageFolder(path, mark, state)
+        folder.write(SETTINGS, as_json(identity))
+    return StageFolder(folder, mark, state)
+
+
+def _holds_something(folder: Folder) -> bool:
+    if folder.local is not None:  # folders count too, also empty ones
+        return folder.local.is_dir() and any(not entry.name.startswith(".") for entry in folder.local.iterdir())
+    return next(folder.walk(), None) is not None
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """JSON as all files of stages are written."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _read(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(folder.read(name))
+    except (OSError, ValueError) as error:
+        raise StageError(f"{folder.shown(name)} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise StageError(f"{folder.shown(name)} holds no mapping")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that `path` holds either the old content or the whole new one."""
     temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    with open(temporary, "wb") as file:
+        file.write(as_json(content))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -114,10 +128,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON mapping; StageError where it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise StageError(f"{path} holds no mapping")
-    return content
+    return _read(Folder.at(path.parent), path.name)

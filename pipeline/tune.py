@@ -40,7 +40,7 @@ KINDS = ("uniform", "log_uniform", "choice", "int_uniform")
 def tune(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
     """Run the sweep; gives the summary that is also the stage's finishing mark."""
     check_model(recipe)
-    shards = ShardSet.open(recipe.shards_dir)
+    shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
     check_room(recipe, session, 1)
     space = read_space(recipe)
@@ -160,7 +160,7 @@ def _search(
     trial = ray.tune.with_parameters(
         _trial,
         settings=recipe.dump(),
-        shards_path=str(shards.path.absolute()),
+        shards_path=shards.folder.url,
         parent=parent,
         objective=objective,
         logs=str(folder.path / "trials"),

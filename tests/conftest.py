@@ -15,6 +15,8 @@ from pipeline.session import SessionInfo
 # Before Ray is imported anywhere: no token file in the home folder, no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Of the object store that some tests start; Ray's workers have the environment of their start.
+os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 @pytest.fixture(scope="session")

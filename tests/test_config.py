@@ -42,6 +42,14 @@ MISTAKES = [
     ("seed.x=1", "'seed' is a value and has no settings inside"),
     ("name=a/b", "name=a/b: allowed are letters"),
     ("train.lr=.nan", "train.lr=nan: input should be a finite number"),
+    ("data.steps=loose", "data.steps=loose: allowed are numbers above 0"),
+    ("data.steps=[4, 0]", "data.steps=[4, 0]: every step has to be a number above 0"),
+    ("data.steps=[]", "data.steps=[]: allowed are numbers above 0"),
+    ("data.wavelet=db99", "data.wavelet=db99: no discrete wavelet of PyWavelets; did you mean 'db9'?"),
+    ("data.wavelet=morl", "data.wavelet=morl: no discrete wavelet of PyWavelets"),
+    ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
+    ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value has to be below the second"),
+    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports go to a folder"),
     ("nonsense", "'nonsense' is not a setting; write key=value"),
     ("=3", "'=3' is not a setting"),
 ]
@@ -67,6 +75,24 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(name):
     recipe = load(name)
     assert Recipe.model_validate(recipe.dump()) == recipe
     assert recipe.name == name
+
+
+def test_steps_are_one_for_all_levels_or_one_each_or_lossless():
+    assert load("small", ["data.steps=4"]).steps_by_level() == {1: 4, 2: 4, 3: 4, 4: 4}
+    assert load("small", ["data.steps=[4, 2]"]).steps_by_level() == {1: 4, 2: 2, 3: 2, 4: 2}
+    assert load("small", ["data.steps=lossless"]).steps_by_level() == {1: 0.5, 2: 0.25, 3: 0.125, 4: 0.0625}
+    with pytest.raises(SettingError, match="other wavelets than haar have no exact integers"):
+        load("small", ["data.steps=lossless", "data.wavelet=db2"])
+    recipe = load("small", ["data.steps=lossless"])
+    assert Recipe.model_validate(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:SECRET@bucket/photos", "s3://bucket/x?region=eu&secret_key=SECRET"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(url):
+    with pytest.raises(SettingError, match="images: a URL with credentials") as caught:
+        load("small", [f"images={url}"])
+    assert "SECRET" not in str(caught.value).replace("AWS_SECRET", "")
+    assert load("small", ["images=s3://bucket/a?endpoint_override=127.0.0.1:9&scheme=http"]).images
 
 
 def test_a_recipe_file_builds_on_another(tmp_path):

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PIPELINE_WITHOUT_RAY = ("pipeline.config", "pipeline.stage", "pipeline.shards", "pipeline.batches", "pipeline.loop")
+PIPELINE_WITHOUT_RAY = (
+    "pipeline.config",
+    "pipeline.stage",
+    "pipeline.storage",
+    "pipeline.sources",
+    "pipeline.image_decoding",
+    "pipeline.shard_writer",
+    "pipeline.shards",
+    "pipeline.inspect_shards",
+    "pipeline.batches",
+    "pipeline.loop",
+)
 MLFLOW_IMPORTERS = {"pipeline.tracking"}
 # Files that may name Ray at all, at the top or inside a function.
 RAY_IMPORTERS = {"pipeline.evaluate", "pipeline.prepare", "pipeline.pretrain", "pipeline.session", "pipeline.tune"}

@@ -78,7 +78,7 @@ def test_pretrain_leaves_whole_checkpoints_and_a_picture(whole):
     state = checkpoint.read_state(last)
     assert last.name == results["pretrain"]["checkpoint"]
     assert state["epoch"] == 4
-    assert state["images"] == 4 * ShardSet.open(recipe.shards_dir).rows["train"] == results["pretrain"]["images_seen"]
+    assert state["images"] == 4 * ShardSet.open(recipe.shards_at).rows["train"] == results["pretrain"]["images_seen"]
     assert len(list(folder.glob("images-*"))) == recipe.train.keep_checkpoints
     first, final = results["pretrain"]["history"][0], results["pretrain"]["history"][-1]
     assert final["train/loss_level3"] < first["train/loss_level3"]
@@ -92,7 +92,7 @@ def test_everything_is_in_mlflow(whole):
     assert stages <= set(runs)
     assert all(run.info.status == "FINISHED" for run in runs.values())
     run = runs["pretrain-small"]
-    shards = ShardSet.open(recipe.shards_dir)
+    shards = ShardSet.open(recipe.shards_at)
     assert run.data.tags["wavemim.shards"] == shards.fingerprint
     assert run.data.params["target.taps.3"] == "2"
     assert run.data.params["mask.ratio"] == "0.75"
@@ -115,7 +115,7 @@ def test_evaluation_is_of_three_subjects_on_val(whole):
     _, recipe, results = whole
     measured = results["evaluate"]["measured"]
     assert set(measured) == {"trained", "untrained", "pixels"}
-    assert results["evaluate"]["val_images"] == ShardSet.open(recipe.shards_dir).rows["val"]
+    assert results["evaluate"]["val_images"] == ShardSet.open(recipe.shards_at).rows["val"]
     for values in measured.values():
         assert values["eval/linear_top1_low"] <= values["eval/linear_top1"] <= values["eval/linear_top1_high"]
 
@@ -139,7 +139,7 @@ def test_the_export_is_the_trained_encoder(whole):
     import timm
 
     _, recipe, results = whole
-    shards = ShardSet.open(recipe.shards_dir)
+    shards = ShardSet.open(recipe.shards_at)
     model = build_model(recipe, shards)
     checkpoint.load_model(checkpoint.latest(recipe.stage_dir("pretrain")), model)
     loaded = timm.create_model(f"local-dir:{results['export']['encoder']}", pretrained=True).eval()
@@ -230,7 +230,7 @@ def test_killed_and_interrupted_pretraining_ends_as_if_undisturbed(whole, photo_
     recipe_file = tmp_path / "long.yaml"
     recipe_file.write_text(yaml.safe_dump(settings))
     folder = tmp_path / "out"
-    shards = f"shards={recipe.shards_dir}"
+    shards = f"shards={recipe.shards_at}"
     runs = folder / "runs" / "long" / "pretrain"
 
     process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
@@ -261,9 +261,9 @@ def test_killed_and_interrupted_pretraining_ends_as_if_undisturbed(whole, photo_
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the worker: sums in another order are other sums
-    undisturbed = train(load(str(recipe_file)), ShardSet.open(recipe.shards_dir), device=torch.device("cpu"))
+    undisturbed = train(load(str(recipe_file)), ShardSet.open(recipe.shards_at), device=torch.device("cpu"))
     torch.set_num_threads(threads)
-    final = build_model(load(str(recipe_file)), ShardSet.open(recipe.shards_dir))
+    final = build_model(load(str(recipe_file)), ShardSet.open(recipe.shards_at))
     checkpoint.load_model(checkpoint.latest(runs), final)
     for name, value in undisturbed.model.state_dict().items():
         assert torch.equal(value, final.state_dict()[name]), name

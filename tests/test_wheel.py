@@ -26,7 +26,7 @@ def test_packages_recipes_spaces_and_the_command_are_in(wheel: Path) -> None:
     expected = {
         str(path.relative_to(ROOT))
         for package in ("wavemim", "pipeline", "tune_spaces")
-        for pattern in ("*.py", "*.yaml")
+        for pattern in ("*.py", "*.yaml", "*.md")
         for path in (ROOT / package).rglob(pattern)
     }
     assert {"pipeline/recipes/small.yaml", "tune_spaces/level_weights.yaml", "pipeline/cli.py"} <= expected

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.layout import Layout
 from pipeline.moments import Moments
-from pipeline.shards import MANIFEST, REJECTED, Layout, ShardSet, ShardWriter, make_manifest, write_rejected
-from wavemim.wavelets import haar_sums
+from pipeline.shard_writer import ShardWriter, write_rejected
+from pipeline.shards import MANIFEST, REJECTED, ShardSet, make_manifest
 
 SIDE, LEVELS = 64, 4
 LAYOUT = Layout(SIDE, 3, {1: 4, 2: 2, 3: 1, 4: 1})
@@ -39,16 +40,16 @@ def write_set(folder: Path, images: np.ndarray, layout: Layout = LAYOUT, rows_pe
     cut = len(images) - len(images) // 3
     folder.mkdir(exist_ok=True)
     for split, part in (("train", range(cut)), ("val", range(cut, len(images)))):
-        writer = ShardWriter(folder / f"{split}-00000.parquet", layout, rows_per_group)
+        writer = ShardWriter(folder, layout, rows_per_group)
         for i in part:
-            sums = {
-                level: values[0]
-                for level, values in haar_sums(images[i : i + 1].astype(np.int32), layout.levels).items()
-            }
-            moments.add(sums)
-            writer.append(2 * i + 5, f"{i}.jpg", i % 3, layout.quantise(sums))
-        if entry := writer.close():
-            files[split].append(entry)
+            writer.append(2 * i + 5, f"{i}.jpg", i % 3, images[i])
+        closed = writer.close()
+        if split == "train":
+            moments.merge(writer.moments.state())
+        if closed:
+            name = f"{split}-00000.parquet"
+            closed[0].rename(folder / name)
+            files[split].append({"name": name, **closed[1]})
     write_rejected(folder / REJECTED, [("bad.jpg", "empty file")])
     manifest = make_manifest(
         layout,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from wavemim.inputs import Inputs
+from wavemim.inputs import Crop, Inputs
 from wavemim.masking import random_mask, share_at
 from wavemim.model import MaskedImageModel
 from wavemim.wavelets import reconstruct
@@ -37,7 +39,7 @@ def complete(
         truth = pyramid[level][:, :, -3:]
         names = "HVD"
         if level == coarsest:
-            truth = torch.cat((reconstruct(dict(pyramid), to=level)[:, :, None], truth), 2)
+            truth = torch.cat((reconstruct(dict(pyramid), model.target.wavelet, to=level)[:, :, None], truth), 2)
             names = "AHVD"
         guess = torch.zeros_like(truth)
         if names == "AHVD":
@@ -61,17 +63,18 @@ def reconstruction_figure(
     rows: torch.Tensor,
     mask_ratio: float,
     seed: int,
+    crop: Crop | None = None,
 ) -> None:
     """Write a grid, a line an image: image, masked, each level's prediction from coarse to fine, the image rebuilt.
 
     The coarsest level's column is the picture that its A alone makes; a finer level's shows what its hidden cells add
     to it, around mid-grey. The rebuilt image has its visible patches from the input.
     """
-    images, pyramid = inputs(stored)
+    images, pyramid = inputs(stored, crop)
     grid = model.encoder.grid
     mask = random_mask(rows, grid, mask_ratio, seed=seed, epoch=0)
     completed, guessed = complete(model, images, pyramid, mask)
-    pixels = inputs.pixels(pyramid)
+    pixels = inputs.denormalise(images)
     hidden = share_at(mask, grid, pixels.shape[-1]).reshape(-1, 1, *pixels.shape[-2:])
     columns: list[tuple[str, torch.Tensor]] = [
         ("image", pixels),
@@ -83,11 +86,11 @@ def reconstruction_figure(
         side = guessed[level].shape[-1]
         cells = share_at(mask, grid, side).reshape(-1, 1, 1, side, side)
         alone[level] = guessed[level] if level == coarsest else guessed[level] * cells
-        contribution = reconstruct(alone)
+        contribution = reconstruct(alone, model.target.wavelet)
         if level != coarsest:
             contribution = 127.5 + contribution * _contrast(contribution)
         columns.append((f"level {level} predicted", contribution))
-    columns.append(("rebuilt", reconstruct(completed)))
+    columns.append(("rebuilt", reconstruct(completed, model.target.wavelet)))
     _grid(path, columns)
 
 
@@ -168,3 +171,119 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(partial, dpi=110)
     plt.close(figure)
     partial.replace(path)
+
+
+def shown_channels(channels: int) -> tuple[list[int], str]:
+    """Which channels a picture shows, and what to say of it: nothing where it is all of an RGB image."""
+    if channels == 3:
+        return [0, 1, 2], ""
+    if channels < 3:
+        return [0], " (grey)" if channels == 1 else " (the first of 2 channels, as grey)"
+    return [0, 1, 2], f" (the first 3 of {channels} channels, as red, green, blue)"
+
+
+def pyramid_figure(
+    path: Path,
+    *,
+    images: Sequence[np.ndarray],
+    pyramids: Sequence[Mapping[int, np.ndarray]],
+    titles: Sequence[str],
+    energies: Mapping[str, float],
+    energy_of: str,
+) -> None:
+    """Write images (C, H, W), below each its pyramid {level: (C, K, h, w)} as nested quarters, and bars of `energies`.
+
+    `energies` are shares of `energy_of`, by the text below the bar. Details are scaled level by level, around mid-grey.
+    """
+    channels, note = shown_channels(images[0].shape[0])
+    levels = sorted(pyramids[0], reverse=True)
+    gains = {level: _gain([pyramid[level][channels, -3:] for pyramid in pyramids]) for level in levels}
+    width = max(3.0 * len(images), 7.5)
+    figure = plt.figure(figsize=(width, 9.6), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=(3.3, 3.6, 2.7))
+    top, middle, bottom = parts
+    top.suptitle(f"Rebuilt from the shards{note}", fontsize=11)
+    scales = ", ".join(
+        f"level\N{NO-BREAK SPACE}{level}\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{gain:.2g}"
+        for level, gain in gains.items()
+    )
+    words = (
+        "Their pyramids: the approximation (A) top left; of every level H right of what is coarser, V below, D across. "
+        f"Mid-grey is 0; details are scaled to be seen: {scales}"
+    )
+    middle.suptitle(textwrap.fill(words, int(width * 14)), fontsize=9)
+    upper, lower = (part.subplots(1, len(images), squeeze=False)[0] for part in (top, middle))
+    for axis, image, title in zip(upper, images, titles, strict=True):
+        _picture(axis, image[channels])
+        short = title if len(title) <= 36 else f"{title[:35]}…"
+        axis.set_title(short, fontsize=9, parse_math=False)
+    for axis, pyramid in zip(lower, pyramids, strict=True):
+        _picture(axis, nested({level: pyramid[level][channels] for level in levels}, gains))
+        _level_borders(axis, images[0].shape[-1], len(levels))
+    _energy_bars(bottom.subplots(), energies, energy_of)
+    with warnings.catch_warnings():  # of class names in scripts that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        _save(figure, path)
+
+
+def nested(pyramid: Mapping[int, np.ndarray], gains: Mapping[int, float]) -> np.ndarray:
+    """A pyramid {level: (C, K, h, w)} as one picture (C, H, W) of values in about [0, 255]: A | H over V | D, nested."""
+    coarsest = max(pyramid)
+    picture = pyramid[coarsest][:, 0] / 2**coarsest  # an A is 2^level times a mean of pixels
+    for level in range(coarsest, 0, -1):
+        h, v, d = np.moveaxis(127.5 + pyramid[level][:, -3:] * gains[level], 1, 0)
+        upper, lower = np.concatenate((picture, h), -1), np.concatenate((v, d), -1)
+        picture = np.concatenate((upper, lower), -2)
+    return picture
+
+
+def _gain(details: Sequence[np.ndarray]) -> float:
+    """As `_contrast`; 1 where there is nothing to be seen."""
+    peak = float(np.quantile(np.abs(np.stack(details)), 0.99))
+    return 100.0 / peak if peak > 1e-6 else 1.0
+
+
+def _picture(axis: Any, values: np.ndarray) -> None:
+    picture = np.rint(values).clip(0, 255).astype(np.uint8)
+    axis.imshow(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+    axis.axis("off")
+
+
+def _level_borders(axis: Any, side: int, levels: int) -> None:
+    for level in range(1, levels + 1):
+        middle, end = (side >> level) - 0.5, (side >> (level - 1)) - 0.5
+        line = {"color": "#cc3311", "linewidth": 1 if level <= 2 else 0.6}
+        axis.plot([-0.5, end], [middle, middle], **line)
+        axis.plot([middle, middle], [-0.5, end], **line)
+        if level <= 2:  # further in there is no room for text
+            pad = side / 100
+            for band, x, y in (("H", middle, 0), ("V", 0, middle), ("D", middle, middle)):
+                axis.text(
+                    x + pad,
+                    y + pad,
+                    f"{level} {band}",
+                    fontsize=7,
+                    va="top",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+                )
+    axis.set_xlim(-0.5, side - 0.5)
+    axis.set_ylim(side - 0.5, -0.5)
+
+
+def _energy_bars(axis: Any, energies: Mapping[str, float], energy_of: str) -> None:
+    shares = [100 * share for share in energies.values()]
+    bars = axis.bar(range(len(shares)), shares, width=0.6, color="#4477aa")
+    axis.bar_label(bars, [f"{share:.3g} %" for share in shares], padding=2, fontsize=9)
+    axis.set_xticks(range(len(shares)), list(energies))
+    axis.set_ylabel("% (log scale)")
+    axis.set_title(f"Share of {energy_of}", fontsize=11)
+    seen = [share for share in shares if share > 0]
+    if seen and max(seen) > 30 * min(seen):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(min(seen) / 3, max(seen) * 4)
+    else:
+        axis.set_ylabel("%")
+        axis.set_ylim(0, max([*seen, 1]) * 1.15)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)

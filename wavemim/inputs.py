@@ -6,12 +6,22 @@ Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels a sid
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from wavemim.targets import Statistics
-from wavemim.wavelets import reconstruct
+from wavemim.wavelets import decompose, reconstruct
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Windows that are still to be cut, out of whole pyramids: for wavelets that do not allow it on coefficients."""
+
+    corners: torch.Tensor  # int64 (B, 2): top and left in pixels, multiples of 2^levels
+    mirrored: torch.Tensor  # bool (B,): mirror the whole image horizontally first
+    size: int  # side in pixels
 
 
 class Inputs(nn.Module):
@@ -33,15 +43,61 @@ class Inputs(nn.Module):
         }
 
     def pixels(self, pyramid: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Images (B, C, H, W) with values in about [0, 255]."""
-        return reconstruct(dict(pyramid), self.wavelet)
+        """Images (B, C, H, W) with values in about [0, 255].
+
+        Without the levels below n they are smaller, 1/2^(n-1) of the side: a level's A, scaled to pixel values.
+        """
+        finer = min(pyramid) - 1
+        return reconstruct(dict(pyramid), self.wavelet, to=finer) / 2**finer
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Images as the encoder takes them: zero mean and unit deviation over the data set, per channel."""
         return (pixels - self.get_buffer("mean")) / self.get_buffer("std")
 
-    def forward(self, stored: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Normalised images (B, C, H, W) and the pyramid they come from."""
+    def denormalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Inverse of `normalise`."""
+        return images * self.get_buffer("std") + self.get_buffer("mean")
+
+    def forward(
+        self, stored: Mapping[int, torch.Tensor], crop: Crop | None = None
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Normalised images (B, C, H, W) and the pyramid they come from, of stored windows, or windowed by `crop`."""
         with torch.no_grad():
             pyramid = self.pyramid(stored)
-            return self.normalise(self.pixels(pyramid)), pyramid
+            pixels = self.pixels(pyramid)
+            if crop is not None:
+                pixels, pyramid = self._cut(pixels, pyramid, crop)
+            return self.normalise(pixels), pyramid
+
+    def _cut(
+        self, pixels: torch.Tensor, pyramid: dict[int, torch.Tensor], crop: Crop
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Image and coefficients cut at the same place; of a mirrored image the coefficients are those of the mirror.
+
+        Every level gets its A, cut out of the whole: the inverse of a cut pyramid would differ along its edges.
+        """
+        if bool(crop.mirrored.any()):  # on the CPU, where the reader made it
+            assert min(pyramid) == 1, sorted(pyramid)
+            mirrored = crop.mirrored.to(pixels.device, non_blocking=True)[:, None, None, None]
+            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+            pyramid = decompose(pixels, max(pyramid), self.wavelet)
+        finer = min(pyramid) - 1
+        for level in range(max(pyramid) - 1, finer, -1):
+            approximation = reconstruct({level + 1: pyramid[level + 1]}, self.wavelet, to=level)
+            pyramid[level] = torch.cat((approximation[:, :, None], pyramid[level]), 2)
+        return window_of(pixels, crop, finer), {
+            level: window_of(values, crop, level) for level, values in pyramid.items()
+        }
+
+
+def window_of(values: torch.Tensor, crop: Crop, level: int) -> torch.Tensor:
+    """The windows (B, …, h, w) of the values (B, …, H/2^level, W/2^level) of a level."""
+    side = crop.size >> level
+    corners = (crop.corners >> level).to(values.device, non_blocking=True)
+    cells = torch.arange(side, device=values.device)
+    rows, columns = corners[:, :1] + cells, corners[:, 1:] + cells
+    extra = (1,) * (values.ndim - 3)
+    rows = rows.reshape(len(rows), *extra, side, 1).expand(*values.shape[:-2], side, values.shape[-1])
+    cut = values.gather(-2, rows)
+    columns = columns.reshape(len(columns), *extra, 1, side).expand(*values.shape[:-2], side, side)
+    return cut.gather(-1, columns)

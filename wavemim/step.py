@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavemim.inputs import Inputs
+from wavemim.inputs import Crop, Inputs
 from wavemim.masking import random_mask
 from wavemim.model import MaskedImageModel
 
@@ -53,10 +53,16 @@ class TrainStep:
         return random_mask(rows.to(self.device), self.model.encoder.grid, self.mask_ratio, seed=self.seed, epoch=epoch)
 
     def backward(
-        self, stored: Mapping[int, torch.Tensor], rows: torch.Tensor, weight: torch.Tensor, total: float, epoch: int
+        self,
+        stored: Mapping[int, torch.Tensor],
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        total: float,
+        epoch: int,
+        crop: Crop | None = None,
     ) -> torch.Tensor:
         """Gradients of the weighted loss; gives the losses (T,). `weight` (B,) counts images, `total` over all workers."""
-        images, pyramid = self.inputs(stored)
+        images, pyramid = self.inputs(stored, crop)
         targets = self.model.target(pyramid)
         share = weight.to(self.device) * (self.world / total)  # DDP takes the mean over workers of the gradients
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -73,10 +79,11 @@ class TrainStep:
         *,
         epoch: int,
         step: int,
+        crop: Crop | None = None,
     ) -> StepResult:
-        """Do step number `step` (from 0)."""
+        """Do step number `step` (from 0). `crop`: the windows to cut, where `stored` holds whole images."""
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
-        losses = self.backward(stored, rows, weight, total, epoch)
+        losses = self.backward(stored, rows, weight, total, epoch, crop)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -133,7 +133,8 @@ class WaveletTarget(nn.Module):
         stored = pyramid[tap.level]
         details = {"H": stored[:, :, -3], "V": stored[:, :, -2], "D": stored[:, :, -1]}
         if "A" in tap.bands:
-            details["A"] = reconstruct(dict(pyramid), self.wavelet, to=tap.level)
+            given = stored.shape[2] == 4
+            details["A"] = stored[:, :, 0] if given else reconstruct(dict(pyramid), self.wavelet, to=tap.level)
         return torch.stack([details[band] for band in tap.bands], 2).float()
 
     def _mean(self, level: int) -> torch.Tensor:

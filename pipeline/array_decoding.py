@@ -1,0 +1,339 @@
+"""Arrays of samples (.npy, deep or many-banded TIFF) → uint8 pixels (C, H, W) of one size, or a reason in words."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+NPY_MAGIC = b"\x93NUMPY"
+# Compressions of TIFF whose decoders never give more than they are asked for, by tag value: none, CCITT, LZW, deflate,
+# packbits, LZMA, Zstandard. JPEG and JPEG 2000 are asked for their size first; any other is refused.
+_BOUNDED = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 34926, 50000}
+_JPEG = {7, 33007, 34892}
+_JPEG_2000 = {33003, 33004, 33005, 34712}
+_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
+_MOST_PAGES = 64  # looked at for pages that are bands: 16 of them, and thumbnails
+_TAG_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What every image becomes, and which ones are not taken (settings of the section ``data``)."""
+
+    size: int
+    channels: int = 3
+    max_pixels: int = 100_000_000
+    min_side: int = 8
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 1 <= self.channels <= 16:
+            raise ValueError(f"size {self.size} or channels {self.channels} out of range")
+        if self.value_range and not (np.isfinite(self.value_range).all() and self.value_range[0] != self.value_range[1]):
+            raise ValueError(f"value_range {self.value_range} is no range")
+
+
+class RejectedImage(Exception):
+    """An input that cannot be stored, with the reason in words: one line, details in brackets at the end."""
+
+    def __init__(self, reason: str):
+        line = " ".join(reason.split())
+        super().__init__(line if len(line) <= 160 else f"{line[:156]}…" + ")" * ("(" in line))
+
+
+@dataclass
+class Samples:
+    """Bands of one image as they are in the file: arrays (H, W) of one shape and type."""
+
+    bands: list[np.ndarray]
+    colour: bool = False  # the bands are red, green and blue
+    alpha: np.ndarray | None = None
+    premultiplied: bool = False  # the bands are, by alpha
+    bits: int | None = None  # of an unsigned integer that uses fewer than its type has
+    inverted: bool = False  # zero is white
+    orientation: int = 1  # of EXIF
+
+
+def check_size(width: int, height: int, wanted: Pixels) -> None:
+    """Raise RejectedImage for what a header says of the size."""
+    if width * height > wanted.max_pixels:
+        raise RejectedImage(f"too large ({width}×{height} pixels, data.max_pixels={wanted.max_pixels})")
+    if min(width, height) < max(1, wanted.min_side):
+        raise RejectedImage(f"too small ({width}×{height} pixels, data.min_side={wanted.min_side})")
+
+
+def wrong_count(found: int, wanted: Pixels) -> RejectedImage:
+    """The reason for an image of another number of channels."""
+    return RejectedImage(f"wrong channel count ({found}, data.channels={wanted.channels})")
+
+
+def middle_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest square in the middle as a box for Pillow: the same one before and after turning the image."""
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Square pixels (C, H, W) by what EXIF says of them, 1 to 8; anything else means upright."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(1, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, :, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def from_samples(samples: Samples, wanted: Pixels) -> np.ndarray:
+    """The middle square resized in floating point and rounded once: uint8 (channels, size, size).
+
+    Raises RejectedImage on another number of channels, values without a known range, NaN, and sizes out of bounds.
+    """
+    found, first = len(samples.bands), samples.bands[0]
+    check_size(first.shape[1], first.shape[0], wanted)
+    to_grey = wanted.channels == 1 and samples.colour
+    if found != wanted.channels and not to_grey and not (found == 1 and wanted.channels == 3):
+        raise wrong_count(found, wanted)
+    low, high = _limits(first.dtype, samples.bits, wanted.value_range)
+    alpha = None if samples.alpha is None else _opacity(samples.alpha)
+    out = np.empty((1 if to_grey else found, wanted.size, wanted.size), np.float32)
+    weights = (0.299, 0.587, 0.114) if to_grey else (1.0,) * found
+    out[:] = 0
+    for number, (band, weight) in enumerate(zip(samples.bands, weights, strict=True)):
+        values = _mapped(band, low, high)
+        if samples.inverted:
+            values = 255 - values
+        if alpha is not None:
+            values = (values if samples.premultiplied else values * alpha) + 255 * (1 - alpha)
+        image = Image.fromarray(np.ascontiguousarray(values, np.float32))
+        image = image.resize((wanted.size,) * 2, Image.Resampling.BICUBIC, box=middle_square(*image.size))
+        out[0 if to_grey else number] += np.asarray(image) * np.float32(weight)
+    pixels = np.clip(out + np.float32(0.5), 0, 255).astype(np.uint8)
+    if len(pixels) != wanted.channels:
+        pixels = np.repeat(pixels, wanted.channels, axis=0)
+    return turned_upright(pixels, samples.orientation)
+
+
+def _limits(dtype: np.dtype, bits: int | None, value_range: tuple[float, float] | None) -> tuple[float, float]:
+    if dtype.kind not in "buif":
+        raise RejectedImage(f"unsupported ({dtype} pixels)")
+    if value_range is not None:
+        return value_range
+    if dtype.kind == "b":
+        return 0, 1
+    if dtype.kind == "u" and dtype.itemsize <= 2:
+        return 0, 2 ** (bits or 8 * dtype.itemsize) - 1
+    width = 8 * dtype.itemsize
+    kind = {"f": "floating-point", "i": "signed"}.get(dtype.kind, f"{width}-bit")
+    if dtype.kind == "i" and width > 16:
+        kind = f"{width}-bit"
+    raise RejectedImage(f"{kind} pixels without a known range (set data.value_range)")
+
+
+def _mapped(band: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(H, W) of any number → float32 (H, W), low at 0 and high at 255, clipped."""
+    if band.dtype.kind == "f" and not np.isfinite(band).all():
+        raise RejectedImage("NaN or infinite pixels")
+    exact = np.float32 if band.dtype.itemsize <= 2 and band.dtype.kind in "bui" else np.float64
+    values = band.astype(exact, order="C")
+    with np.errstate(over="ignore"):
+        values -= low
+        values *= 255 / (high - low)
+    return np.clip(values, 0, 255, out=values).astype(np.float32, copy=False)
+
+
+def _opacity(alpha: np.ndarray) -> np.ndarray:
+    top = 1.0 if alpha.dtype.kind in "bf" else float(np.iinfo(alpha.dtype).max)
+    return np.clip(np.nan_to_num(alpha.astype(np.float32)) / np.float32(top), 0, 1)
+
+
+# .npy
+
+
+def npy_samples(data: bytes, wanted: Pixels) -> Samples:
+    """The array of a .npy: (H, W), (H, W, C) or (C, H, W), told apart by the channels wanted, the last first.
+
+    Shape, type and length are checked before any value is read. Raises RejectedImage; ValueError on a damaged header.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stream)
+    except ValueError as error:
+        if "EOF" in str(error):
+            raise RejectedImage("truncated (in the header of .npy)") from None
+        raise
+    if dtype.hasobject:
+        raise RejectedImage("unsupported (Python objects in .npy)")
+    if dtype.kind not in "buif":
+        raise RejectedImage(f"unsupported ({str(dtype)[:60]} pixels)")
+    if any(side < 0 for side in shape):
+        raise RejectedImage("damaged (negative size in .npy)")
+    axis = _channel_axis(shape, wanted)
+    sides = [side for number, side in enumerate(shape) if number != axis]
+    check_size(sides[1], sides[0], wanted)
+    _limits(dtype, None, wanted.value_range)
+    missing = math.prod(shape) * dtype.itemsize - (len(data) - stream.tell())
+    if missing > 0:
+        raise RejectedImage(f"truncated ({missing} bytes of .npy missing)")
+    values = np.load(io.BytesIO(data), allow_pickle=False)
+    return Samples([values] if axis is None else list(np.moveaxis(values, axis, 0)))
+
+
+def _channel_axis(shape: tuple[int, ...], wanted: Pixels) -> int | None:
+    if len(shape) == 2:
+        if wanted.channels not in (1, 3):
+            raise wrong_count(1, wanted)
+        return None
+    if len(shape) != 3:
+        raise RejectedImage(f"unsupported (array of {len(shape)} dimensions)")
+    for count in (wanted.channels, 1) if wanted.channels == 3 else (wanted.channels,):
+        for axis in (2, 0):
+            if shape[axis] == count:
+                return axis
+    raise wrong_count(shape[2] if shape[2] <= shape[0] else shape[0], wanted)
+
+
+# TIFF
+
+
+def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
+    """Bands of a TIFF: the first page, or for channels other than 1 and 3 also that many pages of one band each.
+
+    Sizes in the directory are checked before anything is decoded. Raises RejectedImage, and whatever tifffile raises.
+    """
+    import tifffile  # a fifth of a second, and few folders need it
+
+    _check_tags(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        pages = [file.pages[0]]
+        if wanted.channels not in (1, 3) and pages[0].samplesperpixel == 1:
+            for number in range(1, _MOST_PAGES):
+                try:
+                    page = file.pages[number]
+                except IndexError:
+                    break
+                if not page.is_reduced:
+                    pages.append(page)
+            if len(pages) != wanted.channels or any(
+                (page.shape, page.dtype) != (pages[0].shape, pages[0].dtype) for page in pages
+            ):
+                raise wrong_count(len(pages), wanted)
+        for page in pages:
+            _check_page(page, wanted)
+        samples = _page_samples(pages[0], wanted)
+        samples.bands.extend(page.asarray(maxworkers=1) for page in pages[1:])
+    return samples
+
+
+def _check_page(page, wanted: Pixels) -> None:  # type: ignore[no-untyped-def]  # a tifffile.TiffPage
+    """What must hold of a page before it is decoded: sizes, decoders that keep to them, data inside the file."""
+    if page.imagedepth != 1 or page.dtype is None or len(page.shape) not in (2, 3):
+        raise RejectedImage(f"unsupported (TIFF of type {page.dtype}, shape {page.shape})")
+    check_size(page.imagewidth, page.imagelength, wanted)
+    if page.samplesperpixel > 17:  # 16 and alpha
+        raise wrong_count(page.samplesperpixel, wanted)
+    if page.is_tiled and page.tilewidth * page.tilelength > max(2**20, 4 * page.imagewidth * page.imagelength):
+        raise RejectedImage(f"damaged (TIFF tiles of {page.tilewidth}×{page.tilelength} pixels)")
+    if page.compression not in _BOUNDED | _JPEG | _JPEG_2000:
+        raise RejectedImage(f"unsupported (TIFF compression {int(page.compression)})")
+    if len(page.dataoffsets) < math.prod(page.chunked) or len(page.databytecounts) < math.prod(page.chunked):
+        raise RejectedImage("damaged (TIFF without all its strips or tiles)")
+    size = page.parent.filehandle.size
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if offset + count > size:
+            raise RejectedImage("truncated (TIFF data beyond the end of the file)")
+        if page.compression in _JPEG | _JPEG_2000:
+            page.parent.filehandle.seek(offset)
+            found = _coded_size(page.parent.filehandle.read(count))
+            if found > 2 * max(math.prod(page.chunks[-3:]), page.imagewidth * page.imagelength, 2**16):
+                raise RejectedImage(f"damaged (a TIFF strip or tile of {found} pixels)")
+
+
+def _coded_size(segment: bytes) -> int:
+    """Pixels that a JPEG or JPEG 2000 codestream declares; 0 where it declares none, which no decoder reads."""
+    start = segment.find(b"\xff\x4f\xff\x51")
+    if start >= 0 and len(segment) >= start + 16:
+        width, height = struct.unpack_from(">II", segment, start + 8)
+        return width * height
+    position, largest = 2, 0
+    while position + 9 <= len(segment):
+        if segment[position] != 0xFF:
+            position += 1  # a decoder skips to the next marker too
+            continue
+        marker = segment[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", segment, position + 5)
+            largest = max(largest, width * height)
+        elif marker == 0xDA:
+            break
+        bare = marker in (0, 1, 0xFF) or 0xD0 <= marker <= 0xD9
+        position += 1 if marker == 0xFF else 2 if bare else 2 + int.from_bytes(segment[position + 2 : position + 4], "big")
+    return largest
+
+
+def _page_samples(page, wanted: Pixels) -> Samples:  # type: ignore[no-untyped-def]
+    values = page.asarray(maxworkers=1)
+    if values.ndim == 2:
+        bands = [values]
+    else:
+        bands = list(np.moveaxis(values, 0 if page.planarconfig == 2 else 2, 0))
+    bits = int(page.bitspersample) if values.dtype.kind == "u" else None
+    orientation = page.tags.valueof(274, 1)
+    samples = Samples(bands, bits=bits, orientation=orientation if isinstance(orientation, int) else 1)
+    if wanted.channels not in (1, 3):
+        return samples
+    colours = {_MIN_IS_WHITE: 1, _MIN_IS_BLACK: 1, _RGB: 3}
+    if page.photometric == _YCBCR and page.compression in _JPEG:
+        colours[_YCBCR] = 3  # its decoder gives RGB
+    if page.photometric not in colours:
+        raise RejectedImage(f"unsupported (TIFF colours {getattr(page.photometric, 'name', page.photometric)})")
+    count = colours[page.photometric]
+    extra = tuple(int(kind) for kind in page.extrasamples)
+    # RGB with one sample more is a photo: with transparency, or a mask that is left out.
+    if len(bands) == count + 1 and (extra[:1] in ((1,), (2,)) or count == 3):
+        last = bands.pop()
+        samples.alpha = last if extra[:1] in ((1,), (2,)) else None
+        samples.premultiplied = extra[:1] == (1,)
+    samples.colour = count == 3 and len(bands) == 3
+    samples.inverted = page.photometric == _MIN_IS_WHITE
+    return samples
+
+
+def _check_tags(data: bytes) -> None:
+    """Refuse a TIFF whose tags together claim more than there is in the file, before anything reads them.
+
+    Tags may overlap: 4096 of them that are each the whole file would be a bomb.
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    count_format, tag_format, next_format, header = ("Q", "HHQ8x", "Q", 8) if big else ("H", "HHI4x", "I", 4)
+    tag_bytes = struct.calcsize("<" + tag_format)
+    (position,) = struct.unpack_from(order + next_format, data, header)
+    budget, seen = 4 * len(data), set[int]()
+    while position and position not in seen and len(seen) <= _MOST_PAGES:
+        seen.add(position)
+        if position + struct.calcsize("<" + count_format) > len(data):
+            if len(seen) == 1:
+                raise RejectedImage("truncated (TIFF directory beyond the end of the file)")
+            return
+        (count,) = struct.unpack_from(order + count_format, data, position)
+        position += struct.calcsize("<" + count_format)
+        if count > 4096:
+            raise RejectedImage(f"damaged ({count} TIFF tags)")
+        if position + count * tag_bytes + struct.calcsize("<" + next_format) > len(data):
+            raise RejectedImage("truncated (TIFF tags beyond the end of the file)")
+        for _ in range(count):
+            _, kind, values = struct.unpack_from(order + tag_format, data, position)
+            budget -= values * _TAG_TYPE_BYTES.get(kind, 1)
+            position += tag_bytes
+        if budget < 0:
+            raise RejectedImage("damaged (TIFF tags larger than the file)")
+        (position,) = struct.unpack_from(order + next_format, data, position)

@@ -1,0 +1,142 @@
+"""Haar pyramids of 8-bit images in integer arithmetic on the CPU: exact, and several times faster than floats.
+
+Both directions keep their intermediate arrays between calls, because fresh memory costs as much as the arithmetic.
+What they give back is valid until the next call. The arithmetic is that of `wavemim.wavelets` for ``haar``.
+
+Legend: C channels, H = W pixels a side, K bands, h·w cells of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from wavemim.wavelets import check_levels
+
+# The largest sum of a level ℓ is 255 · 4^ℓ: 16 bits hold it up to level 3.
+_LAST_LEVEL_OF_16_BITS = 3
+_LARGEST_FRACTION_16, _LARGEST_FRACTION_32 = 6, 20
+
+
+class HaarSums:
+    """Forward: the unscaled sums of an image, as `wavemim.wavelets.haar_sums`: coefficient = sum / 2^level."""
+
+    def __init__(self, channels: int, size: int, levels: int) -> None:
+        check_levels(size, size, levels)
+        self.levels = levels
+        self._even: list[np.ndarray] = []
+        self._odd: list[np.ndarray] = []
+        self._sum: list[np.ndarray] = []
+        self._difference: list[np.ndarray] = []
+        self._a: list[np.ndarray] = []
+        self._out: dict[int, np.ndarray] = {}
+        for level in range(1, levels + 1):
+            side = size >> level
+            kind = np.int16 if level <= _LAST_LEVEL_OF_16_BITS else np.int32
+            for part in (self._even, self._odd, self._sum, self._difference):
+                part.append(np.empty((channels, 2 * side, side), kind))
+            bands = 4 if level == levels else 3
+            self._out[level] = np.empty((channels, bands, side, side), kind)
+            self._a.append(self._out[level][:, 0] if bands == 4 else np.empty((channels, side, side), kind))
+
+    def __call__(self, image: np.ndarray) -> dict[int, np.ndarray]:
+        """Sums {level: (C, K, h, w)}, int16 to level 3 and int32 from there on, of an image (C, H, W), uint8."""
+        assert image.dtype == np.uint8 and image.flags.c_contiguous, (image.dtype, image.strides)
+        for level in range(1, self.levels + 1):
+            even, odd = self._even[level - 1], self._odd[level - 1]
+            if level == 1:  # two pixels are one 16-bit word: splitting words is faster than striding over bytes
+                words: Any = image.view("<u2")
+                np.bitwise_and(words, 255, out=even.view(np.uint16))
+                np.right_shift(words, 8, out=odd.view(np.uint16))
+            elif even.dtype == np.int16:
+                words = self._a[level - 2].view("<i4")
+                np.copyto(even, words, casting="unsafe")  # the low half
+                np.copyto(odd, words >> 16, casting="unsafe")
+            else:
+                even[...] = self._a[level - 2][..., 0::2]
+                odd[...] = self._a[level - 2][..., 1::2]
+            total = np.add(even, odd, out=self._sum[level - 1])
+            difference = np.subtract(even, odd, out=self._difference[level - 1])
+            details = self._out[level][:, -3:]
+            np.subtract(total[:, 0::2], total[:, 1::2], out=details[:, 0])
+            np.add(difference[:, 0::2], difference[:, 1::2], out=details[:, 1])
+            np.subtract(difference[:, 0::2], difference[:, 1::2], out=details[:, 2])
+            np.add(total[:, 0::2], total[:, 1::2], out=self._a[level - 1])
+        return self._out
+
+
+class HaarPixels:
+    """Inverse: the 8-bit image of a stored pyramid. Exact up to the one rounding to whole pixels at its end.
+
+    Works on A / 2^level, the mean of the pixels below a cell, as fixed-point numbers: one level down is A ± H ± V ± D,
+    without a division. The fraction's bits are chosen such that every stored integer is a whole number there; steps
+    that allow none (such as 0.3) are rounded to 1/64 of a pixel value once per coefficient.
+    """
+
+    def __init__(self, channels: int, size: int, steps: Mapping[int, float]) -> None:
+        """`size`: side of the (windowed) image of level 0. `steps`: {level: step} of all levels that are given."""
+        self.finest, self.coarsest = min(steps), max(steps)
+        assert sorted(steps) == list(range(self.finest, self.coarsest + 1)), steps
+        check_levels(size, size, self.coarsest)
+        exact = max(_fraction_bits(step / 2**level) for level, step in steps.items())
+        self.bits = exact if exact <= _LARGEST_FRACTION_32 else _LARGEST_FRACTION_16
+        kind = np.int16 if self.bits <= _LARGEST_FRACTION_16 else np.int32
+        self._factors = {level: step * 2**self.bits / 2**level for level, step in steps.items()}
+        self._scaled, self._finer, self._planes = {}, {}, {}
+        for level in steps:
+            side = size >> level
+            self._scaled[level] = np.empty((channels, 4 if level == self.coarsest else 3, side, side), kind)
+            self._planes[level] = np.empty((6, channels, side, side), kind)
+            if level > self.finest:
+                self._finer[level] = np.empty((channels, 2 * side, 2 * side), kind)
+        self._shape = (channels, size >> (self.finest - 1), size >> (self.finest - 1))
+
+    def __call__(self, stored: Mapping[int, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+        """Image (C, H, W), uint8, of stored integers {level: (C, K, h, w)}; levels from `finest` on.
+
+        Without the finest levels the image is smaller: H is size / 2^(finest - 1), as box-averaged pixels.
+        """
+        mean: Any = None
+        for level in range(self.coarsest, self.finest - 1, -1):
+            scaled, factor = self._scaled[level], self._factors[level]
+            if factor == int(factor):
+                np.copyto(scaled, stored[level], casting="unsafe")
+                scaled *= scaled.dtype.type(int(factor))
+            else:
+                scaled[...] = np.rint(stored[level] * np.float32(factor))
+            mean = scaled[:, 0] if mean is None else mean
+            planes = self._quarters(level, mean, scaled[:, -3], scaled[:, -2], scaled[:, -1])
+            if level > self.finest:
+                mean = self._finer[level]
+                for number, plane in enumerate(planes):
+                    mean[:, number // 2 :: 2, number % 2 :: 2] = plane
+        out = np.empty(self._shape, np.uint8) if out is None else out
+        assert out.shape == self._shape and out.flags.c_contiguous, (out.shape, self._shape)
+        if self.bits:
+            planes += 1 << (self.bits - 1)
+            planes >>= self.bits
+        np.clip(planes, 0, 255, out=planes)
+        words = out.view("<u2")  # two pixels at a time: joining words is faster than striding over bytes
+        for row in range(2):
+            right = np.left_shift(planes[2 * row + 1], 8, out=planes[2 * row + 1])
+            np.copyto(words[:, row::2], np.bitwise_or(planes[2 * row], right, out=right), casting="unsafe")
+        return out
+
+    def _quarters(self, level: int, a: np.ndarray, h: np.ndarray, v: np.ndarray, d: np.ndarray) -> np.ndarray:
+        """The four pixels below each cell, (4, C, h, w): top left, top right, bottom left, bottom right."""
+        planes = self._planes[level]
+        top, bottom = np.add(a, h, out=planes[4]), np.subtract(a, h, out=planes[5])
+        v_top, v_bottom = np.add(v, d, out=planes[0]), np.subtract(v, d, out=planes[2])
+        np.subtract(top, v_top, out=planes[1])
+        np.add(top, v_top, out=planes[0])
+        np.subtract(bottom, v_bottom, out=planes[3])
+        np.add(bottom, v_bottom, out=planes[2])
+        return planes[:4]
+
+
+def _fraction_bits(value: float) -> int:
+    """Bits behind the binary point that `value` needs."""
+    return Fraction(value).denominator.bit_length() - 1
