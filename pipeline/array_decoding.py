@@ -6,6 +6,7 @@ import io
 import math
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ _JPEG = {7, 33007, 34892}
 _JPEG_2000 = {33003, 33004, 33005, 34712}
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _MOST_PAGES = 64  # looked at for pages that are bands: 16 of them, and thumbnails
-_TAG_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_TAG_TYPE_BYTES = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8)  # of one value, by its type's number
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Pixels:
     def __post_init__(self) -> None:
         if self.size < 1 or not 1 <= self.channels <= 16:
             raise ValueError(f"size {self.size} or channels {self.channels} out of range")
-        if self.value_range and not (np.isfinite(self.value_range).all() and self.value_range[0] != self.value_range[1]):
+        low, high = self.value_range or (0, 1)
+        if low == high or not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"value_range {self.value_range} is no range")
 
 
@@ -140,11 +142,11 @@ def _mapped(band: np.ndarray, low: float, high: float) -> np.ndarray:
     """(H, W) of any number → float32 (H, W), low at 0 and high at 255, clipped."""
     if band.dtype.kind == "f" and not np.isfinite(band).all():
         raise RejectedImage("NaN or infinite pixels")
-    exact = np.float32 if band.dtype.itemsize <= 2 and band.dtype.kind in "bui" else np.float64
-    values = band.astype(exact, order="C")
+    exact = band.dtype.itemsize <= 2 and band.dtype.kind in "bui"  # in float32
+    values: np.ndarray = np.array(band, np.float32 if exact else np.float64, order="C")
     with np.errstate(over="ignore"):
-        values -= low
-        values *= 255 / (high - low)
+        np.subtract(values, low, out=values)
+        np.multiply(values, 255 / (high - low), out=values)
     return np.clip(values, 0, 255, out=values).astype(np.float32, copy=False)
 
 
@@ -213,11 +215,11 @@ def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
 
     _check_tags(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = [file.pages[0]]
+        pages: list[Any] = [file.pages[0]]
         if wanted.channels not in (1, 3) and pages[0].samplesperpixel == 1:
             for number in range(1, _MOST_PAGES):
                 try:
-                    page = file.pages[number]
+                    page: Any = file.pages[number]
                 except IndexError:
                     break
                 if not page.is_reduced:
@@ -233,8 +235,8 @@ def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
     return samples
 
 
-def _check_page(page, wanted: Pixels) -> None:  # type: ignore[no-untyped-def]  # a tifffile.TiffPage
-    """What must hold of a page before it is decoded: sizes, decoders that keep to them, data inside the file."""
+def _check_page(page: Any, wanted: Pixels) -> None:
+    """What must hold of a tifffile.TiffPage before it is decoded: sizes, decoders that keep to them, data inside the file."""
     if page.imagedepth != 1 or page.dtype is None or len(page.shape) not in (2, 3):
         raise RejectedImage(f"unsupported (TIFF of type {page.dtype}, shape {page.shape})")
     check_size(page.imagewidth, page.imagelength, wanted)
@@ -274,12 +276,16 @@ def _coded_size(segment: bytes) -> int:
             largest = max(largest, width * height)
         elif marker == 0xDA:
             break
-        bare = marker in (0, 1, 0xFF) or 0xD0 <= marker <= 0xD9
-        position += 1 if marker == 0xFF else 2 if bare else 2 + int.from_bytes(segment[position + 2 : position + 4], "big")
+        if marker == 0xFF:
+            position += 1
+        elif marker <= 1 or 0xD0 <= marker <= 0xD9:  # without a length
+            position += 2
+        else:
+            position += 2 + int.from_bytes(segment[position + 2 : position + 4], "big")
     return largest
 
 
-def _page_samples(page, wanted: Pixels) -> Samples:  # type: ignore[no-untyped-def]
+def _page_samples(page: Any, wanted: Pixels) -> Samples:
     values = page.asarray(maxworkers=1)
     if values.ndim == 2:
         bands = [values]
@@ -332,7 +338,7 @@ def _check_tags(data: bytes) -> None:
             raise RejectedImage("truncated (TIFF tags beyond the end of the file)")
         for _ in range(count):
             _, kind, values = struct.unpack_from(order + tag_format, data, position)
-            budget -= values * _TAG_TYPE_BYTES.get(kind, 1)
+            budget -= values * (_TAG_TYPE_BYTES[kind] if kind < len(_TAG_TYPE_BYTES) else 1)
             position += tag_bytes
         if budget < 0:
             raise RejectedImage("damaged (TIFF tags larger than the file)")

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -175,7 +175,8 @@ def _from_deep_png(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarra
 
 def _highest_of_ppm(image: Image.Image) -> int:
     """The value that a PGM of 16 bits declares as white, before decoding; 65535 for anything else."""
-    args = image.tile[0].args if image.format == "PPM" and getattr(image, "tile", None) else None
+    tiles = getattr(image, "tile", None) if image.format == "PPM" else None
+    args = tiles[0].args if tiles else None
     return args[1] if isinstance(args, tuple) and len(args) > 1 and isinstance(args[1], int) else 65535
 
 
@@ -213,10 +214,6 @@ def _why_unidentified(data: bytes, suffix: str) -> str:
 
 def _in_words(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, Image.DecompressionBombError):
@@ -226,12 +223,3 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "eof", "stream too small")):
         return f"truncated ({text})" if text else "truncated"
     return f"damaged ({type(error).__name__}: {text})"
-
-
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The same of a file. To be removed once callers read the bytes themselves."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RejectedImage(_in_words(error)) from None
-    return decode_image(data, path.name, Pixels(size, min_side=1))
