@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import struct
 from dataclasses import dataclass
@@ -67,6 +68,12 @@ def check_size(width: int, height: int, wanted: Pixels) -> None:
         raise RejectedImage(f"too large ({width}×{height} pixels, data.max_pixels={wanted.max_pixels})")
     if min(width, height) < max(1, wanted.min_side):
         raise RejectedImage(f"too small ({width}×{height} pixels, data.min_side={wanted.min_side})")
+
+
+def check_tile(width: int, height: int, image_width: int, image_height: int) -> None:
+    """Raise RejectedImage for tiles of a TIFF that are far larger than the image, and would be decoded whole."""
+    if width * height > max(2**20, 4 * image_width * image_height):
+        raise RejectedImage(f"damaged (TIFF tiles of {width}×{height} pixels)")
 
 
 def wrong_count(found: int, wanted: Pixels) -> RejectedImage:
@@ -169,7 +176,7 @@ def npy_samples(data: bytes, wanted: Pixels) -> Samples:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(stream)
     except ValueError as error:
-        if "EOF" in str(error):
+        if "EOF: reading" in str(error):
             raise RejectedImage("truncated (in the header of .npy)") from None
         raise
     if dtype.hasobject:
@@ -213,6 +220,9 @@ def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
     """
     import tifffile  # a fifth of a second, and few folders need it
 
+    # Without any handler it would print what it finds wrong, which the reason says already.
+    if not (log := logging.getLogger("tifffile")).handlers:
+        log.addHandler(logging.NullHandler())
     _check_tags(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         pages: list[Any] = [file.pages[0]]
@@ -242,8 +252,8 @@ def _check_page(page: Any, wanted: Pixels) -> None:
     check_size(page.imagewidth, page.imagelength, wanted)
     if page.samplesperpixel > 17:  # 16 and alpha
         raise wrong_count(page.samplesperpixel, wanted)
-    if page.is_tiled and page.tilewidth * page.tilelength > max(2**20, 4 * page.imagewidth * page.imagelength):
-        raise RejectedImage(f"damaged (TIFF tiles of {page.tilewidth}×{page.tilelength} pixels)")
+    if page.is_tiled:
+        check_tile(page.tilewidth, page.tilelength, page.imagewidth, page.imagelength)
     if page.compression not in _BOUNDED | _JPEG | _JPEG_2000:
         raise RejectedImage(f"unsupported (TIFF compression {int(page.compression)})")
     if len(page.dataoffsets) < math.prod(page.chunked) or len(page.databytecounts) < math.prod(page.chunked):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.array_decoding import (
     NPY_MAGIC,
@@ -18,6 +19,7 @@ from pipeline.array_decoding import (
     RejectedImage,
     Samples,
     check_size,
+    check_tile,
     from_samples,
     middle_square,
     npy_samples,
@@ -53,7 +55,7 @@ SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().it
 ORIENTATION_TAG = 0x0112
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_BITS, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 338, 339  # tags of TIFF
+_BITS, _TILE_WIDTH, _TILE_LENGTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 322, 323, 338, 339  # tags of TIFF
 _pillow_bound = threading.Lock()
 
 
@@ -73,7 +75,7 @@ def decode_image(data: bytes, name: str, wanted: Pixels) -> np.ndarray:
     except RejectedImage:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise RejectedImage(_in_words(error)) from None
+        raise RejectedImage(_in_words(error, data)) from None
 
 
 def _decoded(data: bytes, suffix: str, wanted: Pixels) -> np.ndarray:
@@ -82,23 +84,34 @@ def _decoded(data: bytes, suffix: str, wanted: Pixels) -> np.ndarray:
     with _max_pixels_alone(wanted):
         if data.startswith(_TIFF_MAGIC):
             return _from_tiff(data, wanted)
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise RejectedImage(_why_unidentified(data, suffix)) from None
-        with image:
-            if data.startswith(_PNG_MAGIC) and data[24] == 16 and data[25] in (2, 6):
+        with _opened(data, suffix) as image:
+            if data.startswith(_PNG_MAGIC) and data[24] == 16 and (data[25] or "transparency" in image.info):
                 return _from_deep_png(image, data, wanted)
             return _from_photo(image, wanted)
+
+
+def _opened(data: bytes, suffix: str) -> Image.Image:
+    """What `Image.open` would give, without its bound, which rejects before the size is known."""
+    known = None
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        if accept is None or accept(data[:16]) is True:
+            try:
+                return factory(io.BytesIO(data), "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # as Image.open: not this format after all
+                known = known or (name if accept else None)
+    if known:
+        raise RejectedImage(f"damaged (unreadable header of {known})")
+    raise RejectedImage("damaged (no header of .npy)" if suffix == ".npy" else "not an image (of no known format)")
 
 
 @contextmanager
 def _max_pixels_alone(wanted: Pixels) -> Iterator[None]:
     """Keep Pillow's own bound out of the way where ``max_pixels`` is beyond it.
 
-    The bound belongs to the whole process: it is left as it is whenever it cannot interfere (its error comes at twice
-    its value), and raised for no longer than one image otherwise, never lowered; by one thread at a time, so that it
-    comes back as it was.
+    Some formats ask for it in mid-decoding, and it belongs to the whole process: it is left as it is whenever it cannot
+    interfere (its error comes at twice its value), and otherwise raised for no longer than one image, never lowered;
+    by one thread at a time, so that it comes back as it was.
     """
     if Image.MAX_IMAGE_PIXELS is None or wanted.max_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
         yield
@@ -138,13 +151,13 @@ def _from_tiff(data: bytes, wanted: Pixels) -> np.ndarray:
     """Photos of 8 bits by Pillow; deeper ones, those of many bands, and those that it does not know by tifffile."""
     if wanted.channels in (1, 3):
         try:
-            image = Image.open(io.BytesIO(data), formats=("TIFF",))
-        except Exception:  # not only UnidentifiedImageError: KeyError on a compression it does not know
+            image = _opened(data, "")
+        except Exception:  # Pillow raises KeyError on a compression that it does not know, and more
             image = None
-        if image is not None:
-            with image:
-                if _is_photo(image):
-                    return _from_photo(image, wanted)
+        if image is not None and _is_photo(image):
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            check_tile(tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0), *image.size)
+            return _from_photo(image, wanted)
     return from_samples(tiff_samples(data, wanted), wanted)
 
 
@@ -159,18 +172,20 @@ def _is_photo(image: Image.Image) -> bool:
 
 
 def _from_deep_png(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarray:
-    """A PNG of 16-bit colours: Pillow, which drops their lower half, is asked for all but the values."""
+    """A PNG of 16 bits and not only grey: Pillow, which drops their lower half, is asked for all but the values."""
     check_size(*image.size, wanted)
+    colour = data[25] in (2, 6)
     if wanted.channels not in (1, 3):
-        raise wrong_count(3, wanted)
+        raise wrong_count(3 if colour else 1, wanted)
     import imagecodecs  # some tenths of a second, and few folders need it
 
     values = imagecodecs.png_decode(data)
-    if values.dtype != np.uint16 or values.shape[:2] != image.size[::-1] or values.shape[2:] not in ((3,), (4,)):
-        raise RejectedImage(f"damaged (PNG of 16-bit colours decoded to {values.dtype} {values.shape})")
-    bands = list(values.transpose(2, 0, 1))
-    alpha = bands.pop() if len(bands) == 4 else None
-    return from_samples(Samples(bands, colour=True, alpha=alpha, orientation=_orientation(image)), wanted)
+    counts = (3, 4) if colour else (1, 2)
+    if values.dtype != np.uint16 or values.shape[:2] != image.size[::-1] or values[..., None].shape[2] not in counts:
+        raise RejectedImage(f"damaged (PNG of 16 bits decoded to {values.dtype} {values.shape})")
+    bands = list(values.reshape(*values.shape[:2], -1).transpose(2, 0, 1))
+    alpha = bands.pop() if len(bands) == counts[1] else None
+    return from_samples(Samples(bands, colour=colour, alpha=alpha, orientation=_orientation(image)), wanted)
 
 
 def _highest_of_ppm(image: Image.Image) -> int:
@@ -204,22 +219,19 @@ def _to_mode(image: Image.Image, mode: str, value_range: tuple[float, float] | N
     return image if image.mode == mode else image.convert(mode)
 
 
-def _why_unidentified(data: bytes, suffix: str) -> str:
-    for name in FORMATS:
-        accept = Image.OPEN[name][1]
-        if accept is not None and accept(data[:16]) is True:
-            return f"damaged (unreadable header of {name})"
-    return "damaged (no header of .npy)" if suffix == ".npy" else "not an image (of no known format)"
-
-
-def _in_words(error: Exception) -> str:
+def _in_words(error: Exception, data: bytes) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, Image.DecompressionBombError):
-        return f"too large ({text})"
+        return "too large (a frame beyond data.max_pixels)"
     if "MAX_TEXT_" in text:
         return f"metadata too large ({text})"
-    if isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "eof", "stream too small")):
+    short_riff = data.startswith(b"RIFF") and 8 + int.from_bytes(data[4:8], "little") > len(data)  # WebP
+    if (
+        short_riff
+        or isinstance(error, EOFError)
+        or any(word in text.lower() for word in ("truncated", "stream too small"))
+    ):
         return f"truncated ({text})" if text else "truncated"
     return f"damaged ({type(error).__name__}: {text})"

@@ -11,7 +11,7 @@ from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
 from pipeline.batches import Batch, Pixels, Reader, sequential
 from pipeline.layout import Encoder, Layout, ShardError
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, read_group
 from wavemim.inputs import Inputs
 from wavemim.targets import Statistics
 
@@ -268,3 +268,34 @@ def test_closing_ends_the_threads(shards):
     for thread in set(threading.enumerate()) - before:
         thread.join(timeout=5)
     assert set(threading.enumerate()) <= before
+
+
+def test_reading_goes_on_while_a_batch_is_in_use(shards, monkeypatch):
+    """Row groups of the next mix are fetched, several at once, before the consumer asks for its second batch."""
+    asked, together = [], []
+    running = 0
+    lock, enough = threading.Lock(), threading.Event()
+    both = threading.Barrier(2, timeout=30)
+
+    def slow(shards, name, group, levels):
+        nonlocal running
+        with lock:
+            running += 1
+            together.append(running)
+            asked.append(group)
+            if len(asked) == 4:
+                enough.set()
+        if len(asked) <= 2:
+            both.wait()  # as a far store: the first answer comes when the second has been asked for
+        try:
+            return read_group(shards, name, group, levels)
+        finally:
+            with lock:
+                running -= 1
+
+    monkeypatch.setattr("pipeline.batches.read_group", slow)
+    batches = reader(shards, 2, mix_groups=2, ahead=1, threads=2).epoch(0)
+    next(batches)
+    assert enough.wait(30), "the next mix was not read ahead"
+    assert max(together) == 2
+    batches.close()

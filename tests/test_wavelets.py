@@ -17,6 +17,7 @@ from wavemim.wavelets import (
     window,
 )
 
+EVERY_WAVELET = pywt.wavelist(kind="discrete")
 WAVELETS = ["haar", "db2", "db4", "sym4", "coif1", "bior2.2", "rbio3.1"]
 
 
@@ -34,10 +35,10 @@ def reference(x, wavelet, levels):
 
 @pytest.mark.filterwarnings("ignore:Level value")
 @pytest.mark.parametrize("kind", ["numpy64", "numpy32", "torch64", "torch32"])
-@pytest.mark.parametrize("levels", [1, 2, 5])
-@pytest.mark.parametrize("wavelet", WAVELETS)
+@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("wavelet", EVERY_WAVELET)
 def test_equals_pywavelets(wavelet, levels, kind):
-    x = images()
+    x = images(32, 48)
     given_ = x.astype(np.float32) if kind.endswith("32") else x
     made = decompose(torch.from_numpy(given_) if kind.startswith("torch") else given_, levels, wavelet)
     expected = reference(x, wavelet, levels)

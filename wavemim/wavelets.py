@@ -11,13 +11,15 @@ trained on) and gives back the same kind.
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pywt
-import torch
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:  # imported where tensors come in: workers that only write shards start in a third of the time
+    import torch
+
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 Pyramid = dict[int, Array]
 
 BANDS = "AHVD"
@@ -104,10 +106,10 @@ def window(level_array: Array, level: int, top: int, left: int, size: int, flip:
     cut: Any = level_array[..., rows, columns]
     if not flip:
         return cut
-    if isinstance(cut, torch.Tensor):
-        mirrored: Any = cut.flip(-1)
+    if isinstance(cut, np.ndarray):
+        mirrored: Any = cut[..., ::-1].copy()
     else:
-        mirrored = cut[..., ::-1].copy()
+        mirrored = cut.flip(-1)
     mirrored[..., -2:, :, :] *= -1
     return mirrored
 
@@ -127,7 +129,9 @@ def _analyse(images: Any, wavelet: str) -> tuple[Any, Any]:
     if is_haar(wavelet):
         approximation, details = _haar_step(images)
         return approximation / 2, details / 2
-    if isinstance(images, torch.Tensor):
+    if not isinstance(images, np.ndarray):
+        import torch
+
         rows = _matrix(wavelet, images.shape[-2], False, images.device, images.dtype)
         columns = _matrix(wavelet, images.shape[-1], False, images.device, images.dtype)
         mixed = rows @ images @ columns.mT
@@ -146,15 +150,17 @@ def _synthesise(approximation: Any, details: Any, wavelet: str) -> Any:
         even, odd = approximation + h, approximation - h  # even and odd rows, still summed along columns
         even_odd, odd_odd = v + d, v - d
         shape = (*approximation.shape[:-2], 2 * approximation.shape[-2], 2 * approximation.shape[-1])
-        is_tensor = isinstance(approximation, torch.Tensor)
-        images = approximation.new_empty(shape) if is_tensor else np.empty(shape, approximation.dtype)
+        is_array = isinstance(approximation, np.ndarray)
+        images = np.empty(shape, approximation.dtype) if is_array else approximation.new_empty(shape)
         images[..., 0::2, 0::2] = even + even_odd
         images[..., 0::2, 1::2] = even - even_odd
         images[..., 1::2, 0::2] = odd + odd_odd
         images[..., 1::2, 1::2] = odd - odd_odd
         images *= 0.5
         return images
-    if isinstance(approximation, torch.Tensor):
+    if not isinstance(approximation, np.ndarray):
+        import torch
+
         h, v, d = details.unbind(-3)
         mixed = torch.cat((torch.cat((approximation, v), -1), torch.cat((h, d), -1)), -2)
         rows = _matrix(wavelet, mixed.shape[-2], True, mixed.device, mixed.dtype)
@@ -172,18 +178,26 @@ def _haar_step(images: Any) -> tuple[Any, Any]:
     v = total[..., 0::2] - total[..., 1::2]
     h = rows[..., 0::2] + rows[..., 1::2]
     d = rows[..., 0::2] - rows[..., 1::2]
-    stack: Any = torch.stack if isinstance(images, torch.Tensor) else np.stack
-    return a, stack((h, v, d), -3)
+    if isinstance(images, np.ndarray):
+        return a, np.stack((h, v, d), -3)
+    import torch
+
+    return a, torch.stack((h, v, d), -3)
 
 
 def _concatenate(bands: list[Any]) -> Any:
-    join: Any = torch.cat if isinstance(bands[0], torch.Tensor) else np.concatenate
-    return join(bands, -3)
+    if isinstance(bands[0], np.ndarray):
+        return np.concatenate(bands, -3)
+    import torch
+
+    return torch.cat(bands, -3)
 
 
 @functools.lru_cache(maxsize=64)
 def _matrix(wavelet: str, size: int, inverse: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """One level on `size` samples as a (size, size) matrix, made by PyWavelets itself: low-pass half, then high-pass."""
+    import torch
+
     identity = np.eye(size)
     if inverse:
         half = size // 2

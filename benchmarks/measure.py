@@ -1,0 +1,187 @@
+"""What the benchmarks share: child processes on chosen cores, rates over whole epochs, facts of the machine, the JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Read when numpy and torch are imported: in the child's environment before it begins.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+ANSWER = "answer: "
+
+
+class Missing(Exception):
+    """Something that a measurement needs is not there; the text says what."""
+
+
+class BenchmarkError(Exception):
+    """A measurement failed; the text is what the child said last."""
+
+
+def usable_cores() -> list[int]:
+    """Cores this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def in_child(function: str, *, cores: int | None = None, libraries: str | None = None, **arguments: Any) -> Any:
+    """Call "module:function" of this folder in a new process and give back its answer, which goes through JSON.
+
+    `cores`: tie it, with everything it starts, to that many cores, and let libraries start as many threads. `libraries`:
+    a folder of packages that only this process sees. Raises Missing and BenchmarkError.
+    """
+    environment = dict(os.environ)
+    if cores is not None:
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(cores))
+    if libraries:
+        environment["PYTHONPATH"] = os.pathsep.join([libraries, *filter(None, [environment.get("PYTHONPATH")])])
+    allowed = usable_cores() if cores is None else usable_cores()[-cores:]  # the first core serves most interrupts
+    if cores is not None and len(allowed) < cores:
+        raise Missing(f"{cores} cores")
+    call = json.dumps({"function": function, "arguments": arguments, "cores": allowed, "threads": cores})
+    command = [sys.executable, str(Path(__file__).resolve())]
+    done = subprocess.run(command, env=environment, input=call, capture_output=True, text=True)
+    answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
+    if done.returncode or not answers:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        if os.environ.get("BENCHMARK_TRACEBACKS"):
+            print(done.stderr, file=sys.stderr)
+        raise BenchmarkError(f"{function} ended with status {done.returncode}: {lines[-1] if lines else 'no message'}")
+    answer = json.loads(answers[-1])
+    if "missing" in answer:
+        raise Missing(answer["missing"])
+    return answer["value"]
+
+
+def _be_child(call: Mapping[str, Any]) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, call["cores"])
+    if call["threads"]:
+        import torch
+
+        torch.set_num_threads(call["threads"])
+    module, _, name = call["function"].partition(":")
+    # The same module object for everybody: this file is also imported, and its exceptions are caught here.
+    missing = importlib.import_module("measure").Missing
+    try:
+        answer = {"value": getattr(importlib.import_module(module), name)(**call["arguments"])}
+    except missing as error:
+        answer = {"missing": str(error)}
+    print(ANSWER + json.dumps(answer), flush=True)
+
+
+def rate(epoch: Callable[[int], Iterable[int]], seconds: float) -> float:
+    """Images a second over whole epochs that last `seconds` or longer; `epoch(number)` gives the images of each batch.
+
+    Whole epochs, because what is read ahead of an end that is not one would be work without images. Epoch 0 is left
+    out: it fills the page cache and starts what is started once.
+    """
+    for _ in epoch(0):
+        pass
+    images, number, began = 0, 0, time.perf_counter()
+    while number == 0 or time.perf_counter() - began < seconds:
+        number += 1
+        images += sum(epoch(number))
+    return images / (time.perf_counter() - began)
+
+
+def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int, say: Callable[[str], None]) -> Rates:
+    """Measure all of them in turn, `repeats` times over, so that a machine's moods meet all alike."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    skipped: dict[str, str] = {}
+    for repeat in range(repeats):
+        for name, contender in contenders.items():
+            if name in skipped:
+                continue
+            try:
+                rates[name].append(contender())
+            except (Missing, BenchmarkError) as error:
+                skipped[name] = str(error)
+                say(f"{name}: left out, {error}")
+                continue
+            say(f"{name}: {rates[name][-1]:.1f} images/s (repeat {repeat + 1} of {repeats})")
+    return Rates({name: found for name, found in rates.items() if name not in skipped}, skipped)
+
+
+class Rates:
+    """Repeats of every contender in images/s, and why others were left out."""
+
+    def __init__(self, repeats: Mapping[str, list[float]], skipped: Mapping[str, str]) -> None:
+        self.repeats, self.skipped = dict(repeats), dict(skipped)
+
+    def median(self, name: str) -> float | None:
+        """Images/s; None for what was left out."""
+        return statistics.median(self.repeats[name]) if name in self.repeats else None
+
+    def ratio(self, above: str, below: Iterable[str]) -> float | None:
+        """Median of one over the largest median of the others; None where either is missing."""
+        mine = self.median(above)
+        others = [median for name in below if (median := self.median(name)) is not None]
+        return mine / max(others) if mine is not None and others else None
+
+
+def installed(package: str) -> str | None:
+    """Version of a distribution, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def machine_facts() -> dict[str, Any]:
+    """Where and on what the numbers came to be. The path of nothing."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(usable_cores()),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: installed(name) for name in ("torch", "torchvision", "pyarrow", "pillow", "numpy", "ray")},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """Of this checkout, with + where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed.strip() else "")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    _be_child(json.load(sys.stdin))

@@ -1,0 +1,176 @@
+"""Children of benchmarks/shards.py: the whole prepare stage on Ray, and the planning of very many inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import BenchmarkError, Missing
+
+RECIPE = "wamim_vit_base"
+SPLITS = ("train", "val")
+
+
+def link_copies(paths: Sequence[str], folder: Path, copies: int) -> list[str]:
+    """Every photo under `copies` names, as hard links where the file system allows it."""
+    folder.mkdir(parents=True)
+    found = []
+    for copy in range(copies):
+        for number, path in enumerate(paths):
+            target = folder / f"{copy:02d}-{number:06d}{Path(path).suffix}"
+            try:
+                os.link(os.path.realpath(path), target)
+            except OSError:
+                shutil.copyfile(path, target)
+            found.append(str(target))
+    return found
+
+
+class PrepareRuns:
+    """The prepare stage on one Ray, which is started before anything is measured."""
+
+    def __init__(self, images: Path, work: Path) -> None:
+        self.images, self.work = images, work
+        self.seconds: list[float] = []  # of the stage by its own account
+        self.wall: list[float] = []  # of the call: with planning, the tracker's start and the summary
+        self._stack = contextlib.ExitStack()
+        self._ready = False
+
+    def __enter__(self) -> PrepareRuns:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        try:
+            from pipeline.config import load
+            from pipeline.prepare import prepare
+            from pipeline.session import ray_session
+        except ImportError as error:
+            raise Missing(str(error)) from None
+        self._stack.enter_context(ray_session(load(RECIPE).cluster))
+        self._load, self._prepare, self._ready = load, prepare, True
+
+    def run(self) -> float:
+        """Prepare the folder once more, into a new place: images/s by the clock of the whole call."""
+        if not self._ready:
+            self._start()
+        out = self.work / f"prepared-{len(self.wall)}"
+        recipe = self._load(RECIPE, [f"images={self.images}", f"out={out}", "data.max_rejected=1"])
+        began = time.perf_counter()
+        try:
+            summary = self._prepare(recipe, progress=False)
+        except Exception as error:  # the other measurements go on, whatever it is
+            raise BenchmarkError(f"prepare: {' '.join(str(error).split())[:300]}") from error
+        self.wall.append(time.perf_counter() - began)
+        self.seconds.append(summary["seconds"])
+        shutil.rmtree(out, ignore_errors=True)
+        return float(sum(summary["rows"].values()) / self.wall[-1])
+
+
+def plan(count: int, kind: str, work: str) -> dict[str, float]:
+    """Plan `count` inputs, named by a list or in a folder: seconds of each step, and the peak of memory in GB."""
+    try:
+        from pipeline.prepare import make_units
+        from pipeline.sources import plan_source
+    except ImportError as error:
+        raise Missing(str(error)) from None
+    from pipeline.config import load
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        images = _many_files(Path(folder), count) if kind == "folder" else _long_list(Path(folder), count)
+        before = _peak_gb()
+        began = time.perf_counter()
+        found = plan_source(images, val_share=0.1, seed=0)
+        planned = time.perf_counter()
+        rows = {split: len(found.splits[split]) for split in SPLITS}
+        if sum(rows.values()) != count:
+            raise Missing(f"a plan with all of its {count} inputs; it has {rows}")
+        units = make_units(found, load(RECIPE).data.rows_per_shard)
+        cut = time.perf_counter()
+        manifest_bytes = _manifest_bytes(units)
+        ended = time.perf_counter()
+    return {
+        "inputs": count,
+        "seconds": ended - began,
+        "list_seconds": planned - began,
+        "units_seconds": cut - planned,
+        "manifest_seconds": ended - cut,
+        "units": len(units),
+        "manifest_bytes": manifest_bytes,
+        "peak_gb": _peak_gb(),
+        "peak_gb_before": before,  # of Python and the imported libraries
+    }
+
+
+def _long_list(folder: Path, count: int) -> str:
+    path = folder / "list.csv"
+    with open(path, "w") as file:
+        file.write("path,label,split\n")
+        for i in range(count):
+            split = "val" if i % 21 == 0 else "train"  # every class in both
+            file.write(f"photos/class-{i % 100:04d}/image-{i:08d}.jpg,class-{i % 100:04d},{split}\n")
+    return str(path)
+
+
+def _many_files(folder: Path, count: int) -> str:
+    """CLASS/IMAGE.jpg, a hundred classes of empty files: the plan looks at names alone."""
+    root = folder / "photos"
+    for number in range(100):
+        (root / f"class-{number:04d}").mkdir(parents=True)
+    for i in range(count):
+        (root / f"class-{i % 100:04d}" / f"image-{i:08d}.jpg").touch()
+    return str(root)
+
+
+def _manifest_bytes(units: Sequence[Any]) -> int:
+    from pipeline.config import load
+    from pipeline.layout import Layout
+    from pipeline.shards import make_manifest
+
+    recipe = load(RECIPE)
+    layout = Layout(recipe.data.image_size, recipe.data.channels, recipe.steps_by_level(), recipe.data.wavelet)
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for unit in units:
+        rows = unit.inputs if isinstance(unit.inputs, int) else len(unit.inputs)
+        entry = {"name": f"{unit.name}.parquet", "rows": rows, "bytes": 30_000 * rows, "sha256": "0" * 64}
+        splits[unit.split].append(entry)
+    kept = sum(entry["rows"] for files in splits.values() for entry in files)
+    manifest = make_manifest(
+        layout,
+        rows_per_group=recipe.data.rows_per_group,
+        classes=[f"class-{number:04d}" for number in range(100)],
+        splits=splits,
+        statistics={},
+        counts={"inputs": kept, "kept": kept, "rejected": 0, "ignored": 0},
+    )
+    return len(json.dumps(manifest))
+
+
+def _peak_gb() -> float:
+    """10^9 bytes. What getrusage says begins, on Linux, with the peak of the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(found.split()[1]) * 1024 / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """Slope of log(seconds) over log(inputs) by least squares: 1 is proportional."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - x_mean) ** 2 for x in xs)
+    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread
