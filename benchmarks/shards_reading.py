@@ -21,7 +21,7 @@ import torch
 from measure import Missing, rate
 from PIL import Image
 
-from pipeline.batches import Batch, Pixels, Reader, sequential
+from pipeline.batches import Batch, Reader, sequential
 from pipeline.config import load
 from pipeline.layout import Layout
 from pipeline.shard_writer import ShardWriter, file_entry
@@ -168,14 +168,15 @@ def read_rate(
 ) -> float:
     """Images/s of the training reader: integers that are ready to be copied to a device, or 8-bit images."""
     opened = ShardSet.open(shards)
-    reader = Reader(opened, "train", batch=batch, window=window, flip=True, threads=threads, finest=finest)
-    inverse = Pixels(opened, window, finest) if pixels else None
+    reader = Reader(
+        opened, "train", batch=batch, window=window, flip=True, threads=threads, finest=finest, pixels=pixels
+    )
     side = window >> (finest - 1)
 
     def images(one: Batch) -> int:
-        if inverse is not None:
-            found = inverse(one)
-            assert found.dtype == torch.uint8 and found.shape[-2:] == (side, side), found.shape
+        if pixels:
+            assert one.pixels is not None and one.pixels.dtype == torch.uint8
+            assert one.pixels.shape[-2:] == (side, side), one.pixels.shape
         assert all(level.is_contiguous() for level in one.levels.values())
         return int(one.weight.sum())
 
@@ -219,10 +220,10 @@ def pil_rate(paths: Sequence[str], seconds: float, window: int = WINDOW, batch: 
 def fidelity(shards: str, photos: str) -> dict[str, float]:
     """PSNR in dB of whole images rebuilt from the shard set, against those it was made of."""
     opened, images = ShardSet.open(shards), np.load(photos, mmap_mode="r")
-    inverse = Pixels(opened, images.shape[-1])
     errors = []
-    for batch in sequential(opened, "train", 32, window=images.shape[-1], max_rows=len(images)):
-        rebuilt = inverse(batch).numpy().astype(np.float64)
+    for batch in sequential(opened, "train", 32, window=images.shape[-1], max_rows=len(images), pixels=True):
+        assert batch.pixels is not None
+        rebuilt = batch.pixels.numpy().astype(np.float64)
         originals = images[batch.rows.numpy() % len(images)]
         errors += ((rebuilt - originals) ** 2).mean((1, 2, 3)).tolist()
     # An image that comes back exactly has no PSNR: half of one grey level in one value bounds it.

@@ -20,6 +20,9 @@ _JPEG = {7, 33007, 34892}
 _JPEG_2000 = {33003, 33004, 33005, 34712}
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _MOST_PAGES = 64  # looked at for pages that are bands: 16 of them, and thumbnails
+# Tags that are one number each: width, length, samples and rows of a strip, of a tile, depth. As a text or many bytes,
+# one of them times another would be as much text.
+_SIZES = {256, 257, 277, 278, 322, 323, 32997, 32998}
 _TAG_TYPE_BYTES = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8)  # of one value, by its type's number
 
 
@@ -37,7 +40,8 @@ class Pixels:
         if self.size < 1 or not 1 <= self.channels <= 16:
             raise ValueError(f"size {self.size} or channels {self.channels} out of range")
         low, high = self.value_range or (0, 1)
-        if low == high or not (math.isfinite(low) and math.isfinite(high)):
+        # Not only both ends: a width of infinity, or one too small to divide by, would make NaN of what is between.
+        if low == high or not all(map(math.isfinite, (low, high, high - low, 255 / (float(high - low) or 1e-320)))):
             raise ValueError(f"value_range {self.value_range} is no range")
 
 
@@ -45,7 +49,8 @@ class RejectedImage(Exception):
     """An input that cannot be stored, with the reason in words: one line, details in brackets at the end."""
 
     def __init__(self, reason: str):
-        line = " ".join(reason.split())
+        # What a decoder says may hold bytes of the file: control characters, or half a character.
+        line = "".join(char if char.isprintable() else "?" for char in " ".join(reason.split()))
         super().__init__(line if len(line) <= 160 else f"{line[:156]}…" + ")" * ("(" in line))
 
 
@@ -110,7 +115,7 @@ def from_samples(samples: Samples, wanted: Pixels) -> np.ndarray:
     if found != wanted.channels and not to_grey and not (found == 1 and wanted.channels == 3):
         raise wrong_count(found, wanted)
     low, high = _limits(first.dtype, samples.bits, wanted.value_range)
-    alpha = None if samples.alpha is None else _opacity(samples.alpha)
+    alpha = None if samples.alpha is None else _opacity(samples.alpha, samples.bits)
     out = np.empty((1 if to_grey else found, wanted.size, wanted.size), np.float32)
     weights = (0.299, 0.587, 0.114) if to_grey else (1.0,) * found
     out[:] = 0
@@ -157,8 +162,8 @@ def _mapped(band: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip(values, 0, 255, out=values).astype(np.float32, copy=False)
 
 
-def _opacity(alpha: np.ndarray) -> np.ndarray:
-    top = 1.0 if alpha.dtype.kind in "bf" else float(np.iinfo(alpha.dtype).max)
+def _opacity(alpha: np.ndarray, bits: int | None) -> np.ndarray:
+    top = 1.0 if alpha.dtype.kind in "bf" else 2.0**bits - 1 if bits else float(np.iinfo(alpha.dtype).max)
     return np.clip(np.nan_to_num(alpha.astype(np.float32)) / np.float32(top), 0, 1)
 
 
@@ -216,14 +221,14 @@ def _channel_axis(shape: tuple[int, ...], wanted: Pixels) -> int | None:
 def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
     """Bands of a TIFF: the first page, or for channels other than 1 and 3 also that many pages of one band each.
 
-    Sizes in the directory are checked before anything is decoded. Raises RejectedImage, and whatever tifffile raises.
+    Sizes in the directory are checked before anything is decoded; ``check_tags`` comes first. Raises RejectedImage, and
+    whatever tifffile raises.
     """
     import tifffile  # a fifth of a second, and few folders need it
 
     # Without any handler it would print what it finds wrong, which the reason says already.
     if not (log := logging.getLogger("tifffile")).handlers:
         log.addHandler(logging.NullHandler())
-    _check_tags(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         pages: list[Any] = [file.pages[0]]
         if wanted.channels not in (1, 3) and pages[0].samplesperpixel == 1:
@@ -252,12 +257,16 @@ def _check_page(page: Any, wanted: Pixels) -> None:
     check_size(page.imagewidth, page.imagelength, wanted)
     if page.samplesperpixel > 17:  # 16 and alpha
         raise wrong_count(page.samplesperpixel, wanted)
+    _limits(page.dtype, None, wanted.value_range)
     if page.is_tiled:
         check_tile(page.tilewidth, page.tilelength, page.imagewidth, page.imagelength)
     if page.compression not in _BOUNDED | _JPEG | _JPEG_2000:
         raise RejectedImage(f"unsupported (TIFF compression {int(page.compression)})")
     if len(page.dataoffsets) < math.prod(page.chunked) or len(page.databytecounts) < math.prod(page.chunked):
         raise RejectedImage("damaged (TIFF without all its strips or tiles)")
+    least = page.imagewidth * page.imagelength * page.samplesperpixel * page.bitspersample // 8
+    if page.compression == 1 and all(page.databytecounts) and sum(page.databytecounts) < least:
+        raise RejectedImage(f"truncated ({least} bytes of TIFF expected, {sum(page.databytecounts)} there)")
     size = page.parent.filehandle.size
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if offset + count > size:
@@ -323,7 +332,7 @@ def _page_samples(page: Any, wanted: Pixels) -> Samples:
     return samples
 
 
-def _check_tags(data: bytes) -> None:
+def check_tags(data: bytes) -> None:
     """Refuse a TIFF whose tags together claim more than there is in the file, before anything reads them.
 
     Tags may overlap: 4096 of them that are each the whole file would be a bomb.
@@ -345,9 +354,13 @@ def _check_tags(data: bytes) -> None:
         if count > 4096:
             raise RejectedImage(f"damaged ({count} TIFF tags)")
         if position + count * tag_bytes + struct.calcsize("<" + next_format) > len(data):
+            if len(seen) > 1:
+                return  # pages after the first may be cut off
             raise RejectedImage("truncated (TIFF tags beyond the end of the file)")
         for _ in range(count):
-            _, kind, values = struct.unpack_from(order + tag_format, data, position)
+            code, kind, values = struct.unpack_from(order + tag_format, data, position)
+            if code in _SIZES and (values != 1 or kind not in (1, 3, 4, 13, 16)):
+                raise RejectedImage(f"damaged (TIFF tag {code} is no number)")
             budget -= values * (_TAG_TYPE_BYTES[kind] if kind < len(_TAG_TYPE_BYTES) else 1)
             position += tag_bytes
         if budget < 0:

@@ -46,6 +46,7 @@ class Batch:
     levels: dict[int, torch.Tensor]  # level -> stored integers (B, C, K, h, w): windows, or whole where crop is given
     labels: torch.Tensor  # int64 (B,), -1 for none
     crop: Crop | None = None  # windows still to be cut (wavelets other than Haar)
+    pixels: torch.Tensor | None = None  # uint8 (B, C, H, W), in place of levels, where the reader was asked for them
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,20 @@ class Reader:
         flip: bool,
         mix_groups: int = 8,
         finest: int = 1,
+        pixels: bool = False,
         streams: int | None = None,
         ahead: int = 4,
         threads: int = 2,
     ) -> None:
-        """`window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
+        """`pixels`: batches hold 8-bit images in place of coefficients, for what needs none (Haar only). `window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
         1/2^(finest-1) of the window's side, out of fewer bytes. `streams`: chunks of the order, by default one a rank;
         a restart with another `world` keeps the first one's."""
         self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world
         self.seed, self.window, self.flip, self.mix_groups = seed, window, flip, mix_groups
         self.ahead, self.threads = ahead, threads
         self.levels = _checked_levels(shards, finest, window)
+        assert not pixels or shards.layout.windows, shards.layout.wavelet
+        self._inverse = _Inverse(shards, self.levels, window) if pixels else None
         self.streams = world if streams is None else streams
         self.rows = shards.rows[split]
         assert 0 <= rank < world, (rank, world)
@@ -165,7 +169,10 @@ class Reader:
         corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
         mirrored = (draws[:, 2] < 0.5) & self.flip
         sources = [(group, i) for group, i, _ in picks]
-        levels, crop = _windows(self.shards, sources, self.levels, corners, self.window, mirrored)
+        pixels = self._inverse(sources, corners, mirrored) if self._inverse else None
+        levels, crop = (
+            ({}, None) if self._inverse else _windows(self.shards, sources, self.levels, corners, self.window, mirrored)
+        )
         return Batch(
             rows=rows,
             weight=torch.tensor([weight for _, _, weight in picks], dtype=torch.float32),
@@ -173,6 +180,7 @@ class Reader:
             levels=levels,
             labels=torch.tensor([int(group[1][i]) for group, i, _ in picks], dtype=torch.int64),
             crop=crop,
+            pixels=pixels,
         )
 
 
@@ -225,6 +233,7 @@ def sequential(
     window: int,
     max_rows: int | None = None,
     finest: int = 1,
+    pixels: bool = False,
     ahead: int = 4,
 ) -> Generator[Batch, None, None]:
     """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
@@ -232,11 +241,18 @@ def sequential(
     The corner of the middle window is the multiple of 2^levels nearest to the true one from below.
     """
     levels = _checked_levels(shards, finest, window)
-    return _read_ahead(_sequential(shards, split, batch, window, max_rows, levels), ahead)
+    inverse = _Inverse(shards, levels, window) if pixels else None
+    return _read_ahead(_sequential(shards, split, batch, window, max_rows, levels, inverse), ahead)
 
 
 def _sequential(
-    shards: ShardSet, split: str, batch: int, window: int, max_rows: int | None, levels: list[int]
+    shards: ShardSet,
+    split: str,
+    batch: int,
+    window: int,
+    max_rows: int | None,
+    levels: list[int],
+    inverse: _Inverse | None,
 ) -> Iterator[Batch]:
     unit = 2**shards.levels
     corner = (shards.image_size - window) // 2 // unit * unit
@@ -252,7 +268,7 @@ def _sequential(
             chosen, pending = pending[:batch], pending[batch:]
             count = len(chosen)
             corners, mirrored = np.full((count, 2), corner), np.zeros(count, bool)
-            cut, crop = _windows(shards, chosen, levels, corners, window, mirrored)
+            cut, crop = ({}, None) if inverse else _windows(shards, chosen, levels, corners, window, mirrored)
             yield Batch(
                 rows=torch.tensor([int(source[0][i]) for source, i in chosen], dtype=torch.int64),
                 weight=torch.ones(count),
@@ -260,23 +276,39 @@ def _sequential(
                 levels=cut,
                 labels=torch.tensor([int(source[1][i]) for source, i in chosen], dtype=torch.int64),
                 crop=crop,
+                pixels=inverse(chosen, corners, mirrored) if inverse else None,
             )
 
 
-class Pixels:
-    """8-bit images of a Haar set's batches on the CPU, for runs and tools that need no coefficients."""
+class _Inverse:
+    """Windows as 8-bit images, straight from the row groups; one transform a thread, since it keeps its arrays."""
 
-    def __init__(self, shards: ShardSet, window: int, finest: int = 1) -> None:
-        """`window` and `finest` as of the `Reader` that gives the batches."""
-        assert shards.layout.windows, shards.layout.wavelet
-        steps = {level: step for level, step in shards.steps.items() if level >= finest}
-        self._inverse = HaarPixels(shards.channels, window, steps)
+    def __init__(self, shards: ShardSet, levels: Sequence[int], window: int) -> None:
+        self._channels, self._side = shards.channels, window >> (levels[0] - 1)
+        self._steps = {level: shards.steps[level] for level in levels}
+        self._window = window
+        self._own = threading.local()
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """uint8 (B, C, H, W), the pixels rounded from the stored coefficients."""
-        levels = {level: values.numpy() for level, values in batch.levels.items()}
-        images = [self._inverse({level: values[b] for level, values in levels.items()}) for b in range(len(batch.rows))]
-        return torch.from_numpy(np.stack(images))
+    def __call__(self, sources: list[tuple[Group, int]], corners: np.ndarray, mirrored: np.ndarray) -> torch.Tensor:
+        """uint8 (B, C, H, W) of the rows `sources`, with corners (B, 2) in pixels of level 0 and mirrored (B,)."""
+        if not hasattr(self._own, "transform"):
+            self._own.transform = HaarPixels(self._channels, self._window, self._steps)
+        images = np.empty((len(sources), self._channels, self._side, self._side), np.uint8)
+        for b, ((_, _, pyramid), i) in enumerate(sources):
+            top, left = corners[b].tolist()
+            cut = {}
+            for level in self._steps:
+                rows, columns = (slice(at >> level, (at + self._window) >> level) for at in (top, left))
+                cut[level] = pyramid[level][i, :, :, rows, columns]
+            self._own.transform(cut, out=images[b])
+            if mirrored[b]:
+                images[b] = _flipped(images[b])
+        return torch.from_numpy(images)
+
+
+def _flipped(values: np.ndarray) -> np.ndarray:
+    """Mirrored along the last axis. numpy copies a reversed axis value by value, torch does not."""
+    return torch.from_numpy(np.ascontiguousarray(values)).flip(-1).numpy()
 
 
 def _windows(
@@ -303,7 +335,7 @@ def _windows(
             top, left = cells[b]
             cut = pyramid[level][i, :, :, top : top + side, left : left + side]
             if mirrored[b] and not whole:
-                np.copyto(values[b], cut[..., ::-1])
+                np.copyto(values[b], _flipped(cut))
                 np.negative(values[b, :, -2:], out=values[b, :, -2:])
             else:
                 np.copyto(values[b], cut)

@@ -19,6 +19,7 @@ from pipeline.array_decoding import (
     RejectedImage,
     Samples,
     check_size,
+    check_tags,
     check_tile,
     from_samples,
     middle_square,
@@ -55,7 +56,14 @@ SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().it
 ORIENTATION_TAG = 0x0112
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_BITS, _TILE_WIDTH, _TILE_LENGTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 322, 323, 338, 339  # tags of TIFF
+_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT = (
+    258,
+    262,
+    322,
+    323,
+    338,
+    339,
+)  # tags of TIFF
 _pillow_bound = threading.Lock()
 
 
@@ -133,15 +141,18 @@ def _from_photo(image: Image.Image, wanted: Pixels) -> np.ndarray:
     # A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still large enough, and for grey its luminance alone.
     grey_at_once = wanted.channels == 1 and wanted.value_range is None
     image.draft("L" if grey_at_once else None, (wanted.size, wanted.size))
-    highest = _highest_of_ppm(image)
+    white = _white_in_file(image)
     image.load()
     orientation = _orientation(image)
     if image.mode[0] in "IF" or (image.mode == "1" and wanted.value_range):
         values = np.asarray(image)
         if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:  # a PGM, which Pillow scales to 16 bits
-            values = np.rint(values * (highest / 65535)) if wanted.value_range else values.astype(np.uint16)
+            values = np.rint(values * (white / 65535)) if wanted.value_range and white else values.astype(np.uint16)
         return from_samples(Samples([values], orientation=orientation), wanted)
-    image = _to_mode(image, "L" if wanted.channels == 1 else "RGB", wanted.value_range)
+    value_range = wanted.value_range
+    if value_range and white:
+        value_range = value_range[0] * 255 / white, value_range[1] * 255 / white
+    image = _to_mode(image, "L" if wanted.channels == 1 else "RGB", value_range)
     image = image.resize((wanted.size,) * 2, Image.Resampling.BICUBIC, box=middle_square(*image.size))
     pixels = np.asarray(image)
     return turned_upright(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), orientation)
@@ -149,20 +160,23 @@ def _from_photo(image: Image.Image, wanted: Pixels) -> np.ndarray:
 
 def _from_tiff(data: bytes, wanted: Pixels) -> np.ndarray:
     """Photos of 8 bits by Pillow; deeper ones, those of many bands, and those that it does not know by tifffile."""
+    check_tags(data)
     if wanted.channels in (1, 3):
         try:
             image = _opened(data, "")
         except Exception:  # Pillow raises KeyError on a compression that it does not know, and more
             image = None
-        if image is not None and _is_photo(image):
+        if image is not None and _is_photo(image, wanted):
             tags = image.tag_v2  # type: ignore[attr-defined]
             check_tile(tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0), *image.size)
             return _from_photo(image, wanted)
     return from_samples(tiff_samples(data, wanted), wanted)
 
 
-def _is_photo(image: Image.Image) -> bool:
+def _is_photo(image: Image.Image, wanted: Pixels) -> bool:
     tags = image.tag_v2  # type: ignore[attr-defined]
+    if wanted.value_range and image.mode == "L" and tags.get(_PHOTOMETRIC) == 0:
+        return False  # white at zero, which Pillow turns round: the range counts in the file's values
     extra = tags.get(_EXTRA_SAMPLES, ())
     if image.mode == "CMYK":  # of 16 bits too: Pillow keeps the upper 8
         return len(extra) <= 1
@@ -188,11 +202,13 @@ def _from_deep_png(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarra
     return from_samples(Samples(bands, colour=colour, alpha=alpha, orientation=_orientation(image)), wanted)
 
 
-def _highest_of_ppm(image: Image.Image) -> int:
-    """The value that a PGM of 16 bits declares as white, before decoding; 65535 for anything else."""
-    tiles = getattr(image, "tile", None) if image.format == "PPM" else None
-    args = tiles[0].args if tiles else None
-    return args[1] if isinstance(args, tuple) and len(args) > 1 and isinstance(args[1], int) else 65535
+def _white_in_file(image: Image.Image) -> int | None:
+    """The value in the file that Pillow makes white (255, or 65535 in 16 bits) where it scales; asked before decoding."""
+    args = image.tile[0].args if getattr(image, "tile", None) else None  # type: ignore[attr-defined]
+    first, *others = args if isinstance(args, tuple) else (args,)
+    if image.format == "PPM":
+        return others[0] if others and isinstance(others[0], int) and others[0] > 0 else None
+    return {"L;2": 3, "L;4": 15}.get(first[:3]) if isinstance(first, str) else None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -205,17 +221,16 @@ def _orientation(image: Image.Image) -> int:
 def _to_mode(image: Image.Image, mode: str, value_range: tuple[float, float] | None) -> Image.Image:
     """Any 8-bit image → ``mode`` (RGB or L), transparency on white, its values mapped by the range if one is given."""
     if image.has_transparency_data:
-        if image.mode == "La":
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        image = Image.alpha_composite(white, rgba).convert("RGB")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     elif image.mode not in ("RGB", "L"):
         image = image.convert("RGB")
     if value_range is not None:
         low, high = value_range
-        table = np.clip((np.arange(256) - low) * (255 / (high - low)) + 0.5, 0, 255).astype(np.uint8)
-        image = image.point(table.tolist() * len(image.getbands()))
+        table = np.clip((np.arange(256) - low) * (255 / (high - low)) + 0.5, 0, 255).astype(np.uint8).tolist()
+        tables = [list(range(256)) if band == "A" else table for band in image.getbands()]
+        image = image.point([value for one in tables for value in one])
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 

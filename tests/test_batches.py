@@ -9,7 +9,7 @@ import pywt
 import torch
 from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
-from pipeline.batches import Batch, Pixels, Reader, sequential
+from pipeline.batches import Batch, Reader, sequential
 from pipeline.layout import Encoder, Layout, ShardError
 from pipeline.shards import ShardSet, read_group
 from wavemim.inputs import Inputs
@@ -213,17 +213,18 @@ def test_other_wavelets_are_windowed_after_the_inverse(smooth):
 @pytest.mark.parametrize("finest", [1, 2, 3])
 def test_pixels_on_the_cpu_are_the_images(lossless, finest):
     """Exactly, and at lower resolutions the mean of the pixels below, rounded."""
-    pixels = Pixels(lossless, 48, finest)
     inverse = Inputs(lossless.steps, statistics_of(lossless))
-    for batch, whole in zip(
-        reader(lossless, 8, window=48, finest=finest).epoch(0), reader(lossless, 8, window=48).epoch(0), strict=True
-    ):
-        assert torch.equal(batch.rows, whole.rows)
+    readers = (
+        reader(lossless, 8, window=48, **options)
+        for options in ({"finest": finest, "pixels": True}, {"finest": finest}, {})
+    )
+    for images, batch, whole in zip(*(one.epoch(0) for one in readers), strict=True):
+        assert torch.equal(batch.rows, whole.rows) and torch.equal(batch.rows, images.rows)
         exact = inverse(whole.levels)[0]
-        side = 2 ** (finest - 1)
-        wanted = torch.nn.functional.avg_pool2d(exact, side)
+        wanted = torch.nn.functional.avg_pool2d(exact, 2 ** (finest - 1))
         assert (inverse(batch.levels)[0] - wanted).abs().max() < 1e-4
-        assert (pixels(batch) - wanted).abs().max() <= 0.5 + 1e-4
+        assert images.pixels is not None and not images.levels
+        assert (images.pixels - wanted).abs().max() <= 0.5 + 1e-4
 
 
 def test_only_the_levels_asked_for_are_read(shards):
