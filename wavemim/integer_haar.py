@@ -107,7 +107,9 @@ class HaarPixels:
                 scaled *= scaled.dtype.type(int(factor))
             else:
                 scaled[...] = np.rint(stored[level] * np.float32(factor))
-            mean = scaled[:, 0] if mean is None else mean
+            if mean is None:
+                mean = scaled[:, 0]
+                mean += (1 << self.bits) >> 1  # rounds every pixel below it: each is this mean and details
             planes = self._quarters(level, mean, scaled[:, -3], scaled[:, -2], scaled[:, -1])
             if level > self.finest:
                 mean = self._finer[level]
@@ -115,9 +117,7 @@ class HaarPixels:
                     mean[:, number // 2 :: 2, number % 2 :: 2] = plane
         out = np.empty(self._shape, np.uint8) if out is None else out
         assert out.shape == self._shape and out.flags.c_contiguous, (out.shape, self._shape)
-        if self.bits:
-            planes += 1 << (self.bits - 1)
-            planes >>= self.bits
+        planes >>= self.bits
         np.clip(planes, 0, 255, out=planes)
         words = out.view("<u2")  # two pixels at a time: joining words is faster than striding over bytes
         for row in range(2):
