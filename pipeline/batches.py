@@ -302,13 +302,8 @@ class _Inverse:
                 cut[level] = pyramid[level][i, :, :, rows, columns]
             self._own.transform(cut, out=images[b])
             if mirrored[b]:
-                images[b] = _flipped(images[b])
+                images[b] = images[b, ..., ::-1].copy()
         return torch.from_numpy(images)
-
-
-def _flipped(values: np.ndarray) -> np.ndarray:
-    """Mirrored along the last axis. numpy copies a reversed axis value by value, torch does not."""
-    return torch.from_numpy(np.ascontiguousarray(values)).flip(-1).numpy()
 
 
 def _windows(
@@ -322,7 +317,7 @@ def _windows(
     """Windows (B, C, K, h, w) a level of the rows `sources`, with corners (B, 2) in pixels and mirrored (B,).
 
     As `wavemim.wavelets.window`, but straight into the batch's memory: mirroring reverses the columns and changes the
-    sign of V and D. Where the wavelet does not allow it: whole levels, and the windows that are to be cut.
+    sign of V and D. In numpy alone: torch would start its own threads in each of the reader's, which wait for each other. Where the wavelet does not allow it: whole levels, and the windows that are to be cut.
     """
     whole = not shards.layout.windows
     out: dict[int, torch.Tensor] = {}
@@ -335,7 +330,7 @@ def _windows(
             top, left = cells[b]
             cut = pyramid[level][i, :, :, top : top + side, left : left + side]
             if mirrored[b] and not whole:
-                np.copyto(values[b], _flipped(cut))
+                np.copyto(values[b], cut[..., ::-1])
                 np.negative(values[b, :, -2:], out=values[b, :, -2:])
             else:
                 np.copyto(values[b], cut)

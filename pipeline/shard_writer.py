@@ -19,7 +19,6 @@ from pipeline.moments import Moments
 # zstd halves the finest level, mostly small numbers, and takes its time; of the others it would save little.
 FINEST_COMPRESSION, COMPRESSION = "zstd", "lz4"
 COMPRESSION_LEVEL = 1  # of zstd; on these columns 3 takes twice the time and is no smaller
-PAGE_BYTES = 256 * 1024  # a page that fits a core's cache is decompressed and checked faster than Arrow's 1 MiB
 
 
 class ShardWriter:
@@ -63,7 +62,6 @@ class ShardWriter:
                 use_dictionary=False,
                 write_statistics=["row", "label"],
                 write_page_checksum=True,
-                data_page_size=PAGE_BYTES,
             )
         rows, paths, labels, digests = zip(*self._rows, strict=True)
         columns = [pa.array(rows, pa.int64()), pa.array(paths, pa.string()), pa.array(labels, pa.int32())]
