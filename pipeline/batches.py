@@ -79,7 +79,9 @@ class Reader:
         ahead: int = 4,
         threads: int = 2,
     ) -> None:
-        """`pixels`: batches hold 8-bit images in place of coefficients, for what needs none (Haar only). `window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
+        """`pixels`: batches hold 8-bit images in place of coefficients, for what needs none (Haar only).
+
+        `window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
         1/2^(finest-1) of the window's side, out of fewer bytes. `streams`: chunks of the order, by default one a rank;
         a restart with another `world` keeps the first one's."""
         self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world

@@ -38,6 +38,9 @@ ABOUT = {
 }
 
 
+_asked_to_end: list[bool] = []  # by SIGTERM
+
+
 class _Interrupted(KeyboardInterrupt):
     """The process was asked to end (SIGTERM)."""
 
@@ -62,6 +65,8 @@ def main() -> None:
     except _Interrupted:
         _fail("ended by SIGTERM; what is finished is kept, and the same command goes on", EXIT_TERMINATED)
     except (KeyboardInterrupt, click.Abort):
+        if _asked_to_end:  # a library has made an ordinary interrupt of it
+            _fail("ended by SIGTERM; what is finished is kept, and the same command goes on", EXIT_TERMINATED)
         _fail("interrupted; what is finished is kept, and the same command goes on", EXIT_INTERRUPTED)
 
 
@@ -81,10 +86,11 @@ def _stage_command(stage: str, body: Callable[[Recipe, bool], None], default_rec
     @click.option("--help", "-h", "show_help", is_flag=True, help="this page, with the recipe's values")
     @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
     def command(recipe: str, quiet: bool, show_help: bool, settings: tuple[str, ...]) -> None:
+        chosen = load(recipe, settings, data_only=stage == "prepare")
         if show_help:
-            click.echo(_help(stage, load(recipe, settings), recipe))
+            click.echo(_help(stage, chosen, recipe))
             return
-        body(load(recipe, settings), not quiet)
+        body(chosen, not quiet)
 
 
 def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
@@ -203,6 +209,7 @@ def _checkpoint_error() -> type[Exception]:
 @contextlib.contextmanager
 def _sigterm() -> Iterator[None]:
     def ended(*_: Any) -> None:
+        _asked_to_end.append(True)
         raise _Interrupted
 
     before = signal.signal(signal.SIGTERM, ended)

@@ -328,25 +328,30 @@ def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]
     return content
 
 
-def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Recipe:
-    """Settings of `recipe` with `overrides` ("key=value", values in YAML). Raises SettingError."""
+def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_only: bool = False) -> Recipe:
+    """Settings of `recipe` with `overrides` ("key=value", values in YAML). Raises SettingError.
+
+    With `data_only` it does not matter whether they go together with the encoder, for those who only prepare.
+    """
     settings = _with_bases(recipe, ())
     settings.setdefault("name", Path(recipe).name.removesuffix(".yaml").removesuffix(".yml"))
     for override in overrides:
         _apply(settings, override)
-    return validate(settings)
+    return validate(settings, data_only=data_only)
 
 
-def validate(settings: Mapping[str, Any]) -> Recipe:
-    """A checked `Recipe` from nested settings. Raises SettingError naming the first thing that is wrong."""
+def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
+    """A checked `Recipe` from nested settings, as of `load`. Raises SettingError naming the first thing that is wrong."""
     try:
         recipe = Recipe.model_validate(dict(settings))
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
-    _check_together(recipe)
+    _check_data(recipe.data)
+    if not data_only:
+        _check_together(recipe)
     for key in ("images", "shards", "out"):
         if re.match(
-            r"[^:/]+://([^/@]*:[^/@]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", getattr(recipe, key) or ""
+            r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", getattr(recipe, key) or ""
         ):
             raise SettingError(
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
@@ -506,14 +511,7 @@ def _explain(error: ValidationError) -> str:
 def _check_together(recipe: Recipe) -> None:
     """What pydantic cannot see in one field: settings that do not go together."""
     data, encoder, target = recipe.data, recipe.encoder, recipe.target
-    _check_data(data)
-    unit = 2**data.levels
-    for key, size in (("data.image_size", data.image_size), ("encoder.image_size", encoder.image_size)):
-        if size % unit:
-            raise SettingError(
-                f"{key}={size}: no multiple of 2^levels = {unit} (data.levels={data.levels}); "
-                f"nearest allowed: {_nearest_multiple(size, unit)}"
-            )
+    _check_side("encoder.image_size", encoder.image_size, data.levels)
     if encoder.image_size % encoder.patch_size:
         near = _nearest_multiple(encoder.image_size, encoder.patch_size)
         raise SettingError(
@@ -565,11 +563,22 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.train.warmup_epochs >= recipe.train.epochs:
         raise SettingError(
-            f"train.warmup_epochs={recipe.train.warmup_epochs:g}: has to be less than train.epochs={recipe.train.epochs:g}"
+            f"train.warmup_epochs={recipe.train.warmup_epochs:g}: has to be less than train.epochs={recipe.train.epochs:g}; "
+            f"set train.warmup_epochs={recipe.train.epochs / 10:g}, for example"
+        )
+
+
+def _check_side(key: str, size: int, levels: int) -> None:
+    unit = 2**levels
+    if size % unit:
+        raise SettingError(
+            f"{key}={size}: no multiple of 2^levels = {unit} (data.levels={levels}); "
+            f"nearest allowed: {_nearest_multiple(size, unit)}"
         )
 
 
 def _check_data(data: Data) -> None:
+    _check_side("data.image_size", data.image_size, data.levels)
     if data.wavelet != "haar":
         import pywt  # not needed for most commands
 

@@ -280,6 +280,10 @@ def check_target(path: Path, *, picture: bool) -> None:
     """Raise SettingError unless a file can be written there; a picture replaces nothing but a PNG."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise SettingError(f"'{path}' cannot be written: {'a folder' if path.is_dir() else 'its folder is not there'}")
+    if path.absolute().parent.joinpath(MANIFEST).is_file():
+        raise SettingError(f"'{path}' lies in a shard set; give a place outside of it")
+    if not picture and path.suffix.lower() != ".json":
+        raise SettingError(f"numbers '{path}': JSON is written, give a name that ends with .json")
     if picture and path.suffix.lower() != ".png":
         raise SettingError(f"picture '{path}': a PNG is written, give a name that ends with .png")
     if picture and path.exists() and not path.read_bytes().startswith(PNG):

@@ -136,7 +136,8 @@ class Encoder:
             np.copyto(out, values, casting="unsafe")
             return
         whole = int(divisor)
-        if values.dtype.kind == "i" and divisor == whole and whole & (whole - 1) == 0:
+        room = values.dtype.kind == "i" and 255 * 4**level + whole // 2 <= np.iinfo(values.dtype).max
+        if room and divisor == whole and whole & (whole - 1) == 0:
             # A shift: for d = 2h, floor((s + h - 1) / d), and for s < 0 floor((s + h) / d). Half the time of floats.
             rounded = self._scratch.setdefault(level, [np.empty(values.shape, values.dtype)])[0]
             np.right_shift(values, 8 * values.itemsize - 1, out=rounded)

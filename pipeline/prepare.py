@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pipeline.config import Recipe, SettingError, identity
 from pipeline.errors import StageError
 from pipeline.image_decoding import Pixels, RejectedImage, decode_image
-from pipeline.layout import Layout
+from pipeline.layout import Layout, ShardError
 from pipeline.moments import Moments
 from pipeline.shard_writer import ShardWriter, write_rejected
 from pipeline.shards import MANIFEST, REJECTED, SPLITS, ShardSet, make_manifest
@@ -84,6 +84,7 @@ def prepare(
     A finished set of the same settings is left as it is, an unfinished one is continued. `on_unit` is called with the
     progress after every shard. Raises SettingError and StageError.
     """
+    _check_places(recipe)
     # Planned before the folder is taken: a mistake in images= leaves nothing behind, and throws nothing away.
     plan = None
     if recipe.restart or not recipe.images or Folder.at(recipe.shards_at).size(MANIFEST) is None:
@@ -101,6 +102,29 @@ def prepare(
         return summary
 
 
+def _check_places(recipe: Recipe) -> None:
+    """Raise SettingError where steps are too fine to be stored, or where what is written would be taken for input."""
+    try:
+        layout = _layout(recipe)
+        for level in layout.steps:
+            layout.dtype(level)
+    except ShardError as error:
+        raise SettingError(f"data.steps: {error}; give coarser ones") from None
+    images = Folder.at(recipe.images).local if recipe.images else None
+    for key, place in (("out", recipe.out), ("shards", recipe.shards_at)):
+        written = Folder.at(place).local
+        if images is not None and written is not None and images.resolve() in written.resolve().parents:
+            raise SettingError(
+                f"{key}={place}: lies in images={recipe.images}, so what is written would be taken for images; "
+                "give a folder beside it"
+            )
+
+
+def _layout(recipe: Recipe) -> Layout:
+    data = recipe.data
+    return Layout(data.image_size, data.channels, recipe.steps_by_level(), data.wavelet)
+
+
 def _make(
     recipe: Recipe,
     folder: StageFolder,
@@ -112,7 +136,7 @@ def _make(
     task = Task(
         folder=folder.folder,
         origin=plan.origin,
-        layout=Layout(data.image_size, data.channels, recipe.steps_by_level(), data.wavelet),
+        layout=_layout(recipe),
         pixels=Pixels(data.image_size, data.channels, data.max_pixels, data.min_side, data.value_range),
         rows_per_group=data.rows_per_group,
     )
@@ -179,7 +203,7 @@ def make_shard(item: dict[str, Any], task: Task) -> dict[str, Any]:
             inputs = plan.read_row_group(unit.number)
         report = _write_shard(unit, inputs, task)
         task.folder.write(f"{UNITS}/{unit.name}.json", as_json(report))
-    except (OSError, pa.ArrowException, StageError, SettingError) as error:  # those of reading an image are rejects
+    except Exception as error:  # those of reading an image are rejects; no other is worth a second try by Ray
         return {"report": "", "error": f"{unit.name}: {_in_words(error)}"}
     return {"report": json.dumps(report), "error": ""}
 
@@ -187,7 +211,8 @@ def make_shard(item: dict[str, Any], task: Task) -> dict[str, Any]:
 def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | pa.ArrowException | StageError | SettingError) else f"{error!r}"
 
 
 def _count_try(folder: Folder, unit: Unit) -> int:

@@ -14,7 +14,9 @@ def prepare_line(result: Mapping[str, Any]) -> str:
     """What prepare wrote where."""
     counts = result["counts"]
     rejected = f", {counts['rejected']} rejected (see rejected.parquet)" if counts["rejected"] else ""
-    return f"prepare: {counts['kept']:,} images{rejected} → {result['path']} ({result['state']})"
+    labels = f"{result['classes']} classes" if result["classes"] else "unlabelled"
+    found = result.get("layout", labels)  # what the folder was taken for: a wrong guess should not pass in silence
+    return f"prepare: {counts['kept']:,} images ({found}){rejected} → {result['path']} ({result['state']})"
 
 
 def pretrain_line(recipe: Recipe, result: Mapping[str, Any]) -> str:

@@ -100,6 +100,7 @@ def _connect(address: str, log_level: int) -> None:
         ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
     finally:
         ray_constants.NUM_REDIS_GET_RETRIES = retries
+        _keep_sigterm()
 
 
 def _start(address: str, log_level: int) -> None:
@@ -119,6 +120,13 @@ def _start(address: str, log_level: int) -> None:
         )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
+        _keep_sigterm()
+
+
+def _keep_sigterm() -> None:
+    """Ray's core takes SIGTERM for a crash, and would end the process with a stack trace: give it back to Python."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _cpus() -> int:

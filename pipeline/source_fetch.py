@@ -41,6 +41,7 @@ _LOST = {
     errno.ENFILE,
     errno.ENOMEM,
 }
+_NOT_EMBEDDED = "the image is not embedded, only its path is"
 _DAMAGE = re.compile(r"thrift|end of stream|parquet|corrupt|decompress|magic|page|dictionary|invalid", re.IGNORECASE)
 
 
@@ -371,15 +372,20 @@ def _cells_of_group(
 ) -> Iterator[tuple[int, bytes | str]]:
     column = origin.column or ""
     kind = parquet.schema_arrow.field(column).type
-    leaf = f"{column}.bytes" if pa.types.is_struct(kind) else column
+    leaves = [column]
+    if pa.types.is_struct(kind):
+        leaves = [f"{column}.{name}" for name in ("bytes", "path") if kind.get_field_index(name) >= 0]
     start = done = 0
-    for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[number], columns=[leaf], use_threads=False):
-        cells = batch.column(0)
+    for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[number], columns=leaves, use_threads=False):
+        cells, paths = batch.column(0), None
         if pa.types.is_struct(cells.type):
-            cells = cells.flatten()[0]  # with the nulls of the struct itself
+            parts = dict(zip((field.name for field in cells.type), cells.flatten(), strict=True))
+            cells, paths = parts["bytes"], parts.get("path")  # with the nulls of the struct itself
         while done < len(wanted) and place[wanted[done]] < start + len(cells):
-            cell = cells[int(place[wanted[done]]) - start].as_py()
-            yield int(wanted[done]), _checked_cell(cell)
+            row = int(place[wanted[done]]) - start
+            cell = cells[row].as_py()
+            named = cell is None and paths is not None and bool(paths[row].as_py())
+            yield int(wanted[done]), _NOT_EMBEDDED if named else _checked_cell(cell)
             done += 1
         start += len(cells)
         if done == len(wanted):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -27,13 +28,15 @@ from pipeline.source_plan import (
     Paths,
     Plan,
     check_classes,
+    column_named,
     encode_labels,
     finish,
     without_doubles,
 )
 from pipeline.storage import Folder, reaching
 
-# The first of these that is there, in a folder tree.
+# The first of each that is there, in any case, in a folder tree.
+TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
@@ -65,6 +68,7 @@ class _Split:
     def __init__(self, root: str, listing: list[tuple[str, list[str]]]) -> None:
         self.root, self.rejects = root, list[tuple[str, str]]()
         paths, counts, classes = Paths(), list[int](), list[str | None]()
+        bare: list[str] = []
         for below, names in listing:
             if root and below != root and not below.startswith(f"{root}/"):
                 continue
@@ -74,10 +78,17 @@ class _Split:
                 paths.add(images)
                 counts.append(len(images))
                 classes.append(_class_of(inner))
+                bare = images if not inner else bare
         self.paths = paths.column()
-        self.classes = {name for name in classes if name is not None}
-        if None in classes or len(self.classes) < 2:
-            self.classes = set()
+        # Folders that images lie in, if all of them are such that may be classes.
+        self.candidates = {name for name in classes if name is not None}
+        self.beside = ""  # what alone keeps them from being classes, in words
+        if None in classes:
+            if len(self.candidates) >= 2 and classes.count(None) == 1 and bare:
+                lie = "1 image lies" if len(bare) == 1 else f"{len(bare)} images lie"
+                self.beside = f" ({lie} beside the folders, such as {min(bare)})"
+            self.candidates = set()
+        self.classes = self.candidates if len(self.candidates) > 1 else set()
         self._counts, self._folders = counts, classes
 
     def labels(self, index: dict[str, int]) -> np.ndarray:
@@ -111,8 +122,8 @@ def _class_of(inner: str) -> str | None:
 def plan_tree(tree: Tree, *, val_share: float, seed: int, more: str = "") -> Plan:
     """The plan of a folder tree, a pure function of its names, `val_share` and `seed`. Raises SettingError.
 
-    ``train/…``, with or without one of ``val/…``, ``valid/…``, ``validation/…``, ``test/…`` (the first that is there),
-    are the splits as given, and what lies beside them is ignored. Otherwise everything is one set, of which a share is
+    ``train/…`` or ``training/…``, with or without one of ``val/…``, ``valid/…``, ``validation/…``, ``test/…`` (the
+    first that is there, in any case), are the splits as given, and what lies beside them is ignored. Otherwise everything is one set, of which a share is
     held out for val.
     """
     folder, listing = tree.folder, tree.listing
@@ -120,9 +131,9 @@ def plan_tree(tree: Tree, *, val_share: float, seed: int, more: str = "") -> Pla
     if folder.local is not None:  # a folder without files counts too
         given |= {entry.name for entry in os.scandir(folder.local) if entry.is_dir()}
     roots, ignored = {"train": ""}, 0
-    if "train" in given:
-        val = next((name for name in VAL_FOLDERS if name in given), None)
-        roots = {"train": "train", **({"val": val} if val else {})}
+    if train := _first_of(TRAIN_FOLDERS, given):
+        val = _first_of(VAL_FOLDERS, given)
+        roots = {"train": train, **({"val": val} if val else {})}
         ignored = sum(len(names) for below, names in listing if below.partition("/")[0] not in roots.values())
     splits = {name: _Split(root, listing) for name, root in roots.items()}
     rejects = [reject for split in splits.values() for reject in split.rejects]
@@ -145,11 +156,10 @@ def plan_tree(tree: Tree, *, val_share: float, seed: int, more: str = "") -> Pla
     words = " and ".join(f"{root}/" for root in roots.values()) if roots["train"] else "one folder, val held out"
     if roots["train"] and "val" not in roots:
         words += ", val held out"
-    origin = Origin("files", folder.url)
-    return finish(
+    plan = finish(
         inputs,
         names or None,
-        origin,
+        Origin("files", folder.url),
         words + more,
         shown=str(folder),
         val_share=val_share,
@@ -157,15 +167,26 @@ def plan_tree(tree: Tree, *, val_share: float, seed: int, more: str = "") -> Pla
         ignored=ignored,
         given="val" in roots or None,
     )
+    beside = next((split.beside for split in splits.values() if split.beside), "")
+    return replace(plan, layout=plan.layout + beside)
+
+
+def _first_of(names: tuple[str, ...], given: set[str]) -> str | None:
+    """The first of `names` that is there, as it is written there; lower case before others."""
+    found = {name.casefold(): name for name in sorted(given)}  # capitals sort first
+    return next((found[name] for name in names if name in found), None)
 
 
 def _tree_classes(folder: Folder, splits: dict[str, _Split]) -> list[str]:
     train = splits["train"]
     val = splits.get("val", train)
+    if train.classes and val.candidates <= train.classes:
+        val.classes = val.candidates
     if bool(train.classes) != bool(val.classes):
-        labelled, flat = (val.root, train.root) if val.classes else (train.root, val.root)
+        labelled, flat = (val, train) if val.classes else (train, val)
         raise SettingError(
-            f"images={folder}: '{labelled}' has a folder for each class and '{flat}' has not; make them alike"
+            f"images={folder}: '{labelled.root}' has a folder for each class and '{flat.root}' has not{flat.beside}; "
+            "make them alike"
         )
     check_classes(train.classes, val.classes, (train.root, val.root), str(folder))
     return sorted(train.classes)
@@ -183,23 +204,17 @@ def plan_list(
     """
     shown = folder.shown(name)
     wanted = {"path": image_column or "path", "label": label_column or "label", "split": "split"}
-    table = (
-        _read_parquet(folder, name, wanted) if name.lower().endswith(".parquet") else _read_csv(folder, name, wanted)
-    )
-    if wanted["path"] not in table.column_names or (label_column and label_column not in table.column_names):
-        missing = wanted["path"] if wanted["path"] not in table.column_names else label_column
-        raise SettingError(
-            f"images={shown}: no column '{missing}'; it has {', '.join(table.column_names) or 'none'}. A list has the "
-            "columns path, and perhaps label and split; image_column and label_column name others"
-        )
+    needed = {"path", "label"} if label_column else {"path"}
+    suffix = PurePosixPath(name).suffix.lower()
+    read, needs = {".parquet": (_read_parquet, ""), ".tsv": (_read_csv, "tabs")}.get(suffix, (_read_csv, "commas"))
+    table = read(folder, name, lambda columns: _list_columns(columns, wanted, needed, needs, shown))
     if not len(table):
         raise SettingError(f"images={shown}: the list has no rows")
     labels, classes = np.full(len(table), -1, np.int32), None
-    if wanted["label"] in table.column_names:
-        column = table.column(wanted["label"])
-        labels, classes = encode_labels(column, None, f"images={shown}: column '{wanted['label']}'")
+    if "label" in table.column_names:
+        labels, classes = encode_labels(table.column("label"), None, f"images={shown}: column '{wanted['label']}'")
     split, words = _list_splits(table, shown)
-    inputs = Inputs(_list_paths(table.column(wanted["path"]), shown), labels, split)
+    inputs = Inputs(_list_paths(table.column("path"), shown), labels, split)
     empty = pc.equal(inputs.path, "").to_numpy()
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]
     inputs.rejects += rejects
@@ -207,6 +222,24 @@ def plan_list(
     return finish(
         inputs, classes, Origin("files", folder.url), f"a list, {words}", shown=shown, val_share=val_share, seed=seed
     )
+
+
+def _list_columns(
+    columns: list[str], wanted: dict[str, str], needed: set[str], needs: str, shown: str
+) -> dict[str, str]:
+    """What a list has of path, label and split → the column's own name. Raises SettingError."""
+    found = {key: column_named(columns, name, shown) for key, name in wanted.items()}
+    missing = [wanted[key] for key, column in found.items() if column is None and key in needed]
+    if found["path"] is None and needs and any(";" in column for column in columns):
+        raise SettingError(
+            f"images={shown}: no column '{missing[0]}'; the list seems to be separated by semicolons, {needs} are needed"
+        )
+    if missing:
+        raise SettingError(
+            f"images={shown}: no column '{missing[0]}'; it has {', '.join(columns) or 'none'}. A list has the "
+            "columns path, and perhaps label and split; image_column and label_column name others"
+        )
+    return {key: column for key, column in found.items() if column is not None}
 
 
 def _list_paths(column: pa.ChunkedArray, shown: str) -> pa.ChunkedArray:
@@ -252,22 +285,22 @@ def _list_splits(table: pa.Table, shown: str) -> tuple[np.ndarray, str]:
     return codes[index], f"train and {val}" if val else "train, val held out"
 
 
-def _read_csv(folder: Folder, name: str, wanted: dict[str, str]) -> pa.Table:
+def _read_csv(folder: Folder, name: str, choose: Callable[[list[str]], dict[str, str]]) -> pa.Table:
     shown = folder.shown(name)
-    parse = pacsv.ParseOptions(delimiter="\t" if PurePosixPath(name).suffix.lower() == ".tsv" else ",")
+    delimiter = "\t" if PurePosixPath(name).suffix.lower() == ".tsv" else ","
+    # For the header alone, rows of another length do not matter.
+    lenient = pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=lambda row: "skip")
     try:
         with reaching(shown), folder.open(name) as source:
-            columns = pacsv.open_csv(source, parse_options=parse).schema.names
-        present = [column for column in wanted.values() if column in columns]
-        if wanted["path"] not in columns:
-            return pa.table({column: pa.array([], pa.string()) for column in columns})
-        convert = pacsv.ConvertOptions(
-            include_columns=present, column_types={column: pa.string() for column in present}
-        )
+            found = choose(pacsv.open_csv(source, parse_options=lenient).schema.names)
+        columns = list(dict.fromkeys(found.values()))
+        convert = pacsv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
         with reaching(shown), folder.open(name) as source:
-            return pacsv.read_csv(source, parse_options=parse, convert_options=convert)
+            parse = pacsv.ParseOptions(delimiter=delimiter)
+            table = pacsv.read_csv(source, parse_options=parse, convert_options=convert)
     except (ValueError, pa.ArrowException) as error:  # UnicodeDecodeError among them
         raise SettingError(f"images={shown}: {_csv_mistake(str(error))}") from None
+    return pa.table({key: table.column(column) for key, column in found.items()})
 
 
 def _csv_mistake(text: str) -> str:
@@ -279,9 +312,8 @@ def _csv_mistake(text: str) -> str:
     return f"not a list that can be read ({re.sub('CSV parse error: ', '', text)[:160]})"
 
 
-def _read_parquet(folder: Folder, name: str, wanted: dict[str, str]) -> pa.Table:
+def _read_parquet(folder: Folder, name: str, choose: Callable[[list[str]], dict[str, str]]) -> pa.Table:
     with opened_parquet(folder, name) as parquet:
-        columns = parquet.schema_arrow.names
-        if wanted["path"] not in columns:
-            return parquet.schema_arrow.empty_table()
-        return parquet.read([column for column in wanted.values() if column in columns])
+        found = choose(parquet.schema_arrow.names)
+        table = parquet.read(list(dict.fromkeys(found.values())))
+    return pa.table({key: table.column(column) for key, column in found.items()})

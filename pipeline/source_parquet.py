@@ -15,7 +15,17 @@ import pyarrow.parquet as pq
 
 from pipeline.config import SettingError
 from pipeline.source_fetch import PARQUET_BUFFER, Origin, is_damage
-from pipeline.source_plan import Inputs, Paths, Plan, encode_labels, finish, split_codes, split_of_name
+from pipeline.source_plan import (
+    Inputs,
+    Paths,
+    Plan,
+    column_named,
+    encode_labels,
+    finish,
+    folded,
+    split_codes,
+    split_of_name,
+)
 from pipeline.storage import Folder, is_remote, reaching
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes", "image_bytes", "data")
@@ -53,12 +63,13 @@ def holds_images(folder: Folder, name: str, image_column: str | None) -> bool:
     """Whether a Parquet file has the bytes of images; otherwise it may be a list of paths."""
     with opened_parquet(folder, name) as parquet:
         schema = parquet.schema_arrow
-    if image_column in schema.names:
-        return _kind(schema.field(image_column).type) is not None
+    shown = folder.shown(name)
+    if image_column and (asked := column_named(schema.names, image_column, shown)) is not None:
+        return _kind(schema.field(asked).type) is not None
     held = [entry for entry in schema if _kind(entry.type) is not None]
-    if any(entry.name.lower() in IMAGE_NAMES or _kind(entry.type) == "struct" for entry in held):
+    if any(folded(entry.name) in IMAGE_NAMES or _kind(entry.type) == "struct" for entry in held):
         return True
-    return "path" not in schema.names
+    return column_named(schema.names, "path", shown) is None
 
 
 def plan_parquet(
@@ -122,7 +133,7 @@ def _read(folder: Folder, name: str, image: str, label: str | None) -> _File:
     with opened_parquet(folder, name) as parquet:
         schema = parquet.schema_arrow
         for column in (image, label):
-            if column is not None and column not in schema.names:
+            if column is not None and column_named(schema.names, column, folder.shown(name)) != column:
                 raise SettingError(
                     f"images={folder.shown(name)}: no column '{column}', which other files have; "
                     f"it has {', '.join(schema.names)}"
@@ -171,7 +182,7 @@ def _kind(kind: pa.DataType) -> str | None:
 
 def _image_column(schema: pa.Schema, asked: str | None, shown: str) -> str:
     if asked is not None:
-        _check_column(schema, asked, "image_column", shown)
+        asked = _asked_column(schema, asked, "image_column", shown)
         if _kind(schema.field(asked).type) is None:
             raise SettingError(
                 f"images={shown}: image_column={asked} holds {schema.field(asked).type}; "
@@ -180,8 +191,9 @@ def _image_column(schema: pa.Schema, asked: str | None, shown: str) -> str:
         return asked
     for kind in ("struct", "binary"):
         found = [entry.name for entry in schema if _kind(entry.type) == kind]
-        named = [name for wanted in IMAGE_NAMES for name in found if name.lower() == wanted]
+        named = [name for wanted in IMAGE_NAMES for name in found if folded(name) == wanted]
         if named or len(found) == 1:
+            column_named(schema.names, (named or found)[0], shown)
             return (named or found)[0]
         if found:
             raise SettingError(f"images={shown}: several columns may be the image; name one of them by image_column: "
@@ -194,14 +206,15 @@ def _image_column(schema: pa.Schema, asked: str | None, shown: str) -> str:
 
 def _label_column(schema: pa.Schema, asked: str | None, image: str, shown: str) -> str | None:
     if asked is not None:
-        _check_column(schema, asked, "label_column", shown)
-        return asked
-    found = [name for wanted in LABEL_NAMES for name in schema.names if name.lower() == wanted and name != image]
-    return found[0] if found else None
+        return _asked_column(schema, asked, "label_column", shown)
+    found = [name for name in LABEL_NAMES if name != folded(image) and column_named(schema.names, name, shown)]
+    return column_named(schema.names, found[0], shown) if found else None
 
 
-def _check_column(schema: pa.Schema, name: str, setting: str, shown: str) -> None:
-    if name not in schema.names:
+def _asked_column(schema: pa.Schema, name: str, setting: str, shown: str) -> str:
+    found = column_named(schema.names, name, shown)
+    if found is None:
         near = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.6)
         hint = f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(schema.names)}"
         raise SettingError(f"images={shown}: no column {setting}={name}{hint}")
+    return found

@@ -86,6 +86,20 @@ class Inputs:
         return self.where(~rejected)
 
 
+def column_named(columns: list[str], wanted: str, shown: str) -> str | None:
+    """The column of that name, but for case and for spaces around it. Raises SettingError where there are several."""
+    found = [column for column in columns if folded(column) == folded(wanted)]
+    if len(found) > 1:
+        several = ", ".join(f"'{column}'" for column in found)
+        raise SettingError(f"images={shown}: column '{wanted}' is there {len(found)} times ({several}); give it once")
+    return found[0] if found else None
+
+
+def folded(name: str) -> str:
+    """A name of a column as it is compared."""
+    return name.strip().casefold()
+
+
 class Paths:
     """Collects names without a Python object each."""
 

@@ -223,7 +223,10 @@ def _members(window: _Window, tar: str, shown: str, rejects: list[tuple[str, str
             rejects.append((f"{tar}!(byte {place})", f"the tar file {where} here"))
             return
         data = place + _BLOCK
-        size = int(extra.get("size", info.size))
+        size = _size(info, extra)
+        if size is None:
+            rejects.append((f"{tar}!(byte {place})", "the tar file is damaged here"))
+            return
         has_data = info.type not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, *_DEVICES)
         place = data + (-(-size // _BLOCK) * _BLOCK if has_data else 0)
         if info.type in _EXTRAS:
@@ -238,6 +241,12 @@ def _members(window: _Window, tar: str, shown: str, rejects: list[tuple[str, str
         extra = {}
         if info.type != tarfile.DIRTYPE and not _HIDDEN.search(member.name):
             yield member
+
+
+def _size(info: tarfile.TarInfo, extra: dict[str, str]) -> int | None:
+    """Bytes of the data after a header, None where that is no number from 0 on: the next header is then nowhere."""
+    text = str(info.size) if info.type in _EXTRAS else extra.get("size", str(info.size))
+    return int(text) if re.fullmatch(r"[0-9]{1,30}", text) else None
 
 
 def _member(info: tarfile.TarInfo, extra: dict[str, str]) -> Member:

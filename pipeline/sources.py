@@ -181,9 +181,24 @@ def _parent(images: str) -> tuple[Folder, str]:
 
 
 def _is_glob(images: str) -> bool:
-    if is_remote(images):
-        return glob.has_magic(Address.of(images).path)
-    return glob.has_magic(images) and not os.path.exists(images)
+    return _first_magic(images) is not None
+
+
+def _first_magic(images: str) -> int | None:
+    """The number of the first part of the path that is a pattern, and no name of what is there. None without one."""
+    address = Address.of(images) if is_remote(images) else None
+    path = address.path if address else images
+    if not glob.has_magic(path):
+        return None
+    parts = (path if address else Folder.at(images).url).split("/")
+    for number, part in enumerate(parts):
+        if not glob.has_magic(part):
+            continue
+        literal = "/".join(parts[: number + 1])
+        there = number > 0 and Folder(address.at(literal)).kind() if address else os.path.lexists(literal)
+        if not there:
+            return number
+    return None
 
 
 def _matches(images: str) -> tuple[Folder, list[str]]:
@@ -191,7 +206,7 @@ def _matches(images: str) -> tuple[Folder, list[str]]:
     address = Address.of(images) if is_remote(images) else None
     path = address.path if address else Folder.at(images).url
     parts = path.split("/")
-    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    fixed = _first_magic(images)
     above, pattern = "/".join(parts[:fixed]), "/".join(parts[fixed:])
     if address and not above:
         raise SettingError(f"images={masked(images)}: the bucket has to be named in full")

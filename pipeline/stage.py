@@ -77,7 +77,12 @@ def _open(folder: Folder, identity: Mapping[str, Any], restart: bool, mark: str)
     if _holds_something(folder):
         if folder.size(SETTINGS) is None:
             raise SettingError(f"{folder} is not empty and not a folder that a stage made; give another out= or name=")
-        changed = differences(_read(folder, SETTINGS), identity)
+        known = _read(folder, SETTINGS)
+        changed = differences(known, identity)
+        if not known.keys() & identity.keys():  # somebody else's settings.json
+            raise SettingError(
+                f"{folder} is not empty and not a folder that this stage made; give another out= or name="
+            )
         if restart:
             folder.clear()
         elif changed:

@@ -75,7 +75,7 @@ class Address:
 
 def masked(url: str) -> str:
     """`url` as it may be shown: without credentials."""
-    url = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+://)[^/@]+@", r"\1***@", url)
+    url = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+://)([^?]*:[^?]*|[^/@]+)@", r"\1***@", url)
     found = _OPTIONS.search(url)
     if found is None or not is_remote(url):
         return url
@@ -187,4 +187,4 @@ def explained(shown: str, error: Exception) -> SettingError | StorageError:
 def _first_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r" ?\(Request ID: [^)]*\)", "", text)
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]+://)[^/@\s]+@", r"\1***@", text)[:300]
+    return re.sub(r"[^/\s']*:[^\s@']*@", "***@", text)[:300]

@@ -87,7 +87,19 @@ def test_steps_are_one_for_all_levels_or_one_each_or_lossless():
     assert Recipe.model_validate(recipe.dump()) == recipe
 
 
-@pytest.mark.parametrize("url", ["s3://KEY:SECRET@bucket/photos", "s3://bucket/x?region=eu&secret_key=SECRET"])
+def test_who_only_prepares_need_not_mind_the_encoder():
+    settings = ["data.image_size=256", "data.levels=8"]
+    with pytest.raises(SettingError, match=r"encoder\.image_size=64: no multiple of 2\^levels = 256"):
+        load("small", settings)
+    assert load("small", settings, data_only=True).data.levels == 8
+    with pytest.raises(SettingError, match=r"data\.image_size=100"):
+        load("small", ["data.image_size=100"], data_only=True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://KEY:SECRET@bucket/photos", "s3://KEY:SEC/SECRET@bucket/photos", "s3://bucket/x?region=eu&secret_key=SECRET"],
+)
 def test_credentials_in_a_url_are_refused_and_not_repeated(url):
     with pytest.raises(SettingError, match="images: a URL with credentials") as caught:
         load("small", [f"images={url}"])

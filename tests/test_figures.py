@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from tiny import make, photos, stored
 
-from wavemim.figures import complete, loss_figure, reconstruction_figure, sweep_figure
+from wavemim.figures import _grid, complete, loss_figure, reconstruction_figure, sweep_figure
 from wavemim.masking import random_mask, share_at
 from wavemim.wavelets import reconstruct
 
@@ -51,3 +51,10 @@ def test_sweep_and_loss_figures(tmp_path):
     loss_figure(tmp_path / "l.png", [{"epoch": e, "train/loss_level3": 1 / e} for e in (1, 2, 3)])
     for name in ("s.png", "none.png", "l.png"):
         assert Image.open(tmp_path / name).size[0] > 200
+
+
+def test_other_channel_counts_are_drawn_too(tmp_path):
+    for channels in (1, 2, 3, 5):
+        path = tmp_path / f"{channels}.png"
+        _grid(path, [("a", torch.rand(2, channels, 16, 16) * 255), ("b", torch.rand(2, channels, 16, 16) * 255)])
+        assert np.asarray(Image.open(path).convert("RGB")).std() > 10

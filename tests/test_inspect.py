@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_shards import photos, write_set
 
 from pipeline import cli
-from pipeline.inspect_shards import check, describe, inspect, write_picture
+from pipeline.config import SettingError
+from pipeline.inspect_shards import check, describe, inspect, show, write_picture
 from pipeline.layout import Layout
 from pipeline.shard_writer import file_entry, write_rejected
 from pipeline.shards import FORMAT_VERSION, MANIFEST, REJECTED, manifest_fingerprint
@@ -310,6 +311,18 @@ def test_ctrl_c_ends_with_130(folder, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.inspect_shards.verify", interrupted)
     code, _, err = wavemim(monkeypatch, capsys, "verify", folder, "-q")
     assert code == 130 and err.strip().startswith("wavemim: interrupted") and err.strip().count("\n") == 0
+
+
+def test_numbers_are_not_written_over_the_set(tmp_path):
+    write_set(tmp_path, photos(3))
+    before = (tmp_path / MANIFEST).read_bytes()
+    for target, words in (
+        (tmp_path / MANIFEST, "lies in a shard set"),
+        (tmp_path / ".." / "numbers.txt", r"ends with \.json"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            show(str(tmp_path), picture=str(tmp_path.parent / "y.png"), images=1, numbers=str(target), progress=False)
+    assert (tmp_path / MANIFEST).read_bytes() == before
 
 
 def test_damage_ends_a_process_of_its_own_with_1(folder, tmp_path):

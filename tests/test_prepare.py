@@ -22,7 +22,7 @@ from s3_server import bucket, new_bucket, s3, s3_server  # noqa: F401 — two ar
 from tiny_shards import smooth_texture
 
 from pipeline.batches import Reader
-from pipeline.config import Recipe, load
+from pipeline.config import Recipe, SettingError, load
 from pipeline.image_decoding import Pixels, decode_image
 from pipeline.layout import Layout
 from pipeline.shard_writer import ShardWriter
@@ -267,6 +267,20 @@ def test_a_second_prepare_into_the_same_folder_is_refused(ray_local, photo_folde
         pytest.raises(StageError, match=f"shards is being written by process {os.getpid()}"),
     ):
         prepare(settings, progress=False)
+
+
+def test_what_is_written_must_not_become_input(photo_folder, tmp_path):
+    from pipeline.prepare import prepare
+
+    for settings, key in (
+        (recipe(photo_folder, photo_folder / "out"), "out"),
+        (recipe(photo_folder, tmp_path / "out", f"shards={photo_folder}/set"), "shards"),
+    ):
+        with pytest.raises(SettingError, match=f"{key}=.*would be taken for images"):
+            prepare(settings, progress=False)
+    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too fine"):
+        prepare(recipe(photo_folder, tmp_path / "out", "data.steps=[1e-7]"), progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Other inputs than folders

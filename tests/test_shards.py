@@ -37,7 +37,18 @@ def reference(images: np.ndarray, levels: int = LEVELS, wavelet: str = "haar") -
     return pyramid
 
 
-@pytest.mark.parametrize("steps", [(4, 2, 1, 1), (2, 2, 2, 2), (1, 1, 1, 1), (0.75, 1.5, 3, 0.3), (8, 16, 32, 0.0625)])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (4, 2, 1, 1),
+        (65536, 65536, 8192, 8192),
+        (8192, 16384, 4096, 2),
+        (2, 2, 2, 2),
+        (1, 1, 1, 1),
+        (0.75, 1.5, 3, 0.3),
+        (8, 16, 32, 0.0625),
+    ],
+)
 @pytest.mark.parametrize("images", [photos(6), extremes()], ids=["photos", "extremes"])
 def test_stored_integers_are_pywavelets_coefficients_within_half_a_step(steps, images):
     layout = Layout(SIDE, 3, dict(enumerate(steps, 1)))

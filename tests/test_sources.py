@@ -243,6 +243,31 @@ def test_given_splits_without_classes(tmp_path):
     assert plan.classes is None and counts(plan) == {"train": 2, "val": 1}
 
 
+@pytest.mark.parametrize(("train", "val"), [("Train", "VAL"), ("training", "Validation"), ("TRAINING", "test")])
+def test_folders_of_splits_in_any_case(tmp_path, train, val):
+    touch(tmp_path, f"{train}/a/1.jpg", f"{train}/b/2.jpg", f"{val}/a/3.jpg", f"{val}/b/4.jpg")
+    plan = plan_of(tmp_path)
+    assert plan.layout == f"{train}/ and {val}/; 2 classes"
+    assert set(plan.splits["val"]["path"].to_pylist()) == {f"{val}/a/3.jpg", f"{val}/b/4.jpg"}
+
+
+def test_val_may_have_one_class_of_train(tmp_path):
+    plan = plan_of(touch(tmp_path / "one", "train/a/1.jpg", "train/b/2.jpg", "val/b/3.jpg", "val/b/4.jpg"))
+    assert plan.classes == ["a", "b"] and plan.splits["val"]["label"].to_pylist() == [1, 1]
+    for other in ("val/c/3.jpg", "val/3.jpg"):
+        with pytest.raises(SettingError, match="and 'val' has not; make them alike"):
+            plan_of(touch(tmp_path / other.replace("/", "-"), "train/a/1.jpg", "train/b/2.jpg", other))
+
+
+def test_images_beside_class_folders_are_named(tmp_path):
+    plan = plan_of(touch(tmp_path, "logo.png", "a/1.jpg", "b/2.jpg"))
+    assert plan.classes is None and plan.inputs == 3
+    beside = "unlabelled (1 image lies beside the folders, such as logo.png)"
+    assert plan.layout == f"one folder, val held out; {beside}"
+    assert "(2 images lie beside the folders, such as a.jpg)" in plan_of(touch(tmp_path, "a.jpg")).layout
+    assert plan_of(touch(tmp_path, "a/x/y.jpg")).layout == "one folder, val held out; unlabelled"
+
+
 def test_links_in_a_circle_end(tmp_path):
     touch(tmp_path, "a/1.jpg", "b/2.jpg")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
@@ -290,6 +315,22 @@ def test_mistakes_are_one_line(tmp_path):
         plan_of(touch(tmp_path / "half", "train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"))
     with pytest.raises(SettingError, match=r"no image in '.*/train' or below it"):
         plan_of(touch(tmp_path / "empty", "train/a.txt", "val/1.jpg"))
+
+
+def test_names_with_brackets_are_no_patterns(tmp_path, monkeypatch, bucket):
+    here = tmp_path / "br [1]"
+    for name in ("a*/0.tar", "a*/1.tar", "ab/2.tar"):
+        Folder.at(here).write(name, tar_bytes([("x.jpg", b"x")]))
+        bucket.write(f"br [1]/{name}", tar_bytes([("x.jpg", b"x")]))
+    assert plan_of(here / "**/*.tar").inputs == plan_of(bucket.place("br [1]/**/*.tar")).inputs == 3
+    assert plan_of(here / "a*/*.tar").inputs == plan_of(bucket.place("br [1]/a*/*.tar")).inputs == 2
+    assert plan_of(here / "a*/0.tar").inputs == plan_of(bucket.place("br [1]/a*/0.tar")).inputs == 1
+    monkeypatch.chdir(here)
+    assert plan_of("ab/*.tar").inputs == plan_of("ab/2.tar").inputs == 1
+    with pytest.raises(SettingError, match="no such file or folder"):
+        check_source(str(here / "none.tar"))
+    with pytest.raises(SettingError, match="no file matches"):
+        check_source("[c]*.tar")
 
 
 def test_mistakes_on_a_store_are_one_line(bucket):
@@ -429,9 +470,35 @@ def test_missing_labels_are_rejects_unless_all_are_missing(tmp_path):
     assert plan.classes is None
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_names_of_columns_but_for_case_and_spaces(tmp_path, suffix):
+    def write(*columns):
+        rows = [["a.jpg", "x", "train"], ["b.jpg", "y", "train"], ["c.jpg", "x", "val"]]
+        if suffix == "parquet":
+            arrays = [pa.array(column) for column in zip(*rows, strict=True)]
+            pq.write_table(pa.Table.from_arrays(arrays[: len(columns)], list(columns)), tmp_path / "l.parquet")
+        else:
+            lines = [columns, *(row[: len(columns)] for row in rows)]
+            between = "," if suffix == "csv" else "\t"
+            write_csv(tmp_path / f"l.{suffix}", "\n".join(between.join(line) for line in lines))
+        return tmp_path / f"l.{suffix}"
+
+    plan = plan_of(write("path", " Label", "Split "))
+    assert plan.classes == ["x", "y"] and counts(plan) == {"train": 2, "val": 1}
+    plan = plan_of(write("File", " Kind"), image_column="file", label_column="kind", val_share=0)
+    assert plan.classes == ["x", "y"]
+    for columns in (("path", "label", "label"), ("path", "Label", "label ")):
+        with pytest.raises(SettingError, match="column 'label' is there 2 times"):
+            plan_of(write(*columns))
+    with pytest.raises(SettingError, match="column 'path' is there 2 times"):
+        plan_of(write("path", "label", "Path"))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("path;label\na.jpg;1\n", "no column 'path'; the list seems to be separated by semicolons, commas are needed"),
+        ("path;label\na,b.jpg;1\n", "the list seems to be separated by semicolons"),
         ("", "the list is empty"),
         ("path,label\n", "the list has no rows"),
         ("file,label\na.jpg,1\n", "no column 'path'; it has file, label. A list has the columns path"),
@@ -500,6 +567,32 @@ def test_plain_columns_and_missing_cells(tmp_path):
         null,
         "empty file",
     ]
+
+
+def test_images_that_are_not_embedded_are_rejects(tmp_path):
+    cells = [{"bytes": None, "path": "a.jpg"}, {"bytes": None, "path": None}, None, {"bytes": b"x", "path": "b.jpg"}]
+    pq.write_table(pa.table({"image": cells, "label": [0, 1, 2, 0]}, hf_schema()), tmp_path / "a.parquet")
+    found = fetched(plan_of(tmp_path / "a.parquet", val_share=0))
+    null = "the Parquet cell is null"
+    assert found == {
+        "a.parquet#0": "the image is not embedded, only its path is",
+        "a.parquet#1": null,
+        "a.parquet#2": null,
+        "a.parquet#3": b"x",
+    }
+
+
+@pytest.mark.parametrize(
+    "columns", [("image", "label", "label"), ("image", "Label", "label"), ("image", "l", " IMAGE")]
+)
+def test_doubled_columns_of_parquet_are_an_error(tmp_path, columns):
+    arrays = [pa.array(jpegs(2)), pa.array([1, 2]), pa.array([3, 4])]
+    pq.write_table(pa.Table.from_arrays(arrays, list(columns)), tmp_path / "a.parquet")
+    name = "label" if columns[1] != "l" else "image"
+    for images in (tmp_path, tmp_path / "a.parquet"):
+        for asked in ({}, {f"{name}_column": name}):
+            with pytest.raises(SettingError, match=f"column '{name}' is there 2 times"):
+                plan_of(images, **asked)
 
 
 def test_mistakes_in_parquet_are_one_line(tmp_path):
@@ -600,6 +693,25 @@ def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path):
     assert [reason.partition(" (")[0] for _, reason in plan.rejects] == ["the tar file is damaged", "empty file"]
     (tmp_path / "a.tar").write_bytes(whole[: last.offset])  # between two members: nothing is missing that is known
     assert plan_of(tmp_path / "a.tar").inputs == 3
+
+
+@pytest.mark.parametrize("size", ["base-256", "-1536", "abc"])
+def test_a_size_that_is_none_is_damage(tmp_path, size):
+    whole = tar_bytes([("0.jpg", b"0"), ("1.jpg", b"1")])
+    if size == "base-256":
+        bad = tarfile.TarInfo("2.jpg").tobuf(tarfile.GNU_FORMAT)
+        field = (2**96 - 512).to_bytes(12, "big")
+        bad = bad[:124] + field + bad[136:148] + b" " * 8 + bad[156:]
+        bad = bad[:148] + b"%06o\0 " % sum(bad) + bad[156:]
+    else:
+        info = tarfile.TarInfo("2.jpg")
+        info.pax_headers = {"size": size}
+        bad = info.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "a.tar").write_bytes(whole[:2048] + bad + b"x" * 2048)
+    plan = plan_of(tmp_path / "a.tar", val_share=0)
+    check_plan(plan, 3)
+    at = 2048 + len(bad) - 512
+    assert plan.rejects == [(f"a.tar!(byte {at})", "the tar file is damaged here")]
 
 
 def test_mistakes_with_tars_are_one_line(tmp_path):

@@ -50,6 +50,17 @@ def test_a_foreign_folder_is_never_emptied(tmp_path):
     assert (tmp_path / "photos" / "mine.jpg").read_text() == "precious"
 
 
+def test_neither_is_one_with_somebody_elses_settings(tmp_path):
+    (tmp_path / "settings.json").write_text('{"editor": "vim"}')
+    (tmp_path / "mine.txt").write_text("precious")
+    with (
+        pytest.raises(SettingError, match="not a folder that this stage made"),
+        stage_folder(tmp_path, {"seed": 0}, restart=True),
+    ):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
 def _hold(path, ready):
     with stage_folder(path, {"a": 1}):
         ready.set()

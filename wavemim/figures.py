@@ -68,7 +68,8 @@ def reconstruction_figure(
     """Write a grid, a line an image: image, masked, each level's prediction from coarse to fine, the image rebuilt.
 
     The coarsest level's column is the picture that its A alone makes; a finer level's shows what its hidden cells add
-    to it, around mid-grey. The rebuilt image has its visible patches from the input.
+    to it, around mid-grey. The rebuilt image has its visible patches from the input. Of more than three channels the
+    first three are shown, of one or two the first.
     """
     images, pyramid = inputs(stored, crop)
     grid = model.encoder.grid
@@ -102,14 +103,16 @@ def _contrast(contribution: torch.Tensor) -> float:
 
 def _grid(path: Path, columns: Sequence[tuple[str, torch.Tensor]]) -> None:
     lines = len(columns[0][1])
+    channels, _ = shown_channels(columns[0][1].shape[1])
     figure, axes = plt.subplots(
         lines, len(columns), figsize=(1.7 * len(columns), 1.7 * lines + 0.35), squeeze=False, layout="constrained"
     )
     for x, (title, pictures) in enumerate(columns):
         axes[0][x].set_title(title, fontsize=10)
         for y in range(lines):
-            picture = pictures[y].detach().cpu().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            axes[y][x].imshow(picture, interpolation="nearest")
+            picture = pictures[y, channels].detach().cpu().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            picture = picture[..., 0] if len(channels) == 1 else picture
+            axes[y][x].imshow(picture, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
             axes[y][x].axis("off")
     _save(figure, path)
 
