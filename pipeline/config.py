@@ -31,6 +31,7 @@ def _steps(value: Any) -> Any:
         return value
     if not isinstance(numbers, list | tuple) or not numbers:
         raise ValueError("allowed are numbers above 0, from the finest level on, such as [4, 2, 1], or lossless")
+    numbers = [_number_like(step) if isinstance(step, str) else step for step in numbers]
     if any(isinstance(step, bool) or not isinstance(step, int | float) or not step > 0 for step in numbers):
         raise ValueError("every step has to be a number above 0")
     return tuple(numbers)

@@ -81,6 +81,7 @@ def test_steps_are_one_for_all_levels_or_one_each_or_lossless():
     assert load("small", ["data.steps=4"]).steps_by_level() == {1: 4, 2: 4, 3: 4, 4: 4}
     assert load("small", ["data.steps=[4, 2]"]).steps_by_level() == {1: 4, 2: 2, 3: 2, 4: 2}
     assert load("small", ["data.steps=lossless"]).steps_by_level() == {1: 0.5, 2: 0.25, 3: 0.125, 4: 0.0625}
+    assert load("small", ["data.steps=[1e0, 5e-1]"]).steps_by_level()[2] == 0.5  # texts to YAML 1.1
     with pytest.raises(SettingError, match="other wavelets than haar have no exact integers"):
         load("small", ["data.steps=lossless", "data.wavelet=db2"])
     recipe = load("small", ["data.steps=lossless"])
