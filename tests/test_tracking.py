@@ -71,7 +71,7 @@ def test_store_is_sqlite_in_out_and_holds_settings_metrics_tags_and_recipe(out: 
     params = run.data.params
     assert params["target.weights.3"] == "0.5"
     assert params["train.lr"] == "0.00015"
-    assert params["data.steps"] == "[4.0, 2.0, 1.0]"
+    assert params["data.steps"] == "[4.0, 4.0, 8.0]"
     assert params["images"] == "null"
     tags = run.data.tags
     assert {tags["wavemim.stage"], tags["wavemim.recipe"], tags["wavemim.shards"]} == {"pretrain", "mini", "abc"}
