@@ -45,7 +45,8 @@ class Position:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Position:
         """From a checkpoint's state."""
-        return cls(**{name: state[name] for name in cls.__dataclass_fields__})
+        known = {"streams": 0, **state}  # checkpoints of earlier versions do not name it
+        return cls(**{name: known[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
