@@ -319,7 +319,8 @@ def _windows(
     """Windows (B, C, K, h, w) a level of the rows `sources`, with corners (B, 2) in pixels and mirrored (B,).
 
     As `wavemim.wavelets.window`, but straight into the batch's memory: mirroring reverses the columns and changes the
-    sign of V and D. In numpy alone: torch would start its own threads in each of the reader's, which wait for each other. Where the wavelet does not allow it: whole levels, and the windows that are to be cut.
+    sign of V and D. Where the wavelet does not allow it: whole levels, and the windows that are to be cut. In numpy
+    alone: torch would start its own threads in each of the reader's, and they would wait for each other.
     """
     whole = not shards.layout.windows
     out: dict[int, torch.Tensor] = {}

@@ -38,11 +38,7 @@ ABOUT = {
 }
 
 
-_asked_to_end: list[bool] = []  # by SIGTERM
-
-
-class _Interrupted(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM)."""
+_asked_to_end: list[bool] = []  # by SIGTERM: an exception of its own would not survive libraries that catch interrupts
 
 
 def main() -> None:
@@ -62,12 +58,9 @@ def main() -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
-    except _Interrupted:
-        _fail("ended by SIGTERM; what is finished is kept, and the same command goes on", EXIT_TERMINATED)
     except (KeyboardInterrupt, click.Abort):
-        if _asked_to_end:  # a library has made an ordinary interrupt of it
-            _fail("ended by SIGTERM; what is finished is kept, and the same command goes on", EXIT_TERMINATED)
-        _fail("interrupted; what is finished is kept, and the same command goes on", EXIT_INTERRUPTED)
+        what, code = ("ended by SIGTERM", EXIT_TERMINATED) if _asked_to_end else ("interrupted", EXIT_INTERRUPTED)
+        _fail(f"{what}; what is finished is kept, and the same command goes on", code)
 
 
 @click.group(
@@ -210,7 +203,7 @@ def _checkpoint_error() -> type[Exception]:
 def _sigterm() -> Iterator[None]:
     def ended(*_: Any) -> None:
         _asked_to_end.append(True)
-        raise _Interrupted
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, ended)
     try:

@@ -112,7 +112,11 @@ def train(
     `threads` read and cut batches in this process.
     """
     check_shards(recipe, shards)
-    plan = Plan.of(recipe, shards.rows["train"], world)
+    position = Position()
+    if resume is not None:
+        position = Position.of(checkpoint.read_state(resume))
+    # The batch of the workers that began, however many there are now.
+    plan = Plan.of(recipe, shards.rows["train"], position.streams or world)
     model = build_model(recipe, shards).to(device)
     inputs = build_inputs(shards).to(device)
     peak_lr = recipe.train.lr * plan.batch / 256
@@ -123,9 +127,7 @@ def train(
         warmup_steps=plan.warmup_steps,
         min_lr=peak_lr * recipe.train.min_lr_share,
     )
-    position = Position()
     if resume is not None:
-        position = Position.of(checkpoint.read_state(resume))
         checkpoint.load_model(resume, model)
         checkpoint.load_optimizer(resume, model, optimizer)
     step = TrainStep(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,8 +208,8 @@ def _footer(folder: Folder, name: str, sha256: str) -> pq.FileMetaData:
         return parquet.metadata
 
 
-# (fingerprint, name, row group, columns) that this process has read whole from a local disk.
-_sound: set[tuple[str, str, int, tuple[str, ...]]] = set()
+# (path, when it was written, row group, columns) that this process has read whole from a local disk.
+_sound: set[tuple[str, int, int, tuple[str, ...]]] = set()
 
 
 def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
@@ -218,8 +219,9 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
     file when a process reads them for the first time: damage that is there when training starts is met in its first epoch.
     """
     local = shards.folder.local is not None
-    key = (shards.fingerprint, name, group, tuple(columns))
     try:
+        path = shards.folder.place(name)
+        key = (path, os.stat(path).st_mtime_ns if local else 0, group, tuple(columns))
         footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
         with (
             reaching(shards.folder.shown(name)),

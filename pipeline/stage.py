@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pipeline.config import SettingError, differences
 from pipeline.errors import StageError
 from pipeline.storage import Folder, owned
 
-__all__ = ["StageError", "StageFolder", "read_json", "stage_folder", "write_json"]
+__all__ = ["StageError", "StageFolder", "stage_folder", "write_json"]
 
 SETTINGS = "settings.json"
 
@@ -123,14 +122,4 @@ def _read(folder: Folder, name: str) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that `path` holds either the old content or the whole new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as file:
-        file.write(as_json(content))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON mapping; StageError where it is damaged."""
-    return _read(Folder.at(path.parent), path.name)
+    Folder.at(path.parent).write(path.name, as_json(content))

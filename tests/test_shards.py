@@ -1,6 +1,7 @@
 """The shard format: what is stored is the transform, exactly as far as the step allows; what is damaged is said."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -227,3 +228,17 @@ def test_damage_is_found(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ShardError, match="changed after it was written"):
         ShardSet.open(tmp_path)
+
+
+def test_damage_after_the_first_reading_and_in_a_copy_is_found(tmp_path):
+    """Checksums are compared once a process for a file as it is: not for one that was written since, nor for another."""
+    shards = write_set(tmp_path / "one", photos(12))
+    read_group(shards, "train-00000.parquet", 0, [1, 2, 3, 4])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for folder in ("two", "one"):
+        file = tmp_path / folder / "train-00000.parquet"
+        content = bytearray(file.read_bytes())
+        content[60:400] = bytes(byte ^ 0x11 for byte in content[60:400])
+        file.write_bytes(content)
+        with pytest.raises(ShardError, match="is damaged"):
+            read_group(ShardSet.open(tmp_path / folder), "train-00000.parquet", 0, [1, 2, 3, 4])

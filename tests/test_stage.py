@@ -1,5 +1,6 @@
 """A stage's folder: one owner, a finishing mark, and no work of other settings taken for one's own."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -7,7 +8,7 @@ import signal
 import pytest
 
 from pipeline.config import SettingError
-from pipeline.stage import StageError, read_json, stage_folder, write_json
+from pipeline.stage import StageError, stage_folder, write_json
 
 
 def test_new_unfinished_finished(tmp_path):
@@ -84,9 +85,11 @@ def test_one_owner_and_a_killed_owner_owns_nothing(tmp_path):
         assert folder.state == "unfinished"
 
 
-def test_json_is_whole_or_named(tmp_path):
+def test_settings_are_whole_or_named(tmp_path):
+    with stage_folder(tmp_path / "s", {"x": 1}) as folder:
+        folder.finish({"answer": 42})
     write_json(tmp_path / "a.json", {"x": 1})
-    assert read_json(tmp_path / "a.json") == {"x": 1}
-    (tmp_path / "a.json").write_text('{"x": ')
-    with pytest.raises(StageError, match=r"a\.json cannot be read"):
-        read_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    (tmp_path / "s" / "settings.json").write_text('{"x": ')
+    with pytest.raises(StageError, match=r"settings\.json cannot be read"), stage_folder(tmp_path / "s", {"x": 1}):
+        pass
