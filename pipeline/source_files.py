@@ -298,6 +298,8 @@ def _read_csv(folder: Folder, name: str, choose: Callable[[list[str]], dict[str,
         with reaching(shown), folder.open(name) as source:
             parse = pacsv.ParseOptions(delimiter=delimiter)
             table = pacsv.read_csv(source, parse_options=parse, convert_options=convert)
+    except SettingError:  # of `choose`, and a ValueError too
+        raise
     except (ValueError, pa.ArrowException) as error:  # UnicodeDecodeError among them
         raise SettingError(f"images={shown}: {_csv_mistake(str(error))}") from None
     return pa.table({key: table.column(column) for key, column in found.items()})

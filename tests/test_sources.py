@@ -517,6 +517,7 @@ def test_mistakes_in_lists_are_one_line(tmp_path, text, words):
     with pytest.raises(SettingError) as caught:
         plan_of(write_csv(tmp_path / "list.csv", text))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).count("images=") == 1
 
 
 def test_other_mistakes_in_lists(tmp_path):
