@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.config import Recipe, SettingError
+from pipeline.config import Recipe, SettingError, validate
+from pipeline.settings import Encoder as EncoderSettings
 from pipeline.shards import ShardSet
-from wavemim.encoders import ViTEncoder
+from wavemim import checkpoint
+from wavemim.encoders import Encoder, is_plain_vit, make_encoder
 from wavemim.inputs import Inputs
-from wavemim.model import MaskedImageModel
-from wavemim.targets import Statistics, Tap, WaveletTarget
+from wavemim.level_weights import LevelWeights
+from wavemim.masking import Masking
+from wavemim.model import DecoderSettings, MaskedImageModel
+from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Statistics, Tap, Target, WaveletTarget
+from wavemim.views import Augment, Frequencies, Views
+
+OF_VITS = ("patch_size", "width", "depth", "heads", "class_token", "positions")  # encoder settings
 
 
 def statistics_of(shards: ShardSet) -> Statistics:
@@ -27,55 +35,114 @@ def statistics_of(shards: ShardSet) -> Statistics:
     )
 
 
-def build_encoder(recipe: Recipe) -> ViTEncoder:
-    """The encoder that a recipe names. Raises SettingError."""
+def build_encoder(recipe: Recipe, *, start: bool = False) -> Encoder:
+    """The encoder that a recipe names; with `start` with its pretrained weights, if it names any. Raises SettingError."""
     settings = recipe.encoder
+    sees = "whole" if recipe.mask.kind == "frequency" else settings.sees
+    of_vits = {key: getattr(settings, key) for key in OF_VITS}
+    if not is_plain_vit(settings.name):  # defaults do not apply, and what was set is refused by name
+        of_vits = {key: v for key, v in of_vits.items() if v != EncoderSettings.model_fields[key].default}
     try:
-        return ViTEncoder(
+        return make_encoder(
             settings.name,
-            positions=settings.positions,
             image_size=settings.image_size,
-            patch_size=settings.patch_size,
             channels=recipe.data.channels,
-            width=settings.width,
-            depth=settings.depth,
-            heads=settings.heads,
-            class_token=settings.class_token,
+            sees=None if sees == "auto" else sees,
+            options=settings.options,
+            pretrained=settings.pretrained if start else False,
+            **of_vits,
         )
     except ValueError as error:
-        raise SettingError(f"encoder.name={settings.name}: {error}") from None
+        message = str(error)
+        raise SettingError(
+            message if message.startswith("encoder.") else f"encoder.name={settings.name}: {message}"
+        ) from None
 
 
-def build_model(recipe: Recipe, shards: ShardSet) -> MaskedImageModel:
-    """The masked image model of a recipe for a shard set, with weights drawn from its seed. Raises SettingError."""
-    return _model(recipe, statistics_of(shards), shards.layout.wavelet)
+def build_model(recipe: Recipe, shards: ShardSet, *, start: bool = False) -> MaskedImageModel:
+    """The masked image model of a recipe for a shard set, with weights drawn from its seed. Raises SettingError.
+
+    With `start` the encoder has its pretrained weights, if the recipe names any: for where training begins.
+    """
+    return _model(recipe, statistics_of(shards), shards.layout.wavelet, start=start)
 
 
-def _model(recipe: Recipe, statistics: Statistics, wavelet: str) -> MaskedImageModel:
-    bands = recipe.bands_by_level()
-    taps = [Tap(level, block, bands[level]) for level, block in recipe.target.taps.items()]
-    target = WaveletTarget(
-        taps,
-        statistics,
-        image_size=recipe.encoder.image_size,
-        patch_size=recipe.encoder.patch_size,
-        wavelet=wavelet,
-        normalise=recipe.target.normalise,
-    )
+def statistics_in(state: Mapping[str, Any]) -> Statistics:
+    """Statistics that a checkpoint's state keeps, of the shard set that it has seen."""
+    by_level = {
+        key: {int(level): bands for level, bands in state["statistics"][key].items()} for key in ("mean", "std")
+    }
+    return Statistics(**by_level, pixel_mean=state["pixel_mean"], pixel_std=state["pixel_std"])
+
+
+def model_of_checkpoint(path: Path) -> tuple[MaskedImageModel, Inputs, Recipe]:
+    """A trained model with its weights, without its shard set; inputs that know its statistics; its settings."""
+    state = checkpoint.read_state(path)
+    recipe = validate(state["recipe"])
+    statistics = statistics_in(state)
+    model = _model(recipe, statistics, state["wavelet"])
+    checkpoint.load_model(path, model)
+    return model, Inputs(recipe.steps_by_level(), statistics, state["wavelet"]), recipe
+
+
+def _model(recipe: Recipe, statistics: Statistics, wavelet: str, *, start: bool = False) -> MaskedImageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        encoder = build_encoder(recipe)
+        encoder = build_encoder(recipe, start=start)
         try:
+            target = _target(recipe, encoder, statistics, wavelet)
+            weights = recipe.weights_by_level()
             return MaskedImageModel(
                 encoder,
                 target,
-                mask_ratio=recipe.mask.ratio,
-                decoder_width=recipe.decoder.width,
-                decoder_depth=recipe.decoder.depth,
-                decoder_heads=recipe.decoder.heads,
+                hidden=build_masking(recipe, encoder).hidden,
+                decoder=DecoderSettings(**recipe.decoder.model_dump()),
+                level_weights=LevelWeights([weights[tap.level] for tap in target.taps], recipe.target.weighting),
             )
         except ValueError as error:
             raise SettingError(str(error)) from None
+
+
+def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: str) -> Target:
+    """The target of a recipe. Raises ValueError where its levels do not fit the encoder."""
+    settings, bands = recipe.target, recipe.bands_by_level()
+    taps = [Tap(level, block, bands[level]) for level, block in settings.taps.items()]
+    for tap in taps:  # before a tap's token size is asked for
+        if tap.block > encoder.depth:
+            raise ValueError(
+                f"target.taps.{tap.level}={tap.block}: {encoder.word} {tap.block} does not exist, "
+                f"{encoder.name} has {encoder.word}s 1 to {encoder.depth} here"
+            )
+    common: dict[str, Any] = {
+        "image_size": recipe.encoder.image_size,
+        "token_sizes": {tap.level: encoder.token_size(tap.block) for tap in taps},
+        "normalise": settings.normalise,
+    }
+    if settings.kind == "fourier":
+        return FourierTarget(taps, statistics, gamma=settings.gamma, focal=settings.focal, **common)
+    common["loss"] = settings.loss
+    if settings.kind == "pixels":
+        return PixelTarget(taps, statistics, **common)
+    if settings.kind == "hog":
+        return HOGTarget(taps, statistics, bins=settings.bins, **common)
+    return WaveletTarget(taps, statistics, wavelet=wavelet, on_device=settings.source == "device", **common)
+
+
+def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
+    """The masks of a recipe on its encoder's grid. Raises ValueError where they do not fit."""
+    settings = recipe.mask
+    unit = settings.unit or (max(32, encoder.cell) if settings.kind == "block" else encoder.default_unit)
+    if unit % encoder.cell:
+        raise ValueError(
+            f"mask.unit={unit}: no multiple of {encoder.cell} pixels, the smallest that {encoder.name} masks"
+        )
+    return Masking(
+        kind=settings.kind,
+        ratio=settings.ratio,
+        grid=encoder.grid,
+        unit=unit // encoder.cell,
+        strength=settings.strength,
+    )
 
 
 def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None) -> Inputs:
@@ -89,6 +156,17 @@ def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None) -> 
     return Inputs(shards.steps, statistics, shards.layout.wavelet)
 
 
+def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augment: bool) -> Views:
+    """What the network sees of a batch; without `augment` of windows as they come, for pictures and measuring."""
+    cropped, frequencies = None, None
+    if augment and recipe.train.augment == "rrc":
+        cropped = Augment(recipe.encoder.image_size, scale=recipe.train.crop_scale, flip=recipe.train.flip)
+    if recipe.mask.kind == "frequency":
+        frequencies = Frequencies(recipe.mask.radius, recipe.mask.low_pass_share)
+    masking = build_masking(recipe, model.encoder)
+    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies)
+
+
 def check_model(recipe: Recipe) -> None:
     """Raise SettingError where the recipe's model cannot be built: on the meta device, so at no cost and without data."""
     with torch.device("meta"):
@@ -97,7 +175,7 @@ def check_model(recipe: Recipe) -> None:
 
 def build_blank_model(recipe: Recipe) -> MaskedImageModel:
     """The model of a recipe without a shard set: the same weights, targets that are not standardised."""
-    levels = range(1, recipe.data.levels + 1)
+    levels = range(1, max(recipe.data.levels, *recipe.target.taps) + 1)
     flat = {level: dict.fromkeys("AHVD", [1.0] * recipe.data.channels) for level in levels}
     ones = [1.0] * recipe.data.channels
     return _model(recipe, Statistics(flat, flat, ones, ones), recipe.data.wavelet)
@@ -112,5 +190,5 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
             f"in {shards.levels} levels; allowed are multiples of {unit} up to {shards.image_size}"
         )
     deepest = max(recipe.target.taps)
-    if deepest > shards.levels:
+    if recipe.target.kind == "wavelet" and deepest > shards.levels:
         raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")

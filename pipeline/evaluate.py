@@ -141,7 +141,7 @@ def _encoder(subject: str, trained: Recipe, shards: ShardSet, path: Path, device
     if subject == "pixels":
         side = min(PIXELS_SIDE, trained.encoder.image_size)
         return lambda images: torch.nn.functional.interpolate(images, size=(side, side), mode="area")
-    model = build_model(trained, shards)
+    model = build_model(trained, shards, start=subject == "untrained")
     if subject == "trained":
         checkpoint.load_model(path, model)
     return model.encoder.model.to(device).eval()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.batches import Batch, Reader
-from pipeline.build import build_inputs, build_model, check_shards
+from pipeline.build import build_inputs, build_model, build_views, check_shards, statistics_of
 from pipeline.config import Recipe, SettingError
 from pipeline.shards import ShardSet
 from wavemim import checkpoint
@@ -117,8 +117,8 @@ def train(
         position = Position.of(checkpoint.read_state(resume))
     # The batch of the workers that began, however many there are now.
     plan = Plan.of(recipe, shards.rows["train"], position.streams or world)
-    model = build_model(recipe, shards).to(device)
-    inputs = build_inputs(shards).to(device)
+    model = build_model(recipe, shards, start=resume is None).to(device)
+    views = build_views(recipe, model, build_inputs(shards).to(device), augment=True)
     peak_lr = recipe.train.lr * plan.batch / 256
     optimizer = make_optimizer(model, lr=peak_lr, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
     schedule = make_schedule(
@@ -132,17 +132,17 @@ def train(
         checkpoint.load_optimizer(resume, model, optimizer)
     step = TrainStep(
         model,
-        inputs,
+        views,
         optimizer,
         schedule,
-        level_weights=recipe.weights_by_level(),
-        mask_ratio=recipe.mask.ratio,
         seed=recipe.seed,
+        total_steps=plan.total_steps,
         clip_grad=recipe.train.clip_grad,
         precision=precision_of(recipe, device),
         wrapped=wrap(model) if wrap else None,
         world=world,
     )
+    whole = views.augment is not None  # images are cropped on the device
     reader = Reader(
         shards,
         "train",
@@ -150,14 +150,16 @@ def train(
         rank=rank,
         world=world,
         seed=recipe.seed,
-        window=recipe.encoder.image_size,
-        flip=recipe.train.flip,
+        window=shards.image_size if whole else recipe.encoder.image_size,
+        flip=recipe.train.flip and not whole,
         mix_groups=recipe.train.mix_groups,
         streams=position.streams or None,
         threads=threads,
     )
     position.streams = reader.streams
-    meter = _Meter(model.levels, recipe.weights_by_level(), device, world, position.epoch_sums)
+    meter = _Meter(model.levels, device, world, position.epoch_sums)
+
+    statistics = statistics_of(shards)
 
     def save(folder: Path) -> None:
         checkpoint.save(
@@ -170,6 +172,8 @@ def train(
                 "shards": shards.fingerprint,
                 "pixel_mean": shards.pixel_mean,
                 "pixel_std": shards.pixel_std,
+                "statistics": {"mean": statistics.mean, "std": statistics.std},
+                "wavelet": shards.layout.wavelet,
             },
         )
 
@@ -191,7 +195,8 @@ def train(
             epoch_done = position.batch == plan.batches_per_epoch
             meter.add(result.losses, result.grad_norm, batch.total, waited)
             if position.step % recipe.train.log_every == 0 or last:
-                metrics = meter.read() | {"train/lr": optimizer.param_groups[0]["lr"]}
+                weights = model.level_weights.effective(step.progress(position.step - 1)).tolist()
+                metrics = meter.read(weights) | {"train/lr": optimizer.param_groups[0]["lr"]}
                 metrics["train/epoch"] = position.epoch + position.batch / plan.batches_per_epoch
                 if on_log is not None and rank == 0:
                     on_log(metrics, position.images)
@@ -220,11 +225,9 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 class _Meter:
     """Sums of what steps measured, kept on the device; read only when something is logged."""
 
-    def __init__(
-        self, levels: list[int], weights: dict[int, float], device: torch.device, world: int, epoch_sums: list[float]
-    ) -> None:
+    def __init__(self, levels: list[int], device: torch.device, world: int, epoch_sums: list[float]) -> None:
+        self.levels = levels
         self.names = [f"train/loss_level{level}" for level in levels]
-        self.weights = [weights[level] for level in levels]
         self.world = world
         self.window = torch.zeros(len(levels) + 2, device=device)  # losses · images, gradient norm, steps
         self.epoch = torch.zeros(len(levels) + 1, device=device)  # losses · images, images
@@ -241,13 +244,17 @@ class _Meter:
         self.images += images
         self.waited += waited
 
-    def read(self) -> dict[str, float]:
-        """Metrics since the last call, as means over images and workers. Every worker has to call it."""
+    def read(self, weights: list[float]) -> dict[str, float]:
+        """Metrics since the last call, as means over images and workers. Every worker has to call it.
+
+        `weights` are those that the levels' losses have now; the loss is their sum under these.
+        """
         values = self._mean_over_workers(self.window)
         seconds = max(time.perf_counter() - self.began, 1e-9)
         losses = [value / self.images for value in values[:-2]]
         metrics = dict(zip(self.names, losses, strict=True))
-        metrics["train/loss"] = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
+        metrics["train/loss"] = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        metrics |= {f"train/weight_level{level}": weight for level, weight in zip(self.levels, weights, strict=True)}
         metrics["train/grad_norm"] = values[-2] / max(values[-1], 1.0)
         metrics["perf/images_per_second"] = self.images / seconds
         metrics["perf/data_wait_share"] = self.waited / seconds

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Cluster
+from pipeline.settings import Cluster
 from pipeline.stage import StageError
 
 CONNECT_SECONDS = 10

@@ -34,8 +34,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[SessionInfo]:
     """A private Ray for the tests of a file, as the stages start it: ended before other files start theirs."""
-    from pipeline.config import Cluster
     from pipeline.session import ray_session
+    from pipeline.settings import Cluster
 
     with ray_session(Cluster()) as session:
         yield session

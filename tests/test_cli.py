@@ -43,7 +43,7 @@ MISTAKES = [
     (["pretrain", "target.taps={3: 6, 4: 9}"], "block 9 does not exist, vit_tiny_patch16_224 has blocks 1 to 8"),
     (["run", "images=.", "target.taps={3: 6, 4: 7}"], "the last block, 8, has no tap"),
     (["pretrain", "encoder.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
-    (["pretrain", "encoder.name=resnet50"], "encoder.name=resnet50"),
+    (["pretrain", "encoder.name=resnet50"], "do not apply to 'resnet50'"),
     (["prepare"], "images"),
     (["prepare", "images=nowhere"], "nowhere"),
     (["run"], "images"),

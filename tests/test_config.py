@@ -50,6 +50,17 @@ MISTAKES = [
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value has to be below the second"),
     ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports go to a folder"),
+    ("target.kind=hogs", "target.kind=hogs: input should be 'wavelet', 'pixels', 'hog' or 'fourier'"),
+    ("target.taps={0: 8}", "target.taps.0: level 0, the patch itself, is for pixels and fourier, not wavelet"),
+    ("target.bins=12", "target.bins=12: input should be 9 or 18"),
+    ("target.taps.-1=8", "'-1' is not a level"),
+    ("decoder.depth=0", "decoder.depth=0: a linear decoder needs tokens of hidden patches"),
+    ("decoder.predict=0", "decoder.predict=0: input should be greater than 0"),
+    ("mask.unit=12", "mask.unit=12: has to be a multiple of 8 pixels"),
+    ("mask.unit=48", "mask.unit=48: has to be a multiple of 8 pixels (the encoder's patches) and to divide"),
+    ("train.crop_scale=[0.9, 0.5]", "train.crop_scale=[0.9, 0.5]: the first value has to be the smaller one"),
+    ("train.clip_grad=0", "train.clip_grad=0: input should be greater than 0"),
+    ("encoder.options=3", "encoder.options=3: input should be a valid dictionary"),
     ("nonsense", "'nonsense' is not a setting; write key=value"),
     ("=3", "'=3' is not a setting"),
 ]
@@ -68,6 +79,33 @@ def test_overrides_are_typed_and_later_ones_win():
     assert (recipe.train.lr, recipe.weights_by_level(), recipe.train.flip) == (2e-4, {3: 1.0, 4: 3.0}, False)
     assert recipe.name == "2024"
     assert load("small", ["target.taps={4: 8}"]).target.taps == {4: 8}
+
+
+TOGETHER = [
+    (["target.kind=hog", "target.bands.3=HV"], "target.bands: bands are of wavelets, not of target.kind=hog"),
+    (["target.kind=fourier", "target.loss=l1"], "the loss of target.kind=fourier is set by target.gamma and focal"),
+    (["mask.kind=frequency", "encoder.sees=visible"], "mask.kind=frequency: the whole corrupted image is seen"),
+    (["mask.kind=frequency", "mask.radius=32"], "mask.radius=32: a spectrum of 64 pixels ends at 32 cycles"),
+    (["mask.kind=block", "mask.ratio=0.1"], "mask.ratio=0.1: hides 0 of 4 blocks of 32 pixels"),
+    (["decoder.shared=true", "decoder.depth=0", "encoder.sees=masked"], "has no blocks to share"),
+    (["target.weights={3: 0, 4: 0}"], "target.weights: every level weighs 0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), TOGETHER)
+def test_settings_that_do_not_go_together_get_one_line(overrides, message):
+    with pytest.raises(SettingError) as caught:
+        load("small", overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_options_of_the_encoder_are_open_and_null_is_no_clipping():
+    recipe = load("small", ["encoder.options.reg_tokens=4", "encoder.options.qk_norm=true", "train.clip_grad=null"])
+    assert recipe.encoder.options == {"reg_tokens": 4, "qk_norm": True}
+    assert recipe.train.clip_grad is None
+    assert load("small", ["target.kind=pixels", "target.taps={0: 8}"]).bands_by_level() == {0: ""}
+    assert load("small", ["encoder.pretrained=true"]).encoder.pretrained is True
+    assert load("small", ["encoder.pretrained=some/folder"]).encoder.pretrained == "some/folder"
 
 
 @pytest.mark.parametrize("name", names_of("pipeline", "recipes"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_shards import photos, write_set
 
-from pipeline.config import SettingError, load, with_overrides
+from pipeline.config import SettingError, load, validate, with_overrides
 from pipeline.loop import Plan, train
 from wavemim import checkpoint
 
@@ -82,6 +82,75 @@ def test_another_seed_is_another_run(shards):
     assert not torch.equal(
         first.model.encoder.model.blocks[0].mlp.fc1.weight, second.model.encoder.model.blocks[0].mlp.fc1.weight
     )
+
+
+HARNESS = {
+    "wavelet, on the device, of crops": {"train.augment": "rrc", "target.source": "device"},
+    "pixels, partial cross-attention": {
+        "target": {"kind": "pixels", "taps": {0: 2}, "normalise": "patch"},
+        "decoder.attention": "cross",
+        "decoder.predict": 0.5,
+    },
+    "hog, blocks, learned weights": {
+        "target": {"kind": "hog", "taps": {2: 1, 3: 2, 4: 2}, "normalise": "patch", "weighting": "learned"},
+        "mask": {"kind": "block", "unit": 16, "ratio": 0.5},
+    },
+    "fourier, of corrupted images": {
+        "target": {"kind": "fourier", "taps": {0: 2}},
+        "mask": {"kind": "frequency", "radius": 8},
+        "decoder.depth": 0,
+    },
+    "wavelet, energy masks, from coarse to fine": {
+        "mask": {"kind": "energy", "strength": -1.0},
+        "target.weighting": "coarse_to_fine",
+    },
+    "pixels, SimMIM": {
+        "target": {"kind": "pixels", "taps": {0: 2}, "loss": "l1"},
+        "mask": {"kind": "block", "unit": 16},
+        "encoder.sees": "masked",
+        "decoder.depth": 0,
+    },
+    "a hierarchy, shared decoder": {
+        "encoder": {"name": "resnet10t", "image_size": 64},
+        "target": {"taps": {2: 1, 3: 2, 4: 4}},
+        "mask": {"kind": "random", "unit": 16},
+        "decoder.shared": True,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HARNESS)
+def test_resuming_is_exact_for_every_target_mask_and_encoder(shards, tmp_path, kind):
+    changes = dict(HARNESS[kind])
+    base = load("small").dump()
+    for section in ("target", "mask", "encoder"):  # whole sections: what they do not name has its default
+        if section in changes:
+            base[section] = changes.pop(section)
+    settings = {key: value for key, value in SETTINGS.items() if key.partition(".")[0] not in HARNESS[kind]}
+    recipe = with_overrides(validate(base), {**settings, "train.epochs": 1.5, **changes})
+
+    def go(resume=None):
+        logged = {}
+        trained = train(
+            recipe,
+            shards,
+            device=torch.device("cpu"),
+            resume=resume,
+            on_log=lambda metrics, images: logged.update({images: metrics}),
+            on_checkpoint=lambda write, state: None if resume else write(tmp_path / f"images-{state['images']}"),
+        )
+        return trained.model.state_dict(), logged
+
+    whole, logged = go()
+    again, resumed = go(tmp_path / "images-20")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    levels = recipe.target.taps
+    assert {f"train/loss_level{level}" for level in levels} | {f"train/weight_level{level}" for level in levels} <= set(
+        logged[60]
+    )
+    assert all(torch.isfinite(torch.tensor(list(metrics.values()))).all() for metrics in logged.values())
+    kept = {name: value for name, value in resumed[60].items() if not name.startswith("perf/")}
+    assert kept == {name: value for name, value in logged[60].items() if not name.startswith("perf/")}
 
 
 def test_a_set_smaller_than_a_batch_trains(shards):

@@ -7,17 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import PATCH, SIZE, TAPS, make, make_step, photos, stored
+from tiny import PATCH, SIZE, TAPS, make, make_step, photos, statistics, stored
 
 from wavemim.masking import random_mask, share_at
-from wavemim.model import masked_loss
-from wavemim.targets import Tap
+from wavemim.targets import Tap, WaveletTarget
 
 
 def batch_of(images, model, inputs, ratio=0.5):
     normalised, pyramid = inputs(stored(images))
     mask = random_mask(torch.arange(len(images)), model.encoder.grid, ratio, seed=0, epoch=0)
-    return normalised, pyramid, model.target(pyramid), mask
+    return normalised, pyramid, model.target(normalised, pyramid), mask
+
+
+def losses_of(model, images, targets, mask, weight):
+    return model(images, targets, mask, weight, model.level_weights.at(0))[1]
 
 
 def test_visible_targets_do_not_change_the_loss():
@@ -26,15 +29,15 @@ def test_visible_targets_do_not_change_the_loss():
     normalised, _, targets, mask = batch_of(images, model, inputs)
     weight = torch.full((4,), 0.25)
     with torch.no_grad():
-        before = model(normalised, targets, mask, weight)
+        before = losses_of(model, normalised, targets, mask, weight)
         for tap in TAPS:
             visible = share_at(mask, model.encoder.grid, model.target.positions(tap.level)) == 0
             assert visible.any()
             changed = {level: values.clone() for level, values in targets.items()}
             changed[tap.level][visible] += 100
-            assert torch.equal(model(normalised, changed, mask, weight), before)
+            assert torch.equal(losses_of(model, normalised, changed, mask, weight), before)
             changed[tap.level][~visible] += 1
-            assert not torch.equal(model(normalised, changed, mask, weight), before)
+            assert not torch.equal(losses_of(model, normalised, changed, mask, weight), before)
 
 
 def test_hidden_pixels_do_not_reach_the_model():
@@ -42,7 +45,7 @@ def test_hidden_pixels_do_not_reach_the_model():
     model, inputs = make(images)
     normalised, _, targets, mask = batch_of(images, model, inputs)
     normalised.requires_grad_()
-    model(normalised, targets, mask, torch.full((4,), 0.25)).sum().backward()
+    losses_of(model, normalised, targets, mask, torch.full((4,), 0.25)).sum().backward()
     hidden = share_at(mask, model.encoder.grid, SIZE).reshape(4, 1, SIZE, SIZE).bool().expand(-1, 3, -1, -1)
     assert (normalised.grad[hidden] == 0).all()
     assert (normalised.grad[~hidden] != 0).float().mean() > 0.99
@@ -54,23 +57,35 @@ def test_gradients_reach_every_block_and_no_target():
     normalised, _, targets, mask = batch_of(images, model, inputs)
     for values in targets.values():
         assert not values.requires_grad
-    model(normalised, targets, mask, torch.full((4,), 0.25)).sum().backward()
+    losses_of(model, normalised, targets, mask, torch.full((4,), 0.25)).sum().backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []  # also what DDP without unused parameters needs
 
 
-def test_masked_loss_is_a_literal_loop():
+@pytest.mark.parametrize("loss", ["l2", "l1", "smooth_l1"])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_error_is_a_literal_loop(loss, chosen):
+    def of(difference):
+        if loss == "smooth_l1":
+            return 0.5 * difference**2 if difference < 1 else difference - 0.5
+        return difference**2 if loss == "l2" else difference
+
     generator = torch.Generator().manual_seed(0)
-    prediction, target = (torch.randn(3, 9, 5, generator=generator) for _ in range(2))
+    target = torch.randn(3, 9, 5, generator=generator)
     share = torch.rand(3, 9, generator=generator)
+    index = torch.tensor([[0, 4, 8], [1, 2, 3], [5, 6, 8]]) if chosen else torch.arange(9).expand(3, -1)
+    prediction = torch.randn(3, index.shape[1], 5, generator=generator)
+    tap = Tap(2, 3, "HVD")
+    errors = WaveletTarget([tap], statistics(photos(2)), image_size=SIZE, token_sizes={2: PATCH}, loss=loss).error(
+        2, prediction, target, share, index if chosen else None
+    )
     for b in range(3):
-        total = sum(
-            float(share[b, p]) * np.mean([(float(prediction[b, p, d]) - float(target[b, p, d])) ** 2 for d in range(5)])
-            for p in range(9)
-        )
-        assert masked_loss(prediction, target, share)[b].item() == pytest.approx(
-            total / float(share[b].sum()), rel=1e-5
-        )
+        total = weight = 0.0
+        for s, p in enumerate(index[b].tolist()):
+            differences = [abs(float(prediction[b, s, d]) - float(target[b, p, d])) for d in range(5)]
+            total += float(share[b, p]) * np.mean([of(difference) for difference in differences])
+            weight += float(share[b, p])
+        assert errors[b].item() == pytest.approx(total / weight, rel=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"class_token": False}, {"positions": "learned"}])
@@ -80,8 +95,10 @@ def test_encoder_with_everything_visible_equals_timm(arguments):
     normalised = inputs(stored(images))[0]
     encoder = model.encoder.eval()
     everything = torch.arange(encoder.grid**2).expand(2, -1)
+    nothing = torch.zeros(2, encoder.grid**2, dtype=torch.bool)
     with torch.no_grad():
-        tokens = encoder(normalised, everything, [1, 3])
+        tokens = encoder(normalised, nothing, everything, [1, 3])
+        tokens = {block: values[:, encoder.prefix :] for block, values in tokens.items()}
         assert torch.allclose(tokens[3].mean(1), encoder.model(normalised), atol=1e-5)
         outputs = encoder.model.forward_intermediates(
             normalised, indices=[0], intermediates_only=True, output_fmt="NLC"

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from pipeline.config import Cluster
 from pipeline.session import ray_session
+from pipeline.settings import Cluster
 from pipeline.stage import StageError
 
 PRIVATE = """
 import os, signal, ray, psutil
-from pipeline.config import Cluster
+from pipeline.settings import Cluster
 from pipeline.session import ray_session
 
 with ray_session(Cluster()) as session:

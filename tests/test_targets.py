@@ -9,6 +9,7 @@ from tiny import LEVELS, PATCH, SIZE, STEPS, TAPS, photos, statistics, stored
 from wavemim.inputs import Inputs
 from wavemim.targets import Tap, WaveletTarget
 
+TOKENS = {tap.level: PATCH for tap in TAPS}
 BAND = {"H": 0, "V": 1, "D": 2}
 
 
@@ -18,12 +19,12 @@ def coefficients(image, level, band):
     return approximation if band == "A" else details[0][BAND[band]]
 
 
-@pytest.mark.parametrize("normalise", ["level", "patch", "none"])
+@pytest.mark.parametrize("normalise", ["dataset", "patch", "none"])
 def test_target_equals_a_literal_loop_over_pywavelets(normalise):
     images = photos(3)
     stats = statistics(images)
-    target = WaveletTarget(TAPS, stats, image_size=SIZE, patch_size=PATCH, normalise=normalise)
-    made = target(Inputs(STEPS, stats).pyramid(stored(images)))
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise)
+    made = target(*Inputs(STEPS, stats)(stored(images)))
     scale = np.mean(stats.pixel_std)
     for tap in TAPS:
         cell = 2**tap.level
@@ -46,13 +47,13 @@ def test_target_equals_a_literal_loop_over_pywavelets(normalise):
                 np.testing.assert_allclose(made[tap.level][b, position].numpy(), vector, atol=2e-3)
 
 
-@pytest.mark.parametrize("normalise", ["level", "patch", "none"])
+@pytest.mark.parametrize("normalise", ["dataset", "patch", "none"])
 def test_coefficients_undo_the_target(normalise):
     images = photos(4)
     stats = statistics(images)
-    target = WaveletTarget(TAPS, stats, image_size=SIZE, patch_size=PATCH, normalise=normalise)
-    pyramid = Inputs(STEPS, stats).pyramid(stored(images))
-    back = target.coefficients_like(target(pyramid), pyramid)
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise)
+    normalised, pyramid = Inputs(STEPS, stats)(stored(images))
+    back = target.coefficients(target(normalised, pyramid), pyramid)
     for tap in TAPS:
         for c in range(3):
             for index, band in enumerate(tap.bands):
@@ -63,8 +64,8 @@ def test_coefficients_undo_the_target(normalise):
 def test_standardised_targets_have_zero_mean_and_unit_deviation():
     images = photos(32)
     stats = statistics(images)
-    target = WaveletTarget(TAPS, stats, image_size=SIZE, patch_size=PATCH)
-    for values in target(Inputs(STEPS, stats).pyramid(stored(images))).values():
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS)
+    for values in target(*Inputs(STEPS, stats)(stored(images))).values():
         assert abs(float(values.mean())) < 1e-3
         assert abs(float(values.std()) - 1) < 1e-3
 
@@ -78,7 +79,7 @@ def test_images_come_back_exactly_from_lossless_integers():
 def test_a_band_that_never_varies_is_no_infinity():
     images = np.full((4, 3, SIZE, SIZE), 80, np.uint8)
     stats = statistics(images)
-    target = WaveletTarget([Tap(3, 1, "AHVD")], stats, image_size=SIZE, patch_size=PATCH)
-    values = target(Inputs(STEPS, stats).pyramid(stored(images)))[3]
+    target = WaveletTarget([Tap(3, 1, "AHVD")], stats, image_size=SIZE, token_sizes=TOKENS)
+    values = target(*Inputs(STEPS, stats)(stored(images)))[3]
     assert torch.isfinite(values).all()
     assert LEVELS >= 3

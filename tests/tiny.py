@@ -5,10 +5,13 @@ import torch
 
 from wavemim.encoders import ViTEncoder
 from wavemim.inputs import Inputs
-from wavemim.model import MaskedImageModel
+from wavemim.level_weights import LevelWeights
+from wavemim.masking import Masking
+from wavemim.model import DecoderSettings, MaskedImageModel
 from wavemim.optim import make_optimizer, make_schedule
 from wavemim.step import TrainStep
 from wavemim.targets import Statistics, Tap, WaveletTarget
+from wavemim.views import Views
 from wavemim.wavelets import decompose, haar_sums
 
 SIZE, PATCH, LEVELS = 32, 4, 4
@@ -41,29 +44,40 @@ def stored(images):
 STEPS = {level: 2.0**-level for level in range(1, LEVELS + 1)}
 
 
-def make(images, *, taps=TAPS, seed=0, normalise="level", ratio=0.5, **kw):
+def make(images, *, taps=TAPS, seed=0, normalise="dataset", ratio=0.5, decoder=None, weighting="fixed", **kw):
     """(model, inputs) of a tiny ViT."""
     torch.manual_seed(seed)
     stats = statistics(images)
     encoder = ViTEncoder("vit_tiny_patch16_224", image_size=SIZE, patch_size=PATCH, width=32, depth=3, heads=2, **kw)
-    target = WaveletTarget(taps, stats, image_size=SIZE, patch_size=PATCH, normalise=normalise)
-    model = MaskedImageModel(encoder, target, mask_ratio=ratio, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    sizes = {tap.level: PATCH for tap in taps}
+    target = WaveletTarget(taps, stats, image_size=SIZE, token_sizes=sizes, normalise=normalise)
+    model = MaskedImageModel(
+        encoder,
+        target,
+        hidden=masking_of(ratio).hidden,
+        decoder=decoder or DecoderSettings(width=16, depth=1, heads=2),
+        level_weights=LevelWeights([1.0 / tap.level for tap in target.taps], weighting),
+    )
     return model, Inputs(STEPS, stats)
 
 
-def make_step(images, *, lr=1e-3, steps=100, ratio=0.5, wrap=None, world=1, clip=1e9, **kw):
+def masking_of(ratio=0.5):
+    """Random masks of the tiny ViT."""
+    return Masking("random", ratio, SIZE // PATCH)
+
+
+def make_step(images, *, lr=1e-3, steps=100, ratio=0.5, wrap=None, world=1, clip=None, device="cpu", **kw):
     """A whole training step around a tiny model."""
-    model, inputs = make(images, ratio=ratio, **kw)
+    model, inputs = (part.to(device) for part in make(images, ratio=ratio, **kw))
     optimizer = make_optimizer(model, lr=lr, weight_decay=0.05, betas=(0.9, 0.95))
     schedule = make_schedule(optimizer, total_steps=steps, warmup_steps=5, min_lr=lr / 100)
     return TrainStep(
         model,
-        inputs,
+        Views(inputs, masking_of(ratio), seed=0),
         optimizer,
         schedule,
-        level_weights={tap.level: 1.0 / tap.level for tap in model.target.taps},
-        mask_ratio=ratio,
         seed=0,
+        total_steps=steps,
         clip_grad=clip,
         precision=torch.float32,
         wrapped=wrap(model) if wrap else None,

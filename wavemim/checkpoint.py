@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-FORMAT = 1
+FORMAT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -50,8 +50,8 @@ def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no checkpoint: {error}") from None
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"{folder / STATE} is not of this project")
-    if state["format"] > FORMAT:
-        raise CheckpointError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}; train again")
     for name, expected in state["files"].items():
         path = folder / name
         if not path.is_file():
@@ -102,26 +102,30 @@ def export_timm(
     pixel_mean: list[float],
     pixel_std: list[float],
     about: Mapping[str, Any],
+    image_size: int | None = None,
 ) -> dict[str, Any]:
     """Write `encoder` (a timm model) as timm's own folder format: ``model.safetensors`` and ``config.json``.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so does the architecture's name with
-    ``pretrained_cfg_overlay``. Means and deviations are those of pixels in [0, 255]. Gives the content of config.json.
+    ``pretrained_cfg_overlay``. Means and deviations are those of pixels in [0, 255]. `image_size` is that of pretraining,
+    needed where `arguments` has no img_size: such a model takes other sizes too. Gives the content of config.json.
     """
+    size = arguments.get("img_size", image_size)
+    assert size is not None, "image_size is needed for a model that has none of its own"
+    known: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(_plain(encoder.state_dict()), partial / MODEL)
-    size = int(arguments["img_size"])
     config = {
-        "architecture": architecture,
+        "architecture": architecture.partition(".")[0],  # without the name of the weights it started from
         "num_classes": 0,
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
-        "global_pool": arguments["global_pool"],
+        "global_pool": arguments.get("global_pool", "avg"),
         "model_args": dict(arguments),
         "pretrained_cfg": {
-            "input_size": [int(arguments["in_chans"]), size, size],
-            "fixed_input_size": True,
+            "input_size": [int(arguments["in_chans"]), int(size), int(size)],
+            "fixed_input_size": "img_size" in arguments,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
@@ -129,8 +133,8 @@ def export_timm(
             "std": [value / 255 for value in pixel_std],
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": known["first_conv"],
+            "classifier": known["classifier"],
         },
         "sha256": checksum(partial / MODEL),
         "wavemim": dict(about),

@@ -1,51 +1,217 @@
-"""The light decoder of a tap: from visible tokens to a prediction for every position.
+"""The light decoder of a tap: from the encoder's tokens to a prediction for every position, or for some.
 
-Legend: B images, N = G·G tokens, V visible tokens, E encoder width, P positions a side, D values a position.
+Legend: B images, G tokens a side of the encoder at this tap, R prefix tokens (class, registers), V visible tokens,
+E encoder width, W decoder width, P positions a side, S chosen positions, D values a position.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.layers import LayerNorm, Mlp  # this LayerNorm has MAE's eps, 1e-6
 from timm.models.vision_transformer import Block
 from torch import nn
 
+Attention = Literal["self", "cross"]
 
-class TapDecoder(nn.Module):
-    """Linear embedding, mask tokens, fixed positions, `depth` transformer blocks, one linear map to all coefficients."""
 
-    def __init__(
-        self, encoder_width: int, *, grid: int, positions: int, values: int, width: int, depth: int, heads: int
-    ) -> None:
-        """`positions` P a side has to divide `grid`; tokens are averaged over the cell of a position."""
+class CrossBlock(nn.Module):
+    """Attention from queries to a context, then an MLP, pre-norm with residuals (CrossMAE, Fu et al., TMLR 2024).
+
+    Queries do not see one another, so each prediction is independent of which others are asked for. The context is the
+    tap's tokens at width W with their positions; the paper's is the encoder's output itself, of width E.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        """`heads` has to divide `width`."""
         super().__init__()
-        assert grid % positions == 0, (grid, positions)
-        self.grid, self.pool = grid, grid // positions
-        self.norm_in = nn.LayerNorm(encoder_width)
-        self.embed = nn.Linear(encoder_width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        nn.init.normal_(self.mask_token, std=0.02)
-        places = build_sincos2d_pos_embed([grid, grid], dim=width, interleave_sin_cos=False)
-        self.register_buffer("places", places[None].float(), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, values)
+        assert width % heads == 0, (width, heads)
+        self.heads = heads
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, queries: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Queries (B, S, W) after attention to the context (B, T, W)."""
+        b, s, width = queries.shape
+        q = self.query(self.norm1(queries)).reshape(b, s, self.heads, -1).transpose(1, 2)
+        k, v = self.key_value(context).reshape(b, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, s, width)
+        queries = queries + self.proj(attended)
+        return queries + self.mlp(self.norm2(queries))
+
+
+class Trunk(nn.Module):
+    """What taps may share: the mask token, the blocks and the final norm. Positions follow the grid of a tap: not here."""
+
+    def __init__(self, width: int, *, depth: int, heads: int, drops: bool, attention: Attention = "self") -> None:
+        """`depth` ≥ 1 blocks; a mask token only where the encoder `drops` hidden tokens or queries are made of it.
+
+        Raises ValueError where `depth` is 0, or `width` is no multiple of `heads` or of 4.
+        """
+        super().__init__()
+        if depth < 1:
+            raise ValueError(
+                f"decoder.depth={depth}: a linear decoder has no blocks that taps could share; set decoder.shared=false "
+                "or decoder.depth=1 or more"
+            )
+        if width % heads:
+            raise ValueError(f"decoder.width={width}: no multiple of decoder.heads={heads}; change one of them")
+        if width % 4:
+            raise ValueError(f"decoder.width={width}: sine-cosine positions need a multiple of 4; change decoder.width")
+        self.attention = attention
+        self.made_for = (width, depth, heads, drops, attention)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if drops or attention == "cross" else None
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        self.blocks = nn.ModuleList(
+            CrossBlock(width, heads) if attention == "cross" else Block(width, heads, qkv_bias=True)
+            for _ in range(depth)
+        )
+        self.norm = LayerNorm(width)
         self.apply(_initialise)
 
-    def forward(self, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Predictions (B, P², D) from visible tokens (B, V, E) and their indices (B, V)."""
-        embedded = self.embed(self.norm_in(tokens))
-        batch, _, width = embedded.shape
-        whole = self.mask_token.to(embedded.dtype).expand(batch, self.grid * self.grid, width)
-        whole = whole.scatter(1, visible[:, :, None].expand(-1, -1, width), embedded)
-        whole = whole + self.get_buffer("places").to(embedded.dtype)
+    def forward(self, tokens: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, S, W) after all blocks, not yet normalised; `context` (B, T, W) for cross-attention alone."""
+        assert (context is not None) == (self.attention == "cross"), self.attention
         for block in self.blocks:
-            whole = block(whole)
-        if self.pool > 1:
-            whole = whole.transpose(1, 2).reshape(batch, width, self.grid, self.grid)
-            whole = F.avg_pool2d(whole, self.pool).flatten(2).transpose(1, 2)
-        return self.head(self.norm(whole))
+            tokens = block(tokens) if context is None else block(tokens, context)
+        return tokens
+
+
+class TapDecoder(nn.Module):
+    """Linear embedding, fixed positions, `depth` transformer blocks, one linear map to all values of a position.
+
+    - `attention="self"`: all tokens, mask tokens in the place of dropped ones, as in MAE (He et al. 2022). Where an
+      index asks for some positions only, and the encoder drops hidden tokens, only these get a mask token.
+    - `attention="cross"`: mask tokens at the positions asked for look at the encoder's tokens (CrossMAE).
+    - `depth=0`: the linear map alone, on the encoder's tokens (SimMIM, Xie et al. 2022).
+    """
+
+    def __init__(
+        self,
+        encoder_width: int,
+        *,
+        tokens: int,
+        prefix: int,
+        positions: int,
+        values: int,
+        width: int,
+        depth: int,
+        heads: int,
+        normalised: bool,
+        drops: bool,
+        attention: Attention = "self",
+        trunk: Trunk | None = None,
+    ) -> None:
+        """`tokens` is G, `prefix` R, `positions` P (divides G), `values` D.
+
+        `normalised`: the tokens went through a norm already. `drops`: hidden tokens are not among them. A `trunk` that
+        several taps share belongs to the model: it is not kept here (its weights are stored once) and goes to `forward`
+        in each call. Raises ValueError where `depth` is 0 and the encoder drops hidden tokens.
+        """
+        super().__init__()
+        assert tokens % positions == 0, (tokens, positions)
+        if depth == 0 and drops:
+            raise ValueError(
+                "decoder.depth=0: a linear decoder predicts from tokens of hidden patches, which this encoder does not "
+                "give; set encoder.sees=masked or decoder.depth=1 or more"
+            )
+        self.tokens, self.prefix, self.positions, self.pool = tokens, prefix, positions, tokens // positions
+        self.depth, self.drops, self.attention = depth, drops, attention
+        self.norm_in = nn.Identity() if normalised else LayerNorm(encoder_width)
+        self.trunk: Trunk | None = None
+        if depth:
+            if trunk is None:
+                self.trunk = trunk = Trunk(width, depth=depth, heads=heads, drops=drops, attention=attention)
+            assert trunk.made_for == (width, depth, heads, drops, attention), trunk.made_for
+            self.places = nn.Parameter(_places(tokens, prefix, width), requires_grad=False)
+        self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
+        self.head = nn.Linear(width if depth else encoder_width, values)
+        _initialise(self.embed)
+        _initialise(self.head)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        visible: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        trunk: Trunk | None = None,
+    ) -> torch.Tensor:
+        """Predictions (B, P², D), or (B, S, D) at the positions `index` (B, S), row-major on the P·P grid.
+
+        `tokens` (B, R + V, E) with their places `visible` (B, V) where the encoder drops hidden tokens, otherwise all of
+        them, (B, R + G², E) in row-major order. `trunk`: the shared one, where the decoder was made for one.
+
+        Predictions at an index are those of the full prediction, except where self-attention goes over fewer tokens
+        (`drops`): there the mask tokens of other positions are missing.
+        """
+        assert (visible is not None) == self.drops, "visible indices belong to encoders that drop tokens"
+        tokens = self.embed(self.norm_in(tokens))
+        if self.depth == 0:
+            return self.head(_chosen(self._pooled(tokens[:, self.prefix :]), index))
+        trunk = self.trunk if trunk is None else trunk
+        assert trunk is not None, "this decoder was made for a shared trunk"
+        if self.attention == "cross":
+            tokens = trunk(self._queries(tokens, index, trunk), self._placed(tokens, visible))
+        elif visible is not None and index is not None:
+            queries = self._queries(tokens, index, trunk)
+            tokens = trunk(torch.cat((self._placed(tokens, visible), queries), 1))[:, tokens.shape[1] :]
+        else:
+            if visible is not None:
+                tokens = self._filled(tokens, visible, trunk)
+            tokens = trunk(self._placed(tokens, None))[:, self.prefix :]
+            tokens = _chosen(self._pooled(tokens), index)
+        return self.head(trunk.norm(tokens))
+
+    def _placed(self, tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """Tokens (B, R + V or R + G², W) plus their positions; zero for the prefix."""
+        places = self.places.to(tokens.dtype)
+        if visible is None:
+            return tokens + places
+        front, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        patches = patches + F.embedding(visible, places[0, self.prefix :])
+        return torch.cat((front, patches), 1) if self.prefix else patches
+
+    def _filled(self, tokens: torch.Tensor, visible: torch.Tensor, trunk: Trunk) -> torch.Tensor:
+        """All tokens (B, R + G², W) of visible ones (B, R + V, W): the mask token where one was dropped."""
+        assert trunk.mask_token is not None
+        batch, _, width = tokens.shape
+        whole = trunk.mask_token.to(tokens.dtype).expand(batch, self.tokens**2, width)
+        whole = whole.scatter(1, visible[:, :, None].expand(-1, -1, width), tokens[:, self.prefix :])
+        return torch.cat((tokens[:, : self.prefix], whole), 1) if self.prefix else whole
+
+    def _queries(self, tokens: torch.Tensor, index: torch.Tensor | None, trunk: Trunk) -> torch.Tensor:
+        """Mask tokens (B, S or P², W) at positions; of a coarse one the places of its tokens are averaged."""
+        assert trunk.mask_token is not None
+        places = self._pooled(self.places[:, self.prefix :])
+        places = places.expand(tokens.shape[0], -1, -1) if index is None else F.embedding(index, places[0])
+        return (trunk.mask_token + places).to(tokens.dtype)
+
+    def _pooled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Patch tokens (B, G², W) averaged over the cell of each position: (B, P², W)."""
+        if self.pool == 1:
+            return tokens
+        cells = tokens.reshape(tokens.shape[0], self.positions, self.pool, self.positions, self.pool, tokens.shape[2])
+        return cells.mean((2, 4)).flatten(1, 2)
+
+
+def _places(tokens: int, prefix: int, width: int) -> torch.Tensor:
+    """Fixed sine-cosine positions (1, R + G², W) in MAE's order: of the column, then of the row; zero for the prefix."""
+    rates = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * rates
+    waves = torch.cat((angles.sin(), angles.cos()), 1)
+    columns, rows = waves.repeat(tokens, 1), waves.repeat_interleave(tokens, 0)
+    places = torch.cat((columns, rows), 1).float()
+    return torch.cat((torch.zeros(prefix, width), places))[None]
+
+
+def _chosen(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Tokens (B, P², W) at an index (B, S): (B, S, W); all of them without one."""
+    return tokens if index is None else tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -62,12 +62,17 @@ class Inputs(nn.Module):
         self, stored: Mapping[int, torch.Tensor], crop: Crop | None = None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Normalised images (B, C, H, W) and the pyramid they come from, of stored windows, or windowed by `crop`."""
+        pixels, pyramid = self.raw(stored, crop)
+        return self.normalise(pixels), pyramid
+
+    def raw(
+        self, stored: Mapping[int, torch.Tensor], crop: Crop | None = None
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """As `forward`, with the images in pixel values."""
         with torch.no_grad():
             pyramid = self.pyramid(stored)
             pixels = self.pixels(pyramid)
-            if crop is not None:
-                pixels, pyramid = self._cut(pixels, pyramid, crop)
-            return self.normalise(pixels), pyramid
+            return (pixels, pyramid) if crop is None else self._cut(pixels, pyramid, crop)
 
     def _cut(
         self, pixels: torch.Tensor, pyramid: dict[int, torch.Tensor], crop: Crop

@@ -1,14 +1,23 @@
 """Masks at the token grid, and their share at any other grid.
 
-Legend: B images, N = G·G tokens in row-major order, G tokens a side. True means hidden.
+Legend: B images, N = G·G cells of a mask in row-major order, G cells a side (`grid`): the tokens of a ViT, the finest
+features of a hierarchical encoder. A block is `unit` × `unit` cells that are hidden together. C channels, K bands, h·w
+coefficients of a level. True means hidden.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from wavemim.randomness import uniform
+from wavemim.wavelets import DETAILS
 
 
 def hidden_count(tokens: int, ratio: float) -> int:
@@ -16,13 +25,129 @@ def hidden_count(tokens: int, ratio: float) -> int:
     return round(tokens * ratio)
 
 
-def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int) -> torch.Tensor:
-    """Random masks (B, N), exact in ratio (MAE, He et al. 2022): a pure function of (seed, epoch, row of the image)."""
-    tokens = grid * grid
-    noise = uniform(seed, "mask", epoch, rows, tokens)
-    order = noise.argsort(stable=True, dim=1)
-    mask = torch.zeros(rows.shape[0], tokens, dtype=torch.bool, device=rows.device)
-    return mask.scatter_(1, order[:, : hidden_count(tokens, ratio)], True)
+def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int, unit: int = 1) -> torch.Tensor:
+    """Random masks (B, N), exact in ratio (MAE, He et al. 2022): a pure function of (seed, epoch, row of the image).
+
+    `unit` > 1 hides whole blocks (SimMIM, Xie et al. 2022), exact in ratio over the (G / unit)² blocks.
+    """
+    assert grid % unit == 0, (grid, unit)
+    return _hide_first(_noise(rows, grid // unit, seed, epoch), ratio, unit)
+
+
+def energy_mask(
+    energy: torch.Tensor,
+    rows: torch.Tensor,
+    grid: int,
+    ratio: float,
+    *,
+    strength: float,
+    seed: int,
+    epoch: int,
+    unit: int = 1,
+    floor: float = 1.0,
+) -> torch.Tensor:
+    """Masks (B, N), exact in ratio, that prefer blocks by their wavelet energy; `energy` (B, N) as `detail_energy`.
+
+    Blocks are drawn one after another without replacement, each with probability ∝ energy^strength among those that are
+    left (Gumbel top-k: Kool et al., Stochastic beams and where to find them, ICML 2019). `strength` > 0 hides where
+    the detail is, < 0 where it is not; 0 gives the very masks of `random_mask`. `floor` is added to the energy of each
+    cell: differences far below it do not count, and cells without any detail are equals.
+    A pure function of (seed, epoch, row, energy): other images of the batch play no part.
+    """
+    assert grid % unit == 0 and floor > 0, (grid, unit, floor)
+    if strength == 0:
+        return random_mask(rows, grid, ratio, seed=seed, epoch=epoch, unit=unit)
+    noise = _noise(rows, grid // unit, seed, epoch)
+    blocks = _sum_cells(energy.float().reshape(-1, 1, grid, grid), unit).flatten(1) + floor * unit * unit
+    # -log(-log1p(-u)) has Gumbel's distribution and falls with u; half a step of u instead of 0 keeps it finite.
+    gumbel = -torch.log(-torch.log1p(-noise.clamp_min(2.0**-25)))
+    return _hide_first(-(strength * blocks.log() + gumbel), ratio, unit)
+
+
+def detail_energy(pyramid: Mapping[int, torch.Tensor], cells: int) -> torch.Tensor:
+    """Energy (B, cells²) of the details in each cell: the sum of squared H, V, D over channels and levels.
+
+    `pyramid` {level: (B, C, K, h, w)} in coefficient units, K = 3 (H, V, D) or 4 (A before them). Levels count whose
+    coefficients are not larger than a cell; a coefficient across the edges of cells counts to each by its share.
+    With Haar's whole pyramid and 2^n-pixel cells this is, by Parseval, the sum of squared deviations from the cell's
+    mean, a channel at a time. Longer filters blur it over neighbours, do not see slopes, and see the jump from one edge
+    of the image to the opposite one (periodization). Raises ValueError where no level is fine enough.
+    """
+    total: list[torch.Tensor] = []
+    for level in _levels_within(pyramid, cells):
+        details = pyramid[level][:, :, -len(DETAILS) :].float().square().flatten(1, 2)
+        # Added one by one: the order of a library's sum, and so its last bit, may depend on the size of the batch.
+        energy = reduce(torch.add, details.unbind(1))[:, None]
+        side = energy.shape[-1]
+        repeat = cells // math.gcd(cells, side)
+        if repeat > 1:
+            energy = energy.repeat_interleave(repeat, 2).repeat_interleave(repeat, 3) / repeat**2
+        total.append(_sum_cells(energy, side * repeat // cells))
+    return reduce(torch.add, total).flatten(1)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """The masks of a run: "random" and "block" (the same, with a larger unit), "energy", or "frequency".
+
+    "frequency" asks for every position: what is hidden there is a part of the image's spectrum, not of its cells.
+    """
+
+    kind: Literal["random", "block", "energy", "frequency"]
+    ratio: float
+    grid: int  # cells a side
+    unit: int = 1  # cells a side of a block
+    strength: float = 1.0  # of "energy" alone: the exponent of a block's energy
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the unit does not divide the grid, or where nothing or everything would be hidden."""
+        if self.kind == "frequency":
+            return
+        if self.unit < 1 or self.grid % self.unit:
+            allowed = ", ".join(str(unit) for unit in range(1, self.grid + 1) if self.grid % unit == 0)
+            raise ValueError(
+                f"mask.unit: blocks of {self.unit} cells a side do not divide a grid of {self.grid} cells a side; "
+                f"{allowed} cells do: change mask.unit (in pixels) or the image size"
+            )
+        blocks = (self.grid // self.unit) ** 2
+        hidden = hidden_count(blocks, self.ratio)
+        if not 0 < hidden < blocks:
+            raise ValueError(
+                f"mask.ratio={self.ratio}: hides {hidden} of {blocks} blocks (grid of {self.grid} cells a side, "
+                f"mask.unit of {self.unit}); at least one has to be hidden and one seen: change mask.ratio or mask.unit"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Hidden cells of an image: the same number in each."""
+        if self.kind == "frequency":
+            return self.grid**2
+        return hidden_count((self.grid // self.unit) ** 2, self.ratio) * self.unit**2
+
+    def __call__(
+        self, rows: torch.Tensor, pyramid: Mapping[int, torch.Tensor], *, seed: int, epoch: int
+    ) -> torch.Tensor:
+        """Masks (B, N) of the images `rows` (B,), on their device; their `pyramid` is read by "energy" alone.
+
+        Its floor is the energy that rounding to 8 bits leaves in a flat cell: 1/12 for each coefficient.
+        """
+        if self.kind == "frequency":
+            return torch.ones(rows.shape[0], self.grid**2, dtype=torch.bool, device=rows.device)
+        if self.kind != "energy":
+            return random_mask(rows, self.grid, self.ratio, seed=seed, epoch=epoch, unit=self.unit)
+        used = [pyramid[level] for level in _levels_within(pyramid, self.grid)]
+        coefficients = sum(len(DETAILS) * v.shape[1] * v.shape[3] * v.shape[4] for v in used) / self.grid**2
+        return energy_mask(
+            detail_energy(pyramid, self.grid),
+            rows,
+            self.grid,
+            self.ratio,
+            strength=self.strength,
+            seed=seed,
+            epoch=epoch,
+            unit=self.unit,
+            floor=coefficients / 12,
+        )
 
 
 def visible_indices_of(mask: torch.Tensor, visible: int) -> torch.Tensor:
@@ -42,3 +167,37 @@ def share_at(mask: torch.Tensor, grid: int, cells: int) -> torch.Tensor:
     elif cells < grid:
         share = F.avg_pool2d(share, grid // cells)
     return share.flatten(1)
+
+
+def _noise(rows: torch.Tensor, side: int, seed: int, epoch: int) -> torch.Tensor:
+    """Uniform numbers (B, side²), one a block: the same for every kind of mask."""
+    return uniform(seed, "mask", epoch, rows, side * side)
+
+
+def _hide_first(keys: torch.Tensor, ratio: float, unit: int) -> torch.Tensor:
+    """Masks (B, blocks · unit²) that hide the blocks with the smallest `keys` (B, blocks)."""
+    batch, blocks = keys.shape
+    order = keys.argsort(stable=True, dim=1)
+    mask = torch.zeros(batch, blocks, dtype=torch.bool, device=keys.device)
+    mask = mask.scatter_(1, order[:, : hidden_count(blocks, ratio)], True)
+    side = math.isqrt(blocks)
+    cells = mask.reshape(batch, side, 1, side, 1).expand(-1, -1, unit, -1, unit)
+    return cells.reshape(batch, blocks * unit * unit)
+
+
+def _sum_cells(values: torch.Tensor, by: int) -> torch.Tensor:
+    """Sums of `by` × `by` neighbours of (B, 1, G, G)."""
+    return F.avg_pool2d(values, by, divisor_override=1)
+
+
+def _levels_within(pyramid: Mapping[int, torch.Tensor], cells: int) -> list[int]:
+    """Levels whose coefficients are not larger than one of `cells` cells a side, ascending."""
+    levels = [level for level, values in sorted(pyramid.items()) if values.shape[-1] >= cells]
+    if not levels:
+        finest = min(pyramid)
+        cell = (pyramid[finest].shape[-1] << finest) / cells
+        raise ValueError(
+            f"mask.kind=energy: the finest level that is read, {finest}, has cells of {2**finest} pixels, and those of "
+            f"the mask have {cell:g}; read finer levels, or choose another mask.kind"
+        )
+    return levels

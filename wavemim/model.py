@@ -1,29 +1,36 @@
 """The model: (images, targets, mask) → loss per tap.
 
-Legend: B images, N = G·G tokens, V visible tokens, T taps, P positions a side, D values a position.
+Legend: B images, N = G·G cells of the mask, V visible tokens, T taps, P positions a side, D values a position,
+S predicted positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
-from wavemim.decoders import TapDecoder
-from wavemim.encoders import ViTEncoder
-from wavemim.masking import hidden_count, share_at, visible_indices_of
-from wavemim.targets import WaveletTarget
+from wavemim.decoders import TapDecoder, Trunk
+from wavemim.encoders import Encoder
+from wavemim.level_weights import LevelWeights
+from wavemim.masking import share_at, visible_indices_of
+from wavemim.randomness import uniform
+from wavemim.targets import Target
 
 
-def masked_loss(prediction: torch.Tensor, target: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each image (B,) over hidden positions, in float32.
+@dataclass(frozen=True)
+class DecoderSettings:
+    """The decoder of every tap."""
 
-    `prediction` and `target` (B, P², D), `share` (B, P²): the hidden share of a position is its weight, so that visible
-    positions count nothing (LocalMIM, Wang et al. 2023, eq. 3, weights cells that are partly hidden in the same way).
-    """
-    error = (prediction.float() - target).square().mean(-1)
-    return (error * share).sum(1) / share.sum(1)
+    width: int = 256
+    depth: int = 1
+    heads: int = 8
+    attention: Literal["self", "cross"] = "self"
+    shared: bool = False  # one set of blocks for all taps
+    predict: float = 1.0  # share of the hidden positions that is predicted
 
 
 class MaskedImageModel(nn.Module):
@@ -31,66 +38,128 @@ class MaskedImageModel(nn.Module):
 
     def __init__(
         self,
-        encoder: ViTEncoder,
-        target: WaveletTarget,
+        encoder: Encoder,
+        target: Target,
         *,
-        mask_ratio: float,
-        decoder_width: int,
-        decoder_depth: int,
-        decoder_heads: int,
+        hidden: int,
+        decoder: DecoderSettings = DecoderSettings(),
+        level_weights: LevelWeights | None = None,
     ) -> None:
-        """Raises ValueError where a tap names a block that does not exist, or the last block has no tap."""
+        """`hidden`: cells of the encoder's grid that a mask hides, the same number in every image.
+
+        Raises ValueError where a tap names a block that does not exist, or the last block has no tap.
+        """
         super().__init__()
-        for tap in target.taps:
-            if not 1 <= tap.block <= encoder.depth:
-                raise ValueError(
-                    f"target.taps.{tap.level}={tap.block}: block {tap.block} does not exist, "
-                    f"{encoder.name} has blocks 1 to {encoder.depth} here"
-                )
-        if encoder.depth not in {tap.block for tap in target.taps}:
-            last = max(tap.block for tap in target.taps)
-            raise ValueError(
-                f"target.taps: the last block, {encoder.depth}, has no tap, so blocks after {last} would never be "
-                f"trained; give a level to block {encoder.depth} or set encoder.depth={last}"
-            )
+        check_taps(encoder, target)
+        self.levels = [tap.level for tap in target.taps]  # the order of the losses
         self.encoder, self.target = encoder, target
-        self.visible = encoder.grid**2 - hidden_count(encoder.grid**2, mask_ratio)
+        self.level_weights = level_weights or LevelWeights([1.0] * len(target.taps))
+        self.hidden_share = hidden / encoder.grid**2
+        self.visible = encoder.grid**2 - hidden
+        self.predict_share = decoder.predict
+        self.trunk: Trunk | None = None
+        if decoder.shared:
+            self.trunk = Trunk(
+                decoder.width,
+                depth=decoder.depth,
+                heads=decoder.heads,
+                drops=encoder.drops,
+                attention=decoder.attention,
+            )
         self.decoders = nn.ModuleDict(
             {
                 str(tap.level): TapDecoder(
-                    encoder.width,
-                    grid=encoder.grid,
+                    encoder.width(tap.block),
+                    tokens=encoder.image_size // encoder.token_size(tap.block),
+                    prefix=encoder.prefix,
                     positions=target.positions(tap.level),
                     values=target.values(tap),
-                    width=decoder_width,
-                    depth=decoder_depth,
-                    heads=decoder_heads,
+                    width=decoder.width,
+                    depth=decoder.depth,
+                    heads=decoder.heads,
+                    normalised=encoder.normalised(tap.block),
+                    drops=encoder.drops,
+                    attention=decoder.attention,
+                    trunk=self.trunk,
                 )
                 for tap in target.taps
             }
         )
 
-    @property
-    def levels(self) -> list[int]:
-        """Levels in the order of the losses."""
-        return [tap.level for tap in self.target.taps]
+    def chosen(self, mask: torch.Tensor, rows: torch.Tensor, *, seed: int, epoch: int) -> dict[int, torch.Tensor]:
+        """Positions that are predicted {level: (B, S)}, ascending: none named where all are.
 
-    def predict(self, images: torch.Tensor, mask: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Predictions {level: (B, P², D)} of normalised images (B, C, H, W) under masks (B, N)."""
-        visible = visible_indices_of(mask, self.visible)
-        tokens = self.encoder(images, visible, [tap.block for tap in self.target.taps])
-        return {tap.level: self.decoders[str(tap.level)](tokens[tap.block], visible) for tap in self.target.taps}
+        Drawn from the hidden ones as a pure function of (seed, epoch, row).
+        """
+        if self.predict_share == 1:
+            return {}
+        found = {}
+        for level in self.levels:
+            share = share_at(mask, self.encoder.grid, self.target.positions(level))
+            count = max(1, round(share.shape[1] * self.hidden_share * self.predict_share))
+            order = (share > 0) + uniform(seed, f"predict {level}", epoch, rows, share.shape[1])
+            found[level] = order.topk(count, dim=1).indices.sort(dim=1).values
+        return found
+
+    def predict(
+        self, images: torch.Tensor, mask: torch.Tensor, index: Mapping[int, torch.Tensor] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Predictions {level: (B, P² or S, D)} of normalised images (B, C, H, W) under masks (B, N)."""
+        if index is None and self.predict_share < 1:  # a decoder that was trained on some positions is asked as then
+            index = {level: self._everywhere(level, mask) for level in self.levels}
+        visible = visible_indices_of(mask, self.visible) if self.encoder.drops else None
+        tokens = self.encoder(images, mask, visible, [tap.block for tap in self.target.taps])
+        index = index or {}
+        return {
+            tap.level: self.decoders[str(tap.level)](tokens[tap.block], visible, index.get(tap.level), self.trunk)
+            for tap in self.target.taps
+        }
+
+    def _everywhere(self, level: int, mask: torch.Tensor) -> torch.Tensor:
+        """Indices (B, P²) of all positions."""
+        count = self.target.positions(level) ** 2
+        return torch.arange(count, device=mask.device).expand(mask.shape[0], -1)
 
     def forward(
-        self, images: torch.Tensor, targets: Mapping[int, torch.Tensor], mask: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """Loss of each tap (T,), in the order of `levels`: the sum over images of weight · masked mean squared error.
+        self,
+        images: torch.Tensor,
+        targets: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
+        weight: torch.Tensor,
+        scheduled: torch.Tensor,
+        index: Mapping[int, torch.Tensor] | None = None,
+        spectrum: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum () that is trained on, and the loss of each tap (T,) in the order of `levels`.
 
-        `weight` (B,) is each image's share of the global batch (1/B for a plain mean; 0 for padding).
+        A tap's loss is the sum over images of weight · error at hidden positions. `weight` (B,) is each image's share
+        of the global batch (1/B for a plain mean; 0 for padding), `scheduled` (T,) as of ``level_weights.at``, `index`
+        as of `chosen`, `spectrum` (B, H, W) the frequencies that were taken away from the images, if any.
         """
-        predictions = self.predict(images, mask)
+        predictions = self.predict(images, mask, index)
+        index = index or {}
         losses = []
-        for tap in self.target.taps:
-            share = share_at(mask, self.encoder.grid, self.target.positions(tap.level))
-            losses.append((masked_loss(predictions[tap.level], targets[tap.level], share) * weight).sum())
-        return torch.stack(losses)
+        for level in self.levels:
+            share = share_at(mask, self.encoder.grid, self.target.positions(level))
+            error = self.target.error(level, predictions[level], targets[level], share, index.get(level), spectrum)
+            losses.append((error * weight).sum())
+        stacked = torch.stack(losses)
+        return self.level_weights(stacked, scheduled, weight.sum()), stacked
+
+
+def check_taps(encoder: Encoder, target: Target) -> None:
+    """Raise ValueError where a tap names a block that does not exist, or the last block has no tap."""
+    word, depth = encoder.word, encoder.depth
+    for tap in target.taps:
+        if not 1 <= tap.block <= depth:
+            raise ValueError(
+                f"target.taps.{tap.level}={tap.block}: {word} {tap.block} does not exist, "
+                f"{encoder.name} has {word}s 1 to {depth} here"
+            )
+    if depth not in {tap.block for tap in target.taps}:
+        last = max(tap.block for tap in target.taps)
+        shorter = f" or set encoder.depth={last}" if word == "block" else ""
+        raise ValueError(
+            f"target.taps: the last {word}, {depth}, has no tap, so {word}s after {last} would never be "
+            f"trained; give a level to {word} {depth}{shorter}"
+        )

@@ -7,7 +7,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token")
+NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token", "log_variance")
 
 
 def make_optimizer(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from wavemim.inputs import Crop, Inputs
-from wavemim.masking import random_mask
+from wavemim.inputs import Crop
 from wavemim.model import MaskedImageModel
+from wavemim.views import Views
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,24 @@ class TrainStep:
     def __init__(
         self,
         model: MaskedImageModel,
-        inputs: Inputs,
+        views: Views,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
         *,
-        level_weights: Mapping[int, float],
-        mask_ratio: float,
         seed: int,
-        clip_grad: float,
+        total_steps: int,
+        clip_grad: float | None,
         precision: torch.dtype,
         wrapped: nn.Module | None = None,
         world: int = 1,
     ) -> None:
-        """`wrapped` is the model behind DDP; `schedule` has timm's ``step_update``."""
-        self.model, self.inputs, self.optimizer, self.schedule = model, inputs, optimizer, schedule
+        """`wrapped` is the model behind DDP or torch.compile; `schedule` has timm's ``step_update``."""
+        self.model, self.views, self.optimizer, self.schedule = model, views, optimizer, schedule
         self.wrapped = wrapped if wrapped is not None else model
         self.device = next(model.parameters()).device
-        self.level_weights = torch.tensor([level_weights[level] for level in model.levels], device=self.device)
-        self.mask_ratio, self.seed, self.clip_grad = mask_ratio, seed, clip_grad
+        self.seed, self.total_steps = seed, total_steps
+        self.clip_grad = clip_grad if clip_grad is not None else float("inf")
         self.precision, self.world = precision, world
-
-    def masks(self, rows: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Masks (B, N) of images by their row numbers (B,)."""
-        return random_mask(rows.to(self.device), self.model.encoder.grid, self.mask_ratio, seed=self.seed, epoch=epoch)
 
     def backward(
         self,
@@ -59,15 +54,20 @@ class TrainStep:
         weight: torch.Tensor,
         total: float,
         epoch: int,
+        progress: float = 0.0,
         crop: Crop | None = None,
     ) -> torch.Tensor:
         """Gradients of the weighted loss; gives the losses (T,). `weight` (B,) counts images, `total` over all workers."""
-        images, pyramid = self.inputs(stored, crop)
-        targets = self.model.target(pyramid)
-        share = weight.to(self.device) * (self.world / total)  # DDP takes the mean over workers of the gradients
+        view = self.views(stored, rows, epoch=epoch, crop=crop)
+        rows = rows.to(self.device, non_blocking=True)
+        targets = self.model.target(view.images, view.pyramid)
+        index = self.model.chosen(view.mask, rows, seed=self.seed, epoch=epoch)
+        # DDP takes the mean over workers of the gradients
+        share = weight.to(self.device, non_blocking=True) * (self.world / total)
+        scheduled = self.model.level_weights.at(progress)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            losses = self.wrapped(images, targets, self.masks(rows, epoch), share)
-        (losses * self.level_weights).sum().backward()
+            loss, losses = self.wrapped(view.seen, targets, view.mask, share, scheduled, index, view.spectrum)
+        loss.backward()
         return losses.detach()
 
     def __call__(
@@ -83,8 +83,12 @@ class TrainStep:
     ) -> StepResult:
         """Do step number `step` (from 0). `crop`: the windows to cut, where `stored` holds whole images."""
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
-        losses = self.backward(stored, rows, weight, total, epoch, crop)
+        losses = self.backward(stored, rows, weight, total, epoch, self.progress(step), crop)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(losses, grad_norm.detach())
+
+    def progress(self, step: int) -> float:
+        """Share of training that is done at `step`."""
+        return step / max(self.total_steps, 1)

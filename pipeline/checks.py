@@ -1,0 +1,172 @@
+"""Settings that do not go together: what the type of a single field cannot see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from pipeline.errors import SettingError
+from pipeline.settings import Data, Encoder, Recipe, Train
+
+
+def check_together(recipe: Recipe) -> None:
+    """Raise SettingError where settings do not go together."""
+    data, encoder = recipe.data, recipe.encoder
+    _check_side("encoder.image_size", encoder.image_size, data.levels)
+    if _has_patches(encoder) and encoder.image_size % encoder.patch_size:
+        near = _nearest_multiple(encoder.image_size, encoder.patch_size)
+        raise SettingError(
+            f"encoder.image_size={encoder.image_size}: no multiple of encoder.patch_size={encoder.patch_size}; "
+            f"nearest allowed: {near}"
+        )
+    if encoder.image_size > data.image_size:
+        raise SettingError(
+            f"encoder.image_size={encoder.image_size}: larger than the stored images, data.image_size={data.image_size}; "
+            "make it smaller or store larger images"
+        )
+    _check_target(recipe)
+    _check_mask(recipe)
+    if recipe.decoder.width % recipe.decoder.heads or recipe.decoder.width % 4:
+        raise SettingError(
+            f"decoder.width={recipe.decoder.width}: has to be a multiple of 4 and of decoder.heads={recipe.decoder.heads}"
+        )
+    if recipe.decoder.shared and recipe.decoder.depth == 0:
+        raise SettingError("decoder.shared=true: a linear decoder (decoder.depth=0) has no blocks to share")
+    _check_train(recipe.train)
+
+
+def _has_patches(encoder: Encoder) -> bool:
+    """Whether the encoder is a plain ViT by its name; of others timm knows the geometry, and the model is checked later."""
+    return encoder.name.startswith(("vit_", "deit"))
+
+
+def _check_target(recipe: Recipe) -> None:
+    data, encoder, target = recipe.data, recipe.encoder, recipe.target
+    for level in target.taps:
+        if target.kind == "wavelet" and level > data.levels:
+            raise SettingError(
+                f"target.taps.{level}: level {level} is deeper than the stored pyramid, data.levels={data.levels}; "
+                f"allowed are 1 to {data.levels}"
+            )
+        if level == 0 and target.kind in ("wavelet", "hog"):
+            raise SettingError(
+                f"target.taps.0: level 0, the patch itself, is for pixels and fourier, not {target.kind}"
+            )
+        cell = 2**level if level else encoder.patch_size
+        if not _has_patches(encoder):
+            continue
+        if encoder.patch_size % cell and cell % encoder.patch_size:
+            raise SettingError(
+                f"target.taps.{level}: cells of {cell} pixels and patches of encoder.patch_size={encoder.patch_size} "
+                "pixels do not divide each other; use a patch size that is a power of two"
+            )
+        if cell > encoder.patch_size and (encoder.image_size // encoder.patch_size) % (cell // encoder.patch_size):
+            raise SettingError(
+                f"target.taps.{level}: cells of {cell} pixels do not divide encoder.image_size={encoder.image_size}"
+            )
+    for key, named in (("weights", target.weights), ("bands", target.bands)):
+        for level in named:
+            if level not in target.taps:
+                taps = ", ".join(str(tap) for tap in sorted(target.taps))
+                raise SettingError(f"target.{key}.{level}: level {level} has no tap; target.taps names levels {taps}")
+    if target.bands and target.kind != "wavelet":
+        raise SettingError(f"target.bands: bands are of wavelets, not of target.kind={target.kind}; leave them out")
+    if target.kind == "fourier" and target.loss != "l2":
+        raise SettingError(
+            f"target.loss={target.loss}: the loss of target.kind=fourier is set by target.gamma and focal"
+        )
+    if not any(recipe.weights_by_level().values()):
+        raise SettingError("target.weights: every level weighs 0, so nothing is trained; give one a weight above 0")
+
+
+def _check_mask(recipe: Recipe) -> None:
+    encoder, mask = recipe.encoder, recipe.mask
+    sees_tokens = encoder.sees == "masked" or mask.kind == "frequency" or not _has_patches(encoder)
+    if recipe.decoder.depth == 0 and not sees_tokens:
+        raise SettingError(
+            "decoder.depth=0: a linear decoder needs tokens of hidden patches, which this encoder drops; "
+            "set encoder.sees=masked or decoder.depth=1"
+        )
+    if mask.kind == "frequency":
+        if encoder.sees == "visible":
+            raise SettingError("mask.kind=frequency: the whole corrupted image is seen; set encoder.sees=auto")
+        if mask.radius >= encoder.image_size / 2:
+            raise SettingError(
+                f"mask.radius={mask.radius:g}: a spectrum of {encoder.image_size} pixels ends at "
+                f"{encoder.image_size // 2} cycles; use a smaller one"
+            )
+        return
+    token = encoder.patch_size if _has_patches(encoder) else 4
+    unit = mask.unit or (token if mask.kind != "block" and _has_patches(encoder) else 32)
+    if unit % token or encoder.image_size % unit:
+        raise SettingError(
+            f"mask.unit={unit}: has to be a multiple of {token} pixels (the encoder's patches) and to divide "
+            f"encoder.image_size={encoder.image_size}"
+        )
+    blocks = (encoder.image_size // unit) ** 2
+    hidden = round(blocks * mask.ratio)
+    if not 0 < hidden < blocks:
+        what = "patches" if unit == token else f"blocks of {unit} pixels"
+        raise SettingError(
+            f"mask.ratio={mask.ratio}: hides {hidden} of {blocks} {what}; at least one has to be hidden and one seen"
+        )
+
+
+def _check_train(train: Train) -> None:
+    if train.batch % train.workers:
+        near = _nearest_multiple(train.batch, train.workers)
+        raise SettingError(
+            f"train.batch={train.batch}: no multiple of train.workers={train.workers}; nearest allowed: {near}"
+        )
+    if train.warmup_epochs >= train.epochs:
+        raise SettingError(
+            f"train.warmup_epochs={train.warmup_epochs:g}: has to be less than train.epochs={train.epochs:g}; "
+            f"set train.warmup_epochs={train.epochs / 10:g}, for example"
+        )
+    if train.crop_scale[0] > train.crop_scale[1]:
+        raise SettingError(f"train.crop_scale={list(train.crop_scale)}: the first value has to be the smaller one")
+
+
+def _check_side(key: str, size: int, levels: int) -> None:
+    unit = 2**levels
+    if size % unit:
+        raise SettingError(
+            f"{key}={size}: no multiple of 2^levels = {unit} (data.levels={levels}); "
+            f"nearest allowed: {_nearest_multiple(size, unit)}"
+        )
+
+
+def check_data(data: Data) -> None:
+    """Raise SettingError where settings of the shard set do not go together."""
+    _check_side("data.image_size", data.image_size, data.levels)
+    if data.wavelet != "haar":
+        import pywt  # not needed for most commands
+
+        known = pywt.wavelist(kind="discrete")
+        if data.wavelet not in known:
+            raise SettingError(
+                f"data.wavelet={data.wavelet}: no discrete wavelet of PyWavelets"
+                f"{nearest(data.wavelet, known, '')}; allowed are {', '.join(pywt.families(short=True)[:7])} with their "
+                "orders, such as db4, sym8 or bior2.2"
+            )
+        if data.steps == "lossless":
+            raise SettingError(
+                f"data.steps=lossless: other wavelets than haar have no exact integers (data.wavelet={data.wavelet}); "
+                "give steps as numbers, such as [0.5]"
+            )
+    if data.value_range is not None and data.value_range[0] >= data.value_range[1]:
+        raise SettingError(f"data.value_range={list(data.value_range)}: the first value has to be below the second")
+
+
+def _nearest_multiple(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists the settings") -> str:
+    """Words that name the known name nearest to a mistaken one, or `otherwise`."""
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:  # a right name at a wrong place: "epochs" for "train.epochs"
+        near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    return f"; did you mean '{near[0]}'?" if near else otherwise

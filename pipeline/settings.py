@@ -1,0 +1,334 @@
+"""Every setting there is, with its type, range, default and meaning; and which of them a stage depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Bands = Annotated[str, Field(pattern="^A?H?V?D?$", min_length=1)]
+
+
+def number_like(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; a person means the number."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def _steps(value: Any) -> Any:
+    """One number stands for all levels."""
+    numbers = [value] if isinstance(value, int | float) else value
+    if value == "lossless":
+        return value
+    if not isinstance(numbers, list | tuple) or not numbers:
+        raise ValueError("allowed are numbers above 0, from the finest level on, such as [4, 2, 1], or lossless")
+    numbers = [number_like(step) if isinstance(step, str) else step for step in numbers]
+    if any(isinstance(step, bool) or not isinstance(step, int | float) or not step > 0 for step in numbers):
+        raise ValueError("every step has to be a number above 0")
+    return tuple(numbers)
+
+
+Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_steps)]
+
+
+class Section(BaseModel):
+    """Base of every group of settings: frozen, and no key that is not known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """How images become a shard set."""
+
+    image_size: Positive = Field(256, description="side of the stored images in pixels; a multiple of 2^levels")
+    channels: int = Field(3, ge=1, le=16, description="channels; other than 1 and 3 come from multi-band TIFF or .npy")
+    wavelet: str = Field("haar", description="wavelet of the stored pyramid: any discrete one of PyWavelets")
+    levels: Positive = Field(5, le=8, description="levels of the stored pyramid")
+    steps: Steps = Field(
+        (4, 4, 8),
+        description="quantisation step of each level from the finest, the last one counts for the rest; "
+        "or 'lossless' (Haar alone): the very pixels come back",
+    )
+    value_range: tuple[float, float] | None = Field(
+        None, description="pixel values that become black and white; null: the whole range of the file's integer type"
+    )
+    max_pixels: Positive = Field(100_000_000, description="larger images are rejected undecoded")
+    min_side: Positive = Field(8, description="images with a shorter side below this are rejected")
+    image_column: str | None = Field(None, description="column of a list or of Parquet that names or holds the image")
+    label_column: str | None = Field(None, description="column of a list or of Parquet that holds the label")
+    rows_per_shard: Positive = Field(1024, description="images in one Parquet file")
+    rows_per_group: Positive = Field(64, description="images in one row group, the unit of reading")
+    val_share: float = Field(0.1, ge=0, lt=1, description="share held out for val where the folder names no val split")
+    max_rejected: Share = Field(
+        0.01, description="share of rejected inputs that ends the stage (10 are always allowed)"
+    )
+
+
+class Encoder(Section):
+    """The backbone, a timm model."""
+
+    name: str = Field("vit_base_patch16_224", description="timm model: a plain ViT, or one with features at 4 to 32 px")
+    image_size: Positive = Field(224, description="side of the training window; a multiple of patch_size and 2^levels")
+    patch_size: Positive = Field(16, description="side of a patch in pixels; ViT alone")
+    width: Positive | None = Field(None, description="embedding width; null: the timm model's own; ViT alone")
+    depth: Positive | None = Field(None, description="number of blocks; null: the timm model's own; ViT alone")
+    heads: Positive | None = Field(None, description="attention heads; null: the timm model's own; ViT alone")
+    class_token: bool = Field(True, description="with a class token; ViT alone")
+    positions: Literal["sincos", "learned"] = Field(
+        "sincos", description="fixed sine-cosine or learned positions; ViT alone"
+    )
+    sees: Literal["auto", "visible", "masked"] = Field(
+        "auto",
+        description="visible: hidden patches are dropped (ViT alone); masked: they are replaced by a learned token; "
+        "auto: visible for a ViT, masked for others",
+    )
+    pretrained: bool | str = Field(
+        False, description="start from timm's weights of this name (true), from a timm folder or a .safetensors file"
+    )
+    options: dict[str, Any] = Field(
+        {}, description="further arguments of the timm model, such as {reg_tokens: 4} or {window_size: 6}"
+    )
+
+
+class Target(Section):
+    """What each tap is asked for. Keys of the three mappings are levels: cells of 2^level pixels, 1 is the finest."""
+
+    kind: Literal["wavelet", "pixels", "hog", "fourier"] = Field("wavelet", description="what is predicted")
+    taps: dict[Annotated[int, Field(ge=0)], Positive] = Field(
+        {2: 2, 3: 4, 4: 10, 5: 12},
+        min_length=1,
+        description="level: encoder block or stage (from 1) that predicts it; 0: the patch, for pixels and fourier",
+    )
+    weights: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(
+        {}, description="level: weight of its loss in the sum; 1 where not named"
+    )
+    weighting: Literal["fixed", "coarse_to_fine", "fine_to_coarse", "learned"] = Field(
+        "fixed", description="weights as given, coming in over training in this order, or learned (by uncertainty)"
+    )
+    bands: dict[Positive, Bands] = Field(
+        {}, description="wavelet: level: bands predicted, of A, H, V, D; else HVD, and AHVD at the coarsest tap"
+    )
+    normalise: Literal["dataset", "patch", "none"] = Field(
+        "dataset", description="by the shard set's statistics, per patch (HOG: per cell), or not"
+    )
+    loss: Literal["l2", "l1", "smooth_l1"] = Field("l2", description="error of each value; not for fourier")
+    source: Literal["stored", "device"] = Field(
+        "stored", description="wavelet: coefficients of the shards, or computed again from the images, on the device"
+    )
+    bins: Literal[9, 18] = Field(9, description="hog: 9 orientations without sign, or 18 with")
+    gamma: float = Field(1.0, gt=0, description="fourier: power of the distance between spectra")
+    focal: float = Field(0.0, ge=0, description="fourier: power of the weight of large errors; 0: none")
+
+
+class Decoder(Section):
+    """The light decoder of each tap."""
+
+    width: Positive = Field(256, description="embedding width")
+    depth: int = Field(1, ge=0, description="transformer blocks; 0: linear, for encoders that see masked tokens")
+    heads: Positive = Field(8, description="attention heads")
+    attention: Literal["self", "cross"] = Field(
+        "self", description="self: among all tokens; cross: from predicted positions to the encoder's tokens alone"
+    )
+    shared: bool = Field(False, description="the same blocks for all taps")
+    predict: float = Field(1.0, gt=0, le=1, description="share of the hidden positions that is predicted in a step")
+
+
+class Mask(Section):
+    """What is hidden."""
+
+    kind: Literal["random", "block", "energy", "frequency"] = Field(
+        "random",
+        description="patches or blocks at random; energy: where the wavelet energy is; frequency: a circle of the spectrum",
+    )
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of the image that is hidden; not for frequency")
+    unit: Positive | None = Field(
+        None, description="side in pixels of what is hidden at once; null: the patch, and 32 for block and hierarchies"
+    )
+    strength: float = Field(
+        1.0, ge=-10, le=10, description="energy: above 0 hides where the detail is, below 0 where it is not"
+    )
+    radius: float = Field(16, gt=0, description="frequency: radius of the circle, in cycles an image")
+    low_pass_share: Share = Field(0.5, description="frequency: share of images that keep the circle, others lose it")
+
+
+class Train(Section):
+    """Pretraining: length, batch, optimiser, workers."""
+
+    epochs: float = Field(100, gt=0, description="passes over the train split")
+    batch: Positive = Field(256, description="images in a step, over all workers")
+    workers: Positive = Field(1, description="data-parallel workers")
+    lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch/256")
+    min_lr_share: Share = Field(0.01, description="the cosine ends at this share of the peak")
+    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay (none on norms, biases, positions)")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW betas"
+    )
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null: any")
+    augment: Literal["window", "rrc"] = Field(
+        "window",
+        description="window: aligned windows of the stored coefficients; rrc: RandomResizedCrop on the device",
+    )
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = Field(
+        (0.2, 1.0), description="rrc: smallest and largest share of the image's area"
+    )
+    flip: bool = Field(True, description="mirror images at random")
+    mix_groups: Positive = Field(8, description="row groups mixed with each other in a worker's buffer")
+    reader_threads: Positive | None = Field(
+        None, description="threads that read ahead in a worker; null: its cores, up to 8"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
+    checkpoint_every: float = Field(1, gt=0, description="epochs between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="checkpoints kept")
+    log_every: Positive = Field(20, description="steps between logged metrics")
+
+
+class Evaluate(Section):
+    """What the encoder is worth: linear probe, kNN and RankMe on frozen features."""
+
+    batch: Positive = Field(256, description="images in a forward pass")
+    max_images: Positive = Field(50_000, description="train images that probes are fitted to, at most")
+    probe_strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.01, 0.1, 1.0, 10.0), min_length=1, description="inverse regularisations tried on a held-out part of train"
+    )
+    knn_k: Positive = Field(20, description="neighbours of the kNN classifier")
+
+
+class Tune(Section):
+    """A sweep: each trial is a short pretraining with some settings changed, judged by a frozen-feature measure."""
+
+    space: str = Field("level_weights", description="file of tune_spaces/, by name or path")
+    trials: Positive = Field(8, description="number of trials")
+    search: Literal["optuna", "random"] = Field("optuna", description="how the next trial is chosen")
+    epochs: float = Field(5, gt=0, description="epochs of a trial")
+    max_images: Positive = Field(10_000, description="train images a trial's probe is fitted to, at most")
+    concurrent: Positive | None = Field(None, description="trials at once; null: one for each free CPU or GPU")
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="MLflow store; null: MLFLOW_TRACKING_URI, or SQLite in the out folder")
+    experiment: str = Field("wavemim", min_length=1, description="MLflow experiment")
+    system_metrics: bool = Field(True, description="log CPU, memory, disk, network and GPU")
+
+
+class Cluster(Section):
+    """Where it runs: a Ray cluster, or a private Ray on this machine."""
+
+    address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, or a private Ray on this machine")
+    gpus: bool | None = Field(None, description="train on GPUs; null: where the cluster has them")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker or trial")
+    max_failures: int = Field(3, ge=0, description="times a lost worker group is restarted from its checkpoint")
+
+
+class Recipe(Section):
+    """Everything a run needs."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
+    images: str | None = Field(
+        None,
+        description="images: a folder, a CSV or Parquet list, Parquet or tar files that hold them; local or s3://…",
+    )
+    out: str = Field("wavemim-out", min_length=1, description="folder that everything is written to")
+    shards: str | None = Field(
+        None, description="shard set, a folder or URL such as s3://BUCKET/NAME; null: OUT/shards"
+    )
+    checkpoint: str | None = Field(None, description="checkpoint to use; null: the run's own last one")
+    restart: bool = Field(False, description="throw away what an earlier call wrote to the same place")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    data: Data = Data()  # type: ignore[call-arg]
+    encoder: Encoder = Encoder()  # type: ignore[call-arg]
+    target: Target = Target()  # type: ignore[call-arg]
+    decoder: Decoder = Decoder()  # type: ignore[call-arg]
+    mask: Mask = Mask()  # type: ignore[call-arg]
+    train: Train = Train()  # type: ignore[call-arg]
+    evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
+    tune: Tune = Tune()  # type: ignore[call-arg]
+    tracking: Tracking = Tracking()  # type: ignore[call-arg]
+    cluster: Cluster = Cluster()  # type: ignore[call-arg]
+
+    # The layout of the out folder: shards and the MLflow store are shared by all runs in it.
+    @property
+    def shards_at(self) -> str:
+        """The shard set: a folder or a URL."""
+        return self.shards or str(Path(self.out) / "shards")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run: one folder a stage inside it."""
+        return Path(self.out) / "runs" / self.name
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of one stage of this run."""
+        return self.run_dir / stage
+
+    def dump(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def steps_by_level(self) -> dict[int, float]:
+        """Quantisation step of every stored level, in coefficient units."""
+        steps = self.data.steps
+        if steps == "lossless":  # Haar coefficients are multiples of 2^-level
+            return {level: 2.0**-level for level in range(1, self.data.levels + 1)}
+        return {level: steps[min(level, len(steps)) - 1] for level in range(1, self.data.levels + 1)}
+
+    def bands_by_level(self) -> dict[int, str]:
+        """Bands predicted at every tapped level: of wavelets; other targets have none."""
+        if self.target.kind != "wavelet":
+            return dict.fromkeys(sorted(self.target.taps), "")
+        coarsest = max(self.target.taps)
+        return {
+            level: self.target.bands.get(level, "AHVD" if level == coarsest else "HVD")
+            for level in sorted(self.target.taps)
+        }
+
+    def weights_by_level(self) -> dict[int, float]:
+        """Level weights λ of every tapped level."""
+        return {level: self.target.weights.get(level, 1.0) for level in sorted(self.target.taps)}
+
+
+# What a stage reads: shown by its --help, and what makes two calls of it the same call.
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "prepare": ("data", "tracking", "cluster"),
+    "pretrain": ("data", "encoder", "target", "decoder", "mask", "train", "tracking", "cluster"),
+    "evaluate": ("evaluate", "tracking", "cluster"),
+    "tune": ("encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
+    "export": ("tracking",),
+    "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
+}
+_OPERATIONAL = {
+    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "reader_threads"},
+    "data": {"max_rejected"},
+    "tune": {"concurrent"},
+    "evaluate": {"batch"},
+}
+
+
+def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings that decide what `stage` computes, flat; those that only say how and where are left out."""
+    kept: dict[str, Any] = {"seed": recipe.seed}
+    if stage == "prepare":
+        local = recipe.images and "://" not in recipe.images
+        kept["images"] = str(Path(recipe.images or "").resolve()) if local else recipe.images
+    for section in STAGE_SECTIONS[stage]:
+        if section in ("tracking", "cluster") or (section == "data" and stage != "prepare"):
+            continue
+        for key, value in recipe.dump()[section].items():
+            if key not in _OPERATIONAL.get(section, ()):
+                kept[f"{section}.{key}"] = value
+    return kept
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines 'key: old → new' for every setting that differs between two identities."""
+    old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

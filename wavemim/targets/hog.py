@@ -1,0 +1,139 @@
+"""Histograms of oriented gradients (Dalal and Triggs 2005; as a target: MaskFeat, LocalMIM). Legend as in `base`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from wavemim.targets.base import Loss, Normalise, Statistics, Tap, Target, from_positions, to_positions
+
+EPSILON = 1e-3  # pixel deviations: a cell whose gradients are below a twentieth of a grey level of 256 counts as flat
+FIXED_POINT = 2.0**24  # parts of a pixel deviation that votes are counted in
+STROKE = 16  # pixels a side at least that a picture gives to a cell
+
+
+class HOGTarget(Target):
+    """A histogram of gradient directions for each cell and channel, as vectors in the order channel, bin, y, x.
+
+    Gradients are central differences x[i+1] − x[i−1] of the normalised image, 0 along the border. Each pixel counts in
+    the one bin that its direction falls into, by its magnitude; a cell has the mean over its pixels. 9 bins (or any
+    number) over [0, π) do not tell a direction from its opposite; `signed` ones over [0, 2π) do. A bin holds its lower
+    edge; the first one begins at 0, a gradient along x.
+
+    `normalise`: "patch" divides each cell's histogram v by sqrt(|v|² + 0.001²), per channel; "dataset" by the
+    magnitude that a gradient spread evenly over the bins would have, told from the data set's finest H and V
+    (approximately: there are no statistics of the histograms themselves), so that a bin is of the order of 1; "none"
+    leaves mean magnitudes in units of the pixels' deviation.
+
+    With "patch" and 9 bins this is `skimage.feature.hog` per channel with cells_per_block=(1, 1), block_norm="L2", up
+    to its epsilon (1e-5). MaskFeat's code, which others build on, differentiates by Sobel's filter, begins its bins at
+    the other axis, weights pixels by a Gaussian in some variants, and has no epsilon.
+    """
+
+    kind = "hog"
+
+    def __init__(
+        self,
+        taps: list[Tap],
+        statistics: Statistics,
+        *,
+        image_size: int,
+        token_sizes: Mapping[int, int],
+        bins: int = 9,
+        signed: bool | None = None,
+        normalise: Normalise = "patch",
+        loss: Loss = "l2",
+    ) -> None:
+        """`signed`: tell opposite directions apart; None: with 18 bins or more.
+
+        Raises ValueError for less than 2 bins, and for a tap at level 0, which has no cells.
+        """
+        super().__init__(
+            taps, statistics, image_size=image_size, token_sizes=token_sizes, normalise=normalise, loss=loss
+        )
+        if bins < 2:
+            raise ValueError(f"target.bins={bins}: a histogram has at least 2 (published: 9, or 18 signed ones)")
+        if any(tap.level < 1 for tap in self.taps):
+            raise ValueError("target.taps.0: histograms need cells of 2 pixels or more, that is levels from 1 on")
+        self.bins = bins
+        self.period = 2 * math.pi if (bins >= 18 if signed is None else signed) else math.pi
+        finest = min(statistics.std)
+        # An H or V of level n is 2^(n-1) times a mean difference over 2^(n-1) pixels; a central difference spans 2.
+        slopes = [torch.tensor(statistics.std[finest][band]).float() / 4 ** (finest - 1) for band in "HV"]
+        expected = 2 * torch.hypot(*slopes) / self.get_buffer("pixel_std") / bins
+        unit = expected.clamp_min(1e-3) if normalise == "dataset" else torch.ones_like(expected)
+        self.register_buffer("unit", unit[None, :, None, None, None].clone(), persistent=False)
+
+    def values(self, tap: Tap) -> int:
+        """D: C · bins · cells²."""
+        return self.channels * self.bins * self.cells(tap.level) ** 2
+
+    def forward(self, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Targets {level: (B, P², D)}; the pyramid is not looked at."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            targets = {}
+            for level, histograms in self.histograms(images).items():
+                if self.normalise == "patch":
+                    histograms = histograms / _norm(histograms)
+                else:
+                    histograms = histograms / self.get_buffer("unit")
+                targets[level] = to_positions(histograms, self.cells(level))
+            return targets
+
+    def histograms(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Mean magnitude in each direction, before normalisation: {level: (B, C, bins, h, w)}, cells of 2^level pixels."""
+        finest, *coarser = [tap.level for tap in self.taps]
+        found = {finest: self._finest(images.float(), 2**finest)}
+        for level in coarser:
+            fine = found[finest]
+            found[level] = F.avg_pool2d(fine.flatten(1, 2), 2 ** (level - finest)).unflatten(1, fine.shape[1:3])
+            finest = level
+        return found
+
+    def _finest(self, images: torch.Tensor, cell: int) -> torch.Tensor:
+        down = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
+        right = F.pad(images[..., 2:] - images[..., :-2], (1, 1, 0, 0))
+        # Images have many gradients along an axis, at the edge of a bin: the addend keeps rounding from moving them.
+        turns = torch.atan2(down, right) * (self.bins / self.period) + 1e-5
+        place = turns.floor().remainder(self.bins).to(torch.int64)
+        side = images.shape[-1] // cell
+        at = torch.arange(side, device=images.device).repeat_interleave(cell)
+        index = place * side**2 + at[:, None] * side + at
+        # Fixed point: whole numbers have the same sum in any order, and GPUs add in another order each time.
+        votes = (torch.hypot(down, right) * FIXED_POINT).to(torch.int64)
+        sums = votes.new_zeros(*images.shape[:2], self.bins * side**2)
+        sums = sums.scatter_add(2, index.flatten(2), votes.flatten(2))
+        return sums.unflatten(2, (self.bins, side, side)).float() / (FIXED_POINT * cell**2)
+
+    def picture(
+        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Strokes along the edges (across the gradients) of each cell, grey (B, 1, h, w), at 16 pixels a cell or more.
+
+        As bright as the magnitude, over all channels; with normalise="patch" at the true magnitude of each cell.
+        """
+        truth = self.histograms(images)[level]
+        shown = from_positions(vectors.float(), self.channels, self.bins, self.cells(level))
+        shown = shown * (_norm(truth) if self.normalise == "patch" else self.get_buffer("unit"))
+        strength, peak = shown.mean(1), torch.quantile(truth.mean(1).flatten()[:1_000_000], 0.99).clamp_min(1e-6)
+        side = max(2**level, STROKE)
+        strokes = self._strokes(side, strength.device)
+        drawn = torch.einsum("bkhw,kyx->bhywx", strength / peak, strokes)
+        height, width = (cells * side for cells in strength.shape[2:])
+        return (255 * drawn.reshape(-1, 1, height, width)).clamp(0, 255)
+
+    def _strokes(self, side: int, device: torch.device) -> torch.Tensor:
+        """A line through the middle of a cell for each bin, (bins, side, side) in [0, 1], across the bin's direction."""
+        angle = (torch.arange(self.bins, device=device) + 0.5) * (self.period / self.bins)
+        at = torch.arange(side, device=device) - (side - 1) / 2
+        along_gradient = at[None, :, None] * angle.sin()[:, None, None] + at[None, None, :] * angle.cos()[:, None, None]
+        inside = (at[:, None].square() + at[None, :].square()) <= (side / 2 - 1) ** 2
+        return (side / 16 + 0.5 - along_gradient.abs()).clamp(0, 1) * inside
+
+
+def _norm(histograms: torch.Tensor) -> torch.Tensor:
+    """Length of each cell's histogram (B, C, 1, h, w), at least EPSILON."""
+    return (histograms.square().sum(2, keepdim=True) + EPSILON**2).sqrt()

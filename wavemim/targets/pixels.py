@@ -1,0 +1,102 @@
+"""Pixels, plain or normalised per patch (MAE, He et al. 2022; SimMIM, Xie et al. 2022). Legend as in `base`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from wavemim.masking import share_at
+from wavemim.targets.base import Loss, Normalise, Statistics, Tap, Target, from_positions, moments, to_positions
+
+
+class PixelTarget(Target):
+    """The pixels of every position, channel by channel: D = C · side², side = the larger of token and cell.
+
+    `normalise`: "dataset" with zero mean and unit deviation per channel over the data set; "patch" in addition by the
+    mean and deviation of each cell over all its C · cell² values (MAE: level 0, where a cell is the token); "none"
+    less the data set's mean per channel, in units of the channels' mean deviation, so that channels keep their
+    contrast relative to each other and the loss is a plain pixel loss up to a constant.
+
+    Taps at several levels are asked for the same pixels, grouped and normalised by cells of other sizes (LocalMIM,
+    Wang et al. 2023, with pixels). MAE orders a patch's values y, x, channel, here it is channel, y, x: the loss is
+    the same.
+    """
+
+    kind = "pixels"
+
+    def __init__(
+        self,
+        taps: list[Tap],
+        statistics: Statistics,
+        *,
+        image_size: int,
+        token_sizes: Mapping[int, int],
+        normalise: Normalise = "dataset",
+        loss: Loss = "l2",
+    ) -> None:
+        """Arguments and errors as of `Target`."""
+        super().__init__(
+            taps, statistics, image_size=image_size, token_sizes=token_sizes, normalise=normalise, loss=loss
+        )
+        std = self.get_buffer("pixel_std")
+        unit = std / std.mean() if normalise == "none" else torch.ones_like(std)
+        self.register_buffer("unit", unit[None, :, None, None].clone(), persistent=False)
+
+    def side(self, level: int) -> int:
+        """Pixels a side of one position."""
+        return max(self.token_sizes[level], self.cell_size(level))
+
+    def values(self, tap: Tap) -> int:
+        """D: C · side²."""
+        return self.channels * self.side(tap.level) ** 2
+
+    def forward(self, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Targets {level: (B, P², D)}; the pyramid is not looked at."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            scaled = images.float() * self.get_buffer("unit")
+            return {tap.level: self._vectors(tap.level, scaled) for tap in self.taps}
+
+    def picture(
+        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """The pixels (B, C, H, W); with normalise="patch" at the true mean and deviation of each cell."""
+        return self.to_pixels(self._images(level, vectors, images))
+
+    def rebuild(
+        self,
+        predictions: Mapping[int, torch.Tensor],
+        images: torch.Tensor,
+        pyramid: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Hidden pixels as the deepest tap predicts them (of several at one block, that of the finest level)."""
+        tap = max((tap for tap in self.taps if tap.level in predictions), key=lambda tap: (tap.block, -tap.level))
+        return self.to_pixels(self._mix(self._images(tap.level, predictions[tap.level], images), images, mask))
+
+    def _mix(self, predicted: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Predicted images where the mask hides, the true ones elsewhere."""
+        grid = round(mask.shape[1] ** 0.5)
+        share = share_at(mask, grid, self.image_size).reshape(-1, 1, self.image_size, self.image_size)
+        return images.float() * (1 - share) + predicted * share
+
+    def _vectors(self, level: int, scaled: torch.Tensor) -> torch.Tensor:
+        """Images in the unit of the target as vectors (B, P², D)."""
+        if self.normalise == "patch":
+            cells = to_positions(scaled[:, :, None], self.cell_size(level))
+            mean, deviation = moments(cells)
+            cells = (cells - mean) / deviation
+            if self.cell_size(level) == self.side(level):
+                return cells
+            scaled = from_positions(cells, self.channels, 1, self.cell_size(level))[:, :, 0]
+        return to_positions(scaled[:, :, None], self.side(level))
+
+    def _images(self, level: int, vectors: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) of vectors (B, P², D): inverse of `forward` at one tap."""
+        unit, cell = self.get_buffer("unit"), self.cell_size(level)
+        found = from_positions(vectors.float(), self.channels, 1, self.side(level))[:, :, 0]
+        if self.normalise == "patch":
+            mean, deviation = moments(to_positions((images.float() * unit)[:, :, None], cell))
+            cells = to_positions(found[:, :, None], cell) * deviation + mean
+            found = from_positions(cells, self.channels, 1, cell)[:, :, 0]
+        return found / unit
