@@ -41,7 +41,7 @@ def build_encoder(recipe: Recipe, *, start: bool = False) -> Encoder:
     sees = "whole" if recipe.mask.kind == "frequency" else settings.sees
     of_vits = {key: getattr(settings, key) for key in OF_VITS}
     if not is_plain_vit(settings.name):  # defaults do not apply, and what was set is refused by name
-        of_vits = {key: v for key, v in of_vits.items() if v != EncoderSettings.model_fields[key].default}
+        of_vits = {key: v for key, v in of_vits.items() if v != EncoderSettings.model_fields[key].default and v}
     try:
         return make_encoder(
             settings.name,
@@ -169,6 +169,9 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
 
 def check_model(recipe: Recipe) -> None:
     """Raise SettingError where the recipe's model cannot be built: on the meta device, so at no cost and without data."""
+    given = recipe.encoder.pretrained
+    if isinstance(given, str) and not Path(given).exists():
+        raise SettingError(f"encoder.pretrained={given}: no such folder or file; true stands for timm's own weights")
     with torch.device("meta"):
         build_blank_model(recipe)
 

@@ -13,10 +13,11 @@ def check_together(recipe: Recipe) -> None:
     """Raise SettingError where settings do not go together."""
     data, encoder = recipe.data, recipe.encoder
     _check_side("encoder.image_size", encoder.image_size, data.levels)
-    if _has_patches(encoder) and encoder.image_size % encoder.patch_size:
-        near = _nearest_multiple(encoder.image_size, encoder.patch_size)
+    patch = _patch(encoder)
+    if patch is not None and encoder.image_size % patch:
+        near = _nearest_multiple(encoder.image_size, patch)
         raise SettingError(
-            f"encoder.image_size={encoder.image_size}: no multiple of encoder.patch_size={encoder.patch_size}; "
+            f"encoder.image_size={encoder.image_size}: no multiple of encoder.patch_size={patch}; "
             f"nearest allowed: {near}"
         )
     if encoder.image_size > data.image_size:
@@ -40,8 +41,13 @@ def _has_patches(encoder: Encoder) -> bool:
     return encoder.name.startswith(("vit_", "deit"))
 
 
+def _patch(encoder: Encoder) -> int | None:
+    """Pixels a side of a token, where they are known from the settings alone."""
+    return encoder.patch_size if _has_patches(encoder) else None
+
+
 def _check_target(recipe: Recipe) -> None:
-    data, encoder, target = recipe.data, recipe.encoder, recipe.target
+    data, encoder, target, patch = recipe.data, recipe.encoder, recipe.target, _patch(recipe.encoder)
     for level in target.taps:
         if target.kind == "wavelet" and level > data.levels:
             raise SettingError(
@@ -52,15 +58,15 @@ def _check_target(recipe: Recipe) -> None:
             raise SettingError(
                 f"target.taps.0: level 0, the patch itself, is for pixels and fourier, not {target.kind}"
             )
-        cell = 2**level if level else encoder.patch_size
-        if not _has_patches(encoder):
+        if patch is None or level == 0:
             continue
-        if encoder.patch_size % cell and cell % encoder.patch_size:
+        cell = 2**level
+        if patch % cell and cell % patch:
             raise SettingError(
-                f"target.taps.{level}: cells of {cell} pixels and patches of encoder.patch_size={encoder.patch_size} "
+                f"target.taps.{level}: cells of {cell} pixels and patches of encoder.patch_size={patch} "
                 "pixels do not divide each other; use a patch size that is a power of two"
             )
-        if cell > encoder.patch_size and (encoder.image_size // encoder.patch_size) % (cell // encoder.patch_size):
+        if cell > patch and (encoder.image_size // patch) % (cell // patch):
             raise SettingError(
                 f"target.taps.{level}: cells of {cell} pixels do not divide encoder.image_size={encoder.image_size}"
             )
@@ -96,8 +102,9 @@ def _check_mask(recipe: Recipe) -> None:
                 f"{encoder.image_size // 2} cycles; use a smaller one"
             )
         return
-    token = encoder.patch_size if _has_patches(encoder) else 4
-    unit = mask.unit or (token if mask.kind != "block" and _has_patches(encoder) else 32)
+    patch = _patch(encoder)
+    token = patch or 4
+    unit = mask.unit or (patch if patch and mask.kind != "block" else 32)
     if unit % token or encoder.image_size % unit:
         raise SettingError(
             f"mask.unit={unit}: has to be a multiple of {token} pixels (the encoder's patches) and to divide "

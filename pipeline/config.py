@@ -87,6 +87,9 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
     settings.setdefault("name", Path(recipe).name.removesuffix(".yaml").removesuffix(".yml"))
     for override in overrides:
         _apply(settings, override)
+    encoder = settings.get("encoder")
+    if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):  # workers are in other folders
+        encoder["pretrained"] = str(Path(encoder["pretrained"]).expanduser().absolute())
     return validate(settings, data_only=data_only)
 
 

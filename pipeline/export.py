@@ -30,6 +30,7 @@ def export(recipe: Recipe) -> dict[str, Any]:
                 model.encoder.model,
                 architecture=model.encoder.name,
                 arguments=model.encoder.arguments,
+                image_size=model.encoder.image_size,
                 pixel_mean=state["pixel_mean"],
                 pixel_std=state["pixel_std"],
                 about={

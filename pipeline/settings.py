@@ -76,7 +76,9 @@ class Encoder(Section):
 
     name: str = Field("vit_base_patch16_224", description="timm model: a plain ViT, or one with features at 4 to 32 px")
     image_size: Positive = Field(224, description="side of the training window; a multiple of patch_size and 2^levels")
-    patch_size: Positive = Field(16, description="side of a patch in pixels; ViT alone")
+    patch_size: Positive | None = Field(
+        16, description="side of a patch in pixels; null: the timm model's own; ViT alone"
+    )
     width: Positive | None = Field(None, description="embedding width; null: the timm model's own; ViT alone")
     depth: Positive | None = Field(None, description="number of blocks; null: the timm model's own; ViT alone")
     heads: Positive | None = Field(None, description="attention heads; null: the timm model's own; ViT alone")

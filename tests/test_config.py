@@ -1,5 +1,7 @@
 """The one door for settings: what is right goes through, what is wrong gets one line."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -105,7 +107,7 @@ def test_options_of_the_encoder_are_open_and_null_is_no_clipping():
     assert recipe.train.clip_grad is None
     assert load("small", ["target.kind=pixels", "target.taps={0: 8}"]).bands_by_level() == {0: ""}
     assert load("small", ["encoder.pretrained=true"]).encoder.pretrained is True
-    assert load("small", ["encoder.pretrained=some/folder"]).encoder.pretrained == "some/folder"
+    assert load("small", ["encoder.pretrained=some/folder"]).encoder.pretrained == str(Path.cwd() / "some/folder")
 
 
 @pytest.mark.parametrize("name", names_of("pipeline", "recipes"))

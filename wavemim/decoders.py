@@ -14,6 +14,8 @@ from timm.layers import LayerNorm, Mlp  # this LayerNorm has MAE's eps, 1e-6
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from wavemim.positions import sincos
+
 Attention = Literal["self", "cross"]
 
 
@@ -128,7 +130,7 @@ class TapDecoder(nn.Module):
             if trunk is None:
                 self.trunk = trunk = Trunk(width, depth=depth, heads=heads, drops=drops, attention=attention)
             assert trunk.made_for == (width, depth, heads, drops, attention), trunk.made_for
-            self.places = nn.Parameter(_places(tokens, prefix, width), requires_grad=False)
+            self.places = nn.Parameter(sincos(tokens, width, prefix), requires_grad=False)
         self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
         self.head = nn.Linear(width if depth else encoder_width, values)
         _initialise(self.embed)
@@ -197,16 +199,6 @@ class TapDecoder(nn.Module):
             return tokens
         cells = tokens.reshape(tokens.shape[0], self.positions, self.pool, self.positions, self.pool, tokens.shape[2])
         return cells.mean((2, 4)).flatten(1, 2)
-
-
-def _places(tokens: int, prefix: int, width: int) -> torch.Tensor:
-    """Fixed sine-cosine positions (1, R + G², W) in MAE's order: of the column, then of the row; zero for the prefix."""
-    rates = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * rates
-    waves = torch.cat((angles.sin(), angles.cos()), 1)
-    columns, rows = waves.repeat(tokens, 1), waves.repeat_interleave(tokens, 0)
-    places = torch.cat((columns, rows), 1).float()
-    return torch.cat((torch.zeros(prefix, width), places))[None]
 
 
 def _chosen(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

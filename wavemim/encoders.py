@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal, get_args
 import timm
 import torch
 from timm.layers import PatchEmbed
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from wavemim.positions import sincos
 from wavemim.pretrained import fill, one_line
 
 Positions = Literal["sincos", "learned"]
@@ -145,18 +145,12 @@ def make_encoder(
     if is_plain_vit(name):
         return ViTEncoder(name, **own, **given)
     if given:
-        key, value = next(iter(given.items()))
-        raise ValueError(f"encoder.{key}={value!r} does not apply to '{name}', only to plain ViTs; leave it out (null)")
+        named = ", ".join(f"encoder.{key}={value!r}" for key, value in given.items())
+        does = "does" if len(given) == 1 else "do"
+        raise ValueError(
+            f"{named} {does} not apply to '{name}', only to plain ViTs; set what recipes give those to null"
+        )
     return HierarchicalEncoder(name, **own)
-
-
-def sincos_positions(model: VisionTransformer) -> torch.Tensor:
-    """Fixed two-dimensional sine-cosine positions (1, prefix + N, E), zero for class and register tokens (MAE)."""
-    assert model.pos_embed is not None
-    grid = list(model.patch_embed.grid_size)
-    positions = build_sincos2d_pos_embed(grid, dim=model.embed_dim, interleave_sin_cos=False)
-    prefix = model.pos_embed.shape[1] - positions.shape[0]
-    return torch.cat((torch.zeros(prefix, model.embed_dim), positions))[None].to(model.pos_embed.dtype)
 
 
 class ViTEncoder(Encoder):
@@ -215,7 +209,9 @@ class ViTEncoder(Encoder):
         if positions == "sincos" and not filled:
             if model.embed_dim % 4:
                 raise ValueError(f"encoder.width={model.embed_dim} is no multiple of 4, as sine-cosine positions need")
-            model.pos_embed = nn.Parameter(sincos_positions(model))
+            assert model.pos_embed is not None
+            prefix = model.pos_embed.shape[1] - (image_size // patch) ** 2  # without one where timm gives it none
+            model.pos_embed = nn.Parameter(sincos(image_size // patch, model.embed_dim, prefix))
         assert model.pos_embed is not None  # held by _plain_vit
         model.pos_embed.requires_grad_(positions == "learned")
         self.depth, self.cell, self.grid = len(model.blocks), patch, image_size // patch
