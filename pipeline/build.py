@@ -81,7 +81,7 @@ def model_of_checkpoint(path: Path) -> tuple[MaskedImageModel, Inputs, Recipe]:
     recipe = validate(state["recipe"])
     statistics = statistics_in(state)
     model = _model(recipe, statistics, state["wavelet"])
-    checkpoint.load_model(path, model)
+    checkpoint.load_trained(path, model)
     return model, Inputs(recipe.steps_by_level(), statistics, state["wavelet"]), recipe
 
 

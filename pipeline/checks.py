@@ -125,6 +125,11 @@ def _check_train(train: Train) -> None:
         raise SettingError(
             f"train.batch={train.batch}: no multiple of train.workers={train.workers}; nearest allowed: {near}"
         )
+    if train.batch // train.workers < train.accumulate:
+        raise SettingError(
+            f"train.accumulate={train.accumulate}: a worker's part of the batch is {train.batch // train.workers} images; "
+            "allowed are as many parts at most"
+        )
     if train.warmup_epochs >= train.epochs:
         raise SettingError(
             f"train.warmup_epochs={train.warmup_epochs:g}: has to be less than train.epochs={train.epochs:g}; "

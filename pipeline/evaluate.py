@@ -143,5 +143,5 @@ def _encoder(subject: str, trained: Recipe, shards: ShardSet, path: Path, device
         return lambda images: torch.nn.functional.interpolate(images, size=(side, side), mode="area")
     model = build_model(trained, shards, start=subject == "untrained")
     if subject == "trained":
-        checkpoint.load_model(path, model)
+        checkpoint.load_trained(path, model)
     return model.encoder.model.to(device).eval()

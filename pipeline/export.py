@@ -23,7 +23,7 @@ def export(recipe: Recipe) -> dict[str, Any]:
             return {**folder.result(), "state": "finished already"}
         with Tracker.start(recipe, "export", log_dir=folder.path, tags={"wavemim.shards": state["shards"]}) as tracker:
             model = build_blank_model(trained)
-            checkpoint.load_model(path, model)
+            checkpoint.load_trained(path, model)
             target = folder.path / "encoder"
             config = checkpoint.export_timm(
                 target,

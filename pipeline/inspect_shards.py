@@ -287,7 +287,7 @@ def check_target(path: Path, *, picture: bool) -> None:
     if picture and path.suffix.lower() != ".png":
         raise SettingError(f"picture '{path}': a PNG is written, give a name that ends with .png")
     if picture and path.exists() and not path.read_bytes().startswith(PNG):
-        raise SettingError(f"picture '{path}' is there and is no PNG; give another name with --picture")
+        raise SettingError(f"picture '{path}' is there and is no PNG; give another name")
 
 
 def write_picture(shards: ShardSet, facts: dict[str, Any], path: Path, count: int) -> str:

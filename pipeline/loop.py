@@ -16,9 +16,10 @@ from pipeline.batches import Batch, Reader
 from pipeline.build import build_inputs, build_model, build_views, check_shards, statistics_of
 from pipeline.config import Recipe, SettingError
 from pipeline.shards import ShardSet
+from pipeline.watch import Watch
 from wavemim import checkpoint
 from wavemim.model import MaskedImageModel
-from wavemim.optim import make_optimizer, make_schedule
+from wavemim.optim import make_average, make_optimizer, make_schedule
 from wavemim.step import TrainStep
 
 # (metrics, images seen): called on rank 0. (folder writer, state): called on every rank, in the same order.
@@ -127,9 +128,18 @@ def train(
         warmup_steps=plan.warmup_steps,
         min_lr=peak_lr * recipe.train.min_lr_share,
     )
+    averaged = None if recipe.train.ema is None else make_average(model, recipe.train.ema)
     if resume is not None:
         checkpoint.load_model(resume, model)
         checkpoint.load_optimizer(resume, model, optimizer)
+        if averaged is not None:
+            checkpoint.load_model(resume, averaged.module, name=checkpoint.AVERAGED)
+            averaged.n_averaged.fill_(position.step)
+    if recipe.train.recompute:
+        model.encoder.recompute_activations()
+    wrapped = wrap(model) if wrap else model
+    if recipe.train.compile:
+        wrapped.compile(dynamic=False)
     step = TrainStep(
         model,
         views,
@@ -139,7 +149,9 @@ def train(
         total_steps=plan.total_steps,
         clip_grad=recipe.train.clip_grad,
         precision=precision_of(recipe, device),
-        wrapped=wrap(model) if wrap else None,
+        accumulate=recipe.train.accumulate,
+        averaged=averaged,
+        wrapped=wrapped,
         world=world,
     )
     whole = views.augment is not None  # images are cropped on the device
@@ -158,6 +170,7 @@ def train(
     )
     position.streams = reader.streams
     meter = _Meter(model.levels, device, world, position.epoch_sums)
+    watch = Watch(model.levels, device, world, every=recipe.train.log_every, max_skipped=recipe.train.max_skipped)
 
     statistics = statistics_of(shards)
 
@@ -175,6 +188,7 @@ def train(
                 "statistics": {"mean": statistics.mean, "std": statistics.std},
                 "wavelet": shards.layout.wavelet,
             },
+            averaged.module if averaged is not None else None,
         )
 
     while position.step < plan.total_steps:
@@ -194,9 +208,12 @@ def train(
             last = position.step == plan.total_steps
             epoch_done = position.batch == plan.batches_per_epoch
             meter.add(result.losses, result.grad_norm, batch.total, waited)
+            watch.add(position.step, position.epoch, batch.rows, result.losses, result.grad_norm)
             if position.step % recipe.train.log_every == 0 or last:
+                report = watch.look(optimizer.param_groups[0]["lr"])
                 weights = model.level_weights.effective(step.progress(position.step - 1)).tolist()
                 metrics = meter.read(weights) | {"train/lr": optimizer.param_groups[0]["lr"]}
+                metrics |= {"train/skipped_steps": float(watch.skipped), "train/spikes": float(len(report.spikes))}
                 metrics["train/epoch"] = position.epoch + position.batch / plan.batches_per_epoch
                 if on_log is not None and rank == 0:
                     on_log(metrics, position.images)
@@ -229,7 +246,7 @@ class _Meter:
         self.levels = levels
         self.names = [f"train/loss_level{level}" for level in levels]
         self.world = world
-        self.window = torch.zeros(len(levels) + 2, device=device)  # losses · images, gradient norm, steps
+        self.window = torch.zeros(len(levels) + 3, device=device)  # losses · images, gradient norm, steps, images
         self.epoch = torch.zeros(len(levels) + 1, device=device)  # losses · images, images
         if epoch_sums:
             self.epoch += torch.tensor(epoch_sums, device=device)
@@ -237,10 +254,13 @@ class _Meter:
         self.began = time.perf_counter()
 
     def add(self, losses: torch.Tensor, grad_norm: torch.Tensor, images: float, waited: float) -> None:
-        """One step: no value is brought to the host."""
-        one = torch.ones_like(grad_norm)
-        self.window += torch.cat((losses * images, (grad_norm)[None], one[None]))
-        self.epoch += torch.cat((losses * images, one[None] * images))
+        """One step: no value is brought to the host. One that was left out counts nothing."""
+        done = grad_norm.isfinite()
+        measured = torch.cat((losses * images, grad_norm[None]))
+        one = done.float()[None]
+        measured = torch.cat((torch.where(done, measured, 0.0), one, one * images))
+        self.window += measured
+        self.epoch += torch.cat((measured[:-3], measured[-1:]))
         self.images += images
         self.waited += waited
 
@@ -251,11 +271,11 @@ class _Meter:
         """
         values = self._mean_over_workers(self.window)
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        losses = [value / self.images for value in values[:-2]]
+        losses = [value / max(values[-1], 1.0) for value in values[:-3]]
         metrics = dict(zip(self.names, losses, strict=True))
         metrics["train/loss"] = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
         metrics |= {f"train/weight_level{level}": weight for level, weight in zip(self.levels, weights, strict=True)}
-        metrics["train/grad_norm"] = values[-2] / max(values[-1], 1.0)
+        metrics["train/grad_norm"] = values[-3] / max(values[-2], 1.0)
         metrics["perf/images_per_second"] = self.images / seconds
         metrics["perf/data_wait_share"] = self.waited / seconds
         self.window.zero_()
@@ -267,7 +287,7 @@ class _Meter:
         """Mean loss of each level over the epoch so far."""
         values = self._mean_over_workers(self.epoch)
         self.epoch.zero_()
-        return {name: value / values[-1] for name, value in zip(self.names, values[:-1], strict=True)}
+        return {name: value / max(values[-1], 1.0) for name, value in zip(self.names, values[:-1], strict=True)}
 
     def epoch_sums(self) -> list[float]:
         """What `read_epoch` is made of, the same on every worker."""

@@ -24,7 +24,8 @@ from pipeline.shards import ShardSet
 from pipeline.stage import StageError, stage_folder
 from pipeline.tracking import RunHandle, Tracker
 from wavemim import checkpoint
-from wavemim.figures import loss_figure, reconstruction_figure
+from wavemim.figures import loss_figure
+from wavemim.reconstruction_figure import reconstruction_figure
 
 METRICS = "metrics.jsonl"
 
@@ -196,20 +197,19 @@ def _report(write: Callable[[Path], None], state: dict[str, Any]) -> None:
 def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, Any]:
     """Images of the val split (train, where there is none) and the trained model."""
     from pipeline.batches import sequential
-    from pipeline.build import build_inputs, build_model
+    from pipeline.build import build_inputs, build_model, build_views
 
     model = build_model(recipe, shards)
-    checkpoint.load_model(path, model)
+    checkpoint.load_trained(path, model)
     split = "val" if shards.rows.get("val") else "train"
     batch = next(iter(sequential(shards, split, 4, window=recipe.encoder.image_size, max_rows=4)))
     return {
         "model": model.eval(),
-        "inputs": build_inputs(shards),
+        "views": build_views(recipe, model, build_inputs(shards), augment=False),
         "stored": batch.levels,
         "crop": batch.crop,
         "rows": batch.rows,
-        "mask_ratio": recipe.mask.ratio,
-        "seed": recipe.seed,
+        "names": [f"{split} row {row}" for row in batch.rows.tolist()],
     }
 
 

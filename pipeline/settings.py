@@ -165,6 +165,9 @@ class Train(Section):
 
     epochs: float = Field(100, gt=0, description="passes over the train split")
     batch: Positive = Field(256, description="images in a step, over all workers")
+    accumulate: Positive = Field(
+        1, description="parts of a worker's batch that are computed one after another, for batches that do not fit"
+    )
     workers: Positive = Field(1, description="data-parallel workers")
     lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch/256")
     min_lr_share: Share = Field(0.01, description="the cosine ends at this share of the peak")
@@ -174,6 +177,9 @@ class Train(Section):
         (0.9, 0.95), description="AdamW betas"
     )
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null: any")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay a step of an average of the weights, which is then what is judged and exported"
+    )
     augment: Literal["window", "rrc"] = Field(
         "window",
         description="window: aligned windows of the stored coefficients; rrc: RandomResizedCrop on the device",
@@ -187,6 +193,13 @@ class Train(Section):
         None, description="threads that read ahead in a worker; null: its cores, up to 8"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
+    compile: bool = Field(False, description="torch.compile: faster on GPUs after minutes of compiling")
+    recompute: bool = Field(
+        False, description="recompute activations going backwards: less memory, about a third more time"
+    )
+    max_skipped: Positive = Field(
+        20, description="steps in a row with a gradient that is not finite, each left out, before training ends"
+    )
     checkpoint_every: float = Field(1, gt=0, description="epochs between checkpoints")
     keep_checkpoints: Positive = Field(2, description="checkpoints kept")
     log_every: Positive = Field(20, description="steps between logged metrics")
@@ -308,7 +321,15 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
 }
 _OPERATIONAL = {
-    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "reader_threads"},
+    "train": {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "reader_threads",
+        "compile",
+        "recompute",
+        "max_skipped",
+    },
     "data": {"max_rejected"},
     "tune": {"concurrent"},
     "evaluate": {"batch"},

@@ -17,6 +17,7 @@ PIPELINE_WITHOUT_RAY = (
     "pipeline.shard_writer",
     "pipeline.shards",
     "pipeline.inspect_shards",
+    "pipeline.show",
     "pipeline.batches",
     "pipeline.loop",
 )

@@ -110,6 +110,12 @@ HARNESS = {
         "encoder.sees": "masked",
         "decoder.depth": 0,
     },
+    "wavelet, an average of weights, in parts": {
+        "train.ema": 0.9,
+        "train.accumulate": 3,
+        "train.recompute": True,
+        "train.clip_grad": None,
+    },
     "a hierarchy, shared decoder": {
         "encoder": {"name": "resnet10t", "image_size": 64},
         "target": {"taps": {2: 1, 3: 2, 4: 4}},
@@ -137,12 +143,17 @@ def test_resuming_is_exact_for_every_target_mask_and_encoder(shards, tmp_path, k
             device=torch.device("cpu"),
             resume=resume,
             on_log=lambda metrics, images: logged.update({images: metrics}),
-            on_checkpoint=lambda write, state: None if resume else write(tmp_path / f"images-{state['images']}"),
+            on_checkpoint=lambda write, state: write(
+                tmp_path / ("again" if resume else "first") / str(state["images"])
+            ),
         )
         return trained.model.state_dict(), logged
 
     whole, logged = go()
-    again, resumed = go(tmp_path / "images-20")
+    again, resumed = go(tmp_path / "first" / "20")
+    files = [checkpoint.read_state(tmp_path / call / "60")["files"] for call in ("first", "again")]
+    assert files[0] == files[1]  # their checksums: weights, moments, averages
+    assert (checkpoint.AVERAGED in files[0]) == (recipe.train.ema is not None)
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     levels = recipe.target.taps
     assert {f"train/loss_level{level}" for level in levels} | {f"train/weight_level{level}" for level in levels} <= set(

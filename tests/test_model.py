@@ -139,6 +139,65 @@ def test_padding_counts_nothing():
             torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(count):
+    images = photos(8)
+    whole = make_step(images, weighting="learned")
+    parts = copy.deepcopy(whole)
+    parts.accumulate = count
+    weight = torch.tensor([1.0] * 7 + [0.0])
+    losses = [s.backward(stored(images), torch.arange(8), weight, 7.0, epoch=0, progress=0.2) for s in (whole, parts)]
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-4)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    images = photos(4)
+    plain = make_step(images)
+    again = copy.deepcopy(plain)
+    again.model.encoder.recompute_activations()
+    for step in (plain, again):
+        step.backward(stored(images), torch.arange(4), torch.ones(4), 4.0, epoch=0)
+    for a, b in zip(plain.model.parameters(), again.model.parameters(), strict=True):
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+def test_the_average_is_a_literal_one():
+    images = photos(4)
+    step = make_step(images, ema=0.9)
+    weights = step.model.encoder.model.blocks[0].mlp.fc1.weight
+    expected = None
+    for number in range(4):
+        step(stored(images), torch.arange(4), torch.ones(4), 4.0, epoch=0, step=number)
+        now = weights.detach().double()
+        expected = now.clone() if expected is None else 0.9 * expected + 0.1 * now
+    found = step.averaged.module.encoder.model.blocks[0].mlp.fc1.weight.double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(found, weights.double())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(value):
+    images = photos(4)
+    step, clean = make_step(images, clip=1.0), make_step(images, clip=1.0)
+    rows, one = torch.arange(4), torch.ones(4)
+    for number in range(2):
+        step(stored(images), rows, one, 4.0, epoch=number, step=number)
+        clean(stored(images), rows, one, 4.0, epoch=number, step=number)
+    hook = step.model.decoders["2"].head.weight.register_hook(lambda grad: torch.full_like(grad, value))
+    result = step(stored(images), rows, one, 4.0, epoch=2, step=2)
+    hook.remove()
+    assert not result.grad_norm.isfinite() and result.losses.isfinite().all()
+    for a, b in zip(step.model.parameters(), clean.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    after = [s(stored(images), rows, one, 4.0, epoch=3, step=3) for s in (step, clean)]
+    assert torch.equal(after[0].losses, after[1].losses)
+    for a, b in zip(step.model.parameters(), clean.model.parameters(), strict=True):
+        assert torch.equal(a, b)  # the moments were left alone too, and do not know of the step
+
+
 def _ddp_worker(rank, world, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)

@@ -8,7 +8,7 @@ from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel
-from wavemim.optim import make_optimizer, make_schedule
+from wavemim.optim import make_average, make_optimizer, make_schedule
 from wavemim.step import TrainStep
 from wavemim.targets import Statistics, Tap, WaveletTarget
 from wavemim.views import Views
@@ -66,7 +66,7 @@ def masking_of(ratio=0.5):
     return Masking("random", ratio, SIZE // PATCH)
 
 
-def make_step(images, *, lr=1e-3, steps=100, ratio=0.5, wrap=None, world=1, clip=None, device="cpu", **kw):
+def make_step(images, *, lr=1e-3, steps=100, ratio=0.5, wrap=None, world=1, clip=None, ema=None, device="cpu", **kw):
     """A whole training step around a tiny model."""
     model, inputs = (part.to(device) for part in make(images, ratio=ratio, **kw))
     optimizer = make_optimizer(model, lr=lr, weight_decay=0.05, betas=(0.9, 0.95))
@@ -80,6 +80,7 @@ def make_step(images, *, lr=1e-3, steps=100, ratio=0.5, wrap=None, world=1, clip
         total_steps=steps,
         clip_grad=clip,
         precision=torch.float32,
+        averaged=make_average(model, ema) if ema else None,
         wrapped=wrap(model) if wrap else None,
         world=world,
     )

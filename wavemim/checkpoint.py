@@ -1,7 +1,8 @@
 """Checkpoints as plain files: safetensors and JSON, checked by SHA-256, whole or absent; and the export to timm.
 
-A checkpoint folder holds ``model.safetensors`` (the whole masked image model), ``optimizer.safetensors`` and
-``state.json``, which is written last and names the others with their checksums.
+A checkpoint folder holds ``model.safetensors`` (the whole masked image model), ``optimizer.safetensors``, with an average
+of the weights ``averaged.safetensors``, and ``state.json``, which is written last and names the others with their
+checksums.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from torch import nn
 
 FORMAT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+AVERAGED = "averaged.safetensors"
 
 
 class CheckpointError(ValueError):
     """A folder is no checkpoint of ours, or a damaged one."""
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any]) -> None:
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: Mapping[str, Any],
+    averaged: nn.Module | None = None,
+) -> None:
     """Write a checkpoint into `folder`: made under another name and renamed, so that it is never there by half."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -36,6 +44,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     if optimizer is not None:
         save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
         files.append(OPTIMIZER)
+    if averaged is not None:
+        save_file(_plain(averaged.state_dict()), partial / AVERAGED)
+        files.append(AVERAGED)
     content = {"format": FORMAT, "files": {name: checksum(partial / name) for name in files}, **state}
     (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,10 +72,15 @@ def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     return state
 
 
-def load_model(folder: Path, model: nn.Module) -> None:
+def load_model(folder: Path, model: nn.Module, *, name: str = MODEL) -> None:
     """Load the weights of a checkpoint into `model`, strictly."""
     device = next(model.parameters()).device
-    model.load_state_dict(load_file(folder / MODEL, device=str(device)), strict=True)
+    model.load_state_dict(load_file(folder / name, device=str(device)), strict=True)
+
+
+def load_trained(folder: Path, model: nn.Module) -> None:
+    """As `load_model`, for those who use what was trained: the average of the weights where there is one."""
+    load_model(folder, model, name=AVERAGED if (folder / AVERAGED).is_file() else MODEL)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

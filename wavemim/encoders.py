@@ -16,6 +16,7 @@ from timm.layers import PatchEmbed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from wavemim.positions import sincos
 from wavemim.pretrained import fill, one_line
@@ -102,6 +103,10 @@ class Encoder(nn.Module):
     def normalised(self, block: int) -> bool:
         """Whether tokens of this tap already went through the model's final norm."""
         raise NotImplementedError
+
+    def recompute_activations(self) -> None:
+        """Keep no activations of blocks for the way back but compute them again: less memory, more time."""
+        self.model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's
 
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
@@ -257,7 +262,8 @@ class ViTEncoder(Encoder):
         tokens = model.norm_pre(model.pos_drop(tokens))
         taps = {}
         for number, block in enumerate(model.blocks, 1):
-            tokens = block(tokens)
+            again = model.grad_checkpointing and self.training
+            tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
             if number in wanted:
                 taps[number] = model.norm(tokens) if number == self.depth else tokens
         return taps

@@ -1,4 +1,4 @@
-"""Pictures: what was masked, what was predicted at each level, what comes out; and what a sweep found."""
+"""Pictures: what a sweep found, how losses fell, what shards hold. Of predictions: `wavemim.reconstruction_figure`."""
 
 from __future__ import annotations
 
@@ -10,111 +10,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
-
-from wavemim.inputs import Crop, Inputs
-from wavemim.masking import random_mask, share_at
-from wavemim.model import MaskedImageModel
-from wavemim.wavelets import reconstruct
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-
-def complete(
-    model: MaskedImageModel, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor], mask: torch.Tensor
-) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-    """Pyramids from the coarsest tap to level 1: as the model completes the image, and of its predictions alone.
-
-    Visible cells keep the image's own coefficients, hidden ones get the prediction; a hidden coefficient that no tap
-    answers for is 0 (A: the mean). Partly hidden cells are mixed by their share.
-    """
-    with torch.no_grad():
-        predicted = model.target.coefficients_like(model.predict(images, mask), pyramid)
-    bands = {tap.level: tap.bands for tap in model.target.taps}
-    coarsest = max(bands)
-    completed, guessed = {}, {}
-    for level in range(1, coarsest + 1):
-        truth = pyramid[level][:, :, -3:]
-        names = "HVD"
-        if level == coarsest:
-            truth = torch.cat((reconstruct(dict(pyramid), model.target.wavelet, to=level)[:, :, None], truth), 2)
-            names = "AHVD"
-        guess = torch.zeros_like(truth)
-        if names == "AHVD":
-            guess[:, :, 0] = truth[:, :, 0].mean()
-        for index, band in enumerate(names):
-            if band in bands.get(level, ""):
-                guess[:, :, index] = predicted[level][:, :, bands[level].index(band)]
-        side = truth.shape[-1]
-        share = share_at(mask, model.encoder.grid, side).reshape(-1, 1, 1, side, side)
-        completed[level] = truth * (1 - share) + guess * share
-        guessed[level] = guess
-    return completed, guessed
-
-
-def reconstruction_figure(
-    path: Path,
-    *,
-    model: MaskedImageModel,
-    inputs: Inputs,
-    stored: Mapping[int, torch.Tensor],
-    rows: torch.Tensor,
-    mask_ratio: float,
-    seed: int,
-    crop: Crop | None = None,
-) -> None:
-    """Write a grid, a line an image: image, masked, each level's prediction from coarse to fine, the image rebuilt.
-
-    The coarsest level's column is the picture that its A alone makes; a finer level's shows what its hidden cells add
-    to it, around mid-grey. The rebuilt image has its visible patches from the input. Of more than three channels the
-    first three are shown, of one or two the first.
-    """
-    images, pyramid = inputs(stored, crop)
-    grid = model.encoder.grid
-    mask = random_mask(rows, grid, mask_ratio, seed=seed, epoch=0)
-    completed, guessed = complete(model, images, pyramid, mask)
-    pixels = inputs.denormalise(images)
-    hidden = share_at(mask, grid, pixels.shape[-1]).reshape(-1, 1, *pixels.shape[-2:])
-    columns: list[tuple[str, torch.Tensor]] = [
-        ("image", pixels),
-        ("masked", pixels * (1 - hidden) + 200.0 * hidden),
-    ]
-    coarsest = max(guessed)
-    for level in sorted(model.levels, reverse=True):
-        alone = {other: torch.zeros_like(bands) for other, bands in guessed.items()}
-        side = guessed[level].shape[-1]
-        cells = share_at(mask, grid, side).reshape(-1, 1, 1, side, side)
-        alone[level] = guessed[level] if level == coarsest else guessed[level] * cells
-        contribution = reconstruct(alone, model.target.wavelet)
-        if level != coarsest:
-            contribution = 127.5 + contribution * _contrast(contribution)
-        columns.append((f"level {level} predicted", contribution))
-    columns.append(("rebuilt", reconstruct(completed, model.target.wavelet)))
-    _grid(path, columns)
-
-
-def _contrast(contribution: torch.Tensor) -> float:
-    """A factor that makes a band's structure visible: its 99th percentile fills half the range."""
-    peak = float(torch.quantile(contribution.abs().flatten()[:1_000_000], 0.99))
-    return 100.0 / max(peak, 1e-6)
-
-
-def _grid(path: Path, columns: Sequence[tuple[str, torch.Tensor]]) -> None:
-    lines = len(columns[0][1])
-    channels, _ = shown_channels(columns[0][1].shape[1])
-    figure, axes = plt.subplots(
-        lines, len(columns), figsize=(1.7 * len(columns), 1.7 * lines + 0.35), squeeze=False, layout="constrained"
-    )
-    for x, (title, pictures) in enumerate(columns):
-        axes[0][x].set_title(title, fontsize=10)
-        for y in range(lines):
-            picture = pictures[y, channels].detach().cpu().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            picture = picture[..., 0] if len(channels) == 1 else picture
-            axes[y][x].imshow(picture, interpolation="nearest", cmap="gray", vmin=0, vmax=255)
-            axes[y][x].axis("off")
-    _save(figure, path)
+DPI = 110
 
 
 def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters: Sequence[str], metric: str) -> None:
@@ -151,7 +52,7 @@ def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters:
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(metric)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -166,14 +67,20 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
     partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=110)
-    plt.close(figure)
-    partial.replace(path)
+    try:
+        with warnings.catch_warnings():  # of names in scripts that the font lacks
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(partial, dpi=DPI)
+        partial.replace(path)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)
 
 
 def shown_channels(channels: int) -> tuple[list[int], str]:
@@ -224,9 +131,7 @@ def pyramid_figure(
         _picture(axis, nested({level: pyramid[level][channels] for level in levels}, gains))
         _level_borders(axis, images[0].shape[-1], len(levels))
     _energy_bars(bottom.subplots(), energies, energy_of)
-    with warnings.catch_warnings():  # of class names in scripts that the font lacks
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        _save(figure, path)
+    save_figure(figure, path)
 
 
 def nested(pyramid: Mapping[int, np.ndarray], gains: Mapping[int, float]) -> np.ndarray:
@@ -241,7 +146,7 @@ def nested(pyramid: Mapping[int, np.ndarray], gains: Mapping[int, float]) -> np.
 
 
 def _gain(details: Sequence[np.ndarray]) -> float:
-    """As `_contrast`; 1 where there is nothing to be seen."""
+    """A factor that makes details visible: their 99th percentile fills most of the range; 1 where there are none."""
     peak = float(np.quantile(np.abs(np.stack(details)), 0.99))
     return 100.0 / peak if peak > 1e-6 else 1.0
 

@@ -54,8 +54,7 @@ class MaskedImageModel(nn.Module):
         self.levels = [tap.level for tap in target.taps]  # the order of the losses
         self.encoder, self.target = encoder, target
         self.level_weights = level_weights or LevelWeights([1.0] * len(target.taps))
-        self.hidden_share = hidden / encoder.grid**2
-        self.visible = encoder.grid**2 - hidden
+        self.hide(hidden)
         self.predict_share = decoder.predict
         self.trunk: Trunk | None = None
         if decoder.shared:
@@ -85,6 +84,11 @@ class MaskedImageModel(nn.Module):
                 for tap in target.taps
             }
         )
+
+    def hide(self, hidden: int) -> None:
+        """Expect masks that hide so many cells from now on."""
+        cells = self.encoder.grid**2
+        self.visible, self.hidden_share = cells - hidden, hidden / cells
 
     def chosen(self, mask: torch.Tensor, rows: torch.Tensor, *, seed: int, epoch: int) -> dict[int, torch.Tensor]:
         """Positions that are predicted {level: (B, S)}, ascending: none named where all are.

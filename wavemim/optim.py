@@ -6,6 +6,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token", "log_variance")
 
@@ -13,11 +14,15 @@ NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token", "log_variance")
 def make_optimizer(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """AdamW without decay on norms, biases, tokens and positions; fused where the parameters are on a GPU."""
+    """AdamW without decay on norms, biases, tokens and positions; fused, so that a step can be left out on the device."""
     exempt = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_DECAY]
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
-    on_gpu = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=on_gpu or None)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the model's weights; buffers are those of the model."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def make_schedule(
