@@ -5,26 +5,23 @@ Each is one Ray task, so that they run at once and where the cluster has room.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from tqdm import tqdm
 
-from pipeline.batches import sequential
 from pipeline.build import build_inputs, build_model, check_shards
 from pipeline.config import Recipe, identity, validate
+from pipeline.features import features_of
 from pipeline.pretrain import check_room, checkpoint_of, recipe_of, root_cause, uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, stage_folder
 from pipeline.tracking import Tracker
 from wavemim import checkpoint
-from wavemim.evaluate import extract, judge
-from wavemim.inputs import Inputs
+from wavemim.evaluate import judge
 
 SUBJECTS = {"trained": "trained encoder", "untrained": "same encoder, untrained", "pixels": "raw pixels (32×32)"}
 PIXELS_SIDE = 32  # raw pixels are averaged to this side: a probe on more of them is slower and no better
@@ -83,18 +80,6 @@ def evaluate(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
             }
             folder.finish(result)
         return {**result, "state": folder.state}
-
-
-def features_of(
-    encode: Any, inputs: Inputs, shards: ShardSet, split: str, *, window: int, batch: int, max_rows: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, F) and labels (n,) of a split, images whole and centred, in file order."""
-
-    def images() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for part in sequential(shards, split, batch, window=window, max_rows=max_rows):
-            yield inputs(part.levels, part.crop)[0], part.labels
-
-    return extract(encode, images())
 
 
 def _task(recipe: Recipe, session: SessionInfo) -> Any:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.build import build_inputs, check_model, check_shards
 from pipeline.config import Recipe, SettingError, identity, read_yaml, validate, with_overrides
-from pipeline.evaluate import features_of
+from pipeline.features import features_of
 from pipeline.loop import train
 from pipeline.pretrain import check_room, uses_gpu
 from pipeline.session import SessionInfo

@@ -1,0 +1,213 @@
+"""What the step benchmark measures: training steps on synthetic input, matrix products, and the target alone."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+DEFAULT = ("wamim_vit_base", "mae_vit_base")
+WARM_STEPS = 3  # on a GPU before anything is measured: compilation, memory, caches
+MATRIX = {"cuda": 8192, "cpu": 2048}  # rows of the square matrices whose product is the device's rate
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One call."""
+
+    recipes: tuple[str, ...] = DEFAULT
+    overrides: tuple[str, ...] = ()
+    batch: int = 8
+    repeats: int = 3
+    seconds: float = 5.0  # least time of a repeat
+    device: str = "cpu"
+    dtype: str = "float32"
+    modes: tuple[str, ...] = ("eager",)
+    matrix: int = MATRIX["cpu"]
+
+
+@dataclass
+class Contender:
+    """A recipe's training step, ready to be called."""
+
+    name: str
+    given: str  # the recipe's name, or its file
+    recipe: Any
+    cost: Any
+    step: Any  # TrainStep
+    batches: list[dict[int, Any]]
+    kept: int  # bytes of parameters, optimiser state and input
+    steps: int = 0
+    rates: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+    def run_once(self) -> None:
+        """One step on the next batch."""
+        stored = self.batches[self.steps % len(self.batches)]
+        size = next(iter(stored.values())).shape[0]
+        rows = torch.arange(size) + self.steps * size
+        self.step(stored, rows, torch.ones(size), float(size), epoch=0, step=self.steps)
+        self.steps += 1
+
+    @property
+    def images_per_second(self) -> float:
+        """Median of the repeats."""
+        return statistics.median(self.rates)
+
+
+def synthetic(
+    recipe: Any, batch: int, seed: int
+) -> tuple[dict[int, Any], dict[int, dict[str, dict[str, list[float]]]]]:
+    """Integers of a shard set's pyramids, of random images, and the statistics of their bands.
+
+    Where images are cropped on the device they are as large as stored, otherwise windows of the size of training.
+    """
+    from wavemim.wavelets import bands_of, decompose
+
+    data = recipe.data
+    side = data.image_size if recipe.train.augment == "rrc" else recipe.encoder.image_size
+    shape = (batch, data.channels, side, side)
+    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)).float()
+    stored, found = {}, {}
+    for level, values in decompose(images, data.levels, data.wavelet).items():
+        stored[level] = (values / recipe.steps_by_level()[level]).round().to(torch.int16)
+        spread = {band: values[:, :, index] for index, band in enumerate(bands_of(level, data.levels))}
+        if "A" not in spread:  # not stored, but a target may ask for it
+            spread["A"] = decompose(images, level, data.wavelet)[level][:, :, 0]
+        found[level] = {
+            band: {"mean": maps.mean((0, 2, 3)).tolist(), "std": maps.std((0, 2, 3)).tolist()}
+            for band, maps in spread.items()
+        }
+    return stored, found
+
+
+def make_contender(name: str, settings: Settings, mode: str) -> Contender:
+    """Model, optimiser and two batches of a recipe on the device."""
+    from pipeline.build import build_inputs, build_model, build_views
+    from wavemim.cost import cost_of
+    from wavemim.optim import make_optimizer, make_schedule
+    from wavemim.step import TrainStep
+
+    recipe = load_recipe(name, settings)
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+    batches, found = zip(*(synthetic(recipe, settings.batch, seed) for seed in range(2)), strict=True)
+    channels = recipe.data.channels
+    shards: Any = SimpleNamespace(  # what the parts below read of a shard set
+        statistics=found[0],
+        pixel_mean=[127.5] * channels,
+        pixel_std=[74.0] * channels,
+        steps=recipe.steps_by_level(),
+        layout=SimpleNamespace(wavelet=recipe.data.wavelet),
+    )
+    before = _allocated(device)
+    model = build_model(recipe, shards).to(device)
+    views = build_views(recipe, model, build_inputs(shards).to(device), augment=True)
+    optimizer = make_optimizer(model, lr=1e-4, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
+    step = TrainStep(
+        model,
+        views,
+        optimizer,
+        make_schedule(optimizer, total_steps=10**6, warmup_steps=10, min_lr=0.0),
+        seed=recipe.seed,
+        total_steps=10**6,
+        clip_grad=recipe.train.clip_grad,
+        precision=dtype,
+        wrapped=torch.compile(model) if mode == "compiled" else None,
+    )
+    inputs = [_pinned(stored) if device.type == "cuda" else stored for stored in batches]
+    label = f"{recipe.name} compiled" if mode == "compiled" else recipe.name
+    contender = Contender(label, name, recipe, cost_of(model), step, inputs, 0)
+    for _ in range(WARM_STEPS if device.type == "cuda" else 1):
+        contender.run_once()
+    _wait(device)
+    contender.kept = _allocated(device) - before
+    return contender
+
+
+def load_recipe(name: str, settings: Settings) -> Any:
+    """The recipe with the call's overrides."""
+    from pipeline.config import load
+
+    return load(name, settings.overrides)
+
+
+def measure_rate(contender: Contender, settings: Settings) -> None:
+    """Note images/s over whole steps that last `seconds` or longer, and on a GPU the peak of its memory."""
+    device = torch.device(settings.device)
+    before = _allocated(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        contender.run_once()  # memory is asked for again
+        _wait(device)
+    steps, group, began = 0, 1, time.perf_counter()
+    while steps == 0 or time.perf_counter() - began < settings.seconds:
+        for _ in range(group):
+            contender.run_once()
+        _wait(device)
+        steps += group
+        group = min(2 * group, 16) if device.type == "cuda" else 1  # queued without waiting, as in training
+    contender.rates.append(steps * settings.batch / (time.perf_counter() - began))
+    if device.type == "cuda":
+        contender.peaks.append(torch.cuda.max_memory_allocated(device) - before + contender.kept)
+
+
+def matmul_rate(settings: Settings) -> float:
+    """FLOP/s of products of square matrices on this device, in this type: the best of some, as hardware is rated."""
+    device, dtype, n = torch.device(settings.device), getattr(torch, settings.dtype), settings.matrix
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    calls = 10 if device.type == "cuda" else 1
+    found = []
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(calls):
+            a @ b
+        _wait(device)
+        found.append(calls * 2 * n**3 / (time.perf_counter() - began))
+    return max(found[1:])
+
+
+def target_seconds(contender: Contender, settings: Settings, *, on_device: bool, calls: int = 30) -> float:
+    """Median time of making the wavelet targets of a batch, from stored coefficients or from the images."""
+    device = torch.device(settings.device)
+    step = contender.step
+    target = copy.copy(step.model.target)
+    target.on_device = on_device
+    size = settings.batch
+    view = step.views(contender.batches[0], torch.arange(size), epoch=0)
+    found = []
+    for _ in range(calls):
+        _wait(device)
+        began = time.perf_counter()
+        target(view.images, view.pyramid)
+        _wait(device)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
+
+
+def peak_memory(recipe: str, **settings: Any) -> int:
+    """Most memory in bytes of a process that does two steps, libraries included. For a child process."""
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    contender = make_contender(recipe, Settings(**{**settings, **lists}), "eager")
+    contender.run_once()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _pinned(stored: dict[int, Any]) -> dict[int, Any]:
+    return {level: values.pin_memory() for level, values in stored.items()}
+
+
+def _wait(device: Any) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _allocated(device: Any) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
