@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from wavemim import checkpoint
 from wavemim.model import MaskedImageModel
 from wavemim.optim import make_average, make_optimizer, make_schedule
 from wavemim.step import TrainStep
+
+_log = logging.getLogger(__name__)
 
 # (metrics, images seen): called on rank 0. (folder writer, state): called on every rank, in the same order.
 LogHook = Callable[[dict[str, float], int], None]
@@ -211,6 +214,8 @@ def train(
             watch.add(position.step, position.epoch, batch.rows, result.losses, result.grad_norm)
             if position.step % recipe.train.log_every == 0 or last:
                 report = watch.look(optimizer.param_groups[0]["lr"])
+                for spike in report.spikes:
+                    _log.warning("step %(step)d: the loss leapt, %(times).0f × the usual; rows %(rows)s", spike)
                 weights = model.level_weights.effective(step.progress(position.step - 1)).tolist()
                 metrics = meter.read(weights) | {"train/lr": optimizer.param_groups[0]["lr"]}
                 metrics |= {"train/skipped_steps": float(watch.skipped), "train/spikes": float(len(report.spikes))}

@@ -17,11 +17,12 @@ PIPELINE_WITHOUT_RAY = (
     "pipeline.shard_writer",
     "pipeline.shards",
     "pipeline.inspect_shards",
+    "pipeline.features",
     "pipeline.show",
     "pipeline.batches",
     "pipeline.loop",
 )
-MLFLOW_IMPORTERS = {"pipeline.tracking"}
+MLFLOW_IMPORTERS = {"pipeline.mlflow_store"}
 # Files that may name Ray at all, at the top or inside a function.
 RAY_IMPORTERS = {"pipeline.evaluate", "pipeline.prepare", "pipeline.pretrain", "pipeline.session", "pipeline.tune"}
 
