@@ -241,6 +241,45 @@ def _inspect(shards: str, picture: str, images: int, numbers: str | None, quiet:
     show(shards, picture=picture, images=images, numbers=numbers, progress=not quiet)
 
 
+@_group.command("show", short_help="Draw what a trained model makes of your own pictures.")
+@click.argument("checkpoint")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--out", default="show.png", show_default=True, metavar="FILE.png", help="where it is drawn")
+@click.option(
+    "--mask-ratio",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="share that is hidden  [default: the recipe's]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="of the mask  [default: the recipe's]")
+def _show(checkpoint: str, images: tuple[str, ...], out: str, mask_ratio: float | None, seed: int | None) -> None:
+    """Hide a part of each image, and draw what the model predicts: every level beside the truth, and the image rebuilt.
+
+    CHECKPOINT is a checkpoint's folder, or that of a run (OUT/runs/NAME). Up to 16 images; of each the middle square.
+    """
+    from pipeline.show import show
+
+    click.echo(show(checkpoint, images, out=out, mask_ratio=mask_ratio, seed=seed))
+
+
+@_group.command("sync", short_help="Send to MLflow what it did not get while it was away.")
+@click.argument("run")
+@click.argument("settings", nargs=-1, metavar="[tracking.uri=URI]")
+def _sync(run: str, settings: tuple[str, ...]) -> None:
+    """Send the metrics, files and states that MLflow did not get; what it has is not sent again.
+
+    RUN is a run's folder (OUT/runs/NAME), that of a stage in it, or OUT for all runs. Exit 1 if MLflow does not answer.
+    """
+    from pipeline.sync import sync
+
+    uri = None
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key != "tracking.uri" or not value:
+            raise SettingError(f"{setting}: sync knows no setting but tracking.uri=URI")
+        uri = value
+    sync(run, uri=uri, say=click.echo)
+
+
 for _stage, _body in {
     "run": _run,
     "prepare": _prepare,

@@ -1,4 +1,4 @@
-"""What tests share: a small folder of real JPEGs, and a lean Ray."""
+"""What tests share: a small folder of real JPEGs, a lean Ray, and how they are spread over two processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from tiny_shards import smooth_texture
 
 from pipeline.session import SessionInfo
 
+# Two processes of tests on two cores: each computes on one. Before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before Ray is imported anywhere: no token file in the home folder, no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Of the object store that some tests start; Ray's workers have the environment of their start.
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files stay whole, and all that starts a Ray is one process's work, which begins with it: it takes longest."""
+    for item in items:
+        ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if ray else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")

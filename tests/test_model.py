@@ -202,7 +202,8 @@ def _ddp_worker(rank, world, port, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     images = photos(8)
-    step = make_step(images, wrap=torch.nn.parallel.DistributedDataParallel, world=world)
+    step = make_step(images, wrap=torch.nn.parallel.DistributedDataParallel, world=world, weighting="learned")
+    step.accumulate = 2  # each of them in two parts: gradients are exchanged once
     mine = slice(rank * 4, rank * 4 + 4)
     part = {level: values[mine] for level, values in stored(images).items()}
     losses = step.backward(part, torch.arange(8)[mine], torch.ones(4), 8.0, epoch=0)
@@ -221,7 +222,7 @@ def test_two_workers_at_half_the_batch_give_the_gradients_of_one(tmp_path):
     mp.spawn(_ddp_worker, (2, port, str(tmp_path / "two.pt")), nprocs=2)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     images = photos(8)
-    step = make_step(images)
+    step = make_step(images, weighting="learned")
     losses = step.backward(stored(images), torch.arange(8), torch.ones(8), 8.0, epoch=0)
     one = [losses, *[p.grad for p in step.model.parameters() if p.grad is not None]]
     assert len(one) == len(two) > 30

@@ -5,18 +5,16 @@ import math
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline import config
+from pipeline import config, sender
 from pipeline.config import Recipe
 from pipeline.tracking import RunHandle, Tracker, end_trials, store_uri, ui_command
 
@@ -130,18 +128,31 @@ def test_resuming_goes_on_with_the_run_if_the_store_has_it(out: Path) -> None:
     first.log({"train/loss": 2.0}, 1)
     first.end("FAILED")
     longer = recipe_in(out, train__epochs=200)
-    second = Tracker.start(longer, "pretrain", log_dir=out / "r", resume_id=first.handle.run_id)
+    second = Tracker.start(longer, "pretrain", log_dir=out / "r")
     assert second.handle == first.handle
     second.log({"train/loss": 1.0}, 2)
+    assert second.flush(20)
     run = client_of(second.handle).get_run(second.handle.run_id)
     assert run.info.status == "RUNNING"
     assert json.loads(run.data.tags["wavemim.resumed_with"]) == {"train.epochs": "200.0"}
     second.end()
     history = client_of(second.handle).get_metric_history(second.handle.run_id, "train/loss")
     assert [m.value for m in history] == [2.0, 1.0]
-    other = Tracker.start(longer, "pretrain", log_dir=out / "r", resume_id="0" * 32)
-    assert other.handle.run_id not in ("", "0" * 32, first.handle.run_id)
+    other = Tracker.start(longer, "pretrain", log_dir=out / "r")
+    assert other.handle.run_id not in ("", first.handle.run_id)
     other.end()
+
+
+def test_a_run_that_was_deleted_is_begun_anew_with_all_its_metrics(out: Path) -> None:
+    first = Tracker.start(recipe_in(out), "pretrain", log_dir=out / "d")
+    first.log({"train/loss": 2.0}, 1)
+    first.end("FAILED")
+    client_of(first.handle).delete_run(first.handle.run_id)
+    with Tracker.start(recipe_in(out), "pretrain", log_dir=out / "d") as second:
+        second.log({"train/loss": 1.0}, 2)
+    assert second.handle.run_id not in ("", first.handle.run_id)
+    history = client_of(second.handle).get_metric_history(second.handle.run_id, "train/loss")
+    assert [m.value for m in history] == [2.0, 1.0]
 
 
 def test_long_parameters_and_odd_names_are_kept(out: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,6 +174,7 @@ def test_attached_tracker_logs_artifacts_and_does_not_end_the_run(out: Path, tmp
         with Tracker.attach(pickle.loads(pickle.dumps(tracker.handle))) as worker:  # noqa: S301
             worker.artifact(tmp_path / "figures", "shown")
             worker.artifact(tmp_path / "figures" / "a.txt")
+            assert worker.flush(20)
         client = client_of(tracker.handle)
         assert client.get_run(tracker.handle.run_id).info.status == "RUNNING"
         assert {file.path for file in client.list_artifacts(tracker.handle.run_id)} == {"a.txt", "recipe.yaml", "shown"}
@@ -202,7 +214,7 @@ def test_four_processes_log_at_once_to_a_fresh_store(tmp_path: Path) -> None:
 
 
 def _start_and_log(out: Path) -> bool:
-    with Tracker.start(recipe_in(out), "x", log_dir=out) as tracker:
+    with Tracker.start(recipe_in(out), "x", log_dir=out / str(os.getpid())) as tracker:
         tracker.log({"a": 1.0}, 1)
     assert tracker.handle.run_id
     assert not tracker._warned
@@ -233,11 +245,11 @@ def test_a_store_missing_on_a_workers_machine_is_not_made_anew(
 
 def test_a_deleted_experiment_is_named_in_the_warning(out: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = recipe_in(out, tracking__experiment="gone")
-    with Tracker.start(recipe, "x", log_dir=out / "x") as tracker:
+    with Tracker.start(recipe, "x", log_dir=out / "gone") as tracker:
         pass
     client = client_of(tracker.handle)
     client.delete_experiment(client.get_experiment_by_name("gone").experiment_id)
-    with Tracker.start(recipe, "x", log_dir=out / "x") as tracker:
+    with Tracker.start(recipe, "x", log_dir=out / "gone") as tracker:
         tracker.log({"a": 1.0}, 1)
     assert tracker.handle.run_id == ""
     [record] = caplog.records
@@ -276,65 +288,18 @@ def test_a_server_dead_at_the_start_costs_one_warning(tmp_path: Path, caplog: py
 def test_a_call_that_hangs_is_given_up(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Tracker._guarded, "__defaults__", (0.5,))
+    monkeypatch.setattr(sender, "CALL_LIMIT", 0.5)
     with Tracker.start(recipe_in(out), "x", log_dir=out / "hang") as tracker, monkeypatch.context() as patch:
-        patch.setattr(tracker._client, "log_batch", lambda *_, **__: time.sleep(30))
+        patch.setattr(tracker._sender._client, "log_batch", lambda *_, **__: time.sleep(30))
         begun = time.monotonic()
         for step in range(20):
             tracker.log({"a": float(step)}, step)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 0.2
+        assert not tracker.flush(5)
     assert "no answer in" in caplog.records[0].getMessage()
     # What was logged in the meantime is sent at the end.
     assert client_of(tracker.handle).get_run(tracker.handle.run_id).data.metrics == {"a": 19.0}
     assert len(caplog.records) == 1
-
-
-def _wait_for(url: str, process: subprocess.Popen, seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        assert process.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError(f"{url} does not answer")
-
-
-@pytest.mark.timeout(180)
-def test_a_server_killed_in_mid_run_does_not_stop_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/s.db"]
-    command += ["--artifacts-destination", str(tmp_path / "a"), "--port", str(port), "--workers", "1"]
-    with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait_for(f"{url}/health", server, 120)
-        recipe = recipe_in(tmp_path, tracking__uri=url)
-        assert ui_command(recipe) == f"open {url}"
-        with Tracker.start(recipe, "pretrain", log_dir=tmp_path / "logs") as tracker:
-            tracker.log({"train/loss": 2.0}, 1)
-            run = client_of(tracker.handle).get_run(tracker.handle.run_id)
-            assert run.data.metrics == {"train/loss": 2.0}
-            assert [f.path for f in client_of(tracker.handle).list_artifacts(run.info.run_id)] == ["recipe.yaml"]
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(timeout=10)
-            begun = time.monotonic()
-            for step in range(2, 102):
-                tracker.log({"train/loss": 1.0 / step}, step)
-        assert time.monotonic() - begun < 30
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(timeout=10)
-    assert len(lines_of(tracker.handle)) == 101
-    assert [record.getMessage().count("does not answer") for record in caplog.records] == [1]
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert "INFO" not in captured.err
 
 
 def test_uris_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

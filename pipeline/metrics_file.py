@@ -1,0 +1,138 @@
+"""Append-only files of JSON lines: what is there survives a kill at any moment, several processes may add to one.
+
+A line that could not be written (a full disk) waits in memory and goes before the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+_WAITING = 20_000  # lines kept in memory while the disk is full; the oldest go first
+_TRIES, _PAUSE = 20, 0.005  # for the lock that writers hold for microseconds; seconds
+
+
+class JsonLines:
+    """One file of JSON objects, a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: deque[str] = deque(maxlen=_WAITING)
+        self._turn = threading.Lock()  # several threads of a process may log
+        self._warned = False
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line. Where that fails, warn once and keep the line for the next call."""
+        with self._turn:
+            self._waiting.append(json.dumps(entry))
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if not self._warned:
+                    self._warned = True
+                    reason = error.strerror or error
+                    _log.warning("metrics cannot be written to %s (%s); the run goes on", self.path, reason)
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """What could not be written so far."""
+        with self._turn:
+            return [json.loads(line) for line in self._waiting]
+
+    def size(self) -> int:
+        """Bytes in the file; 0 where there is none."""
+        with contextlib.suppress(OSError):
+            return self.path.stat().st_size
+        return 0
+
+    def head(self) -> str:
+        """What tells this file from another of the same name: a digest of its first line; empty where there is none."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            line = file.readline()
+            return hashlib.sha256(line).hexdigest()[:16] if line.endswith(b"\n") else ""
+        return ""
+
+    def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+        """Whole lines from byte `start` on, each with the byte where it ends; {} for one that is damaged."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(start)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                start += len(line)
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = {}
+                yield entry if isinstance(entry, dict) else {}, start
+
+    def sync(self) -> None:
+        """Have the disk hold what was written, so that no mark reaches further than the file after a power cut."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _write_waiting(self) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        try:
+            descriptor = os.open(self.path, flags, 0o644)
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, flags, 0o644)
+        try:
+            alone = _locked(descriptor)
+            if alone:
+                _cut_torn_line(descriptor)
+            while self._waiting:
+                data = (self._waiting[0] + "\n").encode()
+                written = os.write(descriptor, data)  # one call, so that lines of several processes do not mix
+                if written != len(data):
+                    if alone:
+                        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._waiting.popleft()
+        finally:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether this writer is alone with the file until it closes it. Some network file systems have no locks."""
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        except OSError:
+            return False
+    return False
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Take away a last line without an end, which a killed writer or a power cut left: the next one would join it."""
+    end = os.fstat(descriptor).st_size
+    if end == 0 or os.pread(descriptor, 1, end - 1) == b"\n":
+        return
+    while end > 0:
+        start = max(0, end - 4096)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            os.ftruncate(descriptor, start + found + 1)
+            return
+        end = start
+    os.ftruncate(descriptor, 0)

@@ -1,0 +1,313 @@
+"""What is asked of MLflow: the only module that imports it.
+
+Every call may fail and may hang; nothing here catches that, but for `within`, which limits the time. Runs are addressed
+by explicit ids through `MlflowClient`: the fluent interface keeps its active run per thread, and opens stray runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient as MlflowClient
+    from mlflow.entities import Run
+
+T = TypeVar("T")
+
+KEY = "wavemim.key"  # tag: made by the writer of a run before MLflow knows it, so that none is created twice
+Value = tuple[str, float, int, int]  # of a metric: name, value, time (ms), step
+_LONGEST_PARAM = 6000  # MLflow's limit
+_PARAMS_IN_BATCH, METRICS_IN_BATCH = 100, 1000  # MLflow's limits
+
+
+class RunGone(Exception):
+    """The store has no such run, or somebody deleted it there (`deleted`)."""
+
+    def __init__(self, run_id: str, *, deleted: bool) -> None:
+        super().__init__(f"its run {run_id} {'was deleted' if deleted else 'is not there'}")
+        self.deleted = deleted
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of `call`, or a TimeoutError. A daemon thread: a call that hangs does not hold up the exit either."""
+    outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, name="mlflow", daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result
+
+
+def import_mlflow() -> None:
+    """Import MLflow with short time-outs and without its messages; a slow import counts to no call's limit."""
+    for key, value in {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what matters comes as an exception, and is told once
+    }.items():
+        os.environ.setdefault(key, value)
+    import mlflow  # noqa: F401
+
+    # Where MLflow was imported before, its loggers have their level already.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "Retrying (…)"
+
+
+def connect(uri: str, *, create: bool) -> MlflowClient:
+    """A client of the store; with `create`, a SQLite store is made where there is none."""
+    from mlflow import MlflowClient
+
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        if not create:
+            # MLflow would make an empty store, unseen by the driver.
+            raise FileNotFoundError(2, f"no {path} on this machine; on a cluster set tracking.uri to an MLflow server")
+        _make_sqlite(path)
+    return MlflowClient(uri)
+
+
+def _make_sqlite(path: Path) -> None:
+    """Make a SQLite store at once or not at all: writers that meet while the tables are made break each other."""
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            pass  # another run was faster
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """Id of the experiment, made if need be; artifacts of a local store lie beside its file."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        path = sqlite_path(uri)
+        try:
+            return client.create_experiment(name, artifact_location=str(path.parent / "mlartifacts") if path else None)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another run was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"experiment '{name}' was deleted; restore it or set tracking.experiment to another name")
+    return str(found.experiment_id)
+
+
+def find_or_create_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], started: int) -> str:
+    """Id of the run with the key in `tags`; a new one begun at `started` (ms) where there is none.
+
+    An earlier call may have created it without an answer, and MLflow's own repetition of a slow request may have done
+    so twice: the further ones are empty, and deleted.
+    """
+    where = f"tags.`{KEY}` = '{tags[KEY]}'"
+    found = sorted(client.search_runs([experiment], where), key=lambda run: (-len(run.data.metrics), run.info.run_id))
+    if not found:
+        created = client.create_run(experiment, start_time=started, tags=dict(tags), run_name=name)
+        found = [created, *(r for r in client.search_runs([experiment], where) if r.info.run_id != created.info.run_id)]
+    for stray in found[1:]:
+        client.delete_run(stray.info.run_id)
+    return str(found[0].info.run_id)
+
+
+def check_run(client: MlflowClient, run_id: str) -> Run:
+    """The run. Raises RunGone unless the store has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise RunGone(run_id, deleted=False) from None
+    if run.info.lifecycle_stage != "active":
+        raise RunGone(run_id, deleted=True)
+    return run
+
+
+def reopen_run(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Go on with a run. Raises RunGone."""
+    from mlflow.entities import RunTag
+
+    check_run(client, run_id)
+    client.update_run(run_id, status="RUNNING")
+    client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
+
+
+def end_run(client: MlflowClient, run_id: str, status: str, at: int, *, force: bool) -> None:
+    """End a run at a time (ms); without `force` only one that has not ended. Raises RunGone."""
+    if check_run(client, run_id).info.status == "RUNNING" or force:
+        client.set_terminated(run_id, status, end_time=at)
+
+
+def log_values(client: MlflowClient, run_id: str, values: Sequence[Value]) -> None:
+    """Store up to 1000 values. One that is there with the same name, step, time and value is not stored again."""
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(*value) for value in values], synchronous=True)
+
+
+def not_stored(client: MlflowClient, run_id: str, values: Sequence[Value]) -> Sequence[Value]:
+    """What is left of values whose sending may have been cut off.
+
+    MLflow stores a batch whole or not at all, and batches come in order: all up to the last one that it shows as a
+    metric's newest is there. Storing them again would do no harm, but MLflow looks through the whole run for each value
+    that it has (25 ms a value in a SQLite store of 200,000).
+    """
+    newest = {
+        (m.key, m.value, m.timestamp, m.step) for m in getattr(check_run(client, run_id).data, "_metric_objs", ())
+    }
+    known = [index for index, value in enumerate(values) if value in newest]
+    return values[known[-1] + 1 :] if known else values
+
+
+def log_file(client: MlflowClient, run_id: str, source: Path, into: str | None) -> None:
+    """Store a file, or a folder with all that is in it, in the artifact folder `into`."""
+    if source.is_dir():
+        client.log_artifacts(run_id, str(source), into)
+    else:
+        client.log_artifact(run_id, str(source), into)
+
+
+def system_monitors() -> list[Any]:
+    """MLflow's probes of this machine; the GPU's only where there is one."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    for kind in (GPUMonitor, ROCMMonitor):
+        try:
+            monitors.append(kind())
+            break
+        except Exception:  # each has errors of its own for a machine without one
+            continue
+    return monitors
+
+
+def log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
+    """Log parameters; MLflow does not let them change, so what a resumed run has otherwise becomes a tag."""
+    from mlflow.entities import Param
+
+    values = {clean_key(key): _shortened(value) for key, value in params.items()}
+    known = client.get_run(run_id).data.params
+    changed = {key: value for key, value in values.items() if known.get(key, value) != value}
+    new = [Param(key, value) for key, value in values.items() if key not in known]
+    for start in range(0, len(new), _PARAMS_IN_BATCH):
+        client.log_batch(run_id, params=new[start : start + _PARAMS_IN_BATCH], synchronous=True)
+    if changed:
+        client.set_tag(run_id, "wavemim.resumed_with", json.dumps(changed))
+
+
+def running_children(client: MlflowClient, experiment: str, parent_run_id: str) -> Iterator[Any]:
+    """Runs nested in a run that have not ended."""
+    where = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'"
+    found: list[Any] = []  # all of them first: ending runs moves the pages
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment], where, page_token=token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            yield from found
+            return
+
+
+def absolute_uri(uri: str) -> str:
+    """A store URI that means the same in every working folder."""
+    if uri in ("databricks", "databricks-uc", "uc"):
+        return uri
+    for prefix in ("sqlite:///", "file://", "file:"):
+        rest = uri.removeprefix(prefix)
+        if rest != uri:
+            place, mark, query = rest.partition("?")
+            in_memory = prefix == "sqlite:///" and place in ("", ":memory:")
+            return uri if in_memory else f"{prefix}{os.path.abspath(os.path.expanduser(place))}{mark}{query}"
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite store."""
+    place = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(place) if uri.startswith("sqlite:///") and place not in ("", ":memory:") else None
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be shown and stored."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def clean_key(name: str) -> str:
+    """A name with what MLflow does not allow in one replaced."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def _shortened(value: str) -> str:
+    return value if len(value) <= _LONGEST_PARAM else value[: _LONGEST_PARAM - 1] + "…"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, and so on."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def refused(error: Exception) -> bool:
+    """Whether the store is there, and does not take what it was given."""
+    if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
+        return False
+    code = getattr(error, "error_code", "")
+    return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether there was no answer at all; not, for example, an answer that the place for files has no room."""
+    return any(
+        isinstance(link, ConnectionError | TimeoutError) or type(link).__module__.startswith(("requests", "urllib3"))
+        for link in _chain(error)
+    )
+
+
+def reason(error: Exception) -> str:
+    """The innermost system error in a few words, else the first line of the error itself."""
+    words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
+    text = str(words[-1] if words else error).strip()
+    if "timed out" in text:  # else half a page of connection pools
+        return "timed out"
+    line = text.splitlines()[0] if text else type(error).__name__
+    return without_password(line if len(line) <= 200 else line[:199] + "…")
