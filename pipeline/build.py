@@ -172,8 +172,24 @@ def check_model(recipe: Recipe) -> None:
     given = recipe.encoder.pretrained
     if isinstance(given, str) and not Path(given).exists():
         raise SettingError(f"encoder.pretrained={given}: no such folder or file; true stands for timm's own weights")
+    if isinstance(given, str):  # read here, before anything is started
+        build_encoder(recipe, start=True)
     with torch.device("meta"):
-        build_blank_model(recipe)
+        model = build_blank_model(recipe)
+        _check_forward(recipe, model)
+
+
+def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:
+    """Run the encoder once in training: options that timm takes and its layers do not are found here."""
+    channels, size = recipe.data.channels, recipe.encoder.image_size
+    mask = torch.zeros(2, model.encoder.grid**2, dtype=torch.bool)
+    try:
+        model.train().predict(torch.zeros(2, channels, size, size), mask)
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError, AttributeError) as error:
+        raise SettingError(
+            f"encoder.name={recipe.encoder.name} with encoder.options={recipe.encoder.options} cannot train on images of "
+            f"{channels}×{size}×{size}: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 def build_blank_model(recipe: Recipe) -> MaskedImageModel:
@@ -191,6 +207,11 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
         raise SettingError(
             f"encoder.image_size={recipe.encoder.image_size}: {shards.url} stores images of {shards.image_size} pixels "
             f"in {shards.levels} levels; allowed are multiples of {unit} up to {shards.image_size}"
+        )
+    if recipe.data.channels != shards.layout.channels:
+        raise SettingError(
+            f"data.channels={recipe.data.channels}: {shards.url} stores images of {shards.layout.channels} channels; "
+            f"set data.channels={shards.layout.channels}"
         )
     deepest = max(recipe.target.taps)
     if recipe.target.kind == "wavelet" and deepest > shards.levels:

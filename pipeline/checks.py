@@ -31,6 +31,10 @@ def check_together(recipe: Recipe) -> None:
         raise SettingError(
             f"decoder.width={recipe.decoder.width}: has to be a multiple of 4 and of decoder.heads={recipe.decoder.heads}"
         )
+    if recipe.decoder.attention == "cross" and recipe.decoder.depth == 0:
+        raise SettingError(
+            "decoder.attention=cross: a linear decoder (decoder.depth=0) has no attention; set decoder.depth=1"
+        )
     if recipe.decoder.shared and recipe.decoder.depth == 0:
         raise SettingError("decoder.shared=true: a linear decoder (decoder.depth=0) has no blocks to share")
     _check_train(recipe.train)
@@ -103,6 +107,8 @@ def _check_mask(recipe: Recipe) -> None:
             )
         return
     patch = _patch(encoder)
+    if patch is None and _has_patches(encoder):
+        return  # timm knows the patch: the masks are checked with the model
     token = patch or 4
     unit = mask.unit or (patch if patch and mask.kind != "block" else 32)
     if unit % token or encoder.image_size % unit:

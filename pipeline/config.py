@@ -154,6 +154,10 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     if _is_text(key.strip()) and text.strip() not in ("", "null"):
         _set(settings, key.strip(), text.strip())  # name=007, images=2024: a text stays as it was typed
         return
+    if re.search(
+        r"[{,]\s*\w+:[^\s/]", text
+    ):  # YAML would read 3:6 as a number of base 60, and reg_tokens:4 as one name
+        raise SettingError(f"{override}: write a space after each colon, for example {{3: 6, 4: 8}}")
     try:
         value = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError:

@@ -35,6 +35,16 @@ def _steps(value: Any) -> Any:
     return tuple(numbers)
 
 
+def _options(value: Any) -> Any:
+    """Arguments of timm's by name; YAML's 1e-5 is a number, and a null would be dropped by timm without a word."""
+    if not isinstance(value, dict):
+        return value
+    for key, inner in value.items():
+        if inner is None:
+            raise ValueError(f"{key} has no value; give it one after a colon and a space, such as {{reg_tokens: 4}}")
+    return {key: number_like(inner) if isinstance(inner, str) else inner for key, inner in value.items()}
+
+
 Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_steps)]
 
 
@@ -91,10 +101,10 @@ class Encoder(Section):
         description="visible: hidden patches are dropped (ViT alone); masked: they are replaced by a learned token; "
         "auto: visible for a ViT, masked for others",
     )
-    pretrained: bool | str = Field(
+    pretrained: Annotated[bool | str, BeforeValidator(lambda value: False if value is None else value)] = Field(
         False, description="start from timm's weights of this name (true), from a timm folder or a .safetensors file"
     )
-    options: dict[str, Any] = Field(
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
         {}, description="further arguments of the timm model, such as {reg_tokens: 4} or {window_size: 6}"
     )
 
@@ -125,8 +135,8 @@ class Target(Section):
         "stored", description="wavelet: coefficients of the shards, or computed again from the images, on the device"
     )
     bins: Literal[9, 18] = Field(9, description="hog: 9 orientations without sign, or 18 with")
-    gamma: float = Field(1.0, gt=0, description="fourier: power of the distance between spectra")
-    focal: float = Field(0.0, ge=0, description="fourier: power of the weight of large errors; 0: none")
+    gamma: float = Field(1.0, gt=0, le=4, description="fourier: power of the distance between spectra")
+    focal: float = Field(0.0, ge=0, le=4, description="fourier: power of the weight of large errors; 0: none")
 
 
 class Decoder(Section):
@@ -184,7 +194,7 @@ class Train(Section):
         "window",
         description="window: aligned windows of the stored coefficients; rrc: RandomResizedCrop on the device",
     )
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = Field(
+    crop_scale: tuple[Annotated[float, Field(ge=0.01, le=1)], Annotated[float, Field(ge=0.01, le=1)]] = Field(
         (0.2, 1.0), description="rrc: smallest and largest share of the image's area"
     )
     flip: bool = Field(True, description="mirror images at random")
@@ -201,8 +211,19 @@ class Train(Section):
         20, description="steps in a row with a gradient that is not finite, each left out, before training ends"
     )
     checkpoint_every: float = Field(1, gt=0, description="epochs between checkpoints")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        30, description="minutes after a checkpoint that the next one is written at the latest; null: any"
+    )
     keep_checkpoints: Positive = Field(2, description="checkpoints kept")
+    keep_best: Annotated[str, Field(pattern="^(train|eval)/")] | None = Field(
+        None,
+        description="metric by which one more checkpoint is kept, such as train/loss: the lowest, of eval/… the highest",
+    )
     log_every: Positive = Field(20, description="steps between logged metrics")
+    progress_seconds: float = Field(30, gt=0, description="seconds between lines of progress where no terminal is")
+    monitor_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        10, description="least minutes between pictures and probes while training; null: none"
+    )
 
 
 class Evaluate(Section):
@@ -258,7 +279,10 @@ class Recipe(Section):
     )
     checkpoint: str | None = Field(None, description="checkpoint to use; null: the run's own last one")
     restart: bool = Field(False, description="throw away what an earlier call wrote to the same place")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    force: bool = Field(
+        False, description="pretrain: go on from the last checkpoint with another train.lr, train.epochs and the like"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     data: Data = Data()  # type: ignore[call-arg]
     encoder: Encoder = Encoder()  # type: ignore[call-arg]
     target: Target = Target()  # type: ignore[call-arg]
@@ -322,18 +346,34 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
 }
 _OPERATIONAL = {
     "train": {
+        "workers",
         "checkpoint_every",
+        "checkpoint_minutes",
         "keep_checkpoints",
+        "keep_best",
         "log_every",
         "reader_threads",
         "compile",
         "recompute",
         "max_skipped",
+        "progress_seconds",
+        "monitor_minutes",
     },
     "data": {"max_rejected"},
     "tune": {"concurrent"},
     "evaluate": {"batch"},
 }
+
+
+# Of pretraining: what a run can be gone on with under another value (force=true). Its model and the order of its data
+# stay what they are.
+CHANGEABLE = frozenset(
+    {
+        *("train.epochs", "train.lr", "train.min_lr_share", "train.warmup_epochs", "train.weight_decay", "train.betas"),
+        *("train.clip_grad", "train.accumulate", "train.precision", "train.flip", "train.crop_scale"),
+        *("mask.ratio", "target.weights"),
+    }
+)
 
 
 def identity(recipe: Recipe, stage: str) -> dict[str, Any]:

@@ -60,8 +60,11 @@ class Watch:
         self.ring[len(self.steps)] = torch.cat((losses, grad_norm[None]))
         self.steps.append(Seen(step, epoch, rows))
 
-    def look(self, lr: float) -> Report:
-        """Bring the ring to the host and judge it. Every worker has to call it. Raises BlowUpError."""
+    def look(self, lr: float, ended_after: int | None = None) -> Report:
+        """Bring the ring to the host and judge it. Every worker has to call it. Raises BlowUpError.
+
+        `ended_after`: steps of the whole training, at its end: one that only left out steps has failed too.
+        """
         values = self.ring[: len(self.steps)]
         if self.world > 1:
             values = values.clone()
@@ -80,6 +83,10 @@ class Watch:
             if (spike := self._spike(sum(losses))) is not None:
                 report.spikes.append({"step": seen.step, "times": spike, "rows": seen.rows.tolist()})
         self.skipped += report.skipped
+        if self.skipped and ended_after == self.skipped:
+            raise BlowUpError(
+                self._words(self.steps[-1], values.tolist()[-1][:-1], values.tolist()[-1][-1], lr), self.row
+            )
         self.steps = []
         return report
 

@@ -63,6 +63,11 @@ MISTAKES = [
     ("train.crop_scale=[0.9, 0.5]", "train.crop_scale=[0.9, 0.5]: the first value has to be the smaller one"),
     ("train.clip_grad=0", "train.clip_grad=0: input should be greater than 0"),
     ("encoder.options=3", "encoder.options=3: input should be a valid dictionary"),
+    ("encoder.options={reg_tokens:4}", "write a space after each colon"),
+    ("target.taps={3:6,4:9}", "target.taps={3:6,4:9}: write a space after each colon, for example {3: 6, 4: 8}"),
+    ("encoder.options={reg_tokens: null}", "reg_tokens has no value"),
+    ("seed=99999999999999999999999", "seed=99999999999999999999999: input should be less than"),
+    ("target.focal=100", "target.focal=100: input should be less than or equal to 4"),
     ("nonsense", "'nonsense' is not a setting; write key=value"),
     ("=3", "'=3' is not a setting"),
 ]
@@ -90,6 +95,10 @@ TOGETHER = [
     (["mask.kind=frequency", "mask.radius=32"], "mask.radius=32: a spectrum of 64 pixels ends at 32 cycles"),
     (["mask.kind=block", "mask.ratio=0.1"], "mask.ratio=0.1: hides 0 of 4 blocks of 32 pixels"),
     (["decoder.shared=true", "decoder.depth=0", "encoder.sees=masked"], "has no blocks to share"),
+    (
+        ["decoder.depth=0", "decoder.attention=cross", "encoder.sees=masked"],
+        "a linear decoder (decoder.depth=0) has no",
+    ),
     (["target.weights={3: 0, 4: 0}"], "target.weights: every level weighs 0"),
 ]
 
@@ -105,6 +114,11 @@ def test_options_of_the_encoder_are_open_and_null_is_no_clipping():
     recipe = load("small", ["encoder.options.reg_tokens=4", "encoder.options.qk_norm=true", "train.clip_grad=null"])
     assert recipe.encoder.options == {"reg_tokens": 4, "qk_norm": True}
     assert recipe.train.clip_grad is None
+    assert load("small", ["encoder.options={init_values: 1e-5}"]).encoder.options == {"init_values": 1e-5}
+    assert load("small", ["encoder.pretrained=null"]).encoder.pretrained is False
+    dino = ["encoder.name=vit_small_patch14_dinov2", "encoder.patch_size=null", "data.image_size=112"]
+    dino += ["encoder.image_size=112", "target.kind=pixels", "target.taps={0: 8}"]
+    assert load("small", dino).encoder.patch_size is None  # its masks are checked with the model
     assert load("small", ["target.kind=pixels", "target.taps={0: 8}"]).bands_by_level() == {0: ""}
     assert load("small", ["encoder.pretrained=true"]).encoder.pretrained is True
     assert load("small", ["encoder.pretrained=some/folder"]).encoder.pretrained == str(Path.cwd() / "some/folder")
@@ -193,6 +207,7 @@ def test_identity_tells_what_is_computed_from_how():
     base = load("small")
     for change in (
         {"train.keep_checkpoints": 1},
+        {"train.workers": 1},
         {"train.log_every": 3},
         {"cluster.cpus_per_worker": 2},
         {"out": "elsewhere"},
@@ -203,7 +218,6 @@ def test_identity_tells_what_is_computed_from_how():
         {"mask.ratio": 0.5},
         {"seed": 1},
         {"target.weights.3": 2.0},
-        {"train.workers": 1},
     ):
         changed = identity(with_overrides(base, change), "pretrain")
         assert len(differences(identity(base, "pretrain"), changed)) == 1, change

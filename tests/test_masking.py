@@ -247,17 +247,19 @@ def test_blocks_are_hidden_uniformly():
 @pytest.mark.parametrize("unit", [1, 2])
 def test_the_sign_of_the_strength_says_where_the_detail_goes(unit):
     images = patchy(32)
-    pyramid, energy = decompose(images, 5), deviations(images, 8)
+    blocks = 8 // unit  # what is weighed is the energy of a block, of all levels as coarse as it
+    pyramid, energy = decompose(images, 5), deviations(images, blocks)
 
     def hidden_energy(kind, strength=0.0):
-        mask = Masking(kind, 0.5, 8, unit, strength)(torch.arange(32), pyramid, seed=0, epoch=0).numpy()
-        return (energy * mask).sum() / energy.sum()
+        mask = Masking(kind, 0.5, 8, unit, strength)(torch.arange(32), pyramid, seed=0, epoch=0)
+        return (energy * share_at(mask, 8, blocks).numpy()).sum() / energy.sum()
 
     shares = [hidden_energy("energy", strength) for strength in (-4, -1, 0, 1, 4)]
     assert shares == sorted(shares) and shares[2] == hidden_energy("random")
-    most = np.sort(energy, 1)[:, 32:].sum() / energy.sum()  # no mask of half of the cells hides more
+    most = np.sort(energy, 1)[:, blocks**2 // 2 :].sum() / energy.sum()  # no mask of half of the cells hides more
     assert abs(shares[2] - 0.5) < 0.03
-    assert 1 - most < shares[0] < 0.32 and shares[1] < 0.4 and shares[3] > 0.6 and 0.68 < shares[4] < most
+    gained = [(share - 0.5) / (most - 0.5) for share in shares]  # of what a mask could gain
+    assert -1 < gained[0] < -0.5 and gained[1] < -0.2 and gained[3] > 0.2 and 0.5 < gained[4] < 1
 
 
 def test_flat_images_are_masked_at_random():

@@ -168,11 +168,11 @@ def test_the_average_is_a_literal_one():
     images = photos(4)
     step = make_step(images, ema=0.9)
     weights = step.model.encoder.model.blocks[0].mlp.fc1.weight
-    expected = None
+    expected = weights.detach().double().clone()
     for number in range(4):
         step(stored(images), torch.arange(4), torch.ones(4), 4.0, epoch=0, step=number)
         now = weights.detach().double()
-        expected = now.clone() if expected is None else 0.9 * expected + 0.1 * now
+        expected = 0.9 * expected + 0.1 * now
     found = step.averaged.module.encoder.model.blocks[0].mlp.fc1.weight.double()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert not torch.equal(found, weights.double())

@@ -12,6 +12,7 @@ KINDS = {
     "partial cross-attention": {"decoder": DecoderSettings(16, 1, 2, attention="cross", predict=0.4)},
     "partial self-attention": {"decoder": DecoderSettings(16, 1, 2, predict=0.4)},
     "shared, learned weights": {"decoder": DecoderSettings(16, 2, 2, shared=True), "weighting": "learned"},
+    "an average of weights": {"ema": 0.99},
     "masked tokens, linear": {"sees": "masked", "decoder": DecoderSettings(16, 0, 2)},
 }
 
@@ -41,6 +42,8 @@ def test_a_step_never_waits_for_a_value(kind):
     with NoHostSync():
         losses = step.backward(stored(images), torch.arange(4), torch.ones(4), 4.0, epoch=0, progress=0.3)
         torch.nn.utils.clip_grad_norm_(step.model.parameters(), step.clip_grad)
+        if step.averaged is not None:
+            step.averaged.update(step.model)
     assert losses.shape == (len(TAPS),)
 
 

@@ -6,12 +6,15 @@ import torch
 from tiny_images import SIZE, TOKEN, assert_float32_and_whole_graph, images_of, normalised_of, statistics_of
 
 from wavemim.frequencies import corrupt, hidden_frequencies
+from wavemim.masking import share_at
 from wavemim.targets import FourierTarget, PixelTarget, Tap
 from wavemim.targets.base import from_positions
 
 ONE = [Tap(0, 1)]
 FOUR = [Tap(1, 1), Tap(2, 1), Tap(3, 2), Tap(4, 3)]
 GRID = SIZE // TOKEN
+
+WHOLE = torch.ones(1, 16, dtype=torch.bool)  # everything is hidden
 
 
 def make(images, taps=ONE, **kwargs):
@@ -201,10 +204,10 @@ def test_pictures_of_the_truth_add_up_to_the_images(normalise):
     images = images_of()
     inputs = normalised_of(images)
     one, four = make(images, normalise=normalise), make(images, FOUR, normalise=normalise)
-    np.testing.assert_allclose(one.picture(0, one(inputs, {})[0], inputs, {}), images, atol=0.01)
+    np.testing.assert_allclose(one.picture(0, one(inputs, {})[0], inputs, {}, WHOLE), images, atol=0.01)
     truth = four(inputs, {})
     mean = images.mean((0, 2, 3))[:, None, None]
-    parts = [four.picture(level, truth[level], inputs, {}).numpy() - mean for level in truth]
+    parts = [four.picture(level, truth[level], inputs, {}, WHOLE).numpy() - mean for level in truth]
     np.testing.assert_allclose(sum(parts) + mean, images, atol=0.02)
     for part, tap in zip(parts, FOUR, strict=True):
         spectrum = np.abs(np.fft.fft2(part))
@@ -218,12 +221,21 @@ def test_rebuilt_images_keep_what_is_visible():
     whole = torch.ones(3, GRID**2, dtype=torch.bool)
     everything = target.rebuild(predictions, inputs, {}, whole).numpy()
     mean = images.mean((0, 2, 3))[:, None, None]
-    parts = [target.picture(level, predictions[level], inputs, {}).numpy() - mean for level in predictions]
+    parts = [target.picture(level, predictions[level], inputs, {}, WHOLE).numpy() - mean for level in predictions]
     np.testing.assert_allclose(everything, sum(parts) + mean, atol=0.02)
     mask = torch.rand(3, GRID**2) < 0.5
-    at = mask.reshape(3, GRID, GRID).numpy().repeat(TOKEN, 1).repeat(TOKEN, 2)[:, None]
+    at = mask.reshape(3, 1, GRID, GRID).repeat_interleave(TOKEN, 2).repeat_interleave(TOKEN, 3)
     rebuilt = target.rebuild(predictions, inputs, {}, mask).numpy()
-    np.testing.assert_allclose(rebuilt, np.where(at, everything, images), atol=0.02)
+    visible = np.broadcast_to(~at.numpy(), images.shape)
+    np.testing.assert_allclose(rebuilt[visible], images[visible], atol=0.02)
+    # Predictions that are right where they are asked for give the image, whatever they are elsewhere: as in the error.
+    right = {}
+    for level, true in target(inputs, {}).items():
+        hidden = share_at(mask, GRID, target.positions(level))[:, :, None]
+        right[level] = torch.where(hidden > 0, true, torch.randn_like(true))
+        assert target.error(level, right[level], true, hidden[:, :, 0]).max() < 1e-4
+    if all(target.positions(level) >= GRID for level in right):
+        np.testing.assert_allclose(target.rebuild(right, inputs, {}, mask), images, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from wavemim.targets.hog import EPSILON
 
 TAPS = [Tap(2, 1), Tap(3, 2), Tap(4, 3)]
 
+WHOLE = torch.ones(1, 16, dtype=torch.bool)  # everything is hidden
+
 
 def make(images, taps=TAPS, **kwargs):
     sizes = {tap.level: TOKEN for tap in taps}
@@ -120,7 +122,7 @@ def test_pictures_draw_strokes_along_edges():
     inputs = normalised_of(images)
     for normalise in ("patch", "dataset"):
         target = make(images, [Tap(3, 1)], normalise=normalise, bins=36)
-        picture = target.picture(3, target(inputs, {})[3], inputs, {})
+        picture = target.picture(3, target(inputs, {})[3], inputs, {}, WHOLE)
         assert picture.shape == (1, 1, 64, 64) and picture.min() >= 0 and picture.max() <= 255
         lit = picture[0, 0, 16:32] > 100
         assert not lit[:, :32].any() and not lit[:, 48:].any()

@@ -7,6 +7,7 @@ import torch
 from tiny import LEVELS, PATCH, SIZE, STEPS, TAPS, photos, statistics, stored
 
 from wavemim.inputs import Inputs
+from wavemim.masking import random_mask, share_at
 from wavemim.targets import Tap, WaveletTarget
 
 TOKENS = {tap.level: PATCH for tap in TAPS}
@@ -59,6 +60,24 @@ def test_coefficients_undo_the_target(normalise):
             for index, band in enumerate(tap.bands):
                 expected = coefficients(images[2, c], tap.level, band)
                 np.testing.assert_allclose(back[tap.level][2, c, index].numpy(), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("bands", ["AHVD", "HVD"])
+def test_a_rebuilt_image_is_the_inputs_where_it_is_visible_and_knows_nothing_of_what_is_hidden(bands):
+    images = photos(3)
+    stats = statistics(images)
+    taps = [Tap(2, 2, "HVD"), Tap(3, 3, bands)]  # a cell of level 3 is four tokens, partly hidden
+    target = WaveletTarget(taps, stats, image_size=SIZE, token_sizes={2: PATCH, 3: PATCH})
+    inputs = Inputs(STEPS, stats)
+    mask = random_mask(torch.arange(3), SIZE // PATCH, 0.6, seed=0, epoch=0)
+    hidden = share_at(mask, SIZE // PATCH, SIZE).reshape(3, 1, SIZE, SIZE).bool().expand(-1, 3, -1, -1).numpy()
+    other = np.where(hidden, 255 - images, images)
+    normalised, pyramid = inputs(stored(images))
+    predictions = {level: torch.randn_like(values) for level, values in target(normalised, pyramid).items()}
+    rebuilt = target.rebuild(predictions, normalised, pyramid, mask).numpy()
+    np.testing.assert_allclose(rebuilt[~hidden], images[~hidden], atol=1e-3)
+    again = target.rebuild(predictions, *inputs(stored(other)), mask).numpy()
+    np.testing.assert_allclose(again, rebuilt, atol=1e-2)
 
 
 def test_standardised_targets_have_zero_mean_and_unit_deviation():

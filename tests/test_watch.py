@@ -45,6 +45,16 @@ def test_a_row_of_them_ends_the_run_and_a_good_step_ends_the_row():
     assert caught.value.steps[0]["rows"] == [40, 41, 42, 43]
 
 
+def test_a_training_of_nothing_but_left_out_steps_has_failed():
+    watch = watch_of()
+    feed(watch, [BAD, BAD])
+    with pytest.raises(BlowUpError, match="2 steps in a row changed nothing"):
+        watch.look(0.1, ended_after=2)
+    watch = watch_of()
+    feed(watch, [GOOD, BAD])
+    assert watch.look(0.1, ended_after=2).skipped == 1
+
+
 def test_a_gradient_alone_is_named():
     watch = watch_of(max_skipped=1)
     feed(watch, [([0.5, 0.5], float("inf"))] * 2)

@@ -72,7 +72,7 @@ def create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     """``timm.create_model(name, **arguments)``; ValueError in one line where timm cannot build it."""
     try:
         return timm.create_model(name, **arguments)
-    except (TypeError, AssertionError, RuntimeError, ValueError, ZeroDivisionError, KeyError) as error:
+    except (TypeError, AssertionError, RuntimeError, ValueError, ZeroDivisionError, KeyError, AttributeError) as error:
         raise ValueError(f"timm cannot build '{name}' with {dict(arguments)}: {one_line(error)}") from error
 
 

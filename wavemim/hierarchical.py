@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
@@ -54,8 +55,7 @@ class HierarchicalEncoder(Encoder):
         check_name(name)
         check_options(options, SETTLED)
         if sees not in get_args(HierarchicalSees):
-            allowed = " or ".join(get_args(HierarchicalSees))
-            raise ValueError(f"encoder.sees={sees!r}: '{name}' takes {allowed}; only plain ViTs drop hidden tokens")
+            raise ValueError(f"encoder.sees={sees!r}: only plain ViTs drop hidden tokens; '{name}' takes masked")
         self.name, self.image_size = name, image_size
         self.depth, self.cell, self.drops, self.prefix = len(REDUCTIONS), REDUCTIONS[0], False, 0
         self.default_unit = REDUCTIONS[-1]
@@ -65,6 +65,10 @@ class HierarchicalEncoder(Encoder):
         plan = _plan(name, image_size, {"in_chans": channels, "num_classes": 0, **options})
         self.arguments, self._plan = dict(plan.arguments), plan
         self.model = create(name, self.arguments)
+        if "drop_path_rate" not in options:  # Swin's default in timm is for fine-tuning
+            for module in self.model.modules():
+                if isinstance(module, DropPath):
+                    module.drop_prob = 0.0
         fill(self.model, name, self.arguments, pretrained)
         for key, parameter in self.model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and key in plan.used)

@@ -135,10 +135,13 @@ class Masking:
             return torch.ones(rows.shape[0], self.grid**2, dtype=torch.bool, device=rows.device)
         if self.kind != "energy":
             return random_mask(rows, self.grid, self.ratio, seed=seed, epoch=epoch, unit=self.unit)
-        used = [pyramid[level] for level in _levels_within(pyramid, self.grid)]
+        blocks = self.grid // self.unit
+        used = [pyramid[level] for level in _levels_within(pyramid, blocks)]
         coefficients = sum(len(DETAILS) * v.shape[1] * v.shape[3] * v.shape[4] for v in used) / self.grid**2
+        energy = detail_energy(pyramid, blocks)  # of levels as coarse as a block: spread evenly over its cells
+        energy = energy.reshape(-1, blocks, 1, blocks, 1).expand(-1, -1, self.unit, -1, self.unit) / self.unit**2
         return energy_mask(
-            detail_energy(pyramid, self.grid),
+            energy.reshape(-1, self.grid**2),
             rows,
             self.grid,
             self.ratio,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token", "log_variance")
 
@@ -16,13 +17,36 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW without decay on norms, biases, tokens and positions; fused, so that a step can be left out on the device."""
     exempt = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_DECAY]
+    for prefix, module in model.named_modules():  # what timm's models except, such as Swin's position tables
+        names = module.no_weight_decay() if hasattr(module, "no_weight_decay") else ()
+        exempt += [f"{prefix}.{name}" for name in names]
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the model's weights; buffers are those of the model."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+def make_average(model: nn.Module, decay: float) -> Average:
+    """An exponential moving average of the model's weights, from where it begins."""
+    return Average(model, decay)
+
+
+class Average(nn.Module):
+    """Weights that follow those of a model; buffers are the model's own.
+
+    torch's AveragedModel keeps a counter that it reads on the host in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module, self.decay = copy.deepcopy(model).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One step: average · decay + weights · (1 - decay)."""
+        mine: list[torch.Tensor] = list(self.module.parameters())
+        theirs: list[torch.Tensor] = list(model.parameters())
+        torch._foreach_lerp_(mine, theirs, 1 - self.decay)
+        for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(other)
 
 
 def make_schedule(

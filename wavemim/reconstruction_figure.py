@@ -124,7 +124,9 @@ def _compare_level(
 ) -> LevelComparison:
     share = share_at(view.mask, grid, target.positions(level))
     loss = target.error(level, prediction, truth, share, None, view.spectrum)
-    true, predicted = (target.picture(level, vectors, view.images, view.pyramid) for vectors in (truth, prediction))
+    true, predicted = (
+        target.picture(level, vectors, view.images, view.pyramid, view.mask) for vectors in (truth, prediction)
+    )
     if isinstance(target, FourierTarget):
         error = _spectral_error(target, level, prediction, truth, share, view.spectrum)
         true, predicted = _asked_frequencies(target, level, true, predicted, view.spectrum)

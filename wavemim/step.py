@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from wavemim.inputs import Crop
 from wavemim.model import MaskedImageModel
+from wavemim.optim import Average
 from wavemim.views import Views
 
 
@@ -32,6 +33,15 @@ class Part:
     rows: torch.Tensor
     weight: torch.Tensor
     crop: Crop | None
+
+    def without_filling(self) -> Part:
+        """Only rows that count (two at least): others would go into the statistics of batch norm. On the host."""
+        kept = self.weight.nonzero().flatten()
+        if len(kept) == len(self.weight):
+            return self
+        kept = kept if len(kept) > 1 else torch.arange(min(2, len(self.weight)))
+        crop = self.crop and Crop(self.crop.corners[kept], self.crop.mirrored[kept], self.crop.size)
+        return Part({level: v[kept] for level, v in self.stored.items()}, self.rows[kept], self.weight[kept], crop)
 
 
 class TrainStep:
@@ -53,9 +63,10 @@ class TrainStep:
         clip_grad: float | None,
         precision: torch.dtype,
         accumulate: int = 1,
-        averaged: AveragedModel | None = None,
+        averaged: Average | None = None,
         wrapped: nn.Module | None = None,
         world: int = 1,
+        rank: int = 0,
     ) -> None:
         """`wrapped` is the model behind DDP or torch.compile; `schedule` has timm's ``step_update``.
 
@@ -68,7 +79,8 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.seed, self.total_steps = seed, total_steps
         self.clip_grad = clip_grad if clip_grad is not None else float("inf")
-        self.precision, self.world = precision, world
+        self.precision, self.world, self.rank = precision, world, rank
+        self.mixes_images = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
     def backward(
         self,
@@ -82,7 +94,10 @@ class TrainStep:
     ) -> torch.Tensor:
         """Gradients of the weighted loss; gives the losses (T,). `weight` (B,) counts images, `total` over all workers."""
         losses = torch.zeros(len(self.model.levels), device=self.device)
-        parts = list(_parts(Part(dict(stored), rows, weight, crop), self.accumulate))
+        whole = Part(dict(stored), rows, weight, crop)
+        if self.mixes_images:
+            whole = whole.without_filling()
+        parts = list(_parts(whole, self.accumulate))
         for number, part in enumerate(parts, 1):
             with contextlib.nullcontext() if number == len(parts) else self._apart():
                 losses += self._backward(part, total, epoch, progress)
@@ -117,6 +132,8 @@ class TrainStep:
         crop: Crop | None = None,
     ) -> StepResult:
         """Do step number `step` (from 0). `crop`: the windows to cut, where `stored` holds whole images."""
+        # What is still drawn as it goes, such as drop path, follows from the step too: a resumed run draws the same.
+        torch.manual_seed(zlib.crc32(f"{self.seed} {step} {self.rank}".encode()))
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         losses = self.backward(stored, rows, weight, total, epoch, self.progress(step), crop)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -124,7 +141,7 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            self.averaged.update(self.model)
         return StepResult(losses, grad_norm.detach())
 
     def progress(self, step: int) -> float:

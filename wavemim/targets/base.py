@@ -126,11 +126,17 @@ class Target(nn.Module):
             return (error * share).sum(1) / share.sum(1)
 
     def picture(
-        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+        self,
+        level: int,
+        vectors: torch.Tensor,
+        images: torch.Tensor,
+        pyramid: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         """What `vectors` (B, P², D), true or predicted, show of `images`: (B, C or 1, h, w) in about [0, 255].
 
-        Scales that are no part of the vectors (normalise="patch") are taken from the true image.
+        Scales that are no part of the vectors (normalise="patch") are taken from the true image. `mask` (B, N) says
+        where they were asked for: to a target that does not compare position by position this matters.
         """
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from wavemim.frequencies import frequency_numbers
+from wavemim.masking import share_at
 from wavemim.targets.base import Normalise, Statistics, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
 
@@ -96,10 +97,15 @@ class FourierTarget(PixelTarget):
             return total / (counted.sum((1, 2, 3)) * self.channels).clamp_min(1)
 
     def picture(
-        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+        self,
+        level: int,
+        vectors: torch.Tensor,
+        images: torch.Tensor,
+        pyramid: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
     ) -> torch.Tensor:
-        """The frequencies that the tap answers for, as an image (B, C, H, W)."""
-        return self.to_pixels(self._answer(level, vectors))
+        """The frequencies that the tap answers for, as an image (B, C, H, W): of the true image completed by it."""
+        return self.to_pixels(self._answer(level, vectors, images, mask))
 
     def rebuild(
         self,
@@ -109,7 +115,11 @@ class FourierTarget(PixelTarget):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden pixels of the sum of all taps' answers. For what was hidden by frequency, a mask that hides all."""
-        answers = [self._answer(tap.level, predictions[tap.level]) for tap in self.taps if tap.level in predictions]
+        answers = [
+            self._answer(tap.level, predictions[tap.level], images, mask)
+            for tap in self.taps
+            if tap.level in predictions
+        ]
         return self.to_pixels(self._mix(torch.stack(answers).sum(0), images, mask))
 
     def _vectors(self, level: int, scaled: torch.Tensor) -> torch.Tensor:
@@ -145,9 +155,16 @@ class FourierTarget(PixelTarget):
         power = (spectral.real.square() + spectral.imag.square()) * ring
         return (power.sum((2, 3), keepdim=True) / ring.sum() + 1e-6).sqrt()
 
-    def _answer(self, level: int, vectors: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) of vectors (B, P², D), of the tap's frequencies alone."""
+    def _answer(self, level: int, vectors: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) of vectors (B, P², D), of the tap's frequencies alone.
+
+        As in the error, vectors count at hidden positions: what a tap says elsewhere is never trained.
+        """
         image = self._spectral_images(level, vectors.float()) / self.get_buffer("unit")
         if len(self.taps) == 1:
             return image
+        grid, side = round(mask.shape[1] ** 0.5), self.positions(level)
+        share = share_at(mask, grid, side).reshape(-1, 1, side, side).repeat_interleave(self.side(level), 2)
+        share = share.repeat_interleave(self.side(level), 3)
+        image = images.float() * (1 - share) + image * share
         return torch.fft.ifft2(torch.fft.fft2(image) * self.frequencies(level)).real

@@ -109,7 +109,12 @@ class HOGTarget(Target):
         return sums.unflatten(2, (self.bins, side, side)).float() / (FIXED_POINT * cell**2)
 
     def picture(
-        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+        self,
+        level: int,
+        vectors: torch.Tensor,
+        images: torch.Tensor,
+        pyramid: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         """Strokes along the edges (across the gradients) of each cell, grey (B, 1, h, w), at 16 pixels a cell or more.
 

@@ -58,7 +58,12 @@ class PixelTarget(Target):
             return {tap.level: self._vectors(tap.level, scaled) for tap in self.taps}
 
     def picture(
-        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+        self,
+        level: int,
+        vectors: torch.Tensor,
+        images: torch.Tensor,
+        pyramid: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         """The pixels (B, C, H, W); with normalise="patch" at the true mean and deviation of each cell."""
         return self.to_pixels(self._images(level, vectors, images))

@@ -95,7 +95,12 @@ class WaveletTarget(Target):
         return found
 
     def picture(
-        self, level: int, vectors: torch.Tensor, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
+        self,
+        level: int,
+        vectors: torch.Tensor,
+        images: torch.Tensor,
+        pyramid: Mapping[int, torch.Tensor],
+        mask: torch.Tensor,
     ) -> torch.Tensor:
         """What the bands of this level alone make of an image: around mid-grey, with A the image as A shows it."""
         pyramid = self.pyramid_of(images, pyramid)
@@ -121,11 +126,12 @@ class WaveletTarget(Target):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """The image of the completed pyramid: visible cells keep their own coefficients, hidden ones are predicted.
-
-        A hidden coefficient that no tap answers for is 0 (A: the mean). Partly hidden cells are mixed by their share.
-        """
-        return reconstruct(self.complete(predictions, images, pyramid, mask), self.wavelet)
+        """Hidden pixels of the completed pyramid, visible ones of the input."""
+        pixels = self.to_pixels(images)
+        side, grid = pixels.shape[-1], round(mask.shape[1] ** 0.5)
+        share = share_at(mask, grid, side).reshape(-1, 1, side, side)
+        made = reconstruct(self.complete(predictions, images, pyramid, mask), self.wavelet)
+        return pixels * (1 - share) + made * share
 
     def complete(
         self,
@@ -134,7 +140,11 @@ class WaveletTarget(Target):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> dict[int, torch.Tensor]:
-        """The pyramid, from the coarsest tap to level 1, of which `rebuild` is the image."""
+        """The pyramid from the coarsest tap to level 1, of which nothing that is hidden is part.
+
+        Cells that are wholly visible keep their own coefficients; all others, since theirs depend on hidden pixels too,
+        are predicted. A coefficient that no tap answers for is 0 there (A: that of the data set's mean).
+        """
         pyramid = self.pyramid_of(images, pyramid)
         grid = round(mask.shape[1] ** 0.5)
         predicted = self.coefficients(predictions, pyramid)
@@ -148,13 +158,13 @@ class WaveletTarget(Target):
                 names = "AHVD"
             guess = torch.zeros_like(truth)
             if names == "AHVD":
-                guess[:, :, 0] = truth[:, :, 0].mean()
+                guess[:, :, 0] = self.get_buffer("pixel_mean")[:, None, None] * 2**level
             for index, band in enumerate(names):
                 if band in bands.get(level, ""):
                     guess[:, :, index] = predicted[level][:, :, bands[level].index(band)]
             side = truth.shape[-1]
-            share = share_at(mask, grid, side).reshape(-1, 1, 1, side, side)
-            completed[level] = truth * (1 - share) + guess * share
+            hidden = share_at(mask, grid, side).reshape(-1, 1, 1, side, side) > 0
+            completed[level] = torch.where(hidden, guess, truth)
         return completed
 
     def _vectors(self, tap: Tap, pyramid: Mapping[int, torch.Tensor]) -> torch.Tensor:
