@@ -113,7 +113,7 @@ def write_shards(photos: str, out: str, rows: int, overrides: Sequence[str] = ()
             files.append({"name": name, **closed[1]})
     seconds = time.perf_counter() - began
     assert moments is not None, rows
-    _finish(folder, layout, recipe.data.rows_per_group, files, moments.statistics())
+    finish_set(folder, layout, recipe.data.rows_per_group, files, moments.statistics())
     return {"bytes_per_image": sum(entry["bytes"] for entry in files) / rows, "written_per_second": rows / seconds}
 
 
@@ -140,11 +140,13 @@ def recode_shards(shards: str, out: str, codecs: dict[str, str]) -> dict[str, fl
                     table = parquet.read_row_group(group)
                     writer.write_table(table, row_group_size=len(table))
         files.append({"name": name, "rows": rows, **file_entry(folder / name)})
-    _finish(folder, source.layout, source.rows_per_group, files, source.manifest["statistics"])
+    finish_set(folder, source.layout, source.rows_per_group, files, source.manifest["statistics"])
     return {"bytes_per_image": sum(entry["bytes"] for entry in files) / source.rows["train"]}
 
 
-def _finish(folder: Path, layout: Layout, rows_per_group: int, files: list[dict[str, Any]], statistics_: Any) -> None:
+def finish_set(
+    folder: Path, layout: Layout, rows_per_group: int, files: list[dict[str, Any]], statistics_: Any
+) -> None:
     count = sum(entry["rows"] for entry in files)
     manifest = make_manifest(
         layout,

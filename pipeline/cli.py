@@ -261,6 +261,19 @@ def _show(checkpoint: str, images: tuple[str, ...], out: str, mask_ratio: float 
     click.echo(show(checkpoint, images, out=out, mask_ratio=mask_ratio, seed=seed))
 
 
+@_group.command("replay", short_help="Look into the steps of a run that ended for gradients that are not finite.")
+@click.argument("folder")
+@click.option("--shards", metavar="FOLDER|URL", help="where the shard set is now  [default: where it was]")
+def _replay(folder: str, shards: str | None) -> None:
+    """Run the last steps of a run that blew up once more: losses per level, gradients, and the images that do it.
+
+    FOLDER is the folder blow-up that such a run leaves, or that of the run (OUT/runs/NAME). Nothing is trained.
+    """
+    from pipeline.replay import replay
+
+    replay(folder, shards=shards, say=click.echo)
+
+
 @_group.command("sync", short_help="Send to MLflow what it did not get while it was away.")
 @click.argument("run")
 @click.argument("settings", nargs=-1, metavar="[tracking.uri=URI]")

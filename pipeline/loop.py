@@ -16,8 +16,10 @@ from torch import nn
 from pipeline.batches import Batch, Reader
 from pipeline.build import build_inputs, build_model, build_views, check_shards, statistics_of
 from pipeline.config import Recipe, SettingError
+from pipeline.orders import Orders
+from pipeline.progress import memory_metric
 from pipeline.shards import ShardSet
-from pipeline.watch import Watch
+from pipeline.watch import BlowUpError, Watch
 from wavemim import checkpoint
 from wavemim.model import MaskedImageModel
 from wavemim.optim import make_average, make_optimizer, make_schedule
@@ -25,9 +27,11 @@ from wavemim.step import TrainStep
 
 _log = logging.getLogger(__name__)
 
-# (metrics, images seen): called on rank 0. (folder writer, state): called on every rank, in the same order.
+# (metrics, images seen): called on rank 0. The other two on every rank, after the same step: with what takes a checkpoint,
+# and the state or the error.
 LogHook = Callable[[dict[str, float], int], None]
-CheckpointHook = Callable[[Callable[[Path], None], dict[str, Any]], None]
+CheckpointHook = Callable[[checkpoint.Saver, dict[str, Any]], None]
+BlowUpHook = Callable[[checkpoint.Saver, BlowUpError], None]
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Position:
     streams: int = 0  # chunks of the reading order: the workers that began; 0 before the first step
     history: list[dict[str, float]] = field(default_factory=list)
     epoch_sums: list[float] = field(default_factory=list)  # of the losses of this epoch, so that a resume loses none
+    window: list[float] = field(default_factory=list)  # the same since metrics were last logged
+    skipped: int = 0  # steps left out
 
     def state(self) -> dict[str, Any]:
         """As JSON values."""
@@ -49,7 +55,7 @@ class Position:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Position:
         """From a checkpoint's state."""
-        known = {"streams": 0, **state}  # checkpoints of earlier versions do not name it
+        known = {"streams": 0, "window": [], "skipped": 0, **state}  # earlier versions do not name them
         return cls(**{name: known[name] for name in cls.__dataclass_fields__})
 
 
@@ -59,6 +65,7 @@ class Trained:
 
     model: MaskedImageModel
     position: Position
+    stopped: bool = False  # before its end, as asked
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,13 @@ def train(
     resume: Path | None = None,
     on_log: LogHook | None = None,
     on_checkpoint: CheckpointHook | None = None,
+    on_blow_up: BlowUpHook | None = None,
+    orders: Orders | None = None,
 ) -> Trained:
     """Pretrain by `recipe` on the train split of `shards`, from the checkpoint `resume` on where there is one.
 
-    `threads` read and cut batches in this process.
+    `threads` read and cut batches in this process. `orders` says when to save besides train.checkpoint_every, and when
+    to stop. Raises BlowUpError, on every rank after the same step.
     """
     check_shards(recipe, shards)
     position = Position()
@@ -137,7 +147,6 @@ def train(
         checkpoint.load_optimizer(resume, model, optimizer)
         if averaged is not None:
             checkpoint.load_model(resume, averaged.module, name=checkpoint.AVERAGED)
-            averaged.n_averaged.fill_(position.step)
     if recipe.train.recompute:
         model.encoder.recompute_activations()
     wrapped = wrap(model) if wrap else model
@@ -156,6 +165,7 @@ def train(
         averaged=averaged,
         wrapped=wrapped,
         world=world,
+        rank=rank,
     )
     whole = views.augment is not None  # images are cropped on the device
     reader = Reader(
@@ -170,29 +180,24 @@ def train(
         mix_groups=recipe.train.mix_groups,
         streams=position.streams or None,
         threads=threads,
+        pin=device.type == "cuda",
     )
     position.streams = reader.streams
-    meter = _Meter(model.levels, device, world, position.epoch_sums)
+    meter = _Meter(model.levels, device, world, position.epoch_sums, position.window)
     watch = Watch(model.levels, device, world, every=recipe.train.log_every, max_skipped=recipe.train.max_skipped)
-
+    watch.skipped = position.skipped
     statistics = statistics_of(shards)
-
-    def save(folder: Path) -> None:
-        checkpoint.save(
-            folder,
-            model,
-            optimizer,
-            {
-                **position.state(),
-                "recipe": recipe.dump(),
-                "shards": shards.fingerprint,
-                "pixel_mean": shards.pixel_mean,
-                "pixel_std": shards.pixel_std,
-                "statistics": {"mean": statistics.mean, "std": statistics.std},
-                "wavelet": shards.layout.wavelet,
-            },
-            averaged.module if averaged is not None else None,
-        )
+    about = {
+        "recipe": recipe.dump(),
+        "shards": shards.fingerprint,
+        "pixel_mean": shards.pixel_mean,
+        "pixel_std": shards.pixel_std,
+        "statistics": {"mean": statistics.mean, "std": statistics.std},
+        "wavelet": shards.layout.wavelet,
+    }
+    saver = checkpoint.Saver(
+        model, optimizer, averaged.module if averaged is not None else None, lambda: {**position.state(), **about}
+    )
 
     while position.step < plan.total_steps:
         for batch, waited in _timed(reader.epoch(position.epoch, start=position.batch)):
@@ -213,11 +218,16 @@ def train(
             meter.add(result.losses, result.grad_norm, batch.total, waited)
             watch.add(position.step, position.epoch, batch.rows, result.losses, result.grad_norm)
             if position.step % recipe.train.log_every == 0 or last:
-                report = watch.look(optimizer.param_groups[0]["lr"])
+                try:
+                    report = watch.look(optimizer.param_groups[0]["lr"], ended_after=position.step if last else None)
+                except BlowUpError as error:
+                    if on_blow_up is not None:
+                        on_blow_up(saver, error)
+                    raise
                 for spike in report.spikes:
                     _log.warning("step %(step)d: the loss leapt, %(times).0f × the usual; rows %(rows)s", spike)
                 weights = model.level_weights.effective(step.progress(position.step - 1)).tolist()
-                metrics = meter.read(weights) | {"train/lr": optimizer.param_groups[0]["lr"]}
+                metrics = meter.read(weights) | {"train/lr": optimizer.param_groups[0]["lr"]} | memory_metric(device)
                 metrics |= {"train/skipped_steps": float(watch.skipped), "train/spikes": float(len(report.spikes))}
                 metrics["train/epoch"] = position.epoch + position.batch / plan.batches_per_epoch
                 if on_log is not None and rank == 0:
@@ -226,9 +236,13 @@ def train(
                 position.history.append({"epoch": position.epoch + 1, **meter.read_epoch()})
             if epoch_done:
                 position.epoch, position.batch = position.epoch + 1, 0
-            if on_checkpoint is not None and (position.step % plan.checkpoint_steps == 0 or last):
-                position.epoch_sums = meter.epoch_sums()
-                on_checkpoint(save, position.state())
+            due, stop = orders.after_step() if orders is not None and not last else (False, False)
+            if on_checkpoint is not None and (position.step % plan.checkpoint_steps == 0 or last or due or stop):
+                position.window, position.epoch_sums = meter.sums()
+                position.skipped = watch.skipped
+                on_checkpoint(saver, position.state())
+            if stop:
+                return Trained(model, position, stopped=True)
             if last:
                 break
     return Trained(model, position)
@@ -247,7 +261,9 @@ def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 class _Meter:
     """Sums of what steps measured, kept on the device; read only when something is logged."""
 
-    def __init__(self, levels: list[int], device: torch.device, world: int, epoch_sums: list[float]) -> None:
+    def __init__(
+        self, levels: list[int], device: torch.device, world: int, epoch_sums: list[float], window: list[float]
+    ) -> None:
         self.levels = levels
         self.names = [f"train/loss_level{level}" for level in levels]
         self.world = world
@@ -255,6 +271,8 @@ class _Meter:
         self.epoch = torch.zeros(len(levels) + 1, device=device)  # losses · images, images
         if epoch_sums:
             self.epoch += torch.tensor(epoch_sums, device=device)
+        if window:
+            self.window += torch.tensor(window, device=device)
         self.images = self.waited = 0.0
         self.began = time.perf_counter()
 
@@ -276,11 +294,13 @@ class _Meter:
         """
         values = self._mean_over_workers(self.window)
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        losses = [value / max(values[-1], 1.0) for value in values[:-3]]
-        metrics = dict(zip(self.names, losses, strict=True))
-        metrics["train/loss"] = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        metrics: dict[str, float] = {}
+        if values[-1]:  # a window of steps that were all left out has no loss
+            losses = [value / values[-1] for value in values[:-3]]
+            metrics |= dict(zip(self.names, losses, strict=True))
+            metrics["train/loss"] = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+            metrics["train/grad_norm"] = values[-3] / values[-2]
         metrics |= {f"train/weight_level{level}": weight for level, weight in zip(self.levels, weights, strict=True)}
-        metrics["train/grad_norm"] = values[-3] / max(values[-2], 1.0)
         metrics["perf/images_per_second"] = self.images / seconds
         metrics["perf/data_wait_share"] = self.waited / seconds
         self.window.zero_()
@@ -294,9 +314,9 @@ class _Meter:
         self.epoch.zero_()
         return {name: value / max(values[-1], 1.0) for name, value in zip(self.names, values[:-1], strict=True)}
 
-    def epoch_sums(self) -> list[float]:
-        """What `read_epoch` is made of, the same on every worker."""
-        return self._mean_over_workers(self.epoch)
+    def sums(self) -> tuple[list[float], list[float]]:
+        """What `read` and `read_epoch` are made of, the same on every worker."""
+        return self._mean_over_workers(self.window), self._mean_over_workers(self.epoch)
 
     def _mean_over_workers(self, sums: torch.Tensor) -> list[float]:
         total = sums.clone()

@@ -1,33 +1,44 @@
-"""Pretraining on Ray Train: data-parallel workers around the loop, checkpoints and restarts by Ray, metrics to MLflow."""
+"""Pretraining on Ray Train: data-parallel workers around the loop, restarted by Ray from our own checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
-import tempfile
+import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
-from tqdm import tqdm
 
+from pipeline.blow_up import keep_blow_up
 from pipeline.build import check_model, check_shards
+from pipeline.checkpoints import Keeper, find
 from pipeline.config import Recipe, SettingError, identity, validate
-from pipeline.loop import Plan, train
+from pipeline.loop import Plan, Trained, train
+from pipeline.monitor import monitoring
+from pipeline.orders import Minutes, Orders
+from pipeline.progress import following, images_of_run
 from pipeline.session import SessionInfo
+from pipeline.settings import CHANGEABLE
 from pipeline.shards import ShardSet
-from pipeline.stage import StageError, stage_folder
+from pipeline.stage import SETTINGS, StageError, stage_folder
 from pipeline.tracking import RunHandle, Tracker
+from pipeline.watch import BlowUpError
 from wavemim import checkpoint
 from wavemim.figures import loss_figure
 from wavemim.reconstruction_figure import reconstruction_figure
 
 METRICS = "metrics.jsonl"
+STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and end
+_LEAVING = 10 / 60  # minutes between checkpoints once a node is known to go away
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
@@ -36,15 +47,17 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
     check_room(recipe, session, recipe.train.workers)
-    plan = Plan.of(recipe, shards.rows["train"])
+    Plan.of(recipe, shards.rows["train"])
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
-    with stage_folder(recipe.stage_dir("pretrain"), same, restart=recipe.restart) as folder:
+    with stage_folder(
+        recipe.stage_dir("pretrain"), same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force
+    ) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
         with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags) as tracker:
-            with _progress_bar(folder.path / METRICS, plan, shards.rows["train"], recipe, enabled=progress):
+            with _followed(recipe, shards, folder.path, last, tracker, progress=progress):
                 _fit(recipe, shards, folder.path, tracker.handle, session)
             final = checkpoint.latest(folder.path)
             if final is None:
@@ -71,6 +84,30 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
         return {**result, "state": state_word}
 
 
+@contextlib.contextmanager
+def _followed(
+    recipe: Recipe, shards: ShardSet, folder: Path, last: Path | None, tracker: Tracker, *, progress: bool
+) -> Iterator[None]:
+    """Progress and now and then a picture and a probe, while the workers train."""
+    rows, train_ = shards.rows["train"], recipe.train
+    plan = Plan.of(recipe, rows)
+    total = images_of_run(plan.total_steps, plan.batches_per_epoch, plan.batch, rows)
+    seen = int(checkpoint.read_state(last, verify=False)["images"]) if last else 0
+    labelled = shards.classes is not None and bool(shards.rows.get("val"))
+    with (
+        following(folder / METRICS, total=total, seen=seen, seconds=train_.progress_seconds, enabled=progress),
+        monitoring(
+            folder,
+            shards.folder.url,
+            labelled=labelled,
+            log=tracker.log,
+            artifact=tracker.artifact,
+            minutes=train_.monitor_minutes,
+        ),
+    ):
+        yield
+
+
 def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
     """Whether training runs on GPUs: as set, else where there are any."""
     return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
@@ -95,7 +132,7 @@ def checkpoint_of(recipe: Recipe) -> Path:
     """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
     if recipe.checkpoint:
         path = Path(recipe.checkpoint)
-        found = path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
+        found = find(path)
         if found is None:
             raise SettingError(f"checkpoint={path}: neither a checkpoint nor a folder with one in it")
         return found
@@ -113,14 +150,15 @@ def recipe_of(checkpoint_path: Path) -> Recipe:
 
 
 def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo) -> None:
-    """Run the workers. Ray keeps its own record of the run in `folder`, from which it restores an unfinished one."""
+    """Run the workers to the end of training; SIGTERM makes them save a checkpoint and end, as KeyboardInterrupt."""
     use_gpu = uses_gpu(recipe, session)
     trainer = ray.train.torch.TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
         train_loop_config={
             "recipe": recipe.dump(),
             "shards": shards.folder.url,
             "handle": handle,
+            "folder": str(folder.absolute()),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.train.workers,
@@ -128,37 +166,89 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
             resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
+            name=".ray",  # Ray's own marks; checkpoints are not its business
+            storage_path=str(folder.absolute()),
             failure_config=ray.train.FailureConfig(
                 max_failures=recipe.cluster.max_failures,
                 controller_failure_limit=1,  # type: ignore[call-arg]  # of Train V2, whose types Ray hides
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
         ),
     )
+    with _sigterm_stops(folder):
+        try:
+            ended = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
+        except SystemExit:
+            # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
+            raise KeyboardInterrupt from None
+        except ray.train.TrainingFailedError as error:
+            raise StageError(f"training failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+    if ended.get("failed"):
+        raise StageError(f"training ended: {ended['failed']}; what was reached is kept in {folder}")
+    if ended.get("stopped"):
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _sigterm_stops(folder: Path) -> Iterator[None]:
+    """SIGTERM asks the workers to stop and is handled as ever once they have; a second one is handled at once."""
+    (folder / STOP).unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end() -> None:
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise KeyboardInterrupt
+
+    def asked(*_: Any) -> None:
+        if (folder / STOP).exists():
+            end()
+        (folder / STOP).touch()
+        log.warning("SIGTERM: training saves a checkpoint and ends; once more ends it at once")
+
+    signal.signal(signal.SIGTERM, asked)
     try:
-        trainer.fit()
-    except SystemExit:
-        # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
-        raise KeyboardInterrupt from None
-    except ray.train.TrainingFailedError as error:
-        raise StageError(f"training failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+        yield
+        if (folder / STOP).exists():
+            end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        (folder / STOP).unlink(missing_ok=True)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One data-parallel worker."""
-    recipe = validate(config["recipe"])
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One data-parallel worker. Gives how it ended: an exception would make Ray begin again."""
+    recipe, folder = validate(config["recipe"]), Path(config["folder"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    resume = _resume_from(folder, rank)
     tracker = Tracker.attach(config["handle"]) if rank == 0 else None
-    with contextlib.ExitStack() as stack:
-        stored = ray.train.get_checkpoint()
-        resume = Path(stack.enter_context(stored.as_directory())) if stored else None
-        train(
+    keeper = Keeper(folder, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best) if rank == 0 else None
+    due, leaving = Minutes(recipe.train.checkpoint_minutes), Minutes(_LEAVING)
+
+    def on_log(metrics: dict[str, float], images: int) -> None:
+        assert tracker is not None and keeper is not None
+        tracker.log(metrics, images)
+        keeper.log(metrics)
+
+    def on_checkpoint(saver: checkpoint.Saver, state: dict[str, Any]) -> None:
+        due.saved()
+        leaving.saved()
+        if keeper is not None:
+            keeper.save(saver)
+
+    def stop() -> bool:
+        return bool(keeper and keeper.given_up) or _asked_to_stop(folder)
+
+    trained: Trained | None = None
+    failed = ""
+    try:
+        trained = train(
             recipe,
             ShardSet.open(config["shards"]),
             device=device,
@@ -167,31 +257,52 @@ def _worker(config: dict[str, Any]) -> None:
             threads=_reader_threads(recipe, context.get_local_world_size()),
             wrap=(lambda model: ray.train.torch.prepare_model(model, move_to_device=False)) if world > 1 else None,
             resume=resume,
-            on_log=tracker.log if tracker else None,
-            on_checkpoint=_report,
+            on_log=on_log if rank == 0 else None,
+            on_checkpoint=on_checkpoint,
+            on_blow_up=lambda saver, error: keep_blow_up(
+                folder, saver, error, shards=config["shards"], rank=rank, world=world
+            ),
+            orders=Orders(rank, world, stop=stop, save=lambda: due() or (_node_goes_away() and leaving())),
         )
+    except BlowUpError as error:
+        failed = str(error)
+    finally:
+        if keeper is not None:
+            keeper.wait()
+    if keeper is not None:
+        unsaved = keeper.finish()
+        failed = failed or keeper.given_up or unsaved
+    return {"failed": failed, "stopped": trained is not None and trained.stopped}
+
+
+def _resume_from(folder: Path, rank: int) -> Path | None:
+    """The last whole checkpoint, as rank 0 sees it: also after a crash, whatever Ray remembers."""
+    if not (folder / SETTINGS).is_file():
+        raise StageError(f"{folder} is not there on a worker's node; out= has to be a folder that all nodes see")
+    found = checkpoint.latest(folder) if rank == 0 else None
+    name = ray.train.collective.broadcast_from_rank_zero(found.name if found else None)
+    return folder / name if name else None
+
+
+def _asked_to_stop(folder: Path) -> bool:
+    """Whether the driver asks for it. Listed: a network disk may go on saying for long that a file is not there."""
+    try:
+        return STOP in os.listdir(folder)
+    except OSError:  # the checkpoint will say so
+        return False
+
+
+def _node_goes_away() -> bool:
+    """Whether Ray knows that a node of this run is about to be taken away. Its public question is one to all ranks."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _reader_threads(recipe: Recipe, workers_here: int) -> int:
     """A worker's share of the cores that its machine gives it; more than 8 would only wait for memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return recipe.train.reader_threads or min(max(cores // workers_here, 1), 8)
-
-
-def _report(write: Callable[[Path], None], state: dict[str, Any]) -> None:
-    """Hand a checkpoint to Ray Train: rank 0 writes it, every rank reports."""
-    metrics = {"images": state["images"], "step": state["step"]}
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "checkpoint"
-        write(folder)
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=f"images-{state['images']:012d}",
-        )
 
 
 def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, Any]:
@@ -211,45 +322,6 @@ def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, An
         "rows": batch.rows,
         "names": [f"{split} row {row}" for row in batch.rows.tolist()],
     }
-
-
-@contextlib.contextmanager
-def _progress_bar(path: Path, plan: Plan, rows: int, recipe: Recipe, *, enabled: bool) -> Iterator[None]:
-    """A bar over images seen, fed by the metrics file that rank 0 writes, wherever it runs."""
-    total = round(recipe.train.epochs * rows)
-    done = threading.Event()
-    bar = tqdm(total=total, desc="pretrain", unit=" images", disable=not enabled, smoothing=0.1)
-
-    def follow() -> None:
-        position = path.stat().st_size if path.is_file() else 0
-        while not done.wait(0.3):
-            position = _advance(path, position, bar)
-        _advance(path, position, bar)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
-        bar.close()
-
-
-def _advance(path: Path, position: int, bar: tqdm) -> int:
-    if not path.is_file():
-        return position
-    with open(path, encoding="utf-8") as file:
-        file.seek(position)
-        lines = file.readlines()
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # still being written
-        for line in lines:
-            record = json.loads(line)
-            if "train/loss" in record["metrics"]:
-                bar.update(min(record["step"], bar.total) - bar.n)
-                bar.set_postfix(loss=f"{float(record['metrics']['train/loss']):.3f}")
-        return position + sum(len(line.encode()) for line in lines)
 
 
 def root_cause(error: BaseException) -> str:

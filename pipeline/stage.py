@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pipeline.errors import StageError
 from pipeline.storage import Folder, owned
 
 __all__ = ["StageError", "StageFolder", "stage_folder", "write_json"]
+
+log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 
@@ -59,19 +62,28 @@ class StageFolder:
 
 @contextlib.contextmanager
 def stage_folder(
-    where: Path | str, identity: Mapping[str, Any], *, restart: bool = False, mark: str = "result.json"
+    where: Path | str,
+    identity: Mapping[str, Any],
+    *,
+    restart: bool = False,
+    mark: str = "result.json",
+    changeable: Set[str] = frozenset(),
+    force: bool = False,
 ) -> Iterator[StageFolder]:
     """Own the folder at a path or URL for the work that `identity` describes.
 
-    Raises SettingError where the folder holds other work (unless `restart`, which empties it), and StageError where
-    another process owns it.
+    Raises SettingError where the folder holds other work (unless `restart`, which empties it, or `force` where only
+    settings differ that are `changeable`: then that work is unfinished again, under these settings), and StageError
+    where another process owns it.
     """
     folder = Folder.at(where)
     with owned(folder, "a stage"):
-        yield _open(folder, identity, restart, mark)
+        yield _open(folder, identity, restart, mark, changeable, force)
 
 
-def _open(folder: Folder, identity: Mapping[str, Any], restart: bool, mark: str) -> StageFolder:
+def _open(
+    folder: Folder, identity: Mapping[str, Any], restart: bool, mark: str, changeable: Set[str], force: bool
+) -> StageFolder:
     state = "new"
     if _holds_something(folder):
         if folder.size(SETTINGS) is None:
@@ -85,10 +97,17 @@ def _open(folder: Folder, identity: Mapping[str, Any], restart: bool, mark: str)
         if restart:
             folder.clear()
         elif changed:
+            allowed = all(line.partition(":")[0] in changeable for line in changed)
+            if allowed and force:
+                log.warning("%s goes on with other settings: %s", folder, "; ".join(changed))
+                folder.remove(mark)
+                folder.write(SETTINGS, as_json(identity))
+                return StageFolder(folder, mark, "unfinished")
+            other = ", go on with them from where it is with force=true," if allowed else ","
             more = "; …" if len(changed) > 4 else ""
             raise SettingError(
                 f"{folder} holds the work of other settings ({'; '.join(changed[:4])}{more}); "
-                "give another name= or out=, or replace it with restart=true"
+                f"give another name= or out={other} or replace it with restart=true"
             )
         else:
             state = "finished" if folder.size(mark) is not None else "unfinished"

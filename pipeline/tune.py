@@ -301,7 +301,7 @@ def _write(
     best_recipe = with_overrides(recipe, chosen).dump()
     for place in ("images", "shards", "checkpoint"):
         best_recipe.pop(place)
-    best_recipe |= {"name": f"{recipe.name}-tuned", "restart": False}
+    best_recipe |= {"name": f"{recipe.name}-tuned", "restart": False, "force": False}
     best_path = folder.path / "best.yaml"
     best_path.write_text(
         f"# Best of {len(trials)} trials over {recipe.tune.space}: {objective} {best[objective]:.2f}\n"

@@ -19,6 +19,10 @@ PIPELINE_WITHOUT_RAY = (
     "pipeline.inspect_shards",
     "pipeline.features",
     "pipeline.show",
+    "pipeline.progress",
+    "pipeline.monitor",
+    "pipeline.checkpoints",
+    "pipeline.replay",
     "pipeline.batches",
     "pipeline.loop",
 )

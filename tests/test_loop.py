@@ -116,6 +116,7 @@ HARNESS = {
         "train.recompute": True,
         "train.clip_grad": None,
     },
+    "wavelet, drop path": {"encoder.options": {"drop_path_rate": 0.3, "proj_drop_rate": 0.2}},
     "a hierarchy, shared decoder": {
         "encoder": {"name": "resnet10t", "image_size": 64},
         "target": {"taps": {2: 1, 3: 2, 4: 4}},

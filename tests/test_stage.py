@@ -93,3 +93,30 @@ def test_settings_are_whole_or_named(tmp_path):
     (tmp_path / "s" / "settings.json").write_text('{"x": ')
     with pytest.raises(StageError, match=r"settings\.json cannot be read"), stage_folder(tmp_path / "s", {"x": 1}):
         pass
+
+
+def test_what_may_change_goes_on_when_forced_and_nothing_else_does(tmp_path):
+    def at(force, **settings):
+        return stage_folder(
+            tmp_path / "s", {"train.lr": 1, "seed": 0, **settings}, changeable={"train.lr"}, force=force
+        )
+
+    with at(False) as folder:
+        (tmp_path / "s" / "reached").write_text("x")
+        folder.finish({})
+    with (
+        pytest.raises(SettingError, match=r"train\.lr: 1 → 2\).*force=true, or replace it"),
+        at(False, **{"train.lr": 2}),
+    ):
+        pass
+    with (
+        pytest.raises(SettingError, match=r"seed: 0 → 1.*give another name= or out=, or replace it") as caught,
+        at(True, **{"train.lr": 2, "seed": 1}),
+    ):
+        pass
+    assert "force" not in str(caught.value)
+    with at(True, **{"train.lr": 2}) as folder:
+        assert folder.state == "unfinished"
+        assert (tmp_path / "s" / "reached").exists()
+    with at(False, **{"train.lr": 2}) as folder:  # these are its settings now
+        assert folder.state == "unfinished"

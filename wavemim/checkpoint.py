@@ -2,16 +2,19 @@
 
 A checkpoint folder holds ``model.safetensors`` (the whole masked image model), ``optimizer.safetensors``, with an average
 of the weights ``averaged.safetensors``, and ``state.json``, which is written last and names the others with their
-checksums.
+checksums. Names of folders that begin with a dot are half-written ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,94 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+_log = logging.getLogger(__name__)
+
 FORMAT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 AVERAGED = "averaged.safetensors"
+PARTIAL = ".partial"
 
 
 class CheckpointError(ValueError):
     """A folder is no checkpoint of ours, or a damaged one."""
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint's content in host memory, apart from the model, which may train on."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]  # file: name: values
+    state: dict[str, Any]
+    copied: torch.cuda.Event | None = None  # until then the device is still copying
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`: made under another name and renamed, so that it is never there by half."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+        partial.mkdir(parents=True)
+        try:
+            for name, tensors in self.tensors.items():
+                save_file(tensors, partial / name)
+                _to_disk(partial / name)
+            content = {
+                "format": FORMAT,
+                "files": {name: checksum(partial / name) for name in self.tensors},
+                **self.state,
+            }
+            (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _to_disk(partial / STATE)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@dataclass
+class Saver:
+    """Takes checkpoints of a model in training. Called with a folder, it writes one there at once."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    averaged: nn.Module | None = None
+    state: Callable[[], Mapping[str, Any]] = dict
+    _buffers: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, folder: Path) -> None:
+        """Write a checkpoint into `folder`, whole or not at all."""
+        self.snapshot().write(folder)
+
+    def snapshot(self, *, reuse: bool = False) -> Snapshot:
+        """Copy everything to host memory: as long as the copy takes on a CPU, without waiting on a GPU.
+
+        `reuse`: into the memory of the last such snapshot, which must be written by then.
+        """
+        files = {MODEL: True, OPTIMIZER: self.optimizer is not None, AVERAGED: self.averaged is not None}
+        tensors: dict[str, dict[str, torch.Tensor]] = {file: {} for file, there in files.items() if there}
+        on_gpu = False
+        for file, name, value in self._values():
+            buffer = self._buffers.get((file, name)) if reuse else None
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            if reuse:
+                self._buffers[file, name] = buffer
+            tensors[file][name] = buffer.copy_(value, non_blocking=True)
+            on_gpu |= value.is_cuda
+        copied = None
+        if on_gpu:  # what trains on is queued behind the copies
+            copied = torch.cuda.Event()
+            copied.record()
+        return Snapshot(tensors, dict(self.state()), copied)
+
+    def _values(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for name, value in self.model.state_dict().items():
+            yield MODEL, name, value.detach()
+        if self.optimizer is not None:
+            for name, value in _optimizer_tensors(self.model, self.optimizer).items():
+                yield OPTIMIZER, name, value
+        if self.averaged is not None:
+            for name, value in self.averaged.state_dict().items():
+                yield AVERAGED, name, value.detach()
 
 
 def save(
@@ -35,22 +119,8 @@ def save(
     state: Mapping[str, Any],
     averaged: nn.Module | None = None,
 ) -> None:
-    """Write a checkpoint into `folder`: made under another name and renamed, so that it is never there by half."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_plain(model.state_dict()), partial / MODEL)
-    files = [MODEL]
-    if optimizer is not None:
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
-        files.append(OPTIMIZER)
-    if averaged is not None:
-        save_file(_plain(averaged.state_dict()), partial / AVERAGED)
-        files.append(AVERAGED)
-    content = {"format": FORMAT, "files": {name: checksum(partial / name) for name in files}, **state}
-    (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    """Write a checkpoint into `folder`, whole or not at all."""
+    Saver(model, optimizer, averaged, lambda: state)(folder)
 
 
 def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
@@ -98,15 +168,30 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
             }
 
 
-def latest(folder: Path) -> Path | None:
-    """The whole checkpoint below `folder` that has seen the most images; None where there is none."""
+def seen(folder: Path) -> list[tuple[int, Path]]:
+    """(images seen, folder) of the checkpoints below `folder`, whole or not, the last one first."""
     found: list[tuple[int, Path]] = []
-    for state_file in folder.glob(f"*/{STATE}"):
+    for state_file in folder.glob(f"[!.]*/{STATE}"):
         try:
-            found.append((int(read_state(state_file.parent)["images"]), state_file.parent))
-        except (CheckpointError, KeyError):
+            found.append((int(json.loads(state_file.read_bytes())["images"]), state_file.parent))
+        except (OSError, ValueError, KeyError, TypeError):
+            _log.warning("%s is passed over: it cannot be read", state_file.parent)
+    return sorted(found, reverse=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The whole checkpoint below `folder` that has seen the most images; None where there is none.
+
+    What is damaged is passed over for the one before, with a warning.
+    """
+    for _, path in seen(folder):
+        try:
+            read_state(path)
+        except CheckpointError as error:
+            _log.warning("%s is passed over for the checkpoint before: %s", path, error)
             continue
-    return max(found)[1] if found else None
+        return path
+    return None
 
 
 def export_timm(
@@ -171,9 +256,14 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}/{entry}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{name}/{entry}": torch.as_tensor(value).detach()
         for name, parameter in model.named_parameters()
         for entry, value in optimizer.state.get(parameter, {}).items()
     }

@@ -1,0 +1,138 @@
+"""Checkpoints of a run in training: written beside it, the last ones and the best kept, the newest whole one found.
+
+Ray has no part in this: its record of a run names the newest checkpoint whether it is whole or not, and a run cannot
+be restored once one that it names is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import SettingError
+from pipeline.stage import write_json
+from wavemim import checkpoint
+
+log = logging.getLogger(__name__)
+
+BEST = "best.json"
+FAILURES = 3  # checkpoints in a row that could not be written, before training ends
+_RETRIES = (2.0, 10.0, 30.0)  # seconds before the last checkpoint of a run is tried again
+
+
+class Keeper:
+    """Writes a run's checkpoints in a thread, one at a time, and removes those that are not kept.
+
+    What cannot be written (a full disk, a folder that is gone) does not end training: the next one is tried. Once
+    `FAILURES` in a row failed, `given_up` says why training has to end; else it is empty.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, best: str | None = None) -> None:
+        """`keep` the last ones in `folder`, and that with the best value of the metric `best`. Rank 0 alone has one."""
+        self.folder, self.keep, self.best = folder, keep, best
+        self.failures, self.given_up = 0, ""
+        self._thread: threading.Thread | None = None
+        self._pending: tuple[checkpoint.Snapshot, float | None] | None = None  # the last one, while it is not written
+        self._error = ""
+        self._values: list[float] = []  # of the metric since the last checkpoint
+        for partial in folder.glob(f".images-*{checkpoint.PARTIAL}"):  # of workers that were killed
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of training as they are logged: a checkpoint's value is their mean since the one before."""
+        if self.best is not None and self.best in metrics:
+            self._values.append(float(metrics[self.best]))
+
+    def save(self, saver: checkpoint.Saver) -> None:
+        """Copy what has to be saved, and write it beside training; waits for the one before."""
+        self.wait()
+        value = sum(self._values) / len(self._values) if self._values else None
+        self._values = []
+        self._pending = (saver.snapshot(reuse=True), value)
+        self._thread = threading.Thread(target=self._try, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> str:
+        """Wait for the last checkpoint, and try again if it failed. Gives why it is not there; else nothing."""
+        self.wait()
+        for pause in _RETRIES:
+            if self._pending is None:
+                break
+            time.sleep(pause)
+            self._try()
+        return "" if self._pending is None else f"the last checkpoint could not be written: {self._error}"
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _try(self) -> None:
+        assert self._pending is not None
+        snapshot, value = self._pending
+        target = self.folder / name_of(snapshot.state["images"])
+        try:
+            snapshot.write(target)
+        except Exception as error:  # of the disk, of safetensors: whatever it is, training goes on
+            self.failures += 1
+            self._error = " ".join(str(error).split())
+            if self.failures == FAILURES:
+                self.given_up = f"{FAILURES} checkpoints in a row could not be written to {self.folder}: {self._error}"
+            log.warning("%s could not be written (%s); training goes on, the next one is tried", target, self._error)
+            return
+        self.failures, self._pending = 0, None
+        with contextlib.suppress(OSError):
+            self._note_best(target.name, value)
+            self._remove(snapshot.state["images"])
+
+    def _note_best(self, name: str, value: float | None) -> None:
+        if self.best is None or value is None or not math.isfinite(value):
+            return
+        known = _best(self.folder)
+        if known is None or known["metric"] != self.best or _better(self.best, value, known["value"]):
+            write_json(self.folder / BEST, {"checkpoint": name, "metric": self.best, "value": value})
+
+    def _remove(self, images: int) -> None:
+        """Those that are not kept: older ones, and newer ones, which were passed over when this run was gone on with."""
+        there = checkpoint.seen(self.folder)
+        kept = [path.name for seen, path in there if seen <= images][: self.keep]
+        best = _best(self.folder) if self.best is not None else None
+        for _, path in there:
+            if path.name not in kept and (best is None or path.name != best["checkpoint"]):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def name_of(images: int) -> str:
+    """Folder of the checkpoint after so many images."""
+    return f"images-{images:012d}"
+
+
+def find(path: Path) -> Path | None:
+    """A checkpoint by its own folder, by a `best.json` that points to it, or the last whole one of a folder."""
+    if path.name == BEST:
+        best = _best(path.parent)
+        if best is None:
+            raise SettingError(f"checkpoint={path}: no such file, or not one that pretraining wrote (train.keep_best)")
+        return path.parent / str(best["checkpoint"])
+    return path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
+
+
+def _best(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / BEST).read_bytes())
+        return found if (folder / found["checkpoint"] / checkpoint.STATE).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _better(metric: str, value: float, than: float) -> bool:
+    """Losses are better when small, measures of evaluation (eval/…) when large."""
+    return value > than if metric.startswith("eval/") else value < than
