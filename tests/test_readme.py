@@ -29,7 +29,7 @@ def test_every_wavemim_command_is_valid(line):
     command = _group.get_command(None, stage)
     assert command is not None, stage
     context = command.make_context(stage, rest)
-    if "settings" in context.params:
+    if "recipe" in context.params:
         load(context.params["recipe"], context.params["settings"])
 
 
