@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from tiny import TAPS, make_step, photos, stored
+from tiny import SIZE, STEPS, TAPS, make_step, photos, statistics, stored
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wavemim.model import DecoderSettings
+from wavemim.hierarchical import HierarchicalEncoder
+from wavemim.inputs import Inputs
+from wavemim.masking import Masking
+from wavemim.model import DecoderSettings, MaskedImageModel
+from wavemim.optim import make_optimizer, make_schedule
+from wavemim.step import TrainStep
+from wavemim.targets import Tap, WaveletTarget
+from wavemim.views import Views
 
 KINDS = {
     "plain": {},
@@ -131,3 +138,41 @@ def test_partial_prediction_is_an_unbiased_part_of_the_loss():
     assert ((mean - expected)[1:].abs() < 4 * error[1:] + 1e-4).all() or (
         (mean - expected).abs() / expected < 0.02
     ).all()
+
+
+def test_rows_that_fill_up_a_batch_stay_out_of_batch_norm():
+    images = photos(8)
+    taps, sizes = [Tap(2, 1, "HVD"), Tap(4, 4, "AHVD")], {2: 4, 4: 32}
+    stats = statistics(images)
+
+    def step_of():
+        torch.manual_seed(0)
+        encoder = HierarchicalEncoder("resnet10t", image_size=SIZE)
+        masking = Masking("random", 0.5, encoder.grid, 4)
+        target = WaveletTarget(taps, stats, image_size=SIZE, token_sizes=sizes)
+        model = MaskedImageModel(encoder, target, hidden=masking.hidden, decoder=DecoderSettings(16, 1, 2))
+        optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
+        return TrainStep(
+            model,
+            Views(Inputs(STEPS, stats), masking, seed=0),
+            optimizer,
+            make_schedule(optimizer, total_steps=10, warmup_steps=1, min_lr=0.0),
+            seed=0,
+            total_steps=10,
+            clip_grad=None,
+            precision=torch.float32,
+        )
+
+    filled, plain = step_of(), step_of()
+    places = torch.tensor([0, 1, 7, 7, 2, 7, 3, 4])  # three fill up, among others
+    weight = torch.tensor([1.0, 1, 1, 0, 1, 0, 1, 1])
+    counted = places[weight > 0]
+    whole = stored(images)
+    losses = [
+        filled.backward({level: v[places] for level, v in whole.items()}, places, weight, 6.0, epoch=0),
+        plain.backward({level: v[counted] for level, v in whole.items()}, counted, torch.ones(6), 6.0, epoch=0),
+    ]
+    torch.testing.assert_close(*losses)
+    for (name, a), b in zip(filled.model.named_buffers(), plain.model.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert float(filled.model.encoder.model.bn1.running_mean.abs().sum()) > 0

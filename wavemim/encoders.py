@@ -61,11 +61,13 @@ def is_plain_vit(name: str) -> bool:
 
 
 def check_options(options: Mapping[str, Any], settled: Iterable[str] = SETTLED) -> None:
-    """Raise ValueError where an option is a setting of its own or one that the encoder settles."""
+    """Raise ValueError where an option is a setting of its own, one that the encoder settles, or no rate."""
     for key in options:
         if key in settled:
             instead = f"set {SETTLED[key]} instead" if SETTLED[key] else "the encoder settles it, leave it out"
             raise ValueError(f"encoder.options.{key}={options[key]!r} cannot be set here: {instead}")
+        if key.endswith("_rate") and not (isinstance(options[key], int | float) and 0 <= options[key] < 1):
+            raise ValueError(f"encoder.options.{key}={options[key]!r}: a rate is a number from 0 to less than 1")
 
 
 def create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
