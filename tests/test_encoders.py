@@ -321,7 +321,11 @@ def test_make_encoder_takes_what_applies():
         ("vit_tiny_patch16_224", {"width": 30, "heads": 2}, r"encoder\.width=30 is no multiple of 4"),
         ("vit_tiny_patch16_224", {"width": 31}, "timm cannot build"),
         ("vit_tiny_patch16_224", {"options": {"embed_dim": 32}}, r"options\.embed_dim=32.*set encoder\.width instead"),
-        ("vit_tiny_patch16_224", {"options": {"drop_path_rate": 1.5}}, r"drop_path_rate=1\.5: a rate is a number from 0"),
+        (
+            "vit_tiny_patch16_224",
+            {"options": {"drop_path_rate": 1.5}},
+            r"drop_path_rate=1\.5: a rate is a number from 0",
+        ),
         ("vit_tiny_patch16_224", {"options": {"fc_norm": True}}, r"options\.fc_norm=True.*leave it out"),
         ("vit_tiny_patch16_224", {"options": {"reg_token": 4}}, r"timm cannot build.*reg_token"),
         ("vit_tiny_patch16_224", {"options": {"pos_embed": "none"}}, "no plain vision transformer with absolute"),
