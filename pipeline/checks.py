@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 from pipeline.errors import SettingError
-from pipeline.settings import Data, Encoder, Recipe, Train
+from pipeline.recipe import Recipe
+from pipeline.settings import Data, Encoder, Train
 
 
 def check_together(recipe: Recipe) -> None:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.checks import check_data, check_together, nearest
 from pipeline.errors import SettingError
-from pipeline.settings import STAGE_SECTIONS, Recipe, differences, identity, number_like
+from pipeline.recipe import STAGE_SECTIONS, Recipe, differences, identity
+from pipeline.settings import number_like
 
 __all__ = [
     "DEFAULT_RECIPE",

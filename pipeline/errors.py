@@ -7,3 +7,7 @@ class StageError(RuntimeError):
 
 class SettingError(ValueError):
     """A mistake in the settings: one line that says what was wrong, what is allowed and what to do."""
+
+
+# Exit codes of the `wavemim` command.
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143

@@ -24,8 +24,8 @@ from pipeline.loop import Plan, Trained, train
 from pipeline.monitor import monitoring
 from pipeline.orders import Minutes, Orders
 from pipeline.progress import following, images_of_run
+from pipeline.recipe import CHANGEABLE
 from pipeline.session import SessionInfo
-from pipeline.settings import CHANGEABLE
 from pipeline.shards import ShardSet
 from pipeline.stage import SETTINGS, StageError, stage_folder
 from pipeline.tracking import RunHandle, Tracker

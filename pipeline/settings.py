@@ -1,10 +1,7 @@
-"""Every setting there is, with its type, range, default and meaning; and which of them a stage depends on."""
+"""Settings of data, model and training: type, range, default and meaning of each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -226,28 +223,6 @@ class Train(Section):
     )
 
 
-class Evaluate(Section):
-    """What the encoder is worth: linear probe, kNN and RankMe on frozen features."""
-
-    batch: Positive = Field(256, description="images in a forward pass")
-    max_images: Positive = Field(50_000, description="train images that probes are fitted to, at most")
-    probe_strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.01, 0.1, 1.0, 10.0), min_length=1, description="inverse regularisations tried on a held-out part of train"
-    )
-    knn_k: Positive = Field(20, description="neighbours of the kNN classifier")
-
-
-class Tune(Section):
-    """A sweep: each trial is a short pretraining with some settings changed, judged by a frozen-feature measure."""
-
-    space: str = Field("level_weights", description="file of tune_spaces/, by name or path")
-    trials: Positive = Field(8, description="number of trials")
-    search: Literal["optuna", "random"] = Field("optuna", description="how the next trial is chosen")
-    epochs: float = Field(5, gt=0, description="epochs of a trial")
-    max_images: Positive = Field(10_000, description="train images a trial's probe is fitted to, at most")
-    concurrent: Positive | None = Field(None, description="trials at once; null: one for each free CPU or GPU")
-
-
 class Tracking(Section):
     """MLflow."""
 
@@ -263,135 +238,3 @@ class Cluster(Section):
     gpus: bool | None = Field(None, description="train on GPUs; null: where the cluster has them")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker or trial")
     max_failures: int = Field(3, ge=0, description="times a lost worker group is restarted from its checkpoint")
-
-
-class Recipe(Section):
-    """Everything a run needs."""
-
-    name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
-    images: str | None = Field(
-        None,
-        description="images: a folder, a CSV or Parquet list, Parquet or tar files that hold them; local or s3://…",
-    )
-    out: str = Field("wavemim-out", min_length=1, description="folder that everything is written to")
-    shards: str | None = Field(
-        None, description="shard set, a folder or URL such as s3://BUCKET/NAME; null: OUT/shards"
-    )
-    checkpoint: str | None = Field(None, description="checkpoint to use; null: the run's own last one")
-    restart: bool = Field(False, description="throw away what an earlier call wrote to the same place")
-    force: bool = Field(
-        False, description="pretrain: go on from the last checkpoint with another train.lr, train.epochs and the like"
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
-    data: Data = Data()  # type: ignore[call-arg]
-    encoder: Encoder = Encoder()  # type: ignore[call-arg]
-    target: Target = Target()  # type: ignore[call-arg]
-    decoder: Decoder = Decoder()  # type: ignore[call-arg]
-    mask: Mask = Mask()  # type: ignore[call-arg]
-    train: Train = Train()  # type: ignore[call-arg]
-    evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
-    tune: Tune = Tune()  # type: ignore[call-arg]
-    tracking: Tracking = Tracking()  # type: ignore[call-arg]
-    cluster: Cluster = Cluster()  # type: ignore[call-arg]
-
-    # The layout of the out folder: shards and the MLflow store are shared by all runs in it.
-    @property
-    def shards_at(self) -> str:
-        """The shard set: a folder or a URL."""
-        return self.shards or str(Path(self.out) / "shards")
-
-    @property
-    def run_dir(self) -> Path:
-        """Folder of this run: one folder a stage inside it."""
-        return Path(self.out) / "runs" / self.name
-
-    def stage_dir(self, stage: str) -> Path:
-        """Folder of one stage of this run."""
-        return self.run_dir / stage
-
-    def dump(self) -> dict[str, Any]:
-        """All settings as plain JSON values."""
-        return self.model_dump(mode="json")
-
-    def steps_by_level(self) -> dict[int, float]:
-        """Quantisation step of every stored level, in coefficient units."""
-        steps = self.data.steps
-        if steps == "lossless":  # Haar coefficients are multiples of 2^-level
-            return {level: 2.0**-level for level in range(1, self.data.levels + 1)}
-        return {level: steps[min(level, len(steps)) - 1] for level in range(1, self.data.levels + 1)}
-
-    def bands_by_level(self) -> dict[int, str]:
-        """Bands predicted at every tapped level: of wavelets; other targets have none."""
-        if self.target.kind != "wavelet":
-            return dict.fromkeys(sorted(self.target.taps), "")
-        coarsest = max(self.target.taps)
-        return {
-            level: self.target.bands.get(level, "AHVD" if level == coarsest else "HVD")
-            for level in sorted(self.target.taps)
-        }
-
-    def weights_by_level(self) -> dict[int, float]:
-        """Level weights λ of every tapped level."""
-        return {level: self.target.weights.get(level, 1.0) for level in sorted(self.target.taps)}
-
-
-# What a stage reads: shown by its --help, and what makes two calls of it the same call.
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "prepare": ("data", "tracking", "cluster"),
-    "pretrain": ("data", "encoder", "target", "decoder", "mask", "train", "tracking", "cluster"),
-    "evaluate": ("evaluate", "tracking", "cluster"),
-    "tune": ("encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
-    "export": ("tracking",),
-    "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
-}
-_OPERATIONAL = {
-    "train": {
-        "workers",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "keep_checkpoints",
-        "keep_best",
-        "log_every",
-        "reader_threads",
-        "compile",
-        "recompute",
-        "max_skipped",
-        "progress_seconds",
-        "monitor_minutes",
-    },
-    "data": {"max_rejected"},
-    "tune": {"concurrent"},
-    "evaluate": {"batch"},
-}
-
-
-# Of pretraining: what a run can be gone on with under another value (force=true). Its model and the order of its data
-# stay what they are.
-CHANGEABLE = frozenset(
-    {
-        *("train.epochs", "train.lr", "train.min_lr_share", "train.warmup_epochs", "train.weight_decay", "train.betas"),
-        *("train.clip_grad", "train.accumulate", "train.precision", "train.flip", "train.crop_scale"),
-        *("mask.ratio", "target.weights"),
-    }
-)
-
-
-def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings that decide what `stage` computes, flat; those that only say how and where are left out."""
-    kept: dict[str, Any] = {"seed": recipe.seed}
-    if stage == "prepare":
-        local = recipe.images and "://" not in recipe.images
-        kept["images"] = str(Path(recipe.images or "").resolve()) if local else recipe.images
-    for section in STAGE_SECTIONS[stage]:
-        if section in ("tracking", "cluster") or (section == "data" and stage != "prepare"):
-            continue
-        for key, value in recipe.dump()[section].items():
-            if key not in _OPERATIONAL.get(section, ()):
-                kept[f"{section}.{key}"] = value
-    return kept
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines 'key: old → new' for every setting that differs between two identities."""
-    old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
-    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
