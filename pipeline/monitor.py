@@ -23,7 +23,6 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # folder in the stage's, and of the artifacts
-IMAGES = 4  # of the val split, the same in every picture
 TRAIN_IMAGES, VAL_IMAGES = 2000, 1000  # of the probe, at most
 STRENGTH, ITERATIONS = 0.1, 100  # of the probe: one for all looks, so that they compare
 SHARE = 0.02  # of the time that training runs, half of it for pictures and half for probes
@@ -238,7 +237,7 @@ def newest_of(folder: Path) -> Path | None:
 
 def work(job: Mapping[str, Any]) -> dict[str, Any]:
     """A look, in the child: costs in CPU seconds, and metrics. Raises what the checkpoint or the shard set raises."""
-    from pipeline.build import build_inputs, build_views, model_of_checkpoint
+    from pipeline.build import build_inputs, model_of_checkpoint
     from pipeline.shards import ShardSet
     from wavemim import checkpoint
 
@@ -258,21 +257,10 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
     model.eval()
     answer: dict[str, Any] = {"images": state["images"], "common": time.process_time(), "metrics": {}}
     if job["picture"] is not None:
-        from pipeline.batches import sequential
-        from wavemim.reconstruction_figure import reconstruction_figure
+        from pipeline.val_picture import draw_val
 
-        split = "val" if shards.rows.get("val") else "train"
-        batch = next(iter(sequential(shards, split, IMAGES, window=recipe.encoder.image_size, max_rows=IMAGES)))
         Path(job["picture"]).parent.mkdir(exist_ok=True)
-        reconstruction_figure(
-            Path(job["picture"]),
-            model=model,
-            views=build_views(recipe, model, inputs, augment=False),
-            stored=batch.levels,
-            rows=batch.rows,
-            crop=batch.crop,
-            names=[f"{split} row {row}" for row in batch.rows.tolist()],
-        )
+        draw_val(Path(job["picture"]), model, inputs, recipe, shards)
         answer["picture"] = time.process_time() - answer["common"]
     if job["probe"] is not None:
         answer |= _probe(model, inputs, recipe, shards, job["probe"], 0.0 if "picture" in answer else answer["common"])

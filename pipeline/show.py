@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.array_decoding import Pixels, RejectedImage
+from pipeline.checkpoints import found_at
 from pipeline.config import Recipe, SettingError, validate, with_overrides
 from pipeline.image_decoding import decode_image
 from pipeline.inspect_shards import check_target
@@ -29,7 +30,9 @@ def show(
         raise SettingError(f"{len(images)} images are too many for one figure, which holds {MOST}; give fewer")
     check_target(Path(out), picture=True)
     files = [_content(name) for name in images]
-    path = find_checkpoint(Path(where))
+    from pipeline.checkpoint_fetch import local_copy
+
+    path = found_at(local_copy(where, Path.cwd() / "wavemim-out"))
 
     import torch
 
@@ -38,8 +41,6 @@ def show(
     from wavemim.reconstruction_figure import compare, draw
 
     state = checkpoint.read_state(path, verify=False)
-    if "statistics" not in state:
-        raise checkpoint.CheckpointError(f"{path} is of an earlier version and lacks its shard set's statistics")
     recipe = _with_mask(validate(state["recipe"]), mask_ratio, seed)
     pixels = torch.from_numpy(_decoded(images, files, recipe)).float()
     model, inputs, _ = model_of_checkpoint(path)
@@ -51,35 +52,6 @@ def show(
     count = f"{len(images)} image{'s' * (len(images) != 1)}"
     errors = ", ".join(f"{level.name} {float(level.loss.mean()):.4g}" for level in comparison.levels)
     return f"{out}: {count}; {'mean ' * (len(images) > 1)}error of {errors}"
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a folder is, or the last whole one in it or in its `pretrain`: of a run, or of pretraining.
-
-    Raises SettingError where there is none, CheckpointError where all that there are are damaged.
-    """
-    from wavemim import checkpoint
-
-    if not path.is_dir():
-        what = "a file; give the folder of a checkpoint" if path.exists() else "no such folder"
-        raise SettingError(f"{path}: {what}")
-    if (path / checkpoint.STATE).is_file():
-        return path
-    damaged: checkpoint.CheckpointError | None = None
-    for folder in (path, path / "pretrain"):
-        found = checkpoint.latest(folder)
-        if found is not None:
-            return found
-        for state in sorted(folder.glob(f"*/{checkpoint.STATE}")):
-            try:
-                checkpoint.read_state(state.parent)
-            except checkpoint.CheckpointError as error:
-                damaged = error
-    if damaged is not None:
-        raise damaged
-    raise SettingError(
-        f"{path}: no checkpoint in it; give a checkpoint's folder, or that of a run (OUT/runs/NAME) or its pretrain"
-    )
 
 
 def _content(name: str) -> bytes:

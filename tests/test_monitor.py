@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny_shards import photos, write_set
 
-from pipeline import monitor
+from pipeline import monitor, val_picture
 from pipeline.config import load, with_overrides
 from pipeline.loop import train
 from pipeline.monitor import PICTURES, Account, Monitor, monitoring, work
@@ -98,7 +98,7 @@ def test_a_look_in_a_process_of_its_own(trained, stage):
 def test_pictures_of_two_looks_have_the_same_images_and_masks(trained, stage, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "wavemim.reconstruction_figure.reconstruction_figure",
+        "pipeline.val_picture.reconstruction_figure",
         lambda path, *, views, stored, rows, names, **_: drawn.append((views(stored, rows, epoch=0), names)),
     )
     for path in sorted(stage.glob("images-*")):
@@ -108,7 +108,7 @@ def test_pictures_of_two_looks_have_the_same_images_and_masks(trained, stage, mo
     assert torch.equal(first.mask, second.mask)
     assert torch.equal(first.images, second.images)
     assert names == again
-    assert len(names) == monitor.IMAGES
+    assert len(names) == val_picture.IMAGES
     assert all(name.startswith("val row ") for name in names)
 
 

@@ -172,6 +172,16 @@ def share_at(mask: torch.Tensor, grid: int, cells: int) -> torch.Tensor:
     return share.flatten(1)
 
 
+def filled_in(images: torch.Tensor, hidden: torch.Tensor | float, mask: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W), where `mask` hides with `hidden` in their place: other images, or one value.
+
+    `mask` (B, N): bool, or shares in [0, 1], on any square grid that divides the image.
+    """
+    side = images.shape[-1]
+    share = share_at(mask, math.isqrt(mask.shape[1]), side).reshape(-1, 1, side, side)
+    return images * (1 - share) + hidden * share
+
+
 def _noise(rows: torch.Tensor, side: int, seed: int, epoch: int) -> torch.Tensor:
     """Uniform numbers (B, side²), one a block: the same for every kind of mask."""
     return uniform(seed, "mask", epoch, rows, side * side)

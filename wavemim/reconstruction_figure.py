@@ -17,7 +17,7 @@ import torch
 from wavemim.figures import DPI, plt, save_figure, shown_channels
 from wavemim.frequencies import corrupt
 from wavemim.inputs import Crop
-from wavemim.masking import share_at
+from wavemim.masking import filled_in, share_at
 from wavemim.model import MaskedImageModel
 from wavemim.targets.base import Target, elementwise, from_positions
 from wavemim.targets.fourier import FourierTarget
@@ -75,8 +75,7 @@ def compare(model: MaskedImageModel, view: View) -> Comparison:
         image = target.to_pixels(view.images)
         rebuilt = target.rebuild(predictions, view.images, view.pyramid, view.mask)
         if view.spectrum is None:
-            share = share_at(view.mask, grid, image.shape[-1]).reshape(-1, 1, *image.shape[-2:])
-            seen = image * (1 - share) + HIDDEN_GREY * share
+            seen = filled_in(image, HIDDEN_GREY, view.mask)
             words = [f"masked ({part:.0%} hidden)" for part in view.mask.float().mean(1).tolist()]
         else:
             seen = target.to_pixels(view.seen)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,6 @@ class Statistics:
 
 class Target(nn.Module):
     """What the taps of a model are asked for. Everything in here is float32, whatever the network computes in."""
-
-    kind: ClassVar[str]
 
     def __init__(
         self,

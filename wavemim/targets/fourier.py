@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from wavemim.frequencies import frequency_numbers
-from wavemim.masking import share_at
+from wavemim.masking import filled_in, share_at
 from wavemim.targets.base import Normalise, Statistics, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
 
@@ -23,8 +23,6 @@ class FourierTarget(PixelTarget):
     square amplitude over the tap's frequencies, per channel, so that octaves and images of unlike contrast compare.
     What is predicted has the same unit as with "dataset".
     """
-
-    kind = "fourier"
 
     def __init__(
         self,
@@ -120,7 +118,7 @@ class FourierTarget(PixelTarget):
             for tap in self.taps
             if tap.level in predictions
         ]
-        return self.to_pixels(self._mix(torch.stack(answers).sum(0), images, mask))
+        return self.to_pixels(filled_in(images.float(), torch.stack(answers).sum(0), mask))
 
     def _vectors(self, level: int, scaled: torch.Tensor) -> torch.Tensor:
         """As in `PixelTarget`, but "patch" does not touch the pixels: seams between patches would fill the spectrum."""
@@ -163,8 +161,6 @@ class FourierTarget(PixelTarget):
         image = self._spectral_images(level, vectors.float()) / self.get_buffer("unit")
         if len(self.taps) == 1:
             return image
-        grid, side = round(mask.shape[1] ** 0.5), self.positions(level)
-        share = share_at(mask, grid, side).reshape(-1, 1, side, side).repeat_interleave(self.side(level), 2)
-        share = share.repeat_interleave(self.side(level), 3)
-        image = images.float() * (1 - share) + image * share
+        share = share_at(mask, round(mask.shape[1] ** 0.5), self.positions(level))
+        image = filled_in(images.float(), image, share)
         return torch.fft.ifft2(torch.fft.fft2(image) * self.frequencies(level)).real

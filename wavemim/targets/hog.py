@@ -33,8 +33,6 @@ class HOGTarget(Target):
     the other axis, weights pixels by a Gaussian in some variants, and has no epsilon.
     """
 
-    kind = "hog"
-
     def __init__(
         self,
         taps: list[Tap],

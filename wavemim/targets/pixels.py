@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from wavemim.masking import share_at
+from wavemim.masking import filled_in
 from wavemim.targets.base import Loss, Normalise, Statistics, Tap, Target, from_positions, moments, to_positions
 
 
@@ -22,8 +22,6 @@ class PixelTarget(Target):
     Wang et al. 2023, with pixels). MAE orders a patch's values y, x, channel, here it is channel, y, x: the loss is
     the same.
     """
-
-    kind = "pixels"
 
     def __init__(
         self,
@@ -77,13 +75,8 @@ class PixelTarget(Target):
     ) -> torch.Tensor:
         """Hidden pixels as the deepest tap predicts them (of several at one block, that of the finest level)."""
         tap = max((tap for tap in self.taps if tap.level in predictions), key=lambda tap: (tap.block, -tap.level))
-        return self.to_pixels(self._mix(self._images(tap.level, predictions[tap.level], images), images, mask))
-
-    def _mix(self, predicted: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Predicted images where the mask hides, the true ones elsewhere."""
-        grid = round(mask.shape[1] ** 0.5)
-        share = share_at(mask, grid, self.image_size).reshape(-1, 1, self.image_size, self.image_size)
-        return images.float() * (1 - share) + predicted * share
+        predicted = self._images(tap.level, predictions[tap.level], images)
+        return self.to_pixels(filled_in(images.float(), predicted, mask))
 
     def _vectors(self, level: int, scaled: torch.Tensor) -> torch.Tensor:
         """Images in the unit of the target as vectors (B, P², D)."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from wavemim.masking import share_at
+from wavemim.masking import filled_in, share_at
 from wavemim.targets.base import Loss, Normalise, Statistics, Tap, Target, from_positions, moments, to_positions
 from wavemim.wavelets import decompose, reconstruct
 
@@ -18,8 +18,6 @@ class WaveletTarget(Target):
     addition by those of the position's own vector, as MAE does with pixels; "none" in units of the pixels' standard
     deviation, orthonormal, so that the sum over all levels is a plain pixel loss.
     """
-
-    kind = "wavelet"
 
     def __init__(
         self,
@@ -127,11 +125,8 @@ class WaveletTarget(Target):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Hidden pixels of the completed pyramid, visible ones of the input."""
-        pixels = self.to_pixels(images)
-        side, grid = pixels.shape[-1], round(mask.shape[1] ** 0.5)
-        share = share_at(mask, grid, side).reshape(-1, 1, side, side)
         made = reconstruct(self.complete(predictions, images, pyramid, mask), self.wavelet)
-        return pixels * (1 - share) + made * share
+        return filled_in(self.to_pixels(images), made, mask)
 
     def complete(
         self,
