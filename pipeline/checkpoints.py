@@ -13,13 +13,16 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import SettingError
 from pipeline.stage import write_json
 from wavemim import checkpoint
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint_store import CheckpointStore
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +38,13 @@ class Keeper:
     `FAILURES` in a row failed, `given_up` says why training has to end; else it is empty.
     """
 
-    def __init__(self, folder: Path, *, keep: int, best: str | None = None) -> None:
-        """`keep` the last ones in `folder`, and that with the best value of the metric `best`. Rank 0 alone has one."""
+    def __init__(
+        self, folder: Path, *, keep: int, best: str | None = None, store: CheckpointStore | None = None
+    ) -> None:
+        """`keep` the last ones in `folder`, and that with the best value of the metric `best`. Rank 0 alone has one.
+
+        They are copied to `store` too.
+        """
         self.folder, self.keep, self.best = folder, keep, best
         self.failures, self.given_up = 0, ""
         self._thread: threading.Thread | None = None
@@ -45,6 +53,9 @@ class Keeper:
         self._values: list[float] = []  # of the metric since the last checkpoint
         for partial in folder.glob(f".images-*{checkpoint.PARTIAL}"):  # of workers that were killed
             shutil.rmtree(partial, ignore_errors=True)
+        self.copier = store.copier(folder, keep=keep, best=best is not None) if store is not None else None
+        self._written: int | None = None  # images of the last one that was
+        self.uncopied = ""  # after `finish`: why the last one is not in the store
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Metrics of training as they are logged: a checkpoint's value is their mean since the one before."""
@@ -60,14 +71,21 @@ class Keeper:
         self._thread = threading.Thread(target=self._try, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finish(self) -> str:
-        """Wait for the last checkpoint, and try again if it failed. Gives why it is not there; else nothing."""
+    def finish(self, waiting: Callable[[], None] = lambda: None) -> str:
+        """Wait for the last checkpoint, and try again if it failed. Gives why it is not there; else nothing.
+
+        `waiting` is called now and then while it is copied, which may take long.
+        """
         self.wait()
         for pause in _RETRIES:
             if self._pending is None:
                 break
             time.sleep(pause)
             self._try()
+        if self.copier is not None:
+            self.uncopied = self.copier.finish(waiting)
+            if self._written is not None:
+                self._remove(self._written)  # what had to stay while it was copied
         return "" if self._pending is None else f"the last checkpoint could not be written: {self._error}"
 
     def wait(self) -> None:
@@ -88,15 +106,17 @@ class Keeper:
                 self.given_up = f"{FAILURES} checkpoints in a row could not be written to {self.folder}: {self._error}"
             log.warning("%s could not be written (%s); training goes on, the next one is tried", target, self._error)
             return
-        self.failures, self._pending = 0, None
+        self.failures, self._pending, self._written = 0, None, int(snapshot.state["images"])
         with contextlib.suppress(OSError):
             self._note_best(target.name, value)
-            self._remove(snapshot.state["images"])
+            self._remove(self._written)
+        if self.copier is not None:
+            self.copier.wake()
 
     def _note_best(self, name: str, value: float | None) -> None:
         if self.best is None or value is None or not math.isfinite(value):
             return
-        known = _best(self.folder)
+        known = best_of(self.folder)
         if known is None or known["metric"] != self.best or _better(self.best, value, known["value"]):
             write_json(self.folder / BEST, {"checkpoint": name, "metric": self.best, "value": value})
 
@@ -104,10 +124,13 @@ class Keeper:
         """Those that are not kept: older ones, and newer ones, which were passed over when this run was gone on with."""
         there = checkpoint.seen(self.folder)
         kept = [path.name for seen, path in there if seen <= images][: self.keep]
-        best = _best(self.folder) if self.best is not None else None
-        for _, path in there:
-            if path.name not in kept and (best is None or path.name != best["checkpoint"]):
-                shutil.rmtree(path, ignore_errors=True)
+        best = best_of(self.folder) if self.best is not None else None
+        kept += [best["checkpoint"]] if best is not None else []
+        with self.copier.lock if self.copier is not None else contextlib.nullcontext():
+            kept += self.copier.holding if self.copier is not None else ()
+            for _, path in there:
+                if path.name not in kept:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def name_of(images: int) -> str:
@@ -118,14 +141,40 @@ def name_of(images: int) -> str:
 def find(path: Path) -> Path | None:
     """A checkpoint by its own folder, by a `best.json` that points to it, or the last whole one of a folder."""
     if path.name == BEST:
-        best = _best(path.parent)
+        best = best_of(path.parent)
         if best is None:
             raise SettingError(f"checkpoint={path}: no such file, or not one that pretraining wrote (train.keep_best)")
         return path.parent / str(best["checkpoint"])
     return path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
 
 
-def _best(folder: Path) -> dict[str, Any] | None:
+def found_at(path: Path) -> Path:
+    """The checkpoint that a folder is or a best.json names, or the last whole one in it or in its `pretrain`.
+
+    Raises SettingError where there is none, CheckpointError where all that there are are damaged.
+    """
+    if not path.is_dir() and path.name != BEST:
+        what = "a file; give the folder of a checkpoint" if path.exists() else "no such folder"
+        raise SettingError(f"{path}: {what}")
+    damaged: checkpoint.CheckpointError | None = None
+    for folder in (path, path / "pretrain"):
+        found = find(folder)
+        if found is not None:
+            return found
+        for state in sorted(folder.glob(f"*/{checkpoint.STATE}")):
+            try:
+                checkpoint.read_state(state.parent)
+            except checkpoint.CheckpointError as error:
+                damaged = error
+    if damaged is not None:
+        raise damaged
+    raise SettingError(
+        f"{path}: no checkpoint in it; give a checkpoint's folder, or that of a run (OUT/runs/NAME) or its pretrain"
+    )
+
+
+def best_of(folder: Path) -> dict[str, Any] | None:
+    """Content of the best.json of a folder: `checkpoint`, `metric` and `value`; None without one, or its checkpoint."""
     try:
         found = json.loads((folder / BEST).read_bytes())
         return found if (folder / found["checkpoint"] / checkpoint.STATE).is_file() else None

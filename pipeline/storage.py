@@ -225,6 +225,12 @@ class Folder:
             with reaching(self.shown(name)):
                 files.delete_file(path)
 
+    def drop(self, name: str) -> None:
+        """Remove the folder `name` in it with all that it holds; it need not be there."""
+        files, path = self._reach(name)
+        with contextlib.suppress(FileNotFoundError), reaching(self.shown(name)):
+            files.delete_dir(path)
+
     def clear(self) -> None:
         """Remove everything below it, hidden things too, but for the mark of its owner."""
         if self.local is not None:
@@ -354,7 +360,8 @@ def _keep(folder: Folder, mine: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _renew(folder: Folder, mine: dict[str, Any]) -> None:
-    folder.write(OWNER, json.dumps({**mine, "renewed": time.time()}).encode())
+    # Whole seconds: as long as the one before, which a reader may just have asked for its length.
+    folder.write(OWNER, json.dumps({**mine, "renewed": int(time.time())}).encode())
 
 
 def _mark(folder: Folder) -> dict[str, Any] | None:
