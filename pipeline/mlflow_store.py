@@ -246,6 +246,69 @@ def running_children(client: MlflowClient, experiment: str, parent_run_id: str) 
             return
 
 
+def find_runs(client: MlflowClient, where: str = "", at_most: int = 10_000) -> list[Run]:
+    """Runs that are not deleted, of all experiments, the newest first."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[Run] = []
+    token: str | None = None
+    while experiments and len(found) < at_most:
+        most = min(at_most - len(found), 1000)
+        page = client.search_runs(experiments, where, max_results=most, page_token=token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            break
+    return found
+
+
+def history(client: MlflowClient, run_id: str, name: str) -> dict[int, tuple[float, int]]:
+    """A metric by its steps: value and time (ms). Of several values at a step the last: a resumed run does some again."""
+    values = sorted(client.get_metric_history(run_id, name), key=lambda value: value.timestamp)
+    return dict(sorted({value.step: (value.value, value.timestamp) for value in values}.items()))
+
+
+def save_onnx(file: Path, folder: Path, *, shape: Sequence[int], features: int, about: Mapping[str, Any]) -> None:
+    """Write an ONNX file as a model of MLflow's: with signature, an example of its input, and what it needs to load.
+
+    `shape` (C, H, W) and `features` are those of one image. MLflow, onnx and onnxruntime load it, nothing of ours.
+    """
+    import mlflow.onnx
+    import numpy as np
+    import onnx
+    import onnxruntime
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    kind = np.dtype(np.float32)
+    ramp = np.linspace(0, 255, shape[-1]).round().astype(np.float32)
+    mlflow.onnx.save_model(
+        onnx.load(file),
+        folder,
+        signature=ModelSignature(
+            Schema([TensorSpec(kind, (-1, *shape))]), Schema([TensorSpec(kind, (-1, features), "features")])
+        ),
+        input_example=np.broadcast_to(ramp, (1, *shape)).copy(),
+        pip_requirements=[f"{package.__name__}=={package.__version__}" for package in (mlflow, onnx, onnxruntime)],
+        metadata={key: str(value) for key, value in about.items()},
+    )
+
+
+def register_version(client: MlflowClient, run_id: str, name: str, model: Path, tags: Mapping[str, Any]) -> str:
+    """Store a model's folder in the run's artifacts, as a new version of the registered model `name`: its number."""
+    from mlflow.exceptions import MlflowException
+
+    run = check_run(client, run_id)
+    client.log_artifacts(run_id, str(model), "model")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    texts = {key: str(value) for key, value in tags.items()}
+    version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run_id, tags=texts)
+    return str(version.version)
+
+
 def absolute_uri(uri: str) -> str:
     """A store URI that means the same in every working folder."""
     if uri in ("databricks", "databricks-uc", "uc"):

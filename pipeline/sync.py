@@ -58,7 +58,7 @@ def _send(folder: Path, uri: str | None) -> str:
         if _address(outbox) != store.without_password(uri):
             outbox.append({"do": "store", "uri": store.without_password(uri)})
     else:
-        uri = _stored_uri(folder, outbox)
+        uri = stored_uri(folder, outbox)
     _end_with_parent(folder, outbox)
     sender = Sender(folder, uri, create=chosen or not Position.of(folder).run_id, limit=_LIMIT)
     try:
@@ -101,7 +101,7 @@ def _address(outbox: JsonLines) -> str:
     return str(uris[-1]) if uris else ""
 
 
-def _stored_uri(folder: Path, outbox: JsonLines) -> str:
+def stored_uri(folder: Path, outbox: JsonLines) -> str:
     """The store to send to. Its password is not in the folder, it has to come from the environment."""
     address = _address(outbox)
     from_outside = os.environ.get("MLFLOW_TRACKING_URI")

@@ -103,11 +103,10 @@ class Tracker:
         tracker = cls(RunHandle(uri, "", str(folder / METRICS)), owner=True, create=parent is None)
         settings = _redacted(recipe)
         flat = flatten(params if params is not None else settings)
-        now = time.time()
         start = {
             "do": "start",
             "at": tracker._metrics.size(),
-            "time": int(now * 1000),
+            "time": int(time.time() * 1000),
             "key": _unfinished_key(tracker._outbox) or uuid.uuid4().hex,
             "uri": without_password(uri),
             "experiment": recipe.tracking.experiment,
@@ -126,7 +125,7 @@ class Tracker:
         else:
             tracker.flush(_START_LIMIT)
         if recipe.tracking.system_metrics:
-            tracker._probe = _SystemProbe(tracker, now)
+            tracker._probe = _SystemProbe(tracker)
         return tracker
 
     @classmethod
@@ -225,8 +224,8 @@ class Tracker:
 class _SystemProbe:
     """Logs the use of this machine, by the names that MLflow gives it; the step is seconds since the run began here."""
 
-    def __init__(self, tracker: Tracker, begun: float) -> None:
-        self._tracker, self._begun = tracker, begun
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._begun = tracker, time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
         self._thread.start()
@@ -246,14 +245,14 @@ class _SystemProbe:
                 if self._stopped.wait(self._interval()):
                     return
                 values = {f"system/{k}": v for m in monitors for k, v in m.aggregate_metrics().items()}
-                self._tracker.log(values, int(time.time() - self._begun))
+                self._tracker.log(values, int(time.monotonic() - self._begun))
                 for monitor in monitors:
                     monitor.clear_metrics()
 
     def _interval(self) -> float:
         """Dense enough for a run of 30 s, and not a million rows for one of a week."""
         asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
-        return float(asked) if asked else min(60.0, max(5.0, (time.time() - self._begun) / 100))
+        return float(asked) if asked else min(60.0, max(5.0, (time.monotonic() - self._begun) / 100))
 
 
 def _unfinished_key(outbox: JsonLines) -> str:
@@ -303,6 +302,7 @@ def _tags(recipe: Recipe, stage: str) -> dict[str, str]:
     tags = {
         "wavemim.stage": stage,
         "wavemim.recipe": recipe.name,
+        "wavemim.run": recipe.name,  # the same for all stages of a run: what belongs together
         "wavemim.out": str(Path(recipe.out).expanduser().absolute()),
         "mlflow.source.name": f"wavemim {stage}",
         **_version_tags(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wavemim.model import MaskedImageModel
+
+Model = TypeVar("Model", bound=nn.Module)
 
 BACKWARD = 2  # a backward pass costs two forward ones: gradients of inputs and of weights
 
@@ -66,6 +69,14 @@ def cost_of(model: MaskedImageModel) -> Cost:
     )
 
 
+def forward_flops(model: nn.Module, channels: int, image_size: int) -> int:
+    """FLOPs of a forward pass of one image (C, H, W) through any model of images, counted as in `Cost`; it is left as it is."""
+    blank = _on_meta(model)
+    with torch.device("meta"), torch.no_grad(), _Counter() as counter:
+        blank(torch.empty(1, channels, image_size, image_size))
+    return counter.get_total_flops()
+
+
 class _Counter(FlopCounterMode):
     """Counts FLOPs; attention as two matrix products, whatever kernel the device would take for it."""
 
@@ -83,7 +94,7 @@ class _Counter(FlopCounterMode):
         self._plain.__exit__(*error)  # type: ignore[arg-type]
 
 
-def _on_meta(model: MaskedImageModel) -> MaskedImageModel:
+def _on_meta(model: Model) -> Model:
     """A copy with tensors that have no memory; the model's own are never copied."""
     tensors: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()}
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
