@@ -73,6 +73,27 @@ def test_published_settings(name):
     assert found == PUBLISHED[name]
 
 
+# Of the papers' code: images a step, learning rate at this batch, layer decay, epochs, of warm-up, drop path.
+FINETUNED = {
+    "mae_vit_base": (1024, 5e-4 * 1024 / 256, 0.65, 100, 5, 0.1),
+    "localmim_vit_base": (1024, 4e-3, 0.75, 100, 20, 0.1),
+    "wamim_vit_base": (1024, 4e-3, 0.75, 100, 20, 0.1),
+    "wamim_vit_large": (1024, 3e-3, 0.75, 50, 5, 0.2),
+    "wamim_swin_base": (1024, 4e-3, 0.9, 100, 20, 0.1),
+    "simmim_swin_base": (2048, 1.25e-3 * 2048 / 512, 0.9, 100, 20, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNED)
+def test_published_fine_tuning(name):
+    found = load(name).finetune
+    rate = pytest.approx(found.lr * found.batch / 256)
+    lengths = (found.layer_decay, found.epochs, found.warmup_epochs, found.drop_path)
+    assert (found.batch, rate, *lengths) == FINETUNED[name]
+    assert (found.mixup, found.cutmix, found.label_smoothing, found.erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (found.rand_augment, found.weight_decay, found.betas) == ("rand-m9-mstd0.5-inc1", 0.05, (0.9, 0.999))
+
+
 def test_published_pictures_masks_and_decoders():
     names = ("mae_vit_base", "localmim_vit_base", "simmim_swin_base", "mfm_vit_base")
     mae, localmim, simmim, mfm = (load(name) for name in names)

@@ -1,0 +1,233 @@
+"""Fine-tuning on Ray Train: data-parallel workers around the loop, restarted by Ray from our own checkpoints."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline.checkpoints import Keeper
+from pipeline.classifier import build_classifier
+from pipeline.config import Recipe, identity, validate
+from pipeline.costs import TrainingMeter, spent_in
+from pipeline.finetune_loop import TOP1, Finetuned, NotFiniteError, finetune
+from pipeline.finetune_plan import Plan
+from pipeline.orders import Orders
+from pipeline.pretrain import (
+    METRICS,
+    asked_to_stop,
+    check_room,
+    data_parallel,
+    reader_threads,
+    resume_from,
+    root_cause,
+    sigterm_stops,
+    uses_gpu,
+)
+from pipeline.progress import following, images_of_run
+from pipeline.session import SessionInfo
+from pipeline.shards import ShardSet
+from pipeline.stage import StageError, StageFolder, stage_folder
+from pipeline.subjects import Subject, subject_of
+from pipeline.tracking import RunHandle, Tracker
+from pipeline.worker_log import showing
+from pipeline.worker_process import alive
+from wavemim import __version__, checkpoint
+from wavemim.finetune import middle_side
+from wavemim.measures import Accuracy, class_table
+
+MODEL, CONFUSION, CLASSES = "model", "confusion.csv", "classes.csv"  # in the stage's folder
+_KEPT = 2  # checkpoints
+
+
+def check_finetune(recipe: Recipe) -> tuple[Subject, ShardSet]:
+    """The encoder and the shard set of `recipe`, which fit together. Raises SettingError and StageError."""
+    shards = ShardSet.open(recipe.shards_at)
+    subject = subject_of(recipe, shards)
+    build_classifier(recipe.finetune, subject, shards)
+    Plan.of(recipe.finetune, shards.rows["train"])
+    return subject, shards
+
+
+def finetune_stage(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
+    """Fine-tune the encoder that `checkpoint=` names; gives the summary that is also the stage's finishing mark."""
+    subject, shards = check_finetune(recipe)
+    check_room(recipe, session, recipe.finetune.workers, "finetune")
+    same = {**identity(recipe, "finetune"), "encoder": subject.fingerprint, "shards": shards.fingerprint}
+    with stage_folder(recipe.stage_dir("finetune"), same, restart=recipe.restart) as folder:
+        if folder.finished:
+            return {**folder.result(), "state": "finished already"}
+        last = checkpoint.latest(folder.path)
+        tags = {"wavemim.shards": shards.fingerprint, "wavemim.checkpoint": subject.source}
+        with Tracker.start(recipe, "finetune", log_dir=folder.path, tags=tags) as tracker:
+            rows, plan = shards.rows["train"], Plan.of(recipe.finetune, shards.rows["train"])
+            total = images_of_run(plan.total_steps, plan.batches_per_epoch, plan.batch, rows)
+            seen = int(checkpoint.read_state(last, verify=False)["images"]) if last else 0
+            with following(folder.path / METRICS, total=total, seen=seen, name="finetune", enabled=progress):
+                counts = _fit(recipe, subject, shards, folder.path, tracker.handle, session)
+            result = _result(recipe, subject, shards, folder, tracker, counts)
+            folder.finish(result)
+        return {**result, "state": "new" if last is None else f"continued from {last.name}"}
+
+
+def _result(
+    recipe: Recipe, subject: Subject, shards: ShardSet, folder: StageFolder, tracker: Tracker, counts: np.ndarray
+) -> dict[str, Any]:
+    """Save the model and what was measured of it; gives the summary."""
+    final = checkpoint.latest(folder.path)
+    if final is None:
+        raise StageError(f"{folder.path} has no whole checkpoint after training")
+    state, names = checkpoint.read_state(final), shards.classes or []
+    n, correct = int(counts.sum()), int(counts.trace())
+    accuracy = Accuracy.of_share(correct / max(n, 1), n)
+    table = [asdict(line) for line in class_table(counts, names)]
+    target = folder.path / MODEL
+    _export(recipe, subject, shards, final, target, {"images_seen": state["images"], **accuracy.named(TOP1)})
+    _write_csv(folder.path / CONFUSION, [["true \\ predicted", *names], *map(_line, names, counts.tolist())])
+    _write_csv(folder.path / CLASSES, [list(table[0]), *([*line.values()] for line in table)])
+    tracker.log(accuracy.named(TOP1), state["images"])
+    for path, into in ((folder.path / CONFUSION, None), (folder.path / CLASSES, None), (target, MODEL)):
+        tracker.artifact(path, into)
+    return {
+        "encoder": subject.source,
+        "encoder_fingerprint": subject.fingerprint,
+        "images_seen": state["images"],
+        "history": state["history"],
+        "classes": len(names),
+        "val_images": n,
+        "measured": accuracy.named(TOP1),
+        "per_class": [{key: None if value != value else value for key, value in line.items()} for line in table],
+        "confusion": CONFUSION,
+        "model": str(target),
+        "load": f"timm.create_model('local-dir:{target}', pretrained=True)",
+        "cost": spent_in(folder.path).record(),
+        "mlflow_run": tracker.handle.run_id,
+        "shards": shards.fingerprint,
+        "recipe": recipe.dump(),
+    }
+
+
+def _line(name: str, counts: list[int]) -> list[Any]:
+    return [name, *counts]
+
+
+def _write_csv(path: Path, lines: list[list[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+
+
+def _export(
+    recipe: Recipe, subject: Subject, shards: ShardSet, final: Path, target: Path, measured: dict[str, Any]
+) -> None:
+    """The fine-tuned model as a folder that timm loads, with the names of its classes."""
+    model, name, arguments = build_classifier(recipe.finetune, subject, shards)
+    checkpoint.load_trained(final, model)
+    side = shards.image_size
+    about = {"version": __version__, "recipe": recipe.name, "shards": shards.fingerprint, "encoder": subject.source}
+    checkpoint.export_timm(
+        target,
+        model,
+        architecture=name,
+        arguments=arguments,
+        image_size=subject.image_size,
+        pixel_mean=list(subject.pixel_mean),
+        pixel_std=list(subject.pixel_std),
+        about={**about, **measured},
+        classes=shards.classes or (),
+        crop_pct=middle_side(side, subject.image_size) / side,
+    )
+
+
+def _fit(
+    recipe: Recipe, subject: Subject, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo
+) -> np.ndarray:
+    """Run the workers to the end; gives val images by true and predicted class. SIGTERM saves a checkpoint and ends."""
+    use_gpu = uses_gpu(recipe, session)
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
+        train_loop_config={
+            "recipe": recipe.dump(),
+            "subject": subject,
+            "shards": shards.folder.url,
+            "handle": handle,
+            "folder": str(folder.absolute()),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.finetune.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=".ray",  # Ray's own marks; checkpoints are not its business
+            storage_path=str(folder.absolute()),
+            failure_config=ray.train.FailureConfig(
+                max_failures=recipe.cluster.max_failures,
+                controller_failure_limit=1,  # type: ignore[call-arg]  # of Train V2, whose types Ray hides
+            ),
+        ),
+    )
+    with sigterm_stops(folder), showing(folder):
+        try:
+            ended = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
+        except SystemExit:
+            # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
+            raise KeyboardInterrupt from None
+        except ray.train.TrainingFailedError as error:
+            raise StageError(
+                f"fine-tuning failed: {root_cause(error)}; what was reached is kept in {folder}"
+            ) from error
+    if ended.get("failed"):
+        raise StageError(f"fine-tuning ended: {ended['failed']}; what was reached is kept in {folder}")
+    if ended.get("stopped"):
+        raise KeyboardInterrupt
+    return np.asarray(ended["counts"], np.int64)
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One data-parallel worker. Gives how it ended: an exception would make Ray begin again."""
+    recipe, folder = validate(config["recipe"]), Path(config["folder"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    resume = resume_from(folder, rank)
+    tracker = Tracker.attach(config["handle"]) if rank == 0 else None
+    keeper = Keeper(folder, keep=_KEPT) if rank == 0 else None
+    tuned: Finetuned | None = None
+    failed = ""
+    with alive(folder, rank, None):
+        try:
+            tuned = finetune(
+                recipe,
+                config["subject"],
+                ShardSet.open(config["shards"]),
+                device=device,
+                rank=rank,
+                world=world,
+                threads=reader_threads(recipe.finetune.reader_threads, context.get_local_world_size()),
+                wrap=data_parallel if world > 1 else None,
+                resume=resume,
+                on_log=tracker.log if tracker is not None else None,
+                on_checkpoint=keeper.save if keeper is not None else None,
+                orders=Orders(rank, world, stop=lambda: bool(keeper and keeper.given_up) or asked_to_stop(folder)),
+                costs=TrainingMeter(
+                    device, world=world, rank=rank, cores=recipe.cluster.cpus_per_worker, before=[spent_in(folder)]
+                ),
+            )
+        except NotFiniteError as error:
+            failed = str(error)
+        finally:
+            if keeper is not None:
+                keeper.wait()
+        if keeper is not None:
+            unsaved = keeper.finish()
+            failed = failed or keeper.given_up or unsaved
+    counts = tuned.counts.numpy() if tuned is not None and tuned.counts is not None else None
+    return {"failed": failed, "stopped": tuned is not None and tuned.stopped, "counts": counts}

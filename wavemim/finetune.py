@@ -1,0 +1,270 @@
+"""Fine-tuning of an encoder as a classifier: the model, its parameter groups, and one step on a batch of labelled images.
+
+Mixup, cutmix, soft targets, their loss, random erasing, layer-wise rates and drop path are timm's.
+
+Legend: B images, C channels, H × W pixels, K classes, n images that count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from wavemim.augment import resized_crop
+from wavemim.encoders import create, is_plain_vit
+from wavemim.inputs import Inputs
+from wavemim.optim import NO_DECAY, Average
+
+MIDDLE = 7 / 8  # of a stored image's side, what is judged: 224 of 256 pixels
+# Of ViTs: the mean of the patch tokens, normalised after pooling by a norm that is new (MAE); or the class token.
+_POOLING = {"mean": {"global_pool": "avg", "fc_norm": True}, "token": {"global_pool": "token", "fc_norm": False}}
+_HEAD_STD = 2e-5  # of a new head's weights (MAE)
+
+
+def make_classifier(
+    encoder: nn.Module, name: str, arguments: Mapping[str, Any], *, classes: int, drop_path: float, head: str = "mean"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`encoder`, a timm model without classifier, as a model that gives logits (B, K); and its arguments of timm's.
+
+    `arguments` are those of ``timm.create_model(name, …)`` that made the encoder. `head` is for plain ViTs, others have
+    their own pooling. Every parameter is trainable. Raises ValueError where timm cannot build it, it has no drop path,
+    or its weights do not fit.
+    """
+    pooling = _POOLING[head] if is_plain_vit(name) else {}
+    given = {**arguments, **pooling, "num_classes": classes}
+    given.pop("drop_path_rate", None)
+    model = _create(name, given, drop_path)
+    own, layers = encoder.state_dict(), _head(model)
+    new = {id(value) for layer in layers for value in layer.parameters()}
+    if not new:
+        raise ValueError(f"'{name}' has no classifier in timm")
+    for key, value in model.named_parameters():
+        if id(value) not in new and key not in own and not key.startswith("fc_norm."):
+            raise ValueError(f"the encoder has no {key}, which '{name}' needs")
+    known = {key: own[key] for key in model.state_dict() if key in own}
+    model.load_state_dict(known, strict=False)
+    for layer in layers:
+        for value in layer.parameters():
+            nn.init.trunc_normal_(value, std=_HEAD_STD) if value.ndim > 1 else nn.init.zeros_(value)
+    return model.requires_grad_(True), given
+
+
+def _create(name: str, arguments: Mapping[str, Any], drop_path: float) -> nn.Module:
+    try:
+        model = create(name, {**arguments, "drop_path_rate": drop_path})
+    except ValueError as error:
+        if "drop_path_rate" not in str(error).rpartition("}")[2]:
+            raise
+        model = create(name, arguments)
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    if drop_path and not any(rates):
+        raise ValueError(f"'{name}' has no drop path; set finetune.drop_path=0")
+    return model
+
+
+def _head(model: nn.Module) -> list[nn.Module]:
+    """The classifier; distilled models have two."""
+    found = model.get_classifier()  # type: ignore[operator]  # timm's
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def freeze_encoder(model: nn.Module) -> None:
+    """Leave only the head to be trained: the classifier and the norm in front of it."""
+    model.requires_grad_(False)
+    for layer in (*_head(model), getattr(model, "fc_norm", None)):
+        if layer is not None:
+            layer.requires_grad_(True)
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """timm's groups with ``lr_scale`` = layer_decay^(layers above), and no decay on norms, biases, tokens, positions."""
+    exempt = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_DECAY}
+    if hasattr(model, "no_weight_decay"):
+        exempt |= set(model.no_weight_decay())  # type: ignore[operator]  # timm's
+    return param_groups_layer_decay(model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+
+
+def make_finetune_optimizer(
+    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """AdamW on `parameter_groups`; fused, so that a step can be left out on the device."""
+    groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How images and labels of a batch are mixed with each other, and what is erased."""
+
+    classes: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    erasing: float = 0.0
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised images (n, C, H, W), changed in place, and targets (n, K) that sum to one.
+
+        timm mixes an image with its mirror in the batch, and only even numbers: of an odd one the last stays as it is.
+        """
+        if self.erasing:
+            RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
+        targets = mixup_target(labels, self.classes, smoothing=self.label_smoothing)
+        even = len(images) // 2 * 2
+        if even and (self.mixup or self.cutmix):
+            mixup = Mixup(
+                self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.classes, mode="batch"
+            )
+            images[:even], targets[:even] = mixup(images[:even], labels[:even])
+        return images, targets
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a step measured; tensors stay on the device, so that nothing waits for them."""
+
+    loss: torch.Tensor  # () of this worker's share of the batch, scaled so that the mean over workers is the loss
+    grad_norm: torch.Tensor  # () before clipping; not finite where the step was left out
+
+
+class FinetuneStep:
+    """Normalised images and labels in, one optimiser step done. One without a finite gradient changes nothing."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mixing: Mixing,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        *,
+        seed: int,
+        precision: torch.dtype = torch.float32,
+        clip_grad: float | None = None,
+        accumulate: int = 1,
+        averaged: Average | None = None,
+        wrapped: nn.Module | None = None,
+        world: int = 1,
+        rank: int = 0,
+    ) -> None:
+        """As `wavemim.step.TrainStep`: `wrapped` is the model behind DDP, `schedule` has timm's ``step_update``."""
+        self.model, self.mixing, self.optimizer, self.schedule = model, mixing, optimizer, schedule
+        self.wrapped = wrapped if wrapped is not None else model
+        self.averaged, self.accumulate = averaged, accumulate
+        self.seed, self.world, self.rank = seed, world, rank
+        self.precision = precision
+        self.clip_grad = clip_grad if clip_grad is not None else float("inf")
+        self.criterion = SoftTargetCrossEntropy()
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int
+    ) -> FinetuneResult:
+        """Do step number `step` (from 0) on images (B, C, H, W) on the device, and labels and weights (B,) on the host."""
+        self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
+        loss = self.backward(images, labels, weight, total, step=step)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler says it
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            self.averaged.update(self.model)
+        return FinetuneResult(loss, grad_norm.detach())
+
+    def backward(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int
+    ) -> torch.Tensor:
+        """Gradients of the loss over the `total` images that count on all workers; gives this worker's share of it.
+
+        Images of weight 0, and without a label, are left out before anything is drawn or mixed: they change nothing.
+        """
+        self._seed(step)
+        counts = (weight > 0) & (labels >= 0)
+        counting = counts.nonzero().flatten()
+        # A worker without any has to take part all the same, and batch norm needs two images.
+        filling = (~counts).nonzero().flatten()[: max(0, 2 - len(counting))]
+        chosen = torch.cat((counting, filling))
+        count = len(counting)
+        images, labels = images[chosen.to(images.device)], labels[chosen].clamp_min(0).to(images.device)
+        total_loss = torch.zeros((), device=images.device)
+        parts = _split(len(chosen), self.accumulate) if len(filling) == 0 else [slice(0, len(chosen))]
+        for number, part in enumerate(parts, 1):
+            apart = self.wrapped.no_sync() if self.world > 1 and number < len(parts) else contextlib.nullcontext()  # type: ignore[operator]
+            with apart:
+                counted = min(part.stop, count) - part.start
+                loss = self._loss(images[part], labels[part], counted) * (counted * self.world / total)
+                loss.backward()
+            total_loss += loss.detach()
+        return total_loss
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+        """Mean loss of the first `count` images; 0, with gradients, where there is none."""
+        mixed, targets = self.mixing(images[:count].clone(), labels[:count])
+        images = torch.cat((mixed, images[count:]))
+        with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits = self.wrapped(images)
+        return self.criterion(logits[:count].float(), targets) if count else logits.float().sum() * 0
+
+    def _seed(self, step: int) -> None:
+        """What is drawn in a step follows from its number: timm draws from the generators of Python, numpy and torch."""
+        seed = zlib.crc32(f"{self.seed} {step} {self.rank}".encode())
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+
+def _split(count: int, parts: int) -> list[slice]:
+    """`count` images in parts whose sizes differ by one at most; none is empty."""
+    ends = [count * number // parts for number in range(parts + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends) if end > start]
+
+
+def middle_side(side: int, size: int) -> int:
+    """Pixels of an image of `side` that are judged at `size`: the middle 7/8, and all that fit where those are fewer."""
+    return min(side, max(size, round(side * MIDDLE)))
+
+
+def middle(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """The middle of whole images (B, C, H, W), as `middle_side` says, resized to (B, C, size, size)."""
+    side = pixels.shape[-1]
+    kept = middle_side(side, size)
+    corner = (side - kept) // 2
+    box = torch.tensor([[corner, corner, kept, kept]], dtype=torch.float32, device=pixels.device)
+    return resized_crop(pixels, box.expand(len(pixels), 4), size, None)
+
+
+def count_predictions(
+    model: nn.Module,
+    inputs: Inputs,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    size: int,
+    classes: int,
+    precision: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Images by true class (rows) and predicted class (columns), int64 (K, K), of whole images in pixel values.
+
+    `batches` are (pixels (B, C, H, W) on the model's device, labels (B,)). Without a label an image is left out.
+    """
+    device = next(model.parameters()).device
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        for pixels, labels in batches:
+            predicted = model(inputs.normalise(middle(pixels, size))).argmax(1)
+            places = labels.to(device) * classes + predicted
+            counts += torch.bincount(places[labels.to(device) >= 0], minlength=len(counts))
+    return counts.reshape(classes, classes)
