@@ -119,13 +119,15 @@ def _class_of(inner: str) -> str | None:
     return parts[0] if len(parts) == 1 or (len(parts) == 2 and parts[1] == "images") else None
 
 
-def plan_tree(tree: Tree, *, val_share: float, seed: int, more: str = "") -> Plan:
+def plan_tree(tree: Tree, *, val_share: float | None, seed: int, more: str = "") -> Plan:
     """The plan of a folder tree, a pure function of its names, `val_share` and `seed`. Raises SettingError.
 
-    ``train/…`` or ``training/…``, with or without one of ``val/…``, ``valid/…``, ``validation/…``, ``test/…`` (the
+    Without a `val_share` it is all of the tree. Otherwise ``train/…`` or ``training/…``, with or without one of ``val/…``, ``valid/…``, ``validation/…``, ``test/…`` (the
     first that is there, in any case), are the splits as given, and what lies beside them is ignored. Otherwise everything is one set, of which a share is
     held out for val.
     """
+    if val_share is None:
+        return _plan_whole_tree(tree)
     folder, listing = tree.folder, tree.listing
     given = {below.partition("/")[0] for below, _ in listing}
     if folder.local is not None:  # a folder without files counts too
@@ -171,6 +173,31 @@ def plan_tree(tree: Tree, *, val_share: float, seed: int, more: str = "") -> Pla
     return replace(plan, layout=plan.layout + beside)
 
 
+def _plan_whole_tree(tree: Tree) -> Plan:
+    """Every image of a tree, by path; labels are classes where the tree, or each part for a split, has folders of them."""
+    parts: dict[str, list[tuple[str, list[str]]]] = {}
+    for below, names in tree.listing:
+        first = below.partition("/")[0]
+        parts.setdefault(first if first.casefold() in (*TRAIN_FOLDERS, *VAL_FOLDERS) else "", []).append((below, names))
+    splits = [_Split(root, listing) for root, listing in parts.items()]
+    classes = sorted({name for split in splits for name in split.classes})
+    index = {name: number for number, name in enumerate(classes)}
+    path = pa.chunked_array([chunk for split in splits for chunk in split.paths.chunks], pa.large_string())
+    label = np.concatenate([split.labels(index) for split in splits]) if splits else np.empty(0, np.int32)
+    order = pc.sort_indices(path).to_numpy()
+    inputs = Inputs(path.take(order), label[order], np.full(len(path), NO_SPLIT, np.int8))
+    inputs.rejects += [reject for split in splits for reject in split.rejects]
+    return finish(
+        inputs,
+        classes or None,
+        Origin("files", tree.folder.url),
+        "a folder",
+        shown=str(tree.folder),
+        val_share=None,
+        seed=0,
+    )
+
+
 def _first_of(names: tuple[str, ...], given: set[str]) -> str | None:
     """The first of `names` that is there, as it is written there; lower case before others."""
     found = {name.casefold(): name for name in sorted(given)}  # capitals sort first
@@ -196,7 +223,7 @@ def _tree_classes(folder: Folder, splits: dict[str, _Split]) -> list[str]:
 
 
 def plan_list(
-    folder: Folder, name: str, *, val_share: float, seed: int, image_column: str | None, label_column: str | None
+    folder: Folder, name: str, *, val_share: float | None, seed: int, image_column: str | None, label_column: str | None
 ) -> Plan:
     """The plan of a list: column ``path``, and if they are there ``label`` and ``split``. Raises SettingError.
 
@@ -213,7 +240,8 @@ def plan_list(
     labels, classes = np.full(len(table), -1, np.int32), None
     if "label" in table.column_names:
         labels, classes = encode_labels(table.column("label"), None, f"images={shown}: column '{wanted['label']}'")
-    split, words = _list_splits(table, shown)
+    whole = np.full(len(table), NO_SPLIT, np.int8), "all of it"
+    split, words = whole if val_share is None else _list_splits(table, shown)
     inputs = Inputs(_list_paths(table.column("path"), shown), labels, split)
     empty = pc.equal(inputs.path, "").to_numpy()
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]

@@ -211,7 +211,7 @@ def finish(
     words: str,
     *,
     shown: str,
-    val_share: float,
+    val_share: float | None,
     seed: int,
     groups: np.ndarray | None = None,
     ignored: int = 0,
@@ -219,8 +219,11 @@ def finish(
 ) -> Plan:
     """The plan of these inputs; `groups` (int64, a number for each container and row group) stay together in the order.
 
-    Raises SettingError, with `shown` as what `images` is.
+    Without a `val_share` all of them are train, as they come. Raises SettingError, with `shown` as what `images` is.
     """
+    if val_share is None:
+        splits = {"train": _table(inputs, np.arange(len(inputs))), "val": SCHEMA.empty_table()}
+        return Plan(words, classes, origin, splits, sorted(inputs.rejects), ignored)
     kept = inputs.split != IGNORED
     groups = groups[kept] if groups is not None else None
     inputs = inputs.where(kept)

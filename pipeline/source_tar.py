@@ -99,7 +99,7 @@ def plan_tar(
     folder: Folder,
     names: list[str],
     *,
-    val_share: float,
+    val_share: float | None,
     seed: int,
     image_column: str | None,
     label_column: str | None,

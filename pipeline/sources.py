@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pipeline.config import SettingError
 from pipeline.image_decoding import SUFFIXES
@@ -52,17 +53,24 @@ def check_source(images: str | None) -> None:
 
 
 def plan_source(
-    images: str, *, val_share: float, seed: int, image_column: str | None = None, label_column: str | None = None
+    images: str,
+    *,
+    val_share: float | None,
+    seed: int,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Plan:
     """The plan of `images`, a pure function of the names (and of lists, labels and headers) in it and of the arguments.
 
-    `val_share` of the inputs are held out for val where the source names none. `image_column` and `label_column` name
-    columns of a list or of Parquet, or the extensions of a sample's members in tar. Raises SettingError, StorageError.
+    `val_share` of the inputs are held out for val where the source names none. With None there are no splits: every
+    image is in train, whatever it is named, with or without a label; of a folder by path, otherwise as they come.
+    `image_column` and `label_column` name columns of a list or of Parquet, or the extensions of a sample's members in
+    tar. Raises SettingError, StorageError.
     """
     if not images:
         check_source(images)
-    ways = {"val_share": val_share, "seed": seed}
-    columns = {"image_column": image_column, "label_column": label_column}
+    ways: dict[str, Any] = {"val_share": val_share, "seed": seed}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     if _is_glob(images):
         folder, names = _matches(images)
         return _plan_containers(folder, names, columns, masked(images), val_share, seed)
@@ -72,12 +80,12 @@ def plan_source(
     folder, name = _parent(images)
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in _LISTS or (suffix == ".parquet" and not holds_images(folder, name, image_column)):
-        return plan_list(folder, name, **ways, **columns)  # type: ignore[arg-type]
+        return plan_list(folder, name, **ways, **columns)
     return _plan_containers(folder, [name], columns, folder.shown(name), val_share, seed)
 
 
 def _plan_containers(
-    folder: Folder, names: list[str], columns: dict[str, str | None], shown: str, val_share: float, seed: int
+    folder: Folder, names: list[str], columns: dict[str, str | None], shown: str, val_share: float | None, seed: int
 ) -> Plan:
     suffixes = {PurePosixPath(name).suffix.lower() for name in names}
     if len(suffixes) > 1:
@@ -94,7 +102,7 @@ def _plan_containers(
     )
 
 
-def _plan_folder(folder: Folder, columns: dict[str, str | None], val_share: float, seed: int) -> Plan:
+def _plan_folder(folder: Folder, columns: dict[str, str | None], val_share: float | None, seed: int) -> Plan:
     """Images or containers, whichever are more: a data set of tars may have a logo, a tree of images its archive."""
     tree = Tree(folder)
     kinds: Counter[str] = Counter()
