@@ -1,131 +1,143 @@
-"""What frozen features are worth: linear probe, kNN, RankMe. Yields names and numbers, logs nothing.
+"""What an encoder is worth, by protocol: each gives names, numbers and predictions, and logs nothing.
 
-Legend: n images, F features, c classes.
+Names: ``eval/PROTOCOL_top1`` in percent, with ``_low`` and ``_high`` (95 % Wilson interval over the test images) and
+``_n`` (how many those are). Strengths, learning rates and the best block are chosen on a held-out fifth of train.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+
+from wavemim.attentive import fit_attentive
+from wavemim.measures import Accuracy, alpha_req, rankme
+from wavemim.probes import (
+    CURVE,
+    ITERATIONS,
+    Set,
+    few_labels,
+    fit_probe,
+    held_out,
+    knn,
+    knn_predictions,
+    linear_probe,
+)
+from wavemim.taps import Taps, extract_taps
+
+__all__ = ["Accuracy", "alpha_req", "extract", "held_out", "knn", "linear_probe", "rankme"]
+
+RANK_IMAGES = 10_000  # more would not change the spectrum, and take minutes
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Top-1 accuracy with its 95 % Wilson interval, in percent."""
+class Judgement:
+    """What a protocol came to."""
 
-    top1: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, correct: np.ndarray) -> Accuracy:
-        """From one bool an image."""
-        interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="wilson")
-        return cls(100 * float(correct.mean()), 100 * float(interval.low), 100 * float(interval.high), len(correct))
+    values: dict[str, float]
+    predicted: np.ndarray | None = None  # classes of the test images, where there is one prediction an image
 
 
 def extract(
     encode: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Set:
     """Features (n, F) float32 and labels (n,) from batches of normalised images (B, C, H, W) and labels (B,)."""
-    features, labels = [], []
-    with torch.inference_mode():
-        for images, label in batches:
-            features.append(encode(images).flatten(1).float().cpu().numpy())
-            labels.append(label.cpu().numpy())
-    return np.concatenate(features), np.concatenate(labels)
+    return extract_taps(Taps(encode, blocks=False, tokens=False), batches).set
 
 
-def held_out(n: int, seed: int, share: float = 0.2) -> np.ndarray:
-    """A bool (n,) that is True for a seeded random `share` of the images."""
-    chosen = np.zeros(n, bool)
-    chosen[np.random.default_rng(seed).permutation(n)[: max(1, round(n * share))]] = True
-    return chosen
+def judge_linear(
+    train: Set, test: Set, *, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
+) -> Judgement:
+    """Linear probe of the model's own features."""
+    probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations)
+    values = Accuracy.of(probe.predicted == test[1]).named("eval/linear_top1")
+    values |= {"eval/linear_strength": probe.strength, "eval/linear_converged": float(probe.converged)}
+    return Judgement(values, probe.predicted)
 
 
-def linear_probe(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+def judge_block(
+    train: Set, test: Set, *, number: int, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
+) -> Judgement:
+    """Linear probe of the pooled patch tokens of a block, and its accuracy on the held-out part of train."""
+    probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations, compare=True)
+    values = Accuracy.of(probe.predicted == test[1]).named(f"eval/linear_top1_block{number}")
+    values[f"eval/linear_heldout_block{number}"] = probe.held_out
+    values[f"eval/linear_converged_block{number}"] = float(probe.converged)
+    return Judgement(values, probe.predicted)
+
+
+def best_block(values: Mapping[str, float]) -> dict[str, float]:
+    """The block that is best on the held-out part of train, the deepest of equals; {} where blocks were not judged."""
+    start = "eval/linear_heldout_block"
+    scores = [(score, int(name.removeprefix(start))) for name, score in values.items() if name.startswith(start)]
+    return {"eval/best_block": float(max(scores)[1])} if scores else {}
+
+
+def judge_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE) -> Judgement:
+    """kNN at `k`, and its accuracy at every k of the curve that train has images for (``eval/knn_top1_kN``)."""
+    ks = sorted({k, *(other for other in curve if other <= len(train[1]))})
+    predicted = knn_predictions(train, test[0], ks=ks)
+    values = Accuracy.of(predicted[k] == test[1]).named("eval/knn_top1")
+    for other in ks:
+        values |= Accuracy.of(predicted[other] == test[1]).named(f"eval/knn_top1_k{other}")
+    return Judgement(values, predicted[k])
+
+
+def judge_few_labels(
+    train: Set,
+    test: Set,
     *,
+    shares: Sequence[float],
+    draws: int,
     strengths: Sequence[float],
     seed: int,
-    max_iterations: int = 300,
-) -> tuple[Accuracy, float]:
-    """Multinomial logistic regression on standardised features; accuracy on `test` and the strength that was chosen.
-
-    `strengths` are scikit-learn's C (inverse regularisation). It is chosen on a held-out fifth of `train`, never on
-    `test`. A class that train lacks counts as wrong.
-    """
-    x, y = train
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, test_x = (x - mean) / std, (test[0] - mean) / std
-    best = strengths[0]
-    if len(strengths) > 1:
-        out = held_out(len(y), seed)  # of a handful of images it may leave a single class
-        scores = [(_fit(x[~out], y[~out], c, max_iterations).score(x[out], y[out]), -c) for c in strengths]
-        best = -max(scores)[1]  # the stronger regularisation of equals
-    predicted = _fit(x, y, best, max_iterations).predict(test_x)
-    return Accuracy.of(predicted == test[1]), float(best)
-
-
-def knn(
-    train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], *, k: int, temperature: float = 0.07
-) -> Accuracy:
-    """Weighted kNN by cosine similarity, weights exp(similarity / temperature) (Wu et al., CVPR 2018)."""
-    x, y = torch.from_numpy(train[0]), torch.from_numpy(train[1])
-    x = torch.nn.functional.normalize(x, dim=1)
-    k, classes = min(k, len(y)), int(y.max()) + 1
-    correct = []
-    for part, labels in zip(torch.from_numpy(test[0]).split(512), torch.from_numpy(test[1]).split(512), strict=True):
-        similarity = torch.nn.functional.normalize(part, dim=1) @ x.T
-        values, neighbours = similarity.topk(k, 1)
-        votes = torch.zeros(len(part), classes).scatter_add_(1, y[neighbours], (values / temperature).exp())
-        correct.append(votes.argmax(1) == labels)
-    return Accuracy.of(torch.cat(correct).numpy())
+    max_iterations: int = ITERATIONS,
+) -> Judgement:
+    """Linear probes on a share of the train labels, drawn class by class: ``eval/few1_top1`` is the mean over `draws`
+    of 1 %, ``_min``, ``_max`` and ``_std`` their spread. The interval is that of the test images alone."""
+    values: dict[str, float] = {}
+    for share in shares:
+        name = f"eval/few{100 * share:g}_top1"
+        found, count = [], 0
+        for draw in range(draws):
+            chosen = few_labels(train[1], share, seed + draw)
+            part = (train[0][chosen], train[1][chosen])
+            probe = fit_probe(part, test[0], strengths=strengths, seed=seed + draw, max_iterations=max_iterations)
+            found.append(float((probe.predicted == test[1]).mean()))
+            count = len(chosen)
+        values |= Accuracy.of_share(float(np.mean(found)), len(test[1])).named(name)
+        values |= {f"{name}_min": 100 * min(found), f"{name}_max": 100 * max(found)}
+        values |= {f"{name}_std": 100 * float(np.std(found, ddof=1 if draws > 1 else 0))}
+        values |= {f"{name}_labels": float(count)}
+    return Judgement(values)
 
 
-def rankme(features: np.ndarray, epsilon: float = 1e-7) -> float:
-    """Effective rank of features (n, F): exp of the entropy of their normalised singular values (Garrido et al. 2023)."""
-    singular = np.linalg.svd(features.astype(np.float64), compute_uv=False)
-    p = singular / max(singular.sum(), epsilon) + epsilon
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def judge(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
+def judge_attentive(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    test: Iterable[Set],
     *,
-    labelled: bool,
-    strengths: Sequence[float],
-    k: int,
+    lrs: Sequence[float],
+    epochs: int,
     seed: int,
-) -> Iterator[tuple[str, float]]:
-    """All measures of one encoder's features: (name, value), accuracies in percent."""
-    if labelled:
-        probe, strength = linear_probe(train, test, strengths=strengths, seed=seed)
-        yield "eval/linear_top1", probe.top1
-        yield "eval/linear_top1_low", probe.low
-        yield "eval/linear_top1_high", probe.high
-        yield "eval/linear_strength", strength
-        yield "eval/knn_top1", knn(train, test, k=k).top1
-    yield "eval/rankme", rankme(train[0][:10_000])
+    device: torch.device,
+    batch: int = 256,
+) -> Judgement:
+    """Attentive probe, fitted to tokens (n, T, E) and labels (n,); `test` gives parts of the test set, tokens for x."""
+    probe = fit_attentive(tokens, labels, lrs=lrs, epochs=epochs, seed=seed, device=device, batch=batch)
+    predicted, truth = [], []
+    for part, theirs in test:
+        predicted.append(probe.predict(part, batch))
+        truth.append(theirs)
+    found = np.concatenate(predicted)
+    values = Accuracy.of(found == np.concatenate(truth)).named("eval/attentive_top1")
+    values |= {"eval/attentive_lr": probe.lr, "eval/attentive_loss": probe.loss}
+    return Judgement(values | {"eval/attentive_images": float(len(labels))}, found)
 
 
-def _fit(x: np.ndarray, y: np.ndarray, strength: float, max_iterations: int) -> Any:
-    # imported here: scikit-learn loads pandas, which loads pyarrow where it is installed
-    from sklearn.dummy import DummyClassifier
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    if len(np.unique(y)) < 2:
-        return DummyClassifier(strategy="most_frequent").fit(x, y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # early stopping of the solver is a setting, not news
-        return LogisticRegression(C=strength, max_iter=max_iterations).fit(x, y)
+def judge_rank(features: np.ndarray) -> Judgement:
+    """What needs no labels: RankMe and the exponent of α-ReQ, of the first 10,000 images' features (n, F)."""
+    features = features[:RANK_IMAGES]
+    return Judgement({"eval/rankme": rankme(features), "eval/alpha_req": alpha_req(features)})

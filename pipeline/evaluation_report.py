@@ -1,0 +1,102 @@
+"""What evaluation measured, as tables that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.tables import table
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> str:
+    """The measures of every encoder, the blocks of the trained one, and what they were judged on."""
+    titles, measured = result["titles"], result["measured"]
+    parts = [table(("", *titles.values()), [(name, *cells) for name, cells in _rows(titles, measured)])]
+    if not result["labelled"]:
+        return parts[0]
+    if curve := _curve(titles, measured):
+        parts += [f"kNN by the number of neighbours, top-1 %:\n\n{curve}"]
+    if blocks := _blocks(measured["trained"]):
+        parts += [f"Linear probes of each block of the {titles['trained']} (pooled patch tokens):\n\n{blocks}"]
+    parts.append(
+        f"Top-1 in percent with 95 % intervals over the val images. {result['classes']} classes, probes fitted to "
+        f"{result['train_images']:,} train images, judged on {result['val_images']:,} val images."
+    )
+    open_ended = [titles[which] for which in titles if measured[which].get("eval/linear_converged") == 0]
+    if open_ended:
+        parts.append(
+            f"The linear probe of {' and '.join(open_ended)} did not converge: its number is a lower bound of sorts; "
+            "raise evaluate.probe_iterations."
+        )
+    return "\n\n".join(parts)
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """Whether pretraining was worth it, in one line; nothing without a linear probe."""
+    values = [result["measured"][which] for which in ("trained", "untrained")]
+    if any("eval/linear_top1" not in found for found in values):
+        return ""
+    trained, untrained = values
+    gain = trained["eval/linear_top1"] - untrained["eval/linear_top1"]
+    if trained["eval/linear_top1_low"] > untrained["eval/linear_top1_high"]:
+        return f"Pretraining is worth {gain:+.1f} points over the untrained encoder; the intervals do not overlap."
+    return (
+        f"Pretraining is worth {gain:+.1f} points over the untrained encoder, within the intervals: not shown to help."
+    )
+
+
+def _rows(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:
+    names = {"eval/linear_top1": "linear probe", "eval/attentive_top1": "attentive probe", "eval/knn_top1": "kNN"}
+    rows = [
+        (name, [_interval(measured[which], key) for which in titles])
+        for key, name in names.items()
+        if any(key in measured[which] for which in titles)
+    ]
+    few = [
+        key.removesuffix("_std") for key in measured["trained"] if key.startswith("eval/few") and key.endswith("_std")
+    ]
+    for key in few:
+        share, labels = key.removeprefix("eval/few").removesuffix("_top1"), measured["trained"][f"{key}_labels"]
+        name = f"linear probe, {share} % of the labels ({labels:,.0f}): mean (worst to best draw)"
+        rows.append((name, [_spread(measured[which], key) for which in titles]))
+    for key, name in (("eval/rankme", "RankMe"), ("eval/alpha_req", "alpha-ReQ")):
+        if any(key in measured[which] for which in titles):
+            rows.append((name, [_number(measured[which], key, 2 if key.endswith("req") else 1) for which in titles]))
+    return rows
+
+
+def _curve(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]) -> str:
+    start = "eval/knn_top1_k"
+    ks = [name.removeprefix(start) for name in measured["trained"] if name.startswith(start)]
+    ks = [k for k in ks if k.isdigit()]  # not the ends of intervals
+    rows = [(titles[which], *(_number(measured[which], f"{start}{k}") for k in ks)) for which in titles]
+    return table(("k", *ks), rows) if len(ks) > 1 else ""
+
+
+def _blocks(values: Mapping[str, float]) -> str:
+    best = values.get("eval/best_block")
+    if best is None:
+        return ""
+    rows, number = [], 1
+    while f"eval/linear_top1_block{number}" in values:
+        mark = " (best on train)" if number == best else ""
+        held_out = _number(values, f"eval/linear_heldout_block{number}")
+        rows.append((f"{number}{mark}", held_out, _interval(values, f"eval/linear_top1_block{number}")))
+        number += 1
+    return table(("block", "held-out part of train", "val"), rows)
+
+
+def _interval(values: Mapping[str, float], key: str) -> str:
+    if key not in values:
+        return "–"
+    return f"{values[key]:.1f} ({values[f'{key}_low']:.1f} to {values[f'{key}_high']:.1f})"
+
+
+def _spread(values: Mapping[str, float], key: str) -> str:
+    if key not in values:
+        return "–"
+    return f"{values[key]:.1f} ({values[f'{key}_min']:.1f} to {values[f'{key}_max']:.1f})"
+
+
+def _number(values: Mapping[str, float], key: str, digits: int = 1) -> str:
+    return f"{values[key]:.{digits}f}" if key in values else "–"
