@@ -59,7 +59,7 @@ class Job:
     def recipe_for(self, steps: int, **more: Any) -> Any:
         """The recipe, so long that it takes `steps`."""
         from pipeline.config import load, with_overrides
-        from pipeline.loop import Plan
+        from pipeline.plan import Plan
         from pipeline.shards import ShardSet
 
         recipe = with_overrides(load(self.recipe, self.overrides), {"train.workers": self.workers})

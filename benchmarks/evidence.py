@@ -1,26 +1,32 @@
 """Which target, decoder, mask or weighting gives the better encoder? One shard set, seed, data order, masks and budget.
 
-    python benchmarks/evidence.py --shards SHARDS --compare targets --images-seen 50000 --json FILE --plot FILE.png
+    python benchmarks/evidence.py --shards SHARDS                 # reduced: about an hour on two cores
+    python benchmarks/evidence.py --shards SHARDS --full --device cuda   # within 25 minutes on one GPU
 
 Trains every variant of a comparison from the same seed on the same rows with the same masks (they are a function of
 seed, epoch and row), without Ray, and judges the frozen encoder by a linear probe on val at several points in training.
-Variants take turns, seed by seed. Training time is that of the training process alone: neither probes nor the writing of
-checkpoints count. States `wavelet_training_to_reach_best_pixel` where wavelets and pixels are compared: the images that
-the wavelet target needs to reach the pixel target's best accuracy, as a share of those that pixels needed.
+Variants take turns, seed by seed. Seconds are those of training alone, on a CPU of its process. States
+`wavelet_training_to_reach_best_pixel`: the images that the wavelet target needs to reach the pixel target's best
+accuracy, as a share of those that pixels needed. Numbers go to results/evidence-DATE-DEVICE.json beside this file, the
+plot beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measure import machine_facts, write_json
+from measure import in_child, machine_facts, usable_cores, write_json
+
+Curve = Sequence[Mapping[str, float]]  # as of evidence_training.curve
+Results = Mapping[str, Sequence[Curve]]  # variant -> a curve a seed
 
 # comparison -> variant -> (recipe, overrides)
 COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -34,7 +40,13 @@ COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "wavelets": {
         "levels 3, 4": ("small_wavelet", {}),
         "level 4 alone": ("small_wavelet", {"target.taps": {4: 8}}),
-        "levels 2, 3, 4": ("small_wavelet", {"target.taps": {2: 4, 3: 6, 4: 8}}),
+        "level 3 alone": ("small_wavelet", {"target.taps": {3: 8}}),
+        "levels 2, 3, 4, equal weights": ("small_wavelet", {"target.taps": {2: 4, 3: 6, 4: 8}}),
+        "levels 1 to 4, equal weights": ("small_wavelet", {"target.taps": {1: 2, 2: 4, 3: 6, 4: 8}}),
+        "levels 1 to 4, weights 0.1, 0.3, 1, 3": (
+            "small_wavelet",
+            {"target.taps": {1: 2, 2: 4, 3: 6, 4: 8}, "target.weights": {1: 0.1, 2: 0.3, 3: 1, 4: 3}},
+        ),
         "details alone": ("small_wavelet", {"target.bands": {3: "HVD", 4: "HVD"}}),
         "all bands": ("small_wavelet", {"target.bands": {3: "AHVD", 4: "AHVD"}}),
         "per patch": ("small_wavelet", {"target.normalise": "patch"}),
@@ -60,72 +72,43 @@ COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
-def run(
-    shards_at: str, name: str, overrides: Mapping[str, Any], *, seed: int, images_seen: int, points: int, device: str
-) -> list[dict[str, float]]:
-    """Train one variant; a line a point: images seen, seconds of training, top-1 with its interval, losses' history."""
-    import torch
-
-    from pipeline.build import build_inputs, build_model
-    from pipeline.config import load, with_overrides
-    from pipeline.loop import Plan, train
-    from pipeline.shards import ShardSet
-    from wavemim import checkpoint
-
-    shards = ShardSet.open(shards_at)
-    epochs = images_seen / shards.rows["train"]
-    settings = {"train.epochs": epochs, "train.workers": 1, "train.warmup_epochs": epochs / 10, "seed": seed}
-    settings |= {"train.checkpoint_every": epochs / points, "train.log_every": 50}
-    if isinstance(overrides.get("target.taps"), dict):
-        settings["target.bands"] = {}
-    recipe = with_overrides(load(name), {**settings, **overrides})
-    inputs = build_inputs(shards).to(device)
-    with tempfile.TemporaryDirectory() as temporary:
-        lines: list[dict[str, float]] = []
-        kept: list[Path] = []
-        apart, began = 0.0, time.perf_counter()
-
-        def keep(write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
-            nonlocal apart
-            stopped = time.perf_counter()
-            path = Path(temporary) / str(state["images"])
-            write(path)
-            kept.append(path)
-            apart += time.perf_counter() - stopped
-            lines.append({"images": state["images"], "seconds": time.perf_counter() - began - apart})
-
-        total = Plan.of(recipe, shards.rows["train"]).total_steps
-        assert total >= points, f"{total} steps are fewer than {points} points"
-        train(recipe, shards, device=torch.device(device), on_checkpoint=keep)
-        model = build_model(recipe, shards).to(device)
-        lines = [{"images": 0, "seconds": 0.0} | probe(model.encoder.model.eval(), inputs, shards, recipe)] + [
-            line | probe(_with(model, path, checkpoint).encoder.model.eval(), inputs, shards, recipe)
-            for line, path in zip(lines, kept, strict=True)
+def run(arguments: argparse.Namespace, variants: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
+    """A curve of every variant for every seed; `jobs` of them at once, each in a process of its own."""
+    results: dict[str, list[Curve]] = {name: [] for name in variants}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        pending: list[tuple[str, int, Future[Curve]]] = [
+            (
+                name,
+                seed,
+                pool.submit(
+                    in_child,
+                    "evidence_training:curve",
+                    threads=arguments.threads,
+                    shards_at=arguments.shards,
+                    recipe_name=recipe,
+                    overrides=overrides,
+                    seed=seed,
+                    images_seen=arguments.images_seen,
+                    points=arguments.points,
+                    device=arguments.device,
+                ),
+            )
+            for seed in range(arguments.seeds)
+            for name, (recipe, overrides) in variants.items()
         ]
-    return lines
+        for name, seed, future in pending:
+            results[name].append(future.result())
+            points = ", ".join(f"{point['top1']:.1f} % at {point['images']:,.0f}" for point in results[name][-1])
+            print(f"{name}, seed {seed}: {points}", flush=True)
+    return results
 
 
-def _with(model: Any, path: Path, checkpoint: Any) -> Any:
-    checkpoint.load_trained(path, model)
-    return model
-
-
-def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, float]:
-    """Linear probe on val of at most 10,000 train images."""
-    from pipeline.features import features_of
-    from wavemim.evaluate import linear_probe
-
-    sets = [
-        features_of(encode, inputs, shards, split, window=recipe.encoder.image_size, batch=256, max_rows=10_000)
-        for split in ("train", "val")
+def training_to_reach(curves: Sequence[Curve], goal: float, key: str = "images") -> float | None:
+    """Images (or seconds) at which the mean curve over seeds first reaches `goal`, between points by a straight line."""
+    mean = [
+        (statistics.mean(curve[i][key] for curve in curves), statistics.mean(curve[i]["top1"] for curve in curves))
+        for i in range(len(curves[0]))
     ]
-    accuracy, _ = linear_probe(sets[0], sets[1], strengths=(0.01, 0.1, 1.0), seed=0)
-    return {"top1": accuracy.top1, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
-
-
-def training_to_reach(curves: Sequence[Sequence[Mapping[str, float]]], goal: float) -> float | None:
-    """Images at which the mean curve over seeds first reaches `goal`, between its points by a straight line."""
-    mean = [(line["images"], statistics.mean(curve[i]["top1"] for curve in curves)) for i, line in enumerate(curves[0])]
     if mean[0][1] >= goal:
         return 0.0
     for (before, low), (after, high) in itertools.pairwise(mean):
@@ -134,7 +117,7 @@ def training_to_reach(curves: Sequence[Sequence[Mapping[str, float]]], goal: flo
     return None
 
 
-def needed(results: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> float | None:
+def needed(results: Results) -> float | None:
     """`wavelet_training_to_reach_best_pixel`; None where wavelets never reach it."""
     pixels = [name for name in results if name.startswith("pixels")]
     best = {
@@ -146,21 +129,22 @@ def needed(results: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> fl
     return ours / own if own and ours is not None else None
 
 
-def table(results: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> str:
+def table(results: Results) -> str:
     """Accuracy at the end of each variant: mean over seeds, spread, interval of the first seed, images/s."""
-    lines = ["| variant | top-1, % | seeds | 95 % of one | images/s |", "|---|---|---|---|---|"]
+    lines = ["| variant | top-1, % | each seed | 95 % of one | images/s | TFLOP |", "|---|---|---|---|---|---|"]
     for name, curves in results.items():
         ends = [curve[-1] for curve in curves]
         each = ", ".join(f"{end['top1']:.1f}" for end in ends)
         rate = statistics.median(end["images"] / end["seconds"] for end in ends)
         mean = statistics.mean(end["top1"] for end in ends)
-        lines.append(f"| {name} | {mean:.1f} | {each} | {ends[0]['low']:.1f}-{ends[0]['high']:.1f} | {rate:.0f} |")
+        interval, work = f"{ends[0]['low']:.1f}-{ends[0]['high']:.1f}", ends[0]["flops"] / 1e12
+        lines.append(f"| {name} | {mean:.1f} | {each} | {interval} | {rate:.0f} | {work:.0f} |")
     untrained = next(iter(results.values()))[0][0]
-    lines.append(f"| untrained | {untrained['top1']:.1f} | | {untrained['low']:.1f}-{untrained['high']:.1f} | |")
+    lines.append(f"| untrained | {untrained['top1']:.1f} | | {untrained['low']:.1f}-{untrained['high']:.1f} | | |")
     return "\n".join(lines)
 
 
-def draw(path: Path, results: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> None:
+def draw(path: Path, results: Results) -> None:
     """Accuracy against images seen, and against seconds of training; a line a variant, its seeds as a band."""
     import matplotlib
 
@@ -181,52 +165,65 @@ def draw(path: Path, results: Mapping[str, Sequence[Sequence[Mapping[str, float]
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """What evidence.py and progressive.py are asked alike."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True, help="a labelled shard set of 64-px images (wavemim prepare)")
-    parser.add_argument("--compare", choices=COMPARISONS, default="targets")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the comparison alone")
-    parser.add_argument("--images-seen", type=int, default=50_000)
+    parser.add_argument("--images-seen", type=int, help="of every variant")
     parser.add_argument("--points", type=int, default=4, help="probes during training")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, help="runs of every variant")
+    parser.add_argument("--full", action="store_true", help="200,000 images and 3 seeds, not 40,000 and 2")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--jobs", type=int, help="variants at once; on a CPU one a core")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--json", type=Path, help="where the numbers go")
+    parser.add_argument("--plot", type=Path, help="where the plot goes")
+    return parser
+
+
+def settle(arguments: argparse.Namespace, name: str) -> None:
+    """Fill in what was not asked for. Raises SystemExit for a device that is not there."""
     import torch
 
-    torch.set_num_threads(arguments.threads)
-    chosen = {n: v for n, v in COMPARISONS[arguments.compare].items() if n in (arguments.variants or [n])}
-    results: dict[str, list[list[dict[str, float]]]] = {name: [] for name in chosen}
-    for seed in range(arguments.seeds):
-        for name, (recipe, overrides) in chosen.items():
-            curve = run(
-                arguments.shards,
-                recipe,
-                overrides,
-                seed=seed,
-                images_seen=arguments.images_seen,
-                points=arguments.points,
-                device=arguments.device,
-            )
-            results[name].append(curve)
-            print(
-                f"{name}, seed {seed}: " + ", ".join(f"{p['top1']:.1f} % at {p['images']:,.0f}" for p in curve),
-                flush=True,
-            )
-    print(table(results))
-    goals = {}
-    if "wavelet" in results and any(name.startswith("pixels") for name in results):
-        goals["wavelet_training_to_reach_best_pixel"] = needed(results)
-        print(f"wavelet_training_to_reach_best_pixel: {goals['wavelet_training_to_reach_best_pixel']}")
-    if arguments.plot:
-        draw(arguments.plot, results)
-    if arguments.json:
-        settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("json", "plot", "shards")}
-        write_json(
-            arguments.json, {"machine": machine_facts(), "settings": settings, "goals": goals, "results": results}
-        )
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {arguments.device}: torch sees no GPU here")
+    if "://" not in arguments.shards:
+        arguments.shards = str(Path(arguments.shards).absolute())
+    arguments.images_seen = arguments.images_seen or (200_000 if arguments.full else 40_000)
+    arguments.seeds = arguments.seeds or (3 if arguments.full else 2)
+    arguments.jobs = arguments.jobs or (4 if arguments.device != "cpu" else len(usable_cores()))
+    device = torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu"
+    stem = f"{name}-{datetime.now(UTC):%Y-%m-%d}-{re.sub('[^a-z0-9]+', '-', device.lower())}"
+    arguments.json = arguments.json or Path(__file__).with_name("results") / f"{stem}.json"
+    arguments.plot = arguments.plot or arguments.json.with_suffix(".png")
+
+
+def keep(arguments: argparse.Namespace, goals: Mapping[str, float | None], results: Mapping[str, Results]) -> None:
+    """Write the numbers."""
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("json", "plot", "shards")}
+    write_json(arguments.json, {"machine": machine_facts(), "settings": settings, "goals": goals, "results": results})
+    print(f"numbers: {arguments.json}, plot: {arguments.plot}")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=["targets", "wavelets"])
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the comparisons alone")
+    arguments = parser.parse_args()
+    settle(arguments, "evidence")
+    results: dict[str, Results] = {}
+    goals: dict[str, float | None] = {}
+    for comparison in arguments.compare:
+        chosen = {n: v for n, v in COMPARISONS[comparison].items() if n in (arguments.variants or [n])}
+        found = run(arguments, chosen)
+        results[comparison] = found
+        print(f"\n{comparison}\n\n{table(found)}\n")
+        if "wavelet" in found and any(name.startswith("pixels") for name in found):
+            goals["wavelet_training_to_reach_best_pixel"] = needed(found)
+            print(f"wavelet_training_to_reach_best_pixel: {goals['wavelet_training_to_reach_best_pixel']}")
+        plot = arguments.plot
+        draw(plot if comparison == arguments.compare[0] else plot.with_stem(f"{plot.stem}-{comparison}"), found)
+        keep(arguments, goals, results)
 
 
 if __name__ == "__main__":

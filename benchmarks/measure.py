@@ -34,21 +34,29 @@ def usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def in_child(function: str, *, cores: int | None = None, libraries: str | None = None, **arguments: Any) -> Any:
+def in_child(
+    function: str,
+    *,
+    cores: int | None = None,
+    threads: int | None = None,
+    libraries: str | None = None,
+    **arguments: Any,
+) -> Any:
     """Call "module:function" of this folder in a new process and give back its answer, which goes through JSON.
 
-    `cores`: tie it, with everything it starts, to that many cores, and let libraries start as many threads. `libraries`:
-    a folder of packages that only this process sees. Raises Missing and BenchmarkError.
+    `cores`: tie it, with everything it starts, to that many cores, and let libraries start as many threads; `threads`:
+    that alone. `libraries`: a folder of packages that only this process sees. Raises Missing and BenchmarkError.
     """
+    threads = cores if threads is None else threads
     environment = dict(os.environ)
-    if cores is not None:
-        environment |= dict.fromkeys(THREAD_VARIABLES, str(cores))
+    if threads is not None:
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
     if libraries:
         environment["PYTHONPATH"] = os.pathsep.join([libraries, *filter(None, [environment.get("PYTHONPATH")])])
     allowed = usable_cores() if cores is None else usable_cores()[-cores:]  # the first core serves most interrupts
     if cores is not None and len(allowed) < cores:
         raise Missing(f"{cores} cores")
-    call = json.dumps({"function": function, "arguments": arguments, "cores": allowed, "threads": cores})
+    call = json.dumps({"function": function, "arguments": arguments, "cores": allowed, "threads": threads})
     command = [sys.executable, str(Path(__file__).resolve())]
     done = subprocess.run(command, env=environment, input=call, capture_output=True, text=True)
     answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]

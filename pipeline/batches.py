@@ -28,7 +28,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from pipeline.shards import ShardSet, read_group
+from pipeline.shard_retries import read_patiently
+from pipeline.shards import ShardSet, read_group, stored_bytes
 from wavemim.inputs import Crop
 from wavemim.integer_haar import HaarPixels
 from wavemim.randomness import uniform
@@ -100,6 +101,7 @@ class Reader:
         assert 0 < batch <= self.rows, f"a batch of {batch} out of {self.rows} rows: clip it"
         assert batch % self.streams == 0 and self.streams <= self.rows, (batch, self.streams, self.rows)
         self._groups = _groups(shards, split)
+        self.bytes_read = 0  # of row groups, as they are stored: since it was made
 
     @property
     def batches_per_epoch(self) -> int:
@@ -123,9 +125,10 @@ class Reader:
         ] or [(self.streams - 1, self.batch, self.batch)]
         sizes = [sum(mix.rows for mix in stream) for stream in mixes]
         pending: collections.deque[Future[Batch]] = collections.deque()
+        ended = threading.Event()
         with ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="shards") as pool:
             try:
-                streams = {stream: _Stream(self, mixes[stream], epoch, pool) for stream, _, _ in parts}
+                streams = {stream: _Stream(self, mixes[stream], epoch, pool, ended) for stream, _, _ in parts}
                 for k in range(start, self.batches_per_epoch):
                     total = float(sum(min(max(size - k * take, 0), take) for size in sizes))
                     picks = [
@@ -142,6 +145,7 @@ class Reader:
                 while pending:
                     yield pending.popleft().result()
             finally:
+                ended.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _mixes(self, epoch: int) -> list[list[_Mix]]:
@@ -197,8 +201,10 @@ class Reader:
 class _Stream:
     """One chunk of an epoch: gives the rows at any place, and reads the next mix while this one is used."""
 
-    def __init__(self, reader: Reader, mixes: list[_Mix], epoch: int, pool: ThreadPoolExecutor) -> None:
-        self._reader, self._mixes, self._epoch, self._pool = reader, mixes, epoch, pool
+    def __init__(
+        self, reader: Reader, mixes: list[_Mix], epoch: int, pool: ThreadPoolExecutor, ended: threading.Event
+    ) -> None:
+        self._reader, self._mixes, self._epoch, self._pool, self._ended = reader, mixes, epoch, pool, ended
         self._ends = np.cumsum([mix.rows for mix in mixes])
         self._reading: dict[int, list[Future[Group]]] = {}
         self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
@@ -218,6 +224,10 @@ class _Stream:
         if self._current[0] != mix:
             self._start(mix)
             groups = [future.result() for future in self._reading.pop(mix)]
+            self._reader.bytes_read += sum(
+                stored_bytes(self._reader.shards, *self._reader._groups[group][:2], self._reader.levels)
+                for group, _, _ in self._mixes[mix].parts
+            )
             self._start(mix + 1)
             parts = self._mixes[mix].parts
             rows = [(g, i) for g, (_, low, high) in zip(groups, parts, strict=True) for i in range(low, high)]
@@ -231,7 +241,8 @@ class _Stream:
         reader = self._reader
         places = [reader._groups[group][:2] for group, _, _ in self._mixes[mix].parts]
         self._reading[mix] = [
-            self._pool.submit(read_group, reader.shards, file, group, reader.levels) for file, group in places
+            self._pool.submit(read_patiently, reader.shards, file, group, reader.levels, self._ended)
+            for file, group in places
         ]
 
 
@@ -244,20 +255,44 @@ def sequential(
     max_rows: int | None = None,
     finest: int = 1,
     pixels: bool = False,
+    part: tuple[int, int] = (0, 1),
     ahead: int = 4,
 ) -> Generator[Batch, None, None]:
     """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
 
-    The corner of the middle window is the multiple of 2^levels nearest to the true one from below.
+    The corner of the middle window is the multiple of 2^levels nearest to the true one from below. `part`: (number,
+    parts), so that several workers share these rows, the first `max_rows` of the split, out among them, every row to
+    one of them.
     """
     levels = _checked_levels(shards, finest, window)
     inverse = _Inverse(shards, levels, window) if pixels else None
-    return _read_ahead(_sequential(shards, split, batch, window, max_rows, levels, inverse), ahead)
+    groups = _first_groups(shards, split, max_rows)[part[0] :: part[1]]
+    return _read_ahead(_sequential(shards, groups, batch, window, None, levels, inverse), ahead)
+
+
+def positions_of_part(shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None = None) -> np.ndarray:
+    """Places, in the order of the files, of the rows that `sequential` gives of this part: int64, ascending."""
+    groups = _first_groups(shards, split, max_rows)
+    ends = np.cumsum([rows for _, _, rows in groups])
+    places = [np.arange(end - rows, end) for end, (_, _, rows) in zip(ends, groups, strict=True)]
+    return np.concatenate(places[part[0] :: part[1]] or [np.zeros(0, np.int64)])
+
+
+def _first_groups(shards: ShardSet, split: str, max_rows: int | None) -> list[tuple[str, int, int]]:
+    """As `_groups`, of the first `max_rows` rows alone."""
+    groups, left = _groups(shards, split), shards.rows[split] if max_rows is None else max_rows
+    kept = []
+    for file, number, rows in groups:
+        if left <= 0:
+            break
+        kept.append((file, number, min(rows, left)))
+        left -= rows
+    return kept
 
 
 def _sequential(
     shards: ShardSet,
-    split: str,
+    groups: list[tuple[str, int, int]],
     batch: int,
     window: int,
     max_rows: int | None,
@@ -266,9 +301,10 @@ def _sequential(
 ) -> Iterator[Batch]:
     unit = 2**shards.levels
     corner = (shards.image_size - window) // 2 // unit * unit
-    left = shards.rows[split] if max_rows is None else min(max_rows, shards.rows[split])
+    rows_of_groups = sum(rows for _, _, rows in groups)
+    left = rows_of_groups if max_rows is None else min(max_rows, rows_of_groups)
     pending: list[tuple[Group, int]] = []
-    for file, number, rows in _groups(shards, split):
+    for file, number, rows in groups:
         if left <= 0:
             break
         group = read_group(shards, file, number, levels)
@@ -288,6 +324,17 @@ def _sequential(
                 crop=crop,
                 pixels=inverse(chosen, corners, mirrored) if inverse else None,
             )
+
+
+def split_bytes(shards: ShardSet, split: str, max_rows: int | None = None, *, finest: int = 1) -> int:
+    """What `sequential` takes from the disk or the network for so many rows: row groups as they are stored."""
+    levels, total, left = range(finest, shards.levels + 1), 0, shards.rows[split] if max_rows is None else max_rows
+    for file, number, rows in _groups(shards, split):
+        if left <= 0:
+            break
+        total += stored_bytes(shards, file, number, levels)
+        left -= rows
+    return total
 
 
 class _Inverse:

@@ -39,4 +39,6 @@ def keep_blow_up(
         except OSError as problem:
             error.args = (f"{error} ({place} could not be written: {problem})",)
             return
+    else:
+        saver.take_part()
     error.args = (f"{error}; wavemim replay {place} looks into these steps",)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from pipeline.checks import check_sizes
 from pipeline.config import Recipe, SettingError, validate
+from pipeline.image_sizes import for_size
 from pipeline.settings import Encoder as EncoderSettings
 from pipeline.shards import ShardSet
 from wavemim import checkpoint
@@ -17,7 +19,7 @@ from wavemim.encoders import Encoder, is_plain_vit, make_encoder
 from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
-from wavemim.model import DecoderSettings, MaskedImageModel
+from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
 from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Statistics, Tap, Target, WaveletTarget
 from wavemim.views import Augment, Frequencies, Views
 
@@ -107,12 +109,7 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
     """The target of a recipe. Raises ValueError where its levels do not fit the encoder."""
     settings, bands = recipe.target, recipe.bands_by_level()
     taps = [Tap(level, block, bands[level]) for level, block in settings.taps.items()]
-    for tap in taps:  # before a tap's token size is asked for
-        if tap.block > encoder.depth:
-            raise ValueError(
-                f"target.taps.{tap.level}={tap.block}: {encoder.word} {tap.block} does not exist, "
-                f"{encoder.name} has {encoder.word}s 1 to {encoder.depth} here"
-            )
+    check_taps(encoder, taps)  # before a tap's token size is asked for
     common: dict[str, Any] = {
         "image_size": recipe.encoder.image_size,
         "token_sizes": {tap.level: encoder.token_size(tap.block) for tap in taps},
@@ -145,15 +142,18 @@ def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
     )
 
 
-def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None) -> Inputs:
+def build_inputs(
+    shards: ShardSet, trained: Mapping[str, Any] | None = None, *, depth: int | None = None
+) -> Inputs:
     """What turns a batch of this shard set into images and coefficients.
 
     Images are normalised by this set's pixels, or by those of the set that a checkpoint with state `trained` has seen.
+    `depth`: levels that pyramids have at least.
     """
     statistics = statistics_of(shards)
     if trained is not None:
         statistics = replace(statistics, pixel_mean=trained["pixel_mean"], pixel_std=trained["pixel_std"])
-    return Inputs(shards.steps, statistics, shards.layout.wavelet)
+    return Inputs(shards.steps, statistics, shards.layout.wavelet, depth)
 
 
 def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augment: bool) -> Views:
@@ -174,9 +174,11 @@ def check_model(recipe: Recipe) -> None:
         raise SettingError(f"encoder.pretrained={given}: no such folder or file; true stands for timm's own weights")
     if isinstance(given, str):  # read here, before anything is started
         build_encoder(recipe, start=True)
-    with torch.device("meta"):
-        model = build_blank_model(recipe)
-        _check_forward(recipe, model)
+    data = recipe.data
+    for size in recipe.train.progressive or [recipe.encoder.image_size]:
+        part, _ = for_size(recipe, size, data.image_size, data.levels)
+        with torch.device("meta"):
+            _check_forward(part, build_blank_model(part))
 
 
 def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:
@@ -216,3 +218,4 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
     deepest = max(recipe.target.taps)
     if recipe.target.kind == "wavelet" and deepest > shards.levels:
         raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")
+    check_sizes(recipe, shards.image_size, shards.levels)

@@ -6,8 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 from pipeline.errors import SettingError
+from pipeline.image_sizes import for_size
 from pipeline.recipe import Recipe
 from pipeline.settings import Data, Encoder, Train
+from pipeline.settings_finetune import Finetune
 
 
 def check_together(recipe: Recipe) -> None:
@@ -39,6 +41,11 @@ def check_together(recipe: Recipe) -> None:
     if recipe.decoder.shared and recipe.decoder.depth == 0:
         raise SettingError("decoder.shared=true: a linear decoder (decoder.depth=0) has no blocks to share")
     _check_train(recipe.train)
+    check_sizes(recipe, data.image_size, data.levels)
+    least = recipe.cluster.min_workers
+    if least is not None and least > recipe.train.workers:
+        raise SettingError(f"cluster.min_workers={least}: more than train.workers={recipe.train.workers}; use fewer")
+    _check_finetune(recipe.finetune)
 
 
 def _has_patches(encoder: Encoder) -> bool:
@@ -127,14 +134,12 @@ def _check_mask(recipe: Recipe) -> None:
 
 
 def _check_train(train: Train) -> None:
-    if train.batch % train.workers:
-        near = _nearest_multiple(train.batch, train.workers)
+    if train.workers > train.batch:
+        raise SettingError(f"train.workers={train.workers}: more than images in a batch, train.batch={train.batch}")
+    share = -(-train.batch // train.workers)
+    if share < train.accumulate:
         raise SettingError(
-            f"train.batch={train.batch}: no multiple of train.workers={train.workers}; nearest allowed: {near}"
-        )
-    if train.batch // train.workers < train.accumulate:
-        raise SettingError(
-            f"train.accumulate={train.accumulate}: a worker's part of the batch is {train.batch // train.workers} images; "
+            f"train.accumulate={train.accumulate}: a worker's part of the batch is {share} images; "
             "allowed are as many parts at most"
         )
     if train.warmup_epochs >= train.epochs:
@@ -144,6 +149,47 @@ def _check_train(train: Train) -> None:
         )
     if train.crop_scale[0] > train.crop_scale[1]:
         raise SettingError(f"train.crop_scale={list(train.crop_scale)}: the first value has to be the smaller one")
+
+
+def _check_finetune(finetune: Finetune) -> None:
+    if finetune.batch % finetune.workers:
+        near = _nearest_multiple(finetune.batch, finetune.workers)
+        raise SettingError(
+            f"finetune.batch={finetune.batch}: no multiple of finetune.workers={finetune.workers}; nearest allowed: {near}"
+        )
+    if finetune.batch // finetune.workers < finetune.accumulate:
+        raise SettingError(
+            f"finetune.accumulate={finetune.accumulate}: a worker's part of the batch is "
+            f"{finetune.batch // finetune.workers} images; allowed are as many parts at most"
+        )
+    if finetune.warmup_epochs >= finetune.epochs:
+        raise SettingError(
+            f"finetune.warmup_epochs={finetune.warmup_epochs:g}: has to be less than finetune.epochs={finetune.epochs:g}; "
+            f"set finetune.warmup_epochs={finetune.epochs / 10:g}, for example"
+        )
+    if finetune.crop_scale[0] > finetune.crop_scale[1]:
+        raise SettingError(
+            f"finetune.crop_scale={list(finetune.crop_scale)}: the first value has to be the smaller one"
+        )
+
+
+def check_sizes(recipe: Recipe, stored_size: int, stored_levels: int) -> None:
+    """Raise SettingError where train.progressive names what cannot be trained on, out of images that are stored so."""
+    sizes = recipe.train.progressive
+    if not sizes:
+        return
+    shown = f"train.progressive={sizes}"
+    if list(sizes) != sorted(sizes) or max(sizes) != recipe.encoder.image_size:
+        raise SettingError(
+            f"{shown}: sizes have to grow, and to end with encoder.image_size={recipe.encoder.image_size}"
+        )
+    if not all(sizes.values()) or abs(sum(sizes.values()) - 1) > 0.001:
+        raise SettingError(f"{shown}: shares have to be above 0 and to add up to 1, not to {sum(sizes.values()):g}")
+    for size in sizes:
+        try:
+            check_together(for_size(recipe, size, stored_size, stored_levels)[0])
+        except SettingError as error:
+            raise SettingError(f"{shown}: images of {size} pixels do not go with the rest; {error}") from None
 
 
 def _check_side(key: str, size: int, levels: int) -> None:

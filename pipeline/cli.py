@@ -31,7 +31,9 @@ ABOUT = {
     "demo": "Write a small labelled set of images and run all stages on it.",
     "prepare": "Decode a folder of images once, into a shard set of wavelet pyramids.",
     "pretrain": "Pretrain an encoder on a shard set.",
-    "evaluate": "Judge the encoder: linear probe, kNN and RankMe, beside the untrained encoder and raw pixels.",
+    "evaluate": "Judge the frozen encoder, or one of timm's, beside the untrained encoder and raw pixels.",
+    "finetune": "Fine-tune the encoder as a classifier, with labels, and measure it on val.",
+    "segment": "Judge the encoder by segmentation: mean IoU of a linear head on its patch tokens, beside the untrained one.",
     "tune": "Sweep over the settings of a file in tune_spaces/, by an objective that they cannot move by themselves.",
     "export": "Write the encoder as a folder that timm.create_model loads.",
 }
@@ -135,23 +137,49 @@ def _pretrain(recipe: Recipe, progress: bool) -> None:
     from pipeline.build import check_model
 
     check_model(recipe)
+    from pipeline.checkpoint_store import check_store
     from pipeline.pretrain import pretrain
     from pipeline.report import pretrain_line
 
     _shards(recipe)
+    check_store(recipe)
     with _session(recipe) as session:
         click.echo(pretrain_line(recipe, pretrain(recipe, session, progress=progress)))
 
 
 def _evaluate(recipe: Recipe, progress: bool) -> None:
-    from pipeline.evaluate import evaluate
+    from pipeline.evaluate import check_protocols, evaluate
     from pipeline.pretrain import checkpoint_of
     from pipeline.report import evaluate_lines
+    from pipeline.shards import ShardSet
+    from pipeline.subjects import subject_of
 
-    checkpoint_of(recipe)
-    _shards(recipe)
+    if recipe.checkpoint is None:
+        checkpoint_of(recipe)  # without one, that is what to say first
+    subject = subject_of(recipe, ShardSet.open(recipe.shards_at))
+    check_protocols(recipe, subject)
     with _session(recipe) as session:
-        click.echo(evaluate_lines(recipe, evaluate(recipe, session, progress=progress)))
+        click.echo(evaluate_lines(recipe, evaluate(recipe, session, progress=progress, subject=subject)))
+
+
+def _finetune(recipe: Recipe, progress: bool) -> None:
+    from pipeline.finetune import check_finetune, finetune_stage
+    from pipeline.report import finetune_line
+
+    check_finetune(recipe)
+    with _session(recipe) as session:
+        click.echo(finetune_line(recipe, finetune_stage(recipe, session, progress=progress)))
+
+
+def _segment(recipe: Recipe, progress: bool) -> None:
+    from pipeline.segment_plan import plan_segmentation
+
+    plan = plan_segmentation(recipe)
+    from pipeline.report import segment_lines
+    from pipeline.segment import segment
+
+    with _session(recipe) as session:
+        click.echo(segment_lines(recipe, segment(recipe, plan, session, progress=progress)))
 
 
 def _tune(recipe: Recipe, progress: bool) -> None:
@@ -221,6 +249,8 @@ for _stage, _body in {
     "prepare": _prepare,
     "pretrain": _pretrain,
     "evaluate": _evaluate,
+    "finetune": _finetune,
+    "segment": _segment,
     "tune": _tune,
     "export": _export,
 }.items():

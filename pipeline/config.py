@@ -103,21 +103,26 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     check_data(recipe.data)
     if not data_only:
         check_together(recipe)
-    for key in ("images", "shards", "out"):
-        if re.match(
-            r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", getattr(recipe, key) or ""
-        ):
+    places = {key: getattr(recipe, key) for key in ("images", "shards", "out", "checkpoint")}
+    for key, place in {**places, "train.checkpoints_at": recipe.train.checkpoints_at}.items():
+        if re.match(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", place or ""):
             raise SettingError(
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
             )
     if "://" in recipe.out:
         raise SettingError(
-            f"out={recipe.out}: checkpoints and reports go to a folder that all nodes see; "
-            "only shards= may be in an object store"
+            f"out={recipe.out}: checkpoints and reports go to a folder that all nodes see; only shards= may be in an object "
+            "store, and copies of checkpoints (train.checkpoints_at=)"
         )
     if Path(recipe.out).is_file():
         raise SettingError(f"out={recipe.out}: a file, not a folder")
+    copies = recipe.train.checkpoints_at
+    if copies is not None and "://" not in copies:
+        if Path(copies).expanduser().resolve() == recipe.run_dir.parent.resolve():
+            raise SettingError(f"train.checkpoints_at={copies}: the run's own folder; give another place")
+        if not copies or Path(copies).expanduser().is_file():
+            raise SettingError(f"train.checkpoints_at={copies}: no folder; give one, or a URL such as s3://BUCKET/RUNS")
     return recipe
 
 

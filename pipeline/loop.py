@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.batches import Batch, Reader
-from pipeline.build import build_inputs, build_model, build_views, check_shards, statistics_of
-from pipeline.config import Recipe, SettingError
+from pipeline.build import check_shards
+from pipeline.config import Recipe
+from pipeline.costs import Spent, TrainingMeter
+from pipeline.heartbeat import BATCH, CHECKPOINT, OTHERS, STEP, Pulse
 from pipeline.orders import Orders
+from pipeline.plan import PartMeter, Plan, Position, phases_of
 from pipeline.progress import memory_metric
 from pipeline.shards import ShardSet
+from pipeline.stragglers import OwnTime
+from pipeline.training import set_up
 from pipeline.watch import BlowUpError, Watch
 from wavemim import checkpoint
 from wavemim.model import MaskedImageModel
-from wavemim.optim import make_average, make_optimizer, make_schedule
-from wavemim.step import TrainStep
 
 _log = logging.getLogger(__name__)
 
@@ -34,31 +38,6 @@ CheckpointHook = Callable[[checkpoint.Saver, dict[str, Any]], None]
 BlowUpHook = Callable[[checkpoint.Saver, BlowUpError], None]
 
 
-@dataclass
-class Position:
-    """Where training is: what a checkpoint has to remember, and the loss of each epoch so far."""
-
-    step: int = 0
-    images: int = 0
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
-    streams: int = 0  # chunks of the reading order: the workers that began; 0 before the first step
-    history: list[dict[str, float]] = field(default_factory=list)
-    epoch_sums: list[float] = field(default_factory=list)  # of the losses of this epoch, so that a resume loses none
-    window: list[float] = field(default_factory=list)  # the same since metrics were last logged
-    skipped: int = 0  # steps left out
-
-    def state(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dict(vars(self))
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> Position:
-        """From a checkpoint's state."""
-        known = {"streams": 0, "window": [], "skipped": 0, **state}  # earlier versions do not name them
-        return cls(**{name: known[name] for name in cls.__dataclass_fields__})
-
-
 @dataclass(frozen=True)
 class Trained:
     """What training gives back."""
@@ -66,43 +45,6 @@ class Trained:
     model: MaskedImageModel
     position: Position
     stopped: bool = False  # before its end, as asked
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Lengths that follow from the settings and the size of the shard set, settled once."""
-
-    batch: int
-    batches_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-    checkpoint_steps: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, rows: int, workers: int | None = None) -> Plan:
-        """A batch is never larger than the train split, and is divided evenly over the workers."""
-        workers = workers or recipe.train.workers
-        if rows < workers:
-            raise SettingError(
-                f"train.workers={workers}: the train split has {rows} images; use at most {max(rows, 1)}"
-            )
-        batch = max(min(recipe.train.batch, rows) // workers, 1) * workers
-        batches = -(-rows // batch)
-        return cls(
-            batch=batch,
-            batches_per_epoch=batches,
-            total_steps=max(1, round(recipe.train.epochs * batches)),
-            warmup_steps=round(recipe.train.warmup_epochs * batches),
-            checkpoint_steps=max(1, round(recipe.train.checkpoint_every * batches)),
-        )
-
-
-def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of the network's arithmetic; targets and losses are float32 in any case."""
-    if recipe.train.precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
 
 
 def train(
@@ -119,89 +61,48 @@ def train(
     on_checkpoint: CheckpointHook | None = None,
     on_blow_up: BlowUpHook | None = None,
     orders: Orders | None = None,
+    beat: Pulse = lambda doing: None,
+    spent: Spent | None = None,
 ) -> Trained:
     """Pretrain by `recipe` on the train split of `shards`, from the checkpoint `resume` on where there is one.
 
-    `threads` read and cut batches in this process. `orders` says when to save besides train.checkpoint_every, and when
-    to stop. Raises BlowUpError, on every rank after the same step.
+    `wrap` makes a model exchange its gradients (train.parallel=ddp). `threads` read and cut batches in this process.
+    `orders` says when to save besides train.checkpoint_every, and when to stop. `beat` is told what is begun. `spent` is
+    the last record of what earlier attempts have cost. Raises BlowUpError, on every rank after the same step.
     """
     check_shards(recipe, shards)
-    position = Position()
+    position, known = Position(), [spent]
     if resume is not None:
-        position = Position.of(checkpoint.read_state(resume))
-    # The batch of the workers that began, however many there are now.
-    plan = Plan.of(recipe, shards.rows["train"], position.streams or world)
-    model = build_model(recipe, shards, start=resume is None).to(device)
-    views = build_views(recipe, model, build_inputs(shards).to(device), augment=True)
-    peak_lr = recipe.train.lr * plan.batch / 256
-    optimizer = make_optimizer(model, lr=peak_lr, weight_decay=recipe.train.weight_decay, betas=recipe.train.betas)
-    schedule = make_schedule(
-        optimizer,
-        total_steps=plan.total_steps,
-        warmup_steps=plan.warmup_steps,
-        min_lr=peak_lr * recipe.train.min_lr_share,
-    )
-    averaged = None if recipe.train.ema is None else make_average(model, recipe.train.ema)
-    if resume is not None:
-        checkpoint.load_model(resume, model)
-        checkpoint.load_optimizer(resume, model, optimizer)
-        if averaged is not None:
-            checkpoint.load_model(resume, averaged.module, name=checkpoint.AVERAGED)
-    if recipe.train.recompute:
-        model.encoder.recompute_activations()
-    wrapped = wrap(model) if wrap else model
-    if recipe.train.compile:
-        wrapped.compile(dynamic=False)
-    step = TrainStep(
-        model,
-        views,
-        optimizer,
-        schedule,
-        seed=recipe.seed,
-        total_steps=plan.total_steps,
-        clip_grad=recipe.train.clip_grad,
-        precision=precision_of(recipe, device),
-        accumulate=recipe.train.accumulate,
-        averaged=averaged,
-        wrapped=wrapped,
-        world=world,
-        rank=rank,
-    )
-    whole = views.augment is not None  # images are cropped on the device
-    reader = Reader(
-        shards,
-        "train",
-        batch=plan.batch,
-        rank=rank,
-        world=world,
-        seed=recipe.seed,
-        window=shards.image_size if whole else recipe.encoder.image_size,
-        flip=recipe.train.flip and not whole,
-        mix_groups=recipe.train.mix_groups,
-        streams=position.streams or None,
-        threads=threads,
-        pin=device.type == "cuda",
-    )
-    position.streams = reader.streams
-    meter = _Meter(model.levels, device, world, position.epoch_sums, position.window)
-    watch = Watch(model.levels, device, world, every=recipe.train.log_every, max_skipped=recipe.train.max_skipped)
+        state = checkpoint.read_state(resume)
+        position, known = Position.of(state), [spent, Spent.of(state.get("cost"))]
+    cores = recipe.cluster.cpus_per_worker
+    cost = TrainingMeter(device, world=world, rank=rank, cores=cores, before=known)
+    # The batch of the workers that began, however many there are now; of an elastic run as if all had.
+    begin = recipe.train.workers if recipe.cluster.min_workers else world
+    plan = Plan.of(recipe, shards.rows["train"], position.streams or begin)
+    levels = sorted(recipe.target.taps)
+    meter = _Meter(levels, device, world, position.epoch_sums, position.window)
+    watch = Watch(levels, device, world, every=recipe.train.log_every, max_skipped=recipe.train.max_skipped)
     watch.skipped = position.skipped
-    statistics = statistics_of(shards)
-    about = {
-        "recipe": recipe.dump(),
-        "shards": shards.fingerprint,
-        "pixel_mean": shards.pixel_mean,
-        "pixel_std": shards.pixel_std,
-        "statistics": {"mean": statistics.mean, "std": statistics.std},
-        "wavelet": shards.layout.wavelet,
-    }
-    saver = checkpoint.Saver(
-        model, optimizer, averaged.module if averaged is not None else None, lambda: {**position.state(), **about}
-    )
+    own = OwnTime(device, rank, world, ready=lambda: beat(OTHERS))
+    before: Path | checkpoint.Snapshot | None = resume
 
-    while position.step < plan.total_steps:
-        for batch, waited in _timed(reader.epoch(position.epoch, start=position.batch)):
-            result = step(
+    for phase in phases_of(recipe, shards, plan.total_steps):
+        if position.step >= phase.end < plan.total_steps:
+            continue  # done before this attempt
+        training = set_up(
+            recipe, phase, plan, position, shards,
+            before=before, device=device, rank=rank, world=world, wrap=wrap, threads=threads,
+            about=lambda: {"cost": cost.spent().record()},
+        )  # fmt: skip
+        own.follow(training.wrapped)
+        cost.follow(training.reader, training.flops)
+        watch.forget()
+        position.streams = training.reader.streams
+        part = PartMeter(phase.size, cost.spent(), position.parts[phase.number :])
+        for batch, waited in _batches(training.reader, position, phase.end, beat):
+            own.begin(waited)
+            result = training.step(
                 batch.levels,
                 batch.rows,
                 batch.weight,
@@ -214,21 +115,27 @@ def train(
             position.batch += 1
             position.images += round(batch.total)
             last = position.step == plan.total_steps
+            phase_done = position.step == phase.end
             epoch_done = position.batch == plan.batches_per_epoch
             meter.add(result.losses, result.grad_norm, batch.total, waited)
+            cost.step(round(batch.total), len(batch.rows))
             watch.add(position.step, position.epoch, batch.rows, result.losses, result.grad_norm)
-            if position.step % recipe.train.log_every == 0 or last:
+            if position.step % recipe.train.log_every == 0 or phase_done:
+                lr = training.optimizer.param_groups[0]["lr"]
                 try:
-                    report = watch.look(optimizer.param_groups[0]["lr"], ended_after=position.step if last else None)
+                    report = watch.look(lr, ended_after=position.step if last else None)
                 except BlowUpError as error:
                     if on_blow_up is not None:
-                        on_blow_up(saver, error)
+                        on_blow_up(training.saver, error)
                     raise
                 for spike in report.spikes:
                     _log.warning("step %(step)d: the loss leapt, %(times).0f × the usual; rows %(rows)s", spike)
-                weights = model.level_weights.effective(step.progress(position.step - 1)).tolist()
-                metrics = meter.read(weights) | {"train/lr": optimizer.param_groups[0]["lr"]} | memory_metric(device)
+                weights = training.model.level_weights.effective(training.step.progress(position.step - 1)).tolist()
+                metrics = meter.read(weights) | {"train/lr": lr} | memory_metric(device)
                 metrics |= {"train/skipped_steps": float(watch.skipped), "train/spikes": float(len(report.spikes))}
+                metrics |= own.read() | cost.read()
+                position.parts[phase.number :] = [part.read(cost.spent())]
+                metrics["train/image_size"] = float(phase.size)
                 metrics["train/epoch"] = position.epoch + position.batch / plan.batches_per_epoch
                 if on_log is not None and rank == 0:
                     on_log(metrics, position.images)
@@ -240,22 +147,32 @@ def train(
             if on_checkpoint is not None and (position.step % plan.checkpoint_steps == 0 or last or due or stop):
                 position.window, position.epoch_sums = meter.sums()
                 position.skipped = watch.skipped
-                on_checkpoint(saver, position.state())
+                position.parts[phase.number :] = [part.read(cost.spent())]
+                beat(CHECKPOINT)
+                on_checkpoint(training.saver, position.state())
             if stop:
-                return Trained(model, position, stopped=True)
-            if last:
-                break
-    return Trained(model, position)
+                return Trained(training.model, position, stopped=True)
+        if phase.end < plan.total_steps:
+            before = training.saver.snapshot()
+            del training  # there may be no room for two
+    return Trained(training.model, position)
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds that it was waited for."""
-    while True:
-        began = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - began
+def _batches(reader: Reader, position: Position, end: int, beat: Pulse) -> Iterator[tuple[Batch, float]]:
+    """Batches up to step `end`, epoch after epoch, each with the seconds that it was waited for.
+
+    The loop moves `position` on, by one step for each.
+    """
+    while position.step < end:
+        with contextlib.closing(reader.epoch(position.epoch, start=position.batch)) as batches:
+            while position.step < end:
+                beat(BATCH)
+                began = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                beat(STEP)
+                yield batch, time.perf_counter() - began
 
 
 class _Meter:

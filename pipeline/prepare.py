@@ -29,6 +29,7 @@ import ray.data
 from tqdm import tqdm
 
 from pipeline.config import Recipe, SettingError, identity
+from pipeline.costs import Meter, Spent, peak_memory, spent_in
 from pipeline.errors import StageError
 from pipeline.image_decoding import Pixels, RejectedImage, decode_image
 from pipeline.layout import Layout, ShardError
@@ -91,15 +92,38 @@ def prepare(
         plan = _plan(recipe)
     with stage_folder(recipe.shards_at, identity(recipe, "prepare"), restart=recipe.restart, mark=MANIFEST) as folder:
         if folder.finished:
-            return _summary(folder.folder, "finished already", {})
+            cost = spent_in(recipe.stage_dir("prepare")).record()
+            return _summary(folder.folder, "finished already", {"cost": cost})
+        # With restart=true another set was made before, which is no part of this one.
+        meter = Meter(before=spent_in(recipe.stage_dir("prepare")) if folder.state == "unfinished" else None)
         with Tracker.start(recipe, "prepare", log_dir=recipe.stage_dir("prepare")) as tracker:
-            summary = _make(recipe, folder, plan or _plan(recipe), progress, on_unit)
+
+            def unit_done(about: dict[str, Any]) -> None:
+                meter.take(_spent(about))
+                spent = meter.read()
+                tracker.log(spent.metrics(), spent.images_seen)
+                if on_unit is not None:
+                    on_unit(about)
+
+            summary = _make(recipe, folder, plan or _plan(recipe), progress, unit_done)
+            summary["cost"] = meter.read().record()
             tracker.tag("wavemim.shards", summary["fingerprint"])
             counts = {f"prepare/{name}": count for name, count in summary["counts"].items()}
             if summary["images_per_second"]:
                 counts["perf/images_per_second"] = summary["images_per_second"]
-            tracker.log({**counts, "prepare/bytes": summary["bytes"]}, summary["counts"]["inputs"])
+            counts |= {"prepare/bytes": summary["bytes"], **Spent.of(summary["cost"]).metrics()}
+            tracker.log(counts, summary["counts"]["inputs"])
         return summary
+
+
+def _spent(about: dict[str, Any]) -> Spent:
+    """What a unit cost, by its report: a task holds one core."""
+    return Spent(
+        images_seen=about["inputs"],
+        worker_hours=about["seconds"] / 3600,
+        peak_memory_bytes=about["memory"],
+        bytes_read=about["bytes_read"],
+    )
 
 
 def _check_places(recipe: Recipe) -> None:
@@ -237,7 +261,7 @@ def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
     rows, labels = (inputs.column(name).to_numpy() for name in ("row", "label"))
     paths = inputs.column("path").to_pylist()
     rejects = []
-    entry = None
+    entry, bytes_read = None, 0
     with _room(task.folder) as room:
         writer = ShardWriter(room, task.layout, task.rows_per_group)
         try:
@@ -245,6 +269,7 @@ def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
                 try:
                     if isinstance(data, str):
                         raise RejectedImage(data)
+                    bytes_read += len(data)
                     image = decode_image(data, paths[index], task.pixels)
                 except RejectedImage as error:
                     rejects.append([paths[index], str(error)])
@@ -267,6 +292,8 @@ def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
         # statistics are those of the train split
         "moments": (writer.moments if unit.split == "train" else Moments(task.layout)).state(),
         "seconds": time.monotonic() - began,
+        "memory": peak_memory(),
+        "bytes_read": bytes_read,
     }
 
 
@@ -343,7 +370,9 @@ class _Progress:
         self._done_units += 1
         self._bar.update(report["inputs"])
         if self._on_unit is not None:
-            summary = {key: report[key] for key in ("unit", "split", "inputs", "kept", "seconds")}
+            summary = {
+                key: report[key] for key in ("unit", "split", "inputs", "kept", "seconds", "memory", "bytes_read")
+            }
             rejected = len(report["rejects"])
             self._on_unit({**summary, "rejected": rejected, "done": self._done_units, "total": self._units})
 

@@ -17,22 +17,31 @@ import ray.train.torch
 import torch
 
 from pipeline.blow_up import keep_blow_up
-from pipeline.build import check_model, check_shards
-from pipeline.checkpoints import Keeper, find
+from pipeline.build import build_inputs, check_model, check_shards, model_of_checkpoint
+from pipeline.checkpoint_fetch import local_copy
+from pipeline.checkpoint_store import CheckpointStore, check_store, opened
+from pipeline.checkpoints import Keeper, found_at
 from pipeline.config import Recipe, SettingError, identity, validate
-from pipeline.loop import Plan, Trained, train
+from pipeline.costs import spent_in
+from pipeline.heartbeat import CHECKPOINT, Pulse, watching
+from pipeline.loop import Trained, train
 from pipeline.monitor import monitoring
 from pipeline.orders import Minutes, Orders
+from pipeline.plan import Plan
 from pipeline.progress import following, images_of_run
 from pipeline.recipe import CHANGEABLE
 from pipeline.session import SessionInfo
+from pipeline.shard_retries import UnreadableError, forget, note, still_unreadable
 from pipeline.shards import ShardSet
 from pipeline.stage import SETTINGS, StageError, stage_folder
+from pipeline.stragglers import BUFFERS_STAY
 from pipeline.tracking import RunHandle, Tracker
+from pipeline.val_picture import draw_val
 from pipeline.watch import BlowUpError
+from pipeline.worker_log import showing
+from pipeline.worker_process import alive, end_process
 from wavemim import checkpoint
 from wavemim.figures import loss_figure
-from wavemim.reconstruction_figure import reconstruction_figure
 
 METRICS = "metrics.jsonl"
 STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and end
@@ -46,25 +55,30 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
     check_model(recipe)
     shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
-    check_room(recipe, session, recipe.train.workers)
+    check_room(recipe, session, recipe.cluster.min_workers or recipe.train.workers)
     Plan.of(recipe, shards.rows["train"])
+    check_store(recipe)
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
-    with stage_folder(
-        recipe.stage_dir("pretrain"), same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force
-    ) as folder:
+    with (
+        stage_folder(
+            recipe.stage_dir("pretrain"), same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force
+        ) as folder,
+        opened(recipe, same, folder) as store,
+    ):
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
         with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags) as tracker:
             with _followed(recipe, shards, folder.path, last, tracker, progress=progress):
-                _fit(recipe, shards, folder.path, tracker.handle, session)
+                _fit(recipe, shards, folder.path, tracker.handle, session, store)
             final = checkpoint.latest(folder.path)
             if final is None:
                 raise StageError(f"{folder.path} has no whole checkpoint after training")
             state = checkpoint.read_state(final)
             picture = folder.path / "reconstruction.png"
-            reconstruction_figure(picture, **_figure_inputs(recipe, shards, final))
+            model, _, _ = model_of_checkpoint(final)
+            draw_val(picture, model, build_inputs(shards), recipe, shards)
             losses = folder.path / "losses.png"
             loss_figure(losses, state["history"])
             for figure in (picture, losses):
@@ -74,6 +88,8 @@ def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> 
                 "images_seen": state["images"],
                 "steps": state["step"],
                 "history": state["history"],
+                "parts": state["parts"],
+                "cost": spent_in(folder.path).record(),
                 "reconstruction": picture.name,
                 "mlflow_run": tracker.handle.run_id,
                 "shards": shards.fingerprint,
@@ -90,9 +106,10 @@ def _followed(
 ) -> Iterator[None]:
     """Progress and now and then a picture and a probe, while the workers train."""
     rows, train_ = shards.rows["train"], recipe.train
-    plan = Plan.of(recipe, rows)
+    state = checkpoint.read_state(last, verify=False) if last else {}
+    plan = Plan.of(recipe, rows, state.get("streams"))
     total = images_of_run(plan.total_steps, plan.batches_per_epoch, plan.batch, rows)
-    seen = int(checkpoint.read_state(last, verify=False)["images"]) if last else 0
+    seen = int(state.get("images", 0))
     labelled = shards.classes is not None and bool(shards.rows.get("val"))
     with (
         following(folder / METRICS, total=total, seen=seen, seconds=train_.progress_seconds, enabled=progress),
@@ -113,29 +130,32 @@ def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
     return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
 
 
-def check_room(recipe: Recipe, session: SessionInfo, workers: int) -> None:
-    """Raise SettingError where this machine can never hold so many workers; a cluster may still grow."""
+def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str = "train") -> None:
+    """Raise SettingError where this machine can never hold so many workers; a cluster may still grow.
+
+    `section`: of the settings, the one that names the workers.
+    """
     needed = workers * recipe.cluster.cpus_per_worker
     if session.private and needed > session.cpus:
         raise SettingError(
             f"{workers} worker(s) with cluster.cpus_per_worker={recipe.cluster.cpus_per_worker:g} need {needed:g} CPUs, "
-            f"this machine has {session.cpus:g}; use fewer with train.workers={max(1, int(session.cpus))}, or a smaller share"
+            f"this machine has {session.cpus:g}; use fewer with {section}.workers={max(1, int(session.cpus))}, "
+            "or a smaller share"
         )
     if session.private and uses_gpu(recipe, session) and workers > session.gpus:
         raise SettingError(
             f"{workers} worker(s) need a GPU each (cluster.gpus={recipe.cluster.gpus}), this machine has {session.gpus:g}; "
-            "use fewer with train.workers=, or none with cluster.gpus=false"
+            f"use fewer with {section}.workers=, or none with cluster.gpus=false"
         )
 
 
 def checkpoint_of(recipe: Recipe) -> Path:
     """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
     if recipe.checkpoint:
-        path = Path(recipe.checkpoint)
-        found = find(path)
-        if found is None:
-            raise SettingError(f"checkpoint={path}: neither a checkpoint nor a folder with one in it")
-        return found
+        try:
+            return found_at(local_copy(recipe.checkpoint, recipe.out))
+        except SettingError as error:
+            raise SettingError(f"checkpoint={error}") from None
     found = checkpoint.latest(recipe.stage_dir("pretrain"))
     if found is None:
         raise StageError(
@@ -149,9 +169,18 @@ def recipe_of(checkpoint_path: Path) -> Recipe:
     return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
 
 
-def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo) -> None:
+def _fit(
+    recipe: Recipe,
+    shards: ShardSet,
+    folder: Path,
+    handle: RunHandle,
+    session: SessionInfo,
+    store: CheckpointStore | None = None,
+) -> None:
     """Run the workers to the end of training; SIGTERM makes them save a checkpoint and end, as KeyboardInterrupt."""
     use_gpu = uses_gpu(recipe, session)
+    most = recipe.train.workers
+    least = recipe.cluster.min_workers or most
     trainer = ray.train.torch.TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
         train_loop_config={
@@ -159,9 +188,10 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
             "shards": shards.folder.url,
             "handle": handle,
             "folder": str(folder.absolute()),
+            "store": store,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.train.workers,
+            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # elastic, of Train V2
             use_gpu=use_gpu,
             resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
@@ -174,7 +204,8 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
             ),
         ),
     )
-    with _sigterm_stops(folder):
+    forget(folder)
+    with sigterm_stops(folder), watching(folder, recipe.train.hang_timeout, end_process), showing(folder):
         try:
             ended = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
         except SystemExit:
@@ -182,6 +213,8 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise StageError(f"training failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+    if ended.get("uncopied"):
+        log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
         raise StageError(f"training ended: {ended['failed']}; what was reached is kept in {folder}")
     if ended.get("stopped"):
@@ -189,7 +222,7 @@ def _fit(recipe: Recipe, shards: ShardSet, folder: Path, handle: RunHandle, sess
 
 
 @contextlib.contextmanager
-def _sigterm_stops(folder: Path) -> Iterator[None]:
+def sigterm_stops(folder: Path) -> Iterator[None]:
     """SIGTERM asks the workers to stop and is handled as ever once they have; a second one is handled at once."""
     (folder / STOP).unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
@@ -220,15 +253,31 @@ def _sigterm_stops(folder: Path) -> Iterator[None]:
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """One data-parallel worker. Gives how it ended: an exception would make Ray begin again."""
+    folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
+    with alive(folder, rank, config["recipe"]["train"]["hang_timeout"]) as beat:
+        lost = still_unreadable(folder, config["shards"]) if rank == 0 else ""
+        if lost := ray.train.collective.broadcast_from_rank_zero(lost):
+            return {"failed": lost}
+        try:
+            return _train(config, beat)
+        except UnreadableError as error:
+            note(folder, error)
+            raise
+
+
+def _train(config: dict[str, Any], beat: Pulse) -> dict[str, Any]:
+    """Training in a worker, from the last whole checkpoint on."""
     recipe, folder = validate(config["recipe"]), Path(config["folder"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    resume = _resume_from(folder, rank)
+    store: CheckpointStore | None = config["store"]
+    resume = resume_from(folder, rank, store)
     tracker = Tracker.attach(config["handle"]) if rank == 0 else None
-    keeper = Keeper(folder, keep=recipe.train.keep_checkpoints, best=recipe.train.keep_best) if rank == 0 else None
+    keep, best = recipe.train.keep_checkpoints, recipe.train.keep_best
+    keeper = Keeper(folder, keep=keep, best=best, store=store) if rank == 0 else None
     due, leaving = Minutes(recipe.train.checkpoint_minutes), Minutes(_LEAVING)
 
     def on_log(metrics: dict[str, float], images: int) -> None:
@@ -241,9 +290,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         leaving.saved()
         if keeper is not None:
             keeper.save(saver)
+        else:
+            saver.take_part()
 
     def stop() -> bool:
-        return bool(keeper and keeper.given_up) or _asked_to_stop(folder)
+        return bool(keeper and keeper.given_up) or asked_to_stop(folder)
 
     trained: Trained | None = None
     failed = ""
@@ -254,8 +305,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
             device=device,
             rank=rank,
             world=world,
-            threads=_reader_threads(recipe, context.get_local_world_size()),
-            wrap=(lambda model: ray.train.torch.prepare_model(model, move_to_device=False)) if world > 1 else None,
+            threads=reader_threads(recipe.train.reader_threads, context.get_local_world_size()),
+            wrap=data_parallel if world > 1 else None,
             resume=resume,
             on_log=on_log if rank == 0 else None,
             on_checkpoint=on_checkpoint,
@@ -263,6 +314,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
                 folder, saver, error, shards=config["shards"], rank=rank, world=world
             ),
             orders=Orders(rank, world, stop=stop, save=lambda: due() or (_node_goes_away() and leaving())),
+            beat=beat,
+            spent=spent_in(folder),
         )
     except BlowUpError as error:
         failed = str(error)
@@ -270,21 +323,32 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         if keeper is not None:
             keeper.wait()
     if keeper is not None:
-        unsaved = keeper.finish()
+        unsaved = keeper.finish(lambda: beat(CHECKPOINT))
         failed = failed or keeper.given_up or unsaved
-    return {"failed": failed, "stopped": trained is not None and trained.stopped}
+    uncopied = keeper.uncopied if keeper is not None else ""
+    return {"failed": failed, "stopped": trained is not None and trained.stopped, "uncopied": uncopied}
 
 
-def _resume_from(folder: Path, rank: int) -> Path | None:
+def data_parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """Behind DDP."""
+    return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs=BUFFERS_STAY)
+
+
+def resume_from(folder: Path, rank: int, store: CheckpointStore | None = None) -> Path | None:
     """The last whole checkpoint, as rank 0 sees it: also after a crash, whatever Ray remembers."""
     if not (folder / SETTINGS).is_file():
         raise StageError(f"{folder} is not there on a worker's node; out= has to be a folder that all nodes see")
+    if rank == 0 and store is not None:
+        try:  # whole there, where the last one in the folder is damaged
+            store.restore(folder)
+        except (StageError, SettingError, OSError) as error:
+            log.warning("%s; training goes on from what is in %s", error, folder)
     found = checkpoint.latest(folder) if rank == 0 else None
     name = ray.train.collective.broadcast_from_rank_zero(found.name if found else None)
     return folder / name if name else None
 
 
-def _asked_to_stop(folder: Path) -> bool:
+def asked_to_stop(folder: Path) -> bool:
     """Whether the driver asks for it. Listed: a network disk may go on saying for long that a file is not there."""
     try:
         return STOP in os.listdir(folder)
@@ -299,29 +363,10 @@ def _node_goes_away() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def _reader_threads(recipe: Recipe, workers_here: int) -> int:
+def reader_threads(wanted: int | None, workers_here: int) -> int:
     """A worker's share of the cores that its machine gives it; more than 8 would only wait for memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return recipe.train.reader_threads or min(max(cores // workers_here, 1), 8)
-
-
-def _figure_inputs(recipe: Recipe, shards: ShardSet, path: Path) -> dict[str, Any]:
-    """Images of the val split (train, where there is none) and the trained model."""
-    from pipeline.batches import sequential
-    from pipeline.build import build_inputs, build_model, build_views
-
-    model = build_model(recipe, shards)
-    checkpoint.load_trained(path, model)
-    split = "val" if shards.rows.get("val") else "train"
-    batch = next(iter(sequential(shards, split, 4, window=recipe.encoder.image_size, max_rows=4)))
-    return {
-        "model": model.eval(),
-        "views": build_views(recipe, model, build_inputs(shards), augment=False),
-        "stored": batch.levels,
-        "crop": batch.crop,
-        "rows": batch.rows,
-        "names": [f"{split} row {row}" for row in batch.rows.tolist()],
-    }
+    return wanted or min(max(cores // workers_here, 1), 8)
 
 
 def root_cause(error: BaseException) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.settings import Cluster, Data, Decoder, Encoder, Mask, Section, Target, Tracking, Train
+from pipeline.settings_export import Export
+from pipeline.settings_finetune import Finetune
 from pipeline.settings_judging import Evaluate, Tune
+from pipeline.settings_segment import Segment
 
 
 class Recipe(Section):
@@ -25,7 +28,10 @@ class Recipe(Section):
     shards: str | None = Field(
         None, description="shard set, a folder or URL such as s3://BUCKET/NAME; null: OUT/shards"
     )
-    checkpoint: str | None = Field(None, description="checkpoint to use; null: the run's own last one")
+    checkpoint: str | None = Field(
+        None,
+        description="checkpoint to use; null: the run's own last one; to judge others: timm:NAME, or a folder in timm's format",
+    )
     restart: bool = Field(False, description="throw away what an earlier call wrote to the same place")
     force: bool = Field(
         False, description="pretrain: go on from the last checkpoint with another train.lr, train.epochs and the like"
@@ -38,7 +44,10 @@ class Recipe(Section):
     mask: Mask = Mask()  # type: ignore[call-arg]
     train: Train = Train()  # type: ignore[call-arg]
     evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
+    finetune: Finetune = Finetune()  # type: ignore[call-arg]
+    segment: Segment = Segment()  # type: ignore[call-arg]
     tune: Tune = Tune()  # type: ignore[call-arg]
+    export: Export = Export()  # type: ignore[call-arg]
     tracking: Tracking = Tracking()  # type: ignore[call-arg]
     cluster: Cluster = Cluster()  # type: ignore[call-arg]
 
@@ -88,15 +97,21 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": ("data", "tracking", "cluster"),
     "pretrain": ("data", "encoder", "target", "decoder", "mask", "train", "tracking", "cluster"),
     "evaluate": ("evaluate", "tracking", "cluster"),
+    "finetune": ("finetune", "tracking", "cluster"),
+    "segment": ("segment", "tracking", "cluster"),
     "tune": ("encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
-    "export": ("tracking",),
-    "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
+    "export": ("export", "tracking"),
+    "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "export", "tracking", "cluster"),
 }
 _OPERATIONAL = {
     "train": {
         "workers",
+        "parallel",  # sums are added up in another order
+        "channels_last",
         "checkpoint_every",
         "checkpoint_minutes",
+        "checkpoints_at",
+        "hang_timeout",
         "keep_checkpoints",
         "keep_best",
         "log_every",
@@ -109,7 +124,10 @@ _OPERATIONAL = {
     },
     "data": {"max_rejected"},
     "tune": {"concurrent"},
+    "export": {"onnx", "registry"},  # added to what is there
     "evaluate": {"batch"},
+    "segment": {"batch", "max_rejected"},
+    "finetune": {"workers", "eval_batch", "reader_threads", "log_every"},
 }
 
 

@@ -13,14 +13,14 @@ from torch import nn
 
 from pipeline.batches import Batch, Reader
 from pipeline.blow_up import CHECKPOINT, FOLDER, STEPS
-from pipeline.build import build_inputs, build_model, build_views
-from pipeline.config import Recipe, SettingError, validate
-from pipeline.loop import Plan, Position, precision_of
+from pipeline.build import build_model
+from pipeline.config import SettingError, validate
+from pipeline.plan import Phase, Plan, Position, phases_of
 from pipeline.shards import ShardSet, read_columns
+from pipeline.training import precision_of, reader_of, views_of
 from wavemim import checkpoint
-from wavemim.inputs import Crop
 from wavemim.optim import make_optimizer
-from wavemim.step import TrainStep
+from wavemim.step import Part, TrainStep
 
 SHOWN = 10  # images named of a step
 
@@ -50,13 +50,13 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     data = ShardSet.open(shards or about["shards"])
     if data.fingerprint != state["shards"]:
         raise SettingError(f"{data.url} is another shard set than the one that was trained on; give it with --shards")
-    step = _step(recipe, data, folder, parts=recipe.train.accumulate * about["workers"])
+    plan = Plan.of(recipe, data.rows["train"], position.streams)
+    phase = next(phase for phase in phases_of(recipe, data, plan.total_steps) if position.step <= phase.end)
+    step = _step(phase, plan, data, folder, parts=recipe.train.accumulate * about["workers"])
     say(f"The run ended with: {about['error']}")
     found = []
-    plan = Plan.of(recipe, data.rows["train"], position.streams)
-    step.total_steps = plan.total_steps
     numbers = [entry["step"] for entry in about["steps"]]
-    for number, epoch, batch in _batches(_reader(recipe, data, plan, position, step), plan, numbers):
+    for number, epoch, batch in _batches(reader_of(phase, plan, position, data), plan, numbers):
         replayed = _replay(step, data, batch, number, epoch)
         found.append(replayed)
         say(_line(replayed))
@@ -74,35 +74,22 @@ def _find(where: Path) -> Path:
     )
 
 
-def _step(recipe: Recipe, data: ShardSet, folder: Path, parts: int) -> TrainStep:
+def _step(phase: Phase, plan: Plan, data: ShardSet, folder: Path, parts: int) -> TrainStep:
     """The step of training, with the weights that it had."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = phase.recipe
     model = build_model(recipe, data).to(device)
     checkpoint.load_model(folder / CHECKPOINT, model)
     return TrainStep(
         model,
-        build_views(recipe, model, build_inputs(data).to(device), augment=True),
+        views_of(phase, model, data, device),
         make_optimizer(model, lr=0.0, weight_decay=0.0, betas=(0.9, 0.95)),
         None,
         seed=recipe.seed,
-        total_steps=1,
+        total_steps=plan.total_steps,
         clip_grad=None,
         precision=precision_of(recipe, device),
         accumulate=parts,
-    )
-
-
-def _reader(recipe: Recipe, data: ShardSet, plan: Plan, position: Position, step: TrainStep) -> Reader:
-    whole = step.views.augment is not None
-    return Reader(
-        data,
-        "train",
-        batch=plan.batch,
-        seed=recipe.seed,
-        window=data.image_size if whole else recipe.encoder.image_size,
-        flip=recipe.train.flip and not whole,
-        mix_groups=recipe.train.mix_groups,
-        streams=position.streams,
     )
 
 
@@ -143,18 +130,16 @@ def _backward(
     step: TrainStep, batch: Batch, first: int, end: int, number: int, epoch: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (T,) and gradient norm () of some images of a batch: as in training where it is all of them."""
-    part = slice(first, end)
-    crop = batch.crop and Crop(batch.crop.corners[part], batch.crop.mirrored[part], batch.crop.size)
-    weight = batch.weight[part]
+    part = Part(batch.levels, batch.rows, batch.weight, batch.crop)[first:end]
     step.optimizer.zero_grad(set_to_none=True)
     losses = step.backward(
-        {level: values[part] for level, values in batch.levels.items()},
-        batch.rows[part],
-        weight,
-        float(weight.sum()),
+        part.stored,
+        part.rows,
+        part.weight,
+        float(part.weight.sum()),
         epoch,
         step.progress(number - 1),
-        crop,
+        part.crop,
     )
     gradients = [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
     return losses, nn.utils.get_total_norm(gradients)

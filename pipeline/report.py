@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import Recipe
-from pipeline.evaluate import SUBJECTS
+from pipeline.costs import Spent, scaled, together
+from pipeline.evaluation_report import evaluation_tables, verdict
+from pipeline.progress import duration
+from pipeline.tables import table as _table
 from pipeline.tracking import ui_command
 
 
@@ -24,14 +27,61 @@ def pretrain_line(recipe: Recipe, result: Mapping[str, Any]) -> str:
     folder = recipe.stage_dir("pretrain")
     return (
         f"pretrain: {result['images_seen']:,} images seen → {folder / result['checkpoint']} ({result['state']}); "
-        f"picture: {folder / result['reconstruction']}"
+        f"picture: {folder / result['reconstruction']}{_parts(result.get('parts', []))}"
     )
+
+
+def _parts(parts: Sequence[Mapping[str, float]]) -> str:
+    """What each image size has cost, where there were several."""
+    if len(parts) < 2:
+        return ""
+    lines = [
+        f"\n  {part['image_size']} px: {part['images_seen']:,} images, {scaled(part['flops'], 1000)}FLOP, "
+        f"{scaled(part['bytes_read'], 1024)}B read, {duration(part['wall_clock_s'])}"
+        for part in parts
+    ]
+    return "".join(lines)
 
 
 def evaluate_lines(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What evaluate measured and where it is."""
-    where = recipe.stage_dir("evaluate") / "result.json"
-    return f"{_evaluation_table(result)}\nevaluate: → {where} ({result['state']})"
+    files = ", ".join(["result.json", *result["files"]])
+    return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"
+
+
+def finetune_line(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """What fine-tuning reached, and where it is."""
+    values = result["measured"]
+    named = [values[f"eval/finetune_top1{end}"] for end in ("", "_low", "_high")]
+    top1, low, high = (f"{value:.1f}" for value in named)
+    return (
+        f"finetune: top-1 {top1} % ({low} to {high}, {result['val_images']:,} val images, {result['classes']} classes) of "
+        f"{result['encoder']}\nfinetune: → {recipe.stage_dir('finetune')}: result.json, classes.csv, confusion.csv; "
+        f"classifier for timm in {result['model']} ({result['state']})"
+    )
+
+
+def segment_lines(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """What segmentation measured, on what, and where it is."""
+    rows = []
+    for subject, title in result["titles"].items():
+        values = result["measured"][subject]
+        cells = (
+            f"{values[name]:.1f} ({values[f'{name}_low']:.1f} to {values[f'{name}_high']:.1f})"
+            for name in ("eval/segment_miou", "eval/segment_pixel_accuracy")
+        )
+        rows.append((title, *cells))
+    table = _table(("", "mIoU % (95 % interval)", "pixel accuracy %"), rows)
+    rejected = f", {result['rejected']} rejected (see rejected.csv)" if result["rejected"] else ""
+    left_out = f", {result['left_out']:,} left out (segment.max_images)" if result["left_out"] else ""
+    unseen = result["classes_only_in_val"]
+    lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, and counted." if unseen else ""
+    return (
+        f"{table}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and judged on "
+        f"{result['val_images']:,} ({result['layout']}{rejected}{left_out}).{lacking}\n"
+        f"segment: → {recipe.stage_dir('segment')}: result.json, classes.csv, confusion.csv, segmentation.png "
+        f"({result['state']})"
+    )
 
 
 def tune_lines(result: Mapping[str, Any]) -> str:
@@ -45,7 +95,12 @@ def tune_lines(result: Mapping[str, Any]) -> str:
 
 def export_line(result: Mapping[str, Any]) -> str:
     """What export wrote where."""
-    return f"export: encoder → {result['encoder']} ({result['state']})"
+    parts = [result["encoder"]]
+    if "onnx" in result:
+        parts.append(result["onnx"]["path"])
+    if "registered" in result:
+        parts.append(f"version {result['registered']['version']} of the registered model {result['registered']['name']}")
+    return f"export: encoder → {', '.join(parts)} ({result['state']})"
 
 
 def write(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float]) -> str:
@@ -62,7 +117,7 @@ def write(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], seconds: Map
     if results["tune"]["objective"].endswith("rankme"):
         parts.append("The sweep's objective is RankMe, the effective rank of the features.")
     parts += ["", "## Loss on hidden cells, per level", "", _loss_table(pretrained["history"]), ""]
-    parts += ["## Frozen features", "", _evaluation_table(evaluated), "", _verdict(evaluated), ""]
+    parts += ["## Frozen features", "", evaluation_tables(evaluated), "", verdict(evaluated), ""]
     parts += ["## Sweep", "", _sweep_table(results["tune"]), ""]
     rows = [
         ("reconstruction picture", folder / "pretrain" / pretrained["reconstruction"]),
@@ -75,11 +130,18 @@ def write(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], seconds: Map
     parts += ["In Python:", "", f"    import timm; encoder = {results['export']['load']}", ""]
     parts += ["Everything in MLflow's UI:", "", f"    {ui_command(recipe)}", ""]
     timing = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    parts.append(_cost_line(results))
     parts.append(f"Seconds: {timing}; together {sum(seconds.values()):.0f}.")
     text = "\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _cost_line(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What all stages have cost together, attempts that were cut off included, and pretraining's share."""
+    costs = {stage: Spent.of(result["cost"]) for stage, result in results.items() if "cost" in result}
+    return f"Cost of all stages: {together(costs.values())}; of pretraining: {costs.get('pretrain', Spent())}."
 
 
 def _loss_table(history: Sequence[Mapping[str, float]]) -> str:
@@ -92,42 +154,6 @@ def _loss_table(history: Sequence[Mapping[str, float]]) -> str:
     return _table(("", f"epoch {first['epoch']:.0f}", f"epoch {last['epoch']:.0f}"), rows)
 
 
-def _evaluation_table(result: Mapping[str, Any]) -> str:
-    rows = []
-    for subject, title in SUBJECTS.items():
-        values = result["measured"][subject]
-        row = [title]
-        if result["labelled"]:
-            row.append(
-                f"{values['eval/linear_top1']:.1f} ({values['eval/linear_top1_low']:.1f} to {values['eval/linear_top1_high']:.1f})"
-            )
-            row.append(f"{values['eval/knn_top1']:.1f}")
-        row.append(f"{values['eval/rankme']:.1f}")
-        rows.append(tuple(row))
-    header = (
-        ("", "linear probe top-1 % (95 % interval)", "kNN top-1 %", "RankMe") if result["labelled"] else ("", "RankMe")
-    )
-    table = _table(header, rows)
-    if not result["labelled"]:
-        return table
-    return (
-        f"{table}\n\n{result['classes']} classes, probes fitted to {result['train_images']:,} train images, "
-        f"judged on {result['val_images']:,} val images."
-    )
-
-
-def _verdict(result: Mapping[str, Any]) -> str:
-    if not result["labelled"]:
-        return ""
-    trained, untrained = (result["measured"][subject] for subject in ("trained", "untrained"))
-    gain = trained["eval/linear_top1"] - untrained["eval/linear_top1"]
-    if trained["eval/linear_top1_low"] > untrained["eval/linear_top1_high"]:
-        return f"Pretraining is worth {gain:+.1f} points over the untrained encoder; the intervals do not overlap."
-    return (
-        f"Pretraining is worth {gain:+.1f} points over the untrained encoder, within the intervals: not shown to help."
-    )
-
-
 def _sweep_table(result: Mapping[str, Any]) -> str:
     objective = result["objective"]
     header = ("trial", *result["parameters"], objective.removeprefix("eval/"))
@@ -137,14 +163,3 @@ def _sweep_table(result: Mapping[str, Any]) -> str:
         outcome = trial.get("error") or f"{trial[objective]:.2f}"
         rows.append((str(number), *values, outcome))
     return _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns."""
-    lines = [[str(cell) for cell in line] for line in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)

@@ -18,7 +18,7 @@ from pipeline.tune import read_space
 def run(recipe: Recipe, *, progress: bool = True) -> str:
     """Prepare, pretrain, evaluate, tune, export; write and return the report."""
     from pipeline.evaluate import evaluate
-    from pipeline.export import export
+    from pipeline.export import check_export, export
     from pipeline.prepare import prepare
     from pipeline.pretrain import pretrain
     from pipeline.tune import tune
@@ -26,6 +26,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> str:
     check_model(recipe)
     check_source(recipe.images)
     read_space(recipe)
+    check_export(recipe)
     began = time.perf_counter()
     seconds: dict[str, float] = {}
     results: dict[str, dict[str, Any]] = {}

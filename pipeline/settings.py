@@ -176,7 +176,17 @@ class Train(Section):
         1, description="parts of a worker's batch that are computed one after another, for batches that do not fit"
     )
     workers: Positive = Field(1, description="data-parallel workers")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="ddp: every worker holds the model; fsdp: weights, gradients and moments are shared out over the "
+        "workers, for encoders that do not fit",
+    )
     lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch/256")
+    progressive: Annotated[dict[Positive, Share], BeforeValidator(lambda value: {} if value is None else value)] = Field(
+        {},
+        description="image sizes in pixels, from small to encoder.image_size, each with its share of training, such as "
+        "{128: 0.5, 224: 0.5}; smaller images come from the coarse levels alone",
+    )
     min_lr_share: Share = Field(0.01, description="the cosine ends at this share of the peak")
     warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay (none on norms, biases, positions)")
@@ -201,6 +211,10 @@ class Train(Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
     compile: bool = Field(False, description="torch.compile: faster on GPUs after minutes of compiling")
+    channels_last: bool | Literal["auto"] = Field(
+        "auto",
+        description="memory order of images and feature maps in encoders with stages; auto: in those of convolutions",
+    )
     recompute: bool = Field(
         False, description="recompute activations going backwards: less memory, about a third more time"
     )
@@ -211,12 +225,20 @@ class Train(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
         30, description="minutes after a checkpoint that the next one is written at the latest; null: any"
     )
+    checkpoints_at: str | None = Field(
+        None, description="folder or URL, such as s3://BUCKET/RUNS, that checkpoints are also copied to; null: none"
+    )
     keep_checkpoints: Positive = Field(2, description="checkpoints kept")
     keep_best: Annotated[str, Field(pattern="^(train|eval)/")] | None = Field(
         None,
         description="metric by which one more checkpoint is kept, such as train/loss: the lowest, of eval/… the highest",
     )
     log_every: Positive = Field(20, description="steps between logged metrics")
+    hang_timeout: Annotated[float, Field(ge=1)] | None = Field(
+        600,
+        description="seconds without progress after which a worker is ended and training goes on from the last checkpoint; "
+        "until the first steps are done 6 times as many, and 300 at least; null: any",
+    )
     progress_seconds: float = Field(30, gt=0, description="seconds between lines of progress where no terminal is")
     monitor_minutes: Annotated[float, Field(gt=0)] | None = Field(
         10, description="least minutes between pictures and probes while training; null: none"
@@ -238,3 +260,8 @@ class Cluster(Section):
     gpus: bool | None = Field(None, description="train on GPUs; null: where the cluster has them")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker or trial")
     max_failures: int = Field(3, ge=0, description="times a lost worker group is restarted from its checkpoint")
+    min_workers: Positive | None = Field(
+        None,
+        description="elastic pretraining: go on with as few workers while the cluster has no room for train.workers, and "
+        "with more once it has; null: wait for all",
+    )

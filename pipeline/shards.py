@@ -236,6 +236,11 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
             table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
         _sound.add(key)
         return table
+    except FileNotFoundError:
+        raise ShardError(
+            f"{shards.folder.shown(name)} is missing (row group {group} was to be read); "
+            f"wavemim verify {shards.url} names all such files"
+        ) from None
     except (OSError, pa.ArrowException, KeyError) as error:
         text = " ".join(str(error).split())
         raise ShardError(
@@ -251,6 +256,14 @@ def read_group(
     table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
     row, label = (table.column(column).to_numpy() for column in ("row", "label"))
     return row, label, shards.layout.decode(table, levels)
+
+
+def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int]) -> int:
+    """What `read_group` takes from the disk or the network: its column chunks as they are stored, by the file's footer."""
+    columns = {"row", "label", *(f"level{level}" for level in levels)}
+    chunks = _footer(shards.folder, name, shards.checksums.get(name, "")).row_group(group)
+    found = (chunks.column(index) for index in range(chunks.num_columns))
+    return sum(chunk.total_compressed_size for chunk in found if chunk.path_in_schema in columns)
 
 
 def verify(shards: ShardSet) -> Iterator[tuple[str, str | None]]:

@@ -8,7 +8,8 @@ has not seen (val stays untouched, for the final evaluation), or RankMe where th
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import yaml
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from tqdm import tqdm
 
+from pipeline.batches import split_bytes
 from pipeline.build import build_inputs, check_model, check_shards
 from pipeline.config import Recipe, SettingError, identity, read_yaml, validate, with_overrides
+from pipeline.costs import Meter, Spent, spent_in
 from pipeline.features import features_of
 from pipeline.loop import train
 from pipeline.pretrain import check_room, uses_gpu
@@ -29,11 +32,13 @@ from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, StageFolder, stage_folder
 from pipeline.tracking import RunHandle, Tracker, end_trials
+from wavemim.cost import forward_flops
 from wavemim.evaluate import held_out, linear_probe, rankme
 from wavemim.figures import sweep_figure
 
 PROBE, RANK = "eval/linear_top1_heldout", "eval/rankme"
 SEARCHABLE = ("encoder", "target", "decoder", "mask", "train")  # what evaluates a trial must not be searched
+TRIALS = "trials"  # in the stage's folder: what each of them logged
 KINDS = ("uniform", "log_uniform", "choice", "int_uniform")
 
 
@@ -49,14 +54,24 @@ def tune(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict
     with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
+        meter = Meter(before=spent_in(folder.path))
         folder.clear()  # an unfinished sweep starts over: its trials are short, and half a search is another search
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": recipe.tune.space}
         with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags) as tracker:
             statuses: dict[str, str] = {}
+
+            def record() -> Spent:
+                spent = meter.read(spent_in(trial) for trial in (folder.path / TRIALS).glob("*"))
+                tracker.log(spent.metrics(), spent.images_seen)
+                return spent
+
+            follow = functools.partial(_Follow, objective=objective, statuses=statuses, record=record)
             try:
-                results = _search(recipe, shards, space, objective, tracker.handle, folder, session, statuses, progress)
+                record()  # what an earlier sweep has spent goes with its files
+                results = _search(recipe, shards, space, objective, tracker.handle, folder, session, follow, progress)
             finally:
                 end_trials(tracker.handle.uri, tracker.handle.run_id, statuses)
+                spent = record()
             if _ended(results, objective) < recipe.tune.trials:
                 raise KeyboardInterrupt  # Ray Tune takes Ctrl-C for itself, and gives back what it has as if whole
             trials = _trials(results, space, objective)
@@ -64,7 +79,7 @@ def tune(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict
                 raise StageError(
                     f"all {len(trials)} trials failed; the first: {trials[0].get('error', 'no reason given')}"
                 )
-            result = _write(recipe, folder, trials, space, objective, tracker)
+            result = {**_write(recipe, folder, trials, space, objective, tracker), "cost": spent.record()}
             folder.finish(result)
         return {**result, "state": "started over" if folder.state == "unfinished" else folder.state}
 
@@ -139,7 +154,7 @@ def _search(
     parent: RunHandle,
     folder: StageFolder,
     session: SessionInfo,
-    statuses: dict[str, str],
+    follow: Callable[[tqdm], ray.tune.Callback],
     progress: bool,
 ) -> ray.tune.ResultGrid:
     use_gpu = uses_gpu(recipe, session)
@@ -163,7 +178,7 @@ def _search(
         shards_path=shards.folder.url,
         parent=parent,
         objective=objective,
-        logs=str(folder.path / "trials"),
+        logs=str(folder.path / TRIALS),
         use_gpu=use_gpu,
     )
     bar = tqdm(total=recipe.tune.trials, desc="tune", unit=" trial", disable=not progress)
@@ -173,19 +188,17 @@ def _search(
         tune_config=ray.tune.TuneConfig(
             metric=objective, mode="max", num_samples=recipe.tune.trials, search_alg=search
         ),
-        run_config=ray.tune.RunConfig(
-            name="ray", storage_path=str(folder.path), verbose=0, callbacks=[_Follow(bar, objective, statuses)]
-        ),
+        run_config=ray.tune.RunConfig(name="ray", storage_path=str(folder.path), verbose=0, callbacks=[follow(bar)]),
     )
     with bar:
         return tuner.fit()
 
 
 class _Follow(ray.tune.Callback):
-    """Moves the bar and remembers how each trial's MLflow run has to end."""
+    """Moves the bar, notes what was spent, and remembers how each trial's MLflow run has to end."""
 
-    def __init__(self, bar: tqdm, objective: str, statuses: dict[str, str]) -> None:
-        self.bar, self.objective, self.statuses = bar, objective, statuses
+    def __init__(self, bar: tqdm, *, objective: str, statuses: dict[str, str], record: Callable[[], object]) -> None:
+        self.bar, self.objective, self.statuses, self.record = bar, objective, statuses, record
         self.best = float("-inf")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -202,6 +215,7 @@ class _Follow(ray.tune.Callback):
 
     def _note(self, trial: Any, status: str) -> None:
         self.bar.update()
+        self.record()
         run_id = (trial.last_result or {}).get("mlflow_run")
         if run_id:
             self.statuses[run_id] = status
@@ -232,6 +246,8 @@ def _trial(
         tags={"wavemim.shards": shards.fingerprint},
     ) as tracker:
         trained = train(recipe, shards, device=device, on_log=tracker.log)
+        cores, gpus = recipe.cluster.cpus_per_worker, float(use_gpu)
+        meter = Meter(cores=cores, gpus=gpus, before=spent_in(Path(logs) / trial_id))
         inputs = build_inputs(shards).to(device)
         features, labels = features_of(
             trained.model.encoder.model.eval(),
@@ -253,6 +269,10 @@ def _trial(
             )
             measured |= {PROBE: probe.top1, f"{PROBE}_low": probe.low, f"{PROBE}_high": probe.high}
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
+        flops = forward_flops(trained.model.encoder.model, shards.channels, recipe.encoder.image_size)
+        read = split_bytes(shards, "train", recipe.tune.max_images)
+        meter.add(images=len(labels), flops=flops * len(labels), bytes_read=read)
+        measured |= meter.read().metrics()
         tracker.log(measured, trained.position.images)
         ray.tune.report({**measured, **final, "images": trained.position.images, "mlflow_run": tracker.handle.run_id})
 
@@ -271,7 +291,11 @@ def _trials(results: ray.tune.ResultGrid, space: Mapping[str, Any], objective: s
         trial: dict[str, Any] = {key: (result.config or {}).get(key) for key in space}
         trial[objective] = float(metrics.get(objective, float("nan")))
         for name, value in metrics.items():
-            if name.startswith(("eval/", "train/loss_level")) or name in ("images", "mlflow_run", "time_total_s"):
+            if name.startswith(("eval/", "train/loss_level", "cost/")) or name in (
+                "images",
+                "mlflow_run",
+                "time_total_s",
+            ):
                 trial.setdefault(name, value)
         if result.error is not None:
             trial["error"] = str(result.error).strip().splitlines()[-1]

@@ -60,6 +60,10 @@ class Watch:
         self.ring[len(self.steps)] = torch.cat((losses, grad_norm[None]))
         self.steps.append(Seen(step, epoch, rows))
 
+    def forget(self) -> None:
+        """What is usual is another thing from now on: images have another size."""
+        self.usual.clear()
+
     def look(self, lr: float, ended_after: int | None = None) -> Report:
         """Bring the ring to the host and judge it. Every worker has to call it. Raises BlowUpError.
 

@@ -249,7 +249,8 @@ def test_sequential_reads_in_the_order_of_the_files(shards):
     assert sum(len(batch.rows) for batch in sequential(shards, "val", 64, window=64, max_rows=999)) == 20
 
 
-def test_a_damaged_shard_reaches_the_consumer(tmp_path):
+def test_a_damaged_shard_reaches_the_consumer(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.shard_retries.PAUSES", (0.01,))
     shards = write_set(tmp_path, photos(24))
     file = tmp_path / "train-00000.parquet"
     content = bytearray(file.read_bytes())
@@ -294,7 +295,7 @@ def test_reading_goes_on_while_a_batch_is_in_use(shards, monkeypatch):
             with lock:
                 running -= 1
 
-    monkeypatch.setattr("pipeline.batches.read_group", slow)
+    monkeypatch.setattr("pipeline.shard_retries.read_group", slow)
     batches = reader(shards, 2, mix_groups=2, ahead=1, threads=2).epoch(0)
     next(batches)
     assert enough.wait(30), "the next mix was not read ahead"

@@ -27,7 +27,8 @@ MISTAKES = [
     ("mask.ratio=0.001", "mask.ratio=0.001: hides 0 of 64 patches"),
     ("mask.kind=blocky", "mask.kind=blocky: input should be 'random'"),
     ("train.batch=0", "train.batch=0: input should be greater than or equal to 1"),
-    ("train.batch=33", "train.batch=33: no multiple of train.workers=2; nearest allowed: 32 or 34"),
+    ("train.batch=1", "train.workers=2: more than images in a batch, train.batch=1"),
+    ("cluster.min_workers=3", "cluster.min_workers=3: more than train.workers=2; use fewer"),
     (
         "data.image_size=100",
         "data.image_size=100: no multiple of 2^levels = 16 (data.levels=4); nearest allowed: 96 or 112",
@@ -200,7 +201,7 @@ def test_every_setting_is_described():
     for key, kind, field in settings_of():
         assert field.description, key
         assert kind, key
-    assert set(STAGE_SECTIONS) == {"prepare", "pretrain", "evaluate", "tune", "export", "run"}
+    assert set(STAGE_SECTIONS) == {"prepare", "pretrain", "evaluate", "finetune", "segment", "tune", "export", "run"}
 
 
 def test_identity_tells_what_is_computed_from_how():

@@ -22,13 +22,20 @@ PIPELINE_WITHOUT_RAY = (
     "pipeline.progress",
     "pipeline.monitor",
     "pipeline.checkpoints",
+    "pipeline.checkpoint_store",
     "pipeline.replay",
     "pipeline.batches",
+    "pipeline.costs",
+    "pipeline.compare",
     "pipeline.loop",
+    "pipeline.finetune_loop",
 )
 MLFLOW_IMPORTERS = {"pipeline.mlflow_store"}
 # Files that may name Ray at all, at the top or inside a function.
-RAY_IMPORTERS = {"pipeline.evaluate", "pipeline.prepare", "pipeline.pretrain", "pipeline.session", "pipeline.tune"}
+RAY_IMPORTERS = {
+    *("pipeline.evaluate", "pipeline.prepare", "pipeline.pretrain", "pipeline.session", "pipeline.tune"),
+    *("pipeline.worker_process", "pipeline.segment", "pipeline.finetune", "pipeline.embed"),
+}
 
 
 def modules_of(package: str, root: Path = ROOT) -> dict[str, Path]:

@@ -5,7 +5,8 @@ import torch
 from tiny_shards import photos, write_set
 
 from pipeline.config import SettingError, load, validate, with_overrides
-from pipeline.loop import Plan, train
+from pipeline.loop import train
+from pipeline.plan import Plan
 from wavemim import checkpoint
 
 SETTINGS = {
@@ -60,7 +61,7 @@ def test_resuming_in_the_middle_of_an_epoch_equals_no_interruption(shards, tmp_p
     assert set(again) == {images for images in logged if images > 60}
     for images, metrics in again.items():
         for name, value in metrics.items():
-            if not name.startswith("perf/"):
+            if not name.startswith(("perf/", "cost/")):
                 assert value == logged[images][name], name
 
 
@@ -161,8 +162,8 @@ def test_resuming_is_exact_for_every_target_mask_and_encoder(shards, tmp_path, k
         logged[60]
     )
     assert all(torch.isfinite(torch.tensor(list(metrics.values()))).all() for metrics in logged.values())
-    kept = {name: value for name, value in resumed[60].items() if not name.startswith("perf/")}
-    assert kept == {name: value for name, value in logged[60].items() if not name.startswith("perf/")}
+    kept = {name: value for name, value in resumed[60].items() if not name.startswith(("perf/", "cost/"))}
+    assert kept == {name: value for name, value in logged[60].items() if not name.startswith(("perf/", "cost/"))}
 
 
 def test_a_set_smaller_than_a_batch_trains(shards):
@@ -173,7 +174,14 @@ def test_a_set_smaller_than_a_batch_trains(shards):
 
 @pytest.mark.parametrize(
     ("rows", "workers", "batch", "expected"),
-    [(100, 1, 32, (32, 4)), (100, 2, 512, (100, 1)), (19, 2, 64, (18, 2)), (3, 2, 64, (2, 2)), (64, 2, 64, (64, 1))],
+    [
+        (100, 1, 32, (32, 4)),
+        (100, 2, 512, (100, 1)),
+        (19, 2, 64, (18, 2)),
+        (3, 2, 64, (2, 2)),
+        (64, 2, 64, (64, 1)),
+        (99, 3, 32, (32, 4)),
+    ],
 )
 def test_plan_follows_the_size_of_the_set(rows, workers, batch, expected):
     recipe = with_overrides(load("small"), {"train.batch": batch, "train.workers": workers})

@@ -111,17 +111,19 @@ def test_sigterm_saves_ends_with_143_and_goes_on_bit_for_bit_past_a_damaged_chec
     assert len(checkpoint.seen(stage)) == recipe.train.keep_checkpoints
 
 
+def workers_of(process):
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if child.name().startswith("ray::RayTrainWo")]
+
+
 @pytest.mark.timeout(400)
-def test_a_killed_worker_is_replaced_and_a_killed_run_goes_on_with_fewer(shards, tmp_path):
-    recipe = recipe_at(tmp_path, shards, **{"train.workers": 2, "train.epochs": 120, "train.keep_checkpoints": 50})
+def test_killed_and_hanging_workers_are_replaced_and_a_killed_run_goes_on_with_fewer(shards, tmp_path):
+    changes = {"train.workers": 2, "train.epochs": 150, "train.keep_checkpoints": 60, "train.hang_timeout": 15}
+    recipe = recipe_at(tmp_path, shards, **changes)
     stage = recipe.stage_dir("pretrain")
     process = pretrain(tmp_path)
     wait_for_images(stage, 240, process)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.name().startswith("ray::RayTrainWo")
-    ]
+    workers = workers_of(process)
     assert len(workers) == 2
     workers[1].kill()
     psutil.wait_procs(workers, timeout=30)
@@ -129,8 +131,15 @@ def test_a_killed_worker_is_replaced_and_a_killed_run_goes_on_with_fewer(shards,
     (newest / checkpoint.OPTIMIZER).write_bytes(b"")  # what Ray would restore
     wait_for_images(stage, reached + 120, process)
     checkpoint.read_state(newest)  # written again by the workers that took over
+
+    reached = checkpoint.seen(stage)[0][0]
+    hanging = workers_of(process)[-1]
+    hanging.suspend()
+    wait_for_images(stage, reached + 240, process)  # more than could be under way
+    assert not hanging.is_running()
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    _, errors = process.communicate(timeout=60)
+    assert f"(process {hanging.pid})" in errors and "its process does not answer" in errors
     time.sleep(5)  # its workers end by themselves, and may first finish a checkpoint
 
     from_one = shutil.copytree(checkpoint.latest(stage), tmp_path / checkpoint.latest(stage).name)

@@ -1,21 +1,28 @@
 """The whole way on real JPEGs, real Ray, a real MLflow store: each stage's files, numbers and second call."""
 
 import csv
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny_images import images_of
 
-from pipeline.build import build_model
+from pipeline.build import build_model, model_of_checkpoint
 from pipeline.config import SettingError, load, with_overrides
+from pipeline.embed import embed, plan_images, subject_named
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.prepare import prepare
@@ -149,6 +156,60 @@ def test_the_export_is_the_trained_encoder(whole):
     assert loaded.pretrained_cfg["mean"] == pytest.approx([m / 255 for m in shards.pixel_mean])
 
 
+def pictures_in(folder):
+    """50 lossless pictures as a tree of classes, in a tar and by themselves, and two files that are none: (sources, pixels,
+    {(source, path): (number, label)})."""
+    images = images_of(50, 3, 32, seed=3)
+    content = []
+    for image in images:
+        Image.fromarray(image.astype(np.uint8).transpose(1, 2, 0)).save(buffer := io.BytesIO(), "png")
+        content.append(buffer.getvalue())
+    expected = {}
+    for number in range(40):
+        path = f"{('train', 'test')[number % 2]}/class{number % 3}/{number:02d}.png"
+        (folder / "tree" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "tree" / path).write_bytes(content[number])
+        expected["tree", path] = number, f"class{number % 3}"
+    (folder / "tree" / "train" / "class0" / "broken.jpg").write_bytes(b"\xff\xd8\xff no image")
+    (folder / "tree" / "notes.txt").write_text("hello")
+    with tarfile.open(folder / "more.tar", "w") as tar:
+        for number in range(40, 48):
+            member = tarfile.TarInfo(f"{99 - number}.png")
+            member.size = len(content[number])
+            tar.addfile(member, io.BytesIO(content[number]))
+            expected["more.tar", f"more.tar!{99 - number}.png"] = number, None
+    for number in (49, 48):
+        (folder / f"{number}.png").write_bytes(content[number])
+        expected["", f"{number}.png"] = number, None
+    return ["tree", "more.tar", "49.png", "48.png"], torch.from_numpy(images), expected
+
+
+def test_embeddings_of_folders_tars_and_files_are_the_encoders(whole, ray_local, tmp_path, monkeypatch):
+    _, recipe, _ = whole
+    run = recipe.run_dir.absolute()
+    monkeypatch.chdir(tmp_path)
+    sources, pixels, expected = pictures_in(tmp_path)
+    subject = subject_named(str(run))
+    done = embed(subject, plan_images(sources), "f.parquet", ray_local, batch=7, progress=False)
+    assert done["images"] == 50 and done["rejected"] == 2
+    rejected = {(row["source"], row["path"]) for row in pq.read_table("f.rejected.parquet").to_pylist()}
+    assert rejected == {("tree", "notes.txt"), ("tree", "train/class0/broken.jpg")}
+    table = pq.read_table("f.parquet")
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    about = json.loads(table.schema.metadata[b"wavemim"])
+    assert about["fingerprint"] == subject.fingerprint and about["image_size"] == 32
+    rows = table.to_pylist()
+    found = [(row["source"], row["path"]) for row in rows]
+    assert found[:40] == sorted(key for key in expected if key[0] == "tree") and found[40:] == list(expected)[40:]
+    model, inputs, _ = model_of_checkpoint(Path(subject.source))
+    with torch.inference_mode():
+        features = model.eval().encoder.model(inputs.normalise(pixels)).numpy()
+    for row in rows:
+        number, label = expected[row["source"], row["path"]]
+        assert row["label"] == label
+        assert np.abs(np.array(row["embedding"]) - features[number]).max() < 1e-5
+
+
 def test_the_same_call_again_does_nothing_and_says_so(whole, ray_local):
     _, recipe, _ = whole
 
@@ -193,7 +254,7 @@ def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp
     pretrain(recipe, ray_local, progress=False)
     measured = evaluate(recipe, ray_local, progress=False)
     assert not measured["labelled"]
-    assert set(measured["measured"]["trained"]) == {"eval/rankme"}
+    assert set(measured["measured"]["trained"]) == {"eval/rankme", "eval/alpha_req"}
     assert tune(recipe, ray_local, progress=False)["objective"] == RANK
 
 

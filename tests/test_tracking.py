@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from pipeline import config, sender
+from pipeline import config, sender, tracking
 from pipeline.config import Recipe
 from pipeline.tracking import RunHandle, Tracker, end_trials, store_uri, ui_command
 
@@ -188,6 +189,23 @@ def test_system_metrics_are_sampled(out: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(1.5)
     metrics = client_of(tracker.handle).get_run(tracker.handle.run_id).data.metrics
     assert "system/cpu_utilization_percentage" in metrics
+
+
+def test_a_clock_that_is_set_back_loses_and_doubles_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    recipe = config.with_overrides(recipe_in(out), {"tracking.system_metrics": True})
+    back = [0.0]
+    clock = SimpleNamespace(time=lambda: time.time() - back[0], monotonic=time.monotonic)
+    monkeypatch.setattr(tracking, "time", clock)
+    with Tracker.start(recipe, "x", log_dir=out / "clock") as tracker:
+        for images in range(20):
+            back[0] = 7200.0 * (images // 5)
+            tracker.log({"train/loss": float(images % 2)}, images // 2)  # also the same values, twice at a step
+            time.sleep(0.05)
+    client = client_of(tracker.handle)
+    assert len(client.get_metric_history(tracker.handle.run_id, "train/loss")) == 20
+    steps = [line["step"] for line in lines_of(tracker.handle) if any(k.startswith("system/") for k in line["metrics"])]
+    assert steps and min(steps) >= 0
 
 
 def _attach_and_log(handle: RunHandle, worker: int) -> None:

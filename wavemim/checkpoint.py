@@ -13,14 +13,18 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+
+from wavemim.resize import fitted
+from wavemim.sharding import is_shared, shared_as, whole
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +71,11 @@ class Snapshot:
 
 @dataclass
 class Saver:
-    """Takes checkpoints of a model in training. Called with a folder, it writes one there at once."""
+    """Takes checkpoints of a model in training. Called with a folder, it writes one there at once.
+
+    One worker does so. Where the model is shared out, each of the others has to call `take_part` at the same time:
+    tensors are put together one after another, and only the first worker keeps them.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -78,6 +86,12 @@ class Saver:
     def __call__(self, folder: Path) -> None:
         """Write a checkpoint into `folder`, whole or not at all."""
         self.snapshot().write(folder)
+
+    def take_part(self) -> None:
+        """Give another worker, which takes a snapshot, the parts of tensors that this one holds; nothing without any."""
+        if any(map(is_shared, self.model.parameters())):
+            for _ in self._values():
+                pass
 
     def snapshot(self, *, reuse: bool = False) -> Snapshot:
         """Copy everything to host memory: as long as the copy takes on a CPU, without waiting on a GPU.
@@ -103,13 +117,13 @@ class Saver:
 
     def _values(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, value in self.model.state_dict().items():
-            yield MODEL, name, value.detach()
+            yield MODEL, name, whole(value.detach())
         if self.optimizer is not None:
             for name, value in _optimizer_tensors(self.model, self.optimizer).items():
-                yield OPTIMIZER, name, value
+                yield OPTIMIZER, name, whole(value)
         if self.averaged is not None:
             for name, value in self.averaged.state_dict().items():
-                yield AVERAGED, name, value.detach()
+                yield AVERAGED, name, whole(value.detach())
 
 
 def save(
@@ -142,10 +156,17 @@ def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     return state
 
 
-def load_model(folder: Path, model: nn.Module, *, name: str = MODEL) -> None:
-    """Load the weights of a checkpoint into `model`, strictly."""
-    device = next(model.parameters()).device
-    model.load_state_dict(load_file(folder / name, device=str(device)), strict=True)
+def load_model(source: Path | Snapshot, model: nn.Module, *, name: str = MODEL) -> None:
+    """Load the weights of a checkpoint into `model`, strictly: into the parts that are here, where it is shared out.
+
+    Positions of a model for another image size are resampled (`wavemim.resize.fitted`).
+    """
+    own, tensors = model.state_dict(), {}
+    for key, stored in _stored(source, name):
+        value = fitted(key, stored, own[key]) if key in own else stored
+        fits = key in own and own[key].shape == value.shape  # others are the model's to refuse
+        tensors[key] = shared_as(value, own[key]) if fits else value
+    model.load_state_dict(tensors, strict=True)
 
 
 def load_trained(folder: Path, model: nn.Module) -> None:
@@ -153,19 +174,35 @@ def load_trained(folder: Path, model: nn.Module) -> None:
     load_model(folder, model, name=AVERAGED if (folder / AVERAGED).is_file() else MODEL)
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimiser's state of a checkpoint, by parameter names. Learning rates are the schedule's business."""
-    tensors = load_file(folder / OPTIMIZER)
-    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+def load_optimizer(source: Path | Snapshot, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimiser's state of a checkpoint, by parameter names. Learning rates are the schedule's business.
+
+    Moments of a parameter that now has another shape (positions of another image size) begin anew.
+    """
+    parameters = dict(model.named_parameters())
+    resized = {
+        key.rpartition("/")[0]
+        for key, value in _stored(source, OPTIMIZER)
+        if value.ndim and (own := parameters.get(key.rpartition("/")[0])) is not None and own.shape != value.shape
+    }
+    for key, value in _stored(source, OPTIMIZER):
         name, _, entry = key.rpartition("/")
-        by_parameter.setdefault(name, {})[entry] = tensor
-    for name, parameter in model.named_parameters():
-        if name in by_parameter:
-            optimizer.state[parameter] = {
-                entry: tensor if entry == "step" and not parameter.is_cuda else tensor.to(parameter.device)
-                for entry, tensor in by_parameter[name].items()
-            }
+        if name in parameters and name not in resized:
+            parameter = parameters[name]
+            placed = value.to(parameter.device) if entry == "step" else shared_as(value, parameter)
+            optimizer.state[parameter][entry] = placed
+
+
+def _stored(source: Path | Snapshot, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, values) of the tensors of one file, one after another, on the CPU."""
+    if isinstance(source, Snapshot):
+        if source.copied is not None:
+            source.copied.synchronize()
+        yield from source.tensors[name].items()
+        return
+    with safe_open(source / name, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # no dictionary
+            yield key, file.get_tensor(key)
 
 
 def seen(folder: Path) -> list[tuple[int, Path]]:
@@ -204,12 +241,18 @@ def export_timm(
     pixel_std: list[float],
     about: Mapping[str, Any],
     image_size: int | None = None,
+    card: str = "",
+    classes: Sequence[str] = (),
+    crop_pct: float = 1.0,
 ) -> dict[str, Any]:
-    """Write `encoder` (a timm model) as timm's own folder format: ``model.safetensors`` and ``config.json``.
+    """Write `encoder` (a timm model) as timm's own folder format, which is that of the Hugging Face hub too.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so does the architecture's name with
-    ``pretrained_cfg_overlay``. Means and deviations are those of pixels in [0, 255]. `image_size` is that of pretraining,
-    needed where `arguments` has no img_size: such a model takes other sizes too. Gives the content of config.json.
+    ``model.safetensors``, ``config.json``, ``preprocessor_config.json`` and, with `card`, ``README.md``.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so do the architecture's name with
+    ``pretrained_cfg_overlay`` and transformers' ``AutoModel`` and ``AutoImageProcessor``. Means and deviations are those
+    of pixels in [0, 255]. `image_size` is that of pretraining, needed where `arguments` has no img_size: such a model
+    takes other sizes too. `classes`: names of those of a classifier. `crop_pct`: share of the side that
+    it looks at. Gives the content of config.json.
     """
     size = arguments.get("img_size", image_size)
     assert size is not None, "image_size is needed for a model that has none of its own"
@@ -220,27 +263,34 @@ def export_timm(
     save_file(_plain(encoder.state_dict()), partial / MODEL)
     config = {
         "architecture": architecture.partition(".")[0],  # without the name of the weights it started from
-        "num_classes": 0,
+        "num_classes": len(classes),
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
         "global_pool": arguments.get("global_pool", "avg"),
-        "model_args": dict(arguments),
+        # transformers gives num_classes=0 itself; timm takes it from pretrained_cfg
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "input_size": [int(arguments["in_chans"]), int(size), int(size)],
             "fixed_input_size": "img_size" in arguments,
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": crop_pct,
             "crop_mode": "center",
             "mean": [value / 255 for value in pixel_mean],
             "std": [value / 255 for value in pixel_std],
-            "num_classes": 0,
+            "num_classes": len(classes),
             "pool_size": None,
             "first_conv": known["first_conv"],
             "classifier": known["classifier"],
         },
+        **({"label_names": list(classes)} if classes else {}),
         "sha256": checksum(partial / MODEL),
         "wavemim": dict(about),
     }
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    processor = {"image_processor_type": "TimmWrapperImageProcessor"}  # which asks timm for the transforms
+    processor |= {key: config[key] for key in ("architecture", "pretrained_cfg")}
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return config

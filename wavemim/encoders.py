@@ -110,6 +110,14 @@ class Encoder(nn.Module):
         """Keep no activations of blocks for the way back but compute them again: less memory, more time."""
         self.model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's
 
+    def use_channels_last(self, asked: bool | None = None) -> bool:
+        """Keep images, feature maps and weights of convolutions with their channels next to each other in memory.
+
+        `asked` None: where the model is one of convolutions. Gives whether it is done. What comes out is the same but
+        for rounding; a model of attention alone has nothing to gain.
+        """
+        return False
+
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:

@@ -73,6 +73,7 @@ class HierarchicalEncoder(Encoder):
         for key, parameter in self.model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and key in plan.used)
         self._embeds = isinstance(self.model, SwinTransformer | SwinTransformerV2)
+        self._format = torch.contiguous_format
         self.mask_token: nn.Parameter | None = None
         if sees == "masked" and self._embeds:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, self._plan.widths[0]))
@@ -92,6 +93,14 @@ class HierarchicalEncoder(Encoder):
         """Only the last stage's tokens are, where the model has a norm that timm applies to its feature maps."""
         return block == self.depth and self._plan.normalised
 
+    def use_channels_last(self, asked: bool | None = None) -> bool:
+        """As of `Encoder.use_channels_last`."""
+        if asked is None:
+            asked = sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > len(REDUCTIONS)
+        self._format = torch.channels_last if asked else torch.contiguous_format
+        self.model.to(memory_format=self._format)
+        return asked
+
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:
@@ -106,6 +115,7 @@ class HierarchicalEncoder(Encoder):
             cells = mask.reshape(-1, 1, self.grid, 1, self.grid, 1)
             hidden = cells.expand(-1, -1, -1, self.cell, -1, self.cell).reshape(-1, 1, *images.shape[2:])
             images = torch.where(hidden, self.mask_token.to(images.dtype), images)
+        images = images.contiguous(memory_format=self._format)
         return _intermediates(self.model, images, [self._plan.first + stage - 1 for stage in stages], self._plan.norm)
 
     def _embedded_maps(self, images: torch.Tensor, mask: torch.Tensor, stages: Sequence[int]) -> list[torch.Tensor]:

@@ -23,14 +23,21 @@ class Crop:
     mirrored: torch.Tensor  # bool (B,): mirror the whole image horizontally first
     size: int  # side in pixels
 
+    def __getitem__(self, chosen: slice | torch.Tensor) -> Crop:
+        """The crops of some of the images."""
+        return Crop(self.corners[chosen], self.mirrored[chosen], self.size)
+
 
 class Inputs(nn.Module):
     """Dequantises stored pyramids and reconstructs the images that belong to them."""
 
-    def __init__(self, steps: Mapping[int, float], statistics: Statistics, wavelet: str = "haar") -> None:
-        """`steps`: quantisation step of each stored level, in coefficient units."""
+    def __init__(
+        self, steps: Mapping[int, float], statistics: Statistics, wavelet: str = "haar", depth: int | None = None
+    ) -> None:
+        """`steps`: quantisation step of each stored level, in coefficient units. `depth`: levels that every pyramid has
+        at least; those that are not stored are computed."""
         super().__init__()
-        self.steps, self.wavelet = dict(steps), wavelet
+        self.steps, self.wavelet, self.depth = dict(steps), wavelet, depth
         self.register_buffer("mean", torch.tensor(statistics.pixel_mean).float()[None, :, None, None], persistent=False)
         std = torch.tensor(statistics.pixel_std).float().clamp_min(1e-3)[None, :, None, None]
         self.register_buffer("std", std, persistent=False)
@@ -54,14 +61,13 @@ class Inputs(nn.Module):
         """Images as the encoder takes them: zero mean and unit deviation over the data set, per channel."""
         return (pixels - self.get_buffer("mean")) / self.get_buffer("std")
 
-    def denormalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Inverse of `normalise`."""
-        return images * self.get_buffer("std") + self.get_buffer("mean")
-
     def forward(
         self, stored: Mapping[int, torch.Tensor], crop: Crop | None = None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Normalised images (B, C, H, W) and the pyramid they come from, of stored windows, or windowed by `crop`."""
+        """Normalised images (B, C, H, W) and the pyramid they come from, of stored windows, or windowed by `crop`.
+
+        Of what is stored without its finest levels the images are halved as often, and levels count from these images on.
+        """
         pixels, pyramid = self.raw(stored, crop)
         return self.normalise(pixels), pyramid
 
@@ -72,7 +78,20 @@ class Inputs(nn.Module):
         with torch.no_grad():
             pyramid = self.pyramid(stored)
             pixels = self.pixels(pyramid)
-            return (pixels, pyramid) if crop is None else self._cut(pixels, pyramid, crop)
+            if crop is not None:
+                pixels, pyramid = self._cut(pixels, pyramid, crop)
+            return pixels, self._of_halved(pyramid)
+
+    def _of_halved(self, pyramid: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The pyramid of the halved image: its A is halved with each level that is not there, so all of it is."""
+        finer = min(pyramid) - 1
+        if finer:
+            pyramid = {level - finer: values / 2**finer for level, values in pyramid.items()}
+        coarsest = max(pyramid)
+        if self.depth is not None and coarsest < self.depth:
+            deeper = decompose(pyramid[coarsest][:, :, 0], self.depth - coarsest, self.wavelet)
+            pyramid |= {coarsest + level: values for level, values in deeper.items()}
+        return pyramid
 
     def _cut(
         self, pixels: torch.Tensor, pyramid: dict[int, torch.Tensor], crop: Crop
@@ -81,12 +100,12 @@ class Inputs(nn.Module):
 
         Every level gets its A, cut out of the whole: the inverse of a cut pyramid would differ along its edges.
         """
+        finer = min(pyramid) - 1
         if bool(crop.mirrored.any()):  # on the CPU, where the reader made it
-            assert min(pyramid) == 1, sorted(pyramid)
             mirrored = crop.mirrored.to(pixels.device, non_blocking=True)[:, None, None, None]
             pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-            pyramid = decompose(pixels, max(pyramid), self.wavelet)
-        finer = min(pyramid) - 1
+            deeper = decompose(pixels * 2**finer, max(pyramid) - finer, self.wavelet)
+            pyramid = {level + finer: values for level, values in deeper.items()}
         for level in range(max(pyramid) - 1, finer, -1):
             approximation = reconstruct({level + 1: pyramid[level + 1]}, self.wavelet, to=level)
             pyramid[level] = torch.cat((approximation[:, :, None], pyramid[level]), 2)

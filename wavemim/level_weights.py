@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from wavemim.sharding import whole
+
 Weighting = Literal["fixed", "coarse_to_fine", "fine_to_coarse", "learned"]
 
 
@@ -39,9 +41,9 @@ class LevelWeights(nn.Module):
         return given * (progress * len(given) - self.get_buffer("turn") + 1).clamp(0, 1)
 
     def effective(self, progress: float) -> torch.Tensor:
-        """What each loss is multiplied by (T,), for the log."""
+        """What each loss is multiplied by (T,), for the log. Every worker has to call it."""
         scheduled = self.at(progress)
-        return scheduled * (-self.log_variance.detach()).exp() / 2 if self.kind == "learned" else scheduled
+        return scheduled * (-whole(self.log_variance.detach())).exp() / 2 if self.kind == "learned" else scheduled
 
     def forward(self, losses: torch.Tensor, scheduled: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         """The sum () of losses (T,) under `scheduled` weights (T,).

@@ -6,7 +6,7 @@ S predicted positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from wavemim.encoders import Encoder
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import share_at, visible_indices_of
 from wavemim.randomness import uniform
-from wavemim.targets import Target
+from wavemim.targets import Tap, Target
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MaskedImageModel(nn.Module):
         Raises ValueError where a tap names a block that does not exist, or the last block has no tap.
         """
         super().__init__()
-        check_taps(encoder, target)
+        check_taps(encoder, target.taps)
         self.levels = [tap.level for tap in target.taps]  # the order of the losses
         self.encoder, self.target = encoder, target
         self.level_weights = level_weights or LevelWeights([1.0] * len(target.taps))
@@ -151,17 +151,17 @@ class MaskedImageModel(nn.Module):
         return self.level_weights(stacked, scheduled, weight.sum()), stacked
 
 
-def check_taps(encoder: Encoder, target: Target) -> None:
+def check_taps(encoder: Encoder, taps: Iterable[Tap]) -> None:
     """Raise ValueError where a tap names a block that does not exist, or the last block has no tap."""
-    word, depth = encoder.word, encoder.depth
-    for tap in target.taps:
+    word, depth, taps = encoder.word, encoder.depth, list(taps)
+    for tap in taps:
         if not 1 <= tap.block <= depth:
             raise ValueError(
                 f"target.taps.{tap.level}={tap.block}: {word} {tap.block} does not exist, "
                 f"{encoder.name} has {word}s 1 to {depth} here"
             )
-    if depth not in {tap.block for tap in target.taps}:
-        last = max(tap.block for tap in target.taps)
+    if depth not in {tap.block for tap in taps}:
+        last = max(tap.block for tap in taps)
         shorter = f" or set encoder.depth={last}" if word == "block" else ""
         raise ValueError(
             f"target.taps: the last {word}, {depth}, has no tap, so {word}s after {last} would never be "

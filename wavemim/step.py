@@ -14,6 +14,7 @@ from torch import nn
 from wavemim.inputs import Crop
 from wavemim.model import MaskedImageModel
 from wavemim.optim import Average
+from wavemim.sharding import whole
 from wavemim.views import Views
 
 
@@ -29,19 +30,33 @@ class StepResult:
 class Part:
     """What goes through the network at once: a batch, or a part of one."""
 
-    stored: dict[int, torch.Tensor]
+    stored: Mapping[int, torch.Tensor]
     rows: torch.Tensor
     weight: torch.Tensor
     crop: Crop | None
 
-    def without_filling(self) -> Part:
-        """Only rows that count (two at least): others would go into the statistics of batch norm. On the host."""
-        kept = self.weight.nonzero().flatten()
-        if len(kept) == len(self.weight):
+    def __getitem__(self, chosen: slice | torch.Tensor) -> Part:
+        """Some of its rows."""
+        stored = {level: values[chosen] for level, values in self.stored.items()}
+        return Part(stored, self.rows[chosen], self.weight[chosen], self.crop and self.crop[chosen])
+
+    def split(self, count: int) -> Iterator[Part]:
+        """It in `count` parts of the same size, or of sizes that differ by one; none is empty."""
+        size, rest = divmod(len(self.rows), count)
+        end = 0
+        for number in range(min(count, len(self.rows))):
+            start, end = end, end + size + (number < rest)
+            yield self[start:end]
+
+    def without_filling(self, parts: int) -> Part:
+        """Only rows that count, two at least in each of `parts`: others would go into the statistics of batch norm.
+
+        On the host. All workers have as many parts to compute: those of a sharded model wait for each other in each.
+        """
+        count = max(int(self.weight.count_nonzero()), min(2 * parts, len(self.weight)))
+        if count == len(self.weight):
             return self
-        kept = kept if len(kept) > 1 else torch.arange(min(2, len(self.weight)))
-        crop = self.crop and Crop(self.crop.corners[kept], self.crop.mirrored[kept], self.crop.size)
-        return Part({level: v[kept] for level, v in self.stored.items()}, self.rows[kept], self.weight[kept], crop)
+        return self[self.weight.argsort(descending=True, stable=True)[:count]]
 
 
 class TrainStep:
@@ -70,6 +85,8 @@ class TrainStep:
     ) -> None:
         """`wrapped` is the model behind DDP or torch.compile; `schedule` has timm's ``step_update``.
 
+        A model may also be shared out in place (`wavemim.sharding.shard`), before its optimiser is made.
+
         `accumulate`: parts of a batch that are computed one after another. `averaged` follows the weights after each
         step. The optimiser has to be a fused one, which can leave a step out on the device.
         """
@@ -94,10 +111,10 @@ class TrainStep:
     ) -> torch.Tensor:
         """Gradients of the weighted loss; gives the losses (T,). `weight` (B,) counts images, `total` over all workers."""
         losses = torch.zeros(len(self.model.levels), device=self.device)
-        whole = Part(dict(stored), rows, weight, crop)
+        batch = Part(stored, rows, weight, crop)
         if self.mixes_images:
-            whole = whole.without_filling()
-        parts = list(_parts(whole, self.accumulate))
+            batch = batch.without_filling(self.accumulate)
+        parts = list(batch.split(self.accumulate))
         for number, part in enumerate(parts, 1):
             with contextlib.nullcontext() if number == len(parts) else self._apart():
                 losses += self._backward(part, total, epoch, progress)
@@ -117,8 +134,12 @@ class TrainStep:
         return losses.detach()
 
     def _apart(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients are added up here alone; workers exchange them with the last part."""
-        return self.wrapped.no_sync() if self.world > 1 else contextlib.nullcontext()  # type: ignore[operator]
+        """Gradients are added up here alone; workers exchange them with the last part.
+
+        Those of a sharded model are exchanged with each part: none of the workers has room for all.
+        """
+        alone = getattr(self.wrapped, "no_sync", None)  # of DDP
+        return alone() if alone is not None else contextlib.nullcontext()
 
     def __call__(
         self,
@@ -136,7 +157,7 @@ class TrainStep:
         torch.manual_seed(zlib.crc32(f"{self.seed} {step} {self.rank}".encode()))
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         losses = self.backward(stored, rows, weight, total, epoch, self.progress(step), crop)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad))
         self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler says it
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,20 +168,3 @@ class TrainStep:
     def progress(self, step: int) -> float:
         """Share of training that is done at `step`."""
         return step / max(self.total_steps, 1)
-
-
-def _parts(whole: Part, count: int) -> Iterator[Part]:
-    """The batch in `count` parts of the same size, or sizes that differ by one."""
-    if count == 1:
-        yield whole
-        return
-    splits = [values.tensor_split(count) for values in whole.stored.values()]
-    corners, mirrored = (whole.crop.corners, whole.crop.mirrored) if whole.crop else (whole.rows, whole.rows)
-    for number, (rows, weight, where, mirror) in enumerate(
-        zip(*(values.tensor_split(count) for values in (whole.rows, whole.weight, corners, mirrored)), strict=True)
-    ):
-        if len(rows):
-            crop = Crop(where, mirror, whole.crop.size) if whole.crop else None
-            yield Part(
-                {level: split[number] for level, split in zip(whole.stored, splits, strict=True)}, rows, weight, crop
-            )

@@ -1,0 +1,84 @@
+"""Trains one variant of a comparison and probes it on the way, without Ray: what evidence.py and progressive.py call."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+PROBE_IMAGES = 10_000  # of train, that a probe is fitted to at most
+STRENGTHS = (0.01, 0.1, 1.0)
+
+
+def curve(
+    shards_at: str,
+    recipe_name: str,
+    overrides: Mapping[str, Any],
+    *,
+    seed: int,
+    images_seen: int,
+    points: int,
+    device: str,
+) -> list[dict[str, float]]:
+    """Train `recipe_name` with `overrides` on so many images; a line a point: images, seconds, FLOPs, top-1, interval.
+
+    Seconds are those of training alone, neither of probes nor of checkpoints: of the process on a CPU, whatever else the
+    machine does, and by the clock on a GPU. The first point is the untrained encoder.
+    """
+    import torch
+
+    from pipeline.build import build_inputs, build_model
+    from pipeline.config import load, with_overrides
+    from pipeline.loop import train
+    from pipeline.plan import Plan
+    from pipeline.shards import ShardSet
+    from wavemim import checkpoint
+
+    shards = ShardSet.open(shards_at)
+    epochs = images_seen / shards.rows["train"]
+    settings = {"train.epochs": epochs, "train.workers": 1, "train.warmup_epochs": epochs / 10, "seed": seed}
+    settings |= {"train.checkpoint_every": epochs / points, "train.log_every": 50}
+    if isinstance(overrides.get("target.taps"), dict):
+        settings["target.bands"] = {}
+    recipe = with_overrides(load(recipe_name), {**settings, **overrides})
+    total = Plan.of(recipe, shards.rows["train"]).total_steps
+    assert total >= points, f"{total} steps are fewer than {points} points"
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    lines: list[dict[str, float]] = [{"images": 0, "seconds": 0.0, "flops": 0.0}]
+    with tempfile.TemporaryDirectory() as folder:
+        kept: list[Path] = []
+        apart, began = 0.0, clock()
+
+        def keep(write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+            nonlocal apart
+            stopped = clock()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            kept.append(Path(folder) / str(state["images"]))
+            write(kept[-1])
+            apart += clock() - stopped
+            flops = sum(part["flops"] for part in state["parts"])
+            lines.append({"images": state["images"], "seconds": clock() - began - apart, "flops": flops})
+
+        train(recipe, shards, device=torch.device(device), on_checkpoint=keep)
+        model, inputs = build_model(recipe, shards).to(device), build_inputs(shards).to(device)
+        lines[0] |= probe(model.encoder.model.eval(), inputs, shards, recipe)
+        for line, path in zip(lines[1:], kept, strict=True):
+            checkpoint.load_trained(path, model)
+            line |= probe(model.encoder.model.eval(), inputs, shards, recipe)
+    return lines
+
+
+def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, float]:
+    """Linear probe on val, fitted to `PROBE_IMAGES` of train, its strength chosen on a fifth of these."""
+    from pipeline.features import features_of
+    from wavemim.evaluate import linear_probe
+
+    train, val = (
+        features_of(encode, inputs, shards, split, window=recipe.encoder.image_size, batch=256, max_rows=PROBE_IMAGES)
+        for split in ("train", "val")
+    )
+    accuracy, _ = linear_probe(train, val, strengths=STRENGTHS, seed=0)
+    return {"top1": accuracy.top1, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}

@@ -1,0 +1,77 @@
+"""Does training that begins with smaller images reach the same accuracy in less time? Against one size throughout.
+
+    python benchmarks/progressive.py --shards SHARDS
+
+Every schedule sees the same images in the same order, with the same recipe, seed and schedule of the learning rate, and
+is judged at the full size, as in evidence.py. States for each schedule its seconds of training, the share of the fixed
+size's time and FLOPs that it took, the gain in accuracy, and `time_to_equal_accuracy`: the seconds after which its mean
+accuracy first reached what the fixed size had in the end, as a share of what the fixed size needed for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from evidence import Results, draw, keep, parser_of, run, settle, table, training_to_reach
+
+FIXED = "64 px"
+SCHEDULES: dict[str, Mapping[int, float]] = {
+    FIXED: {},
+    "32 px for a half": {32: 0.5, 64: 0.5},
+    "32 px for three quarters": {32: 0.75, 64: 0.25},
+    "16, 32, 64 px, a third each": {16: 0.3333, 32: 0.3333, 64: 0.3334},
+}
+
+
+def compare(results: Results) -> dict[str, dict[str, float | None]]:
+    """Of each schedule against the fixed size: time, FLOPs, accuracy in the end, and time to equal accuracy."""
+    goal = _end(results, FIXED, "top1")
+    fixed_time = training_to_reach(results[FIXED], goal, "seconds")
+    found: dict[str, dict[str, float | None]] = {}
+    for name in results:
+        reached = training_to_reach(results[name], goal, "seconds")
+        found[name] = {
+            "time_share": _end(results, name, "seconds") / _end(results, FIXED, "seconds"),
+            "flop_share": _end(results, name, "flops") / _end(results, FIXED, "flops"),
+            "gain_in_points": _end(results, name, "top1") - goal,
+            "time_to_equal_accuracy": reached / fixed_time if reached is not None and fixed_time else None,
+        }
+    return found
+
+
+def _end(results: Results, name: str, key: str) -> float:
+    return statistics.mean(curve[-1][key] for curve in results[name])
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--recipe", default="small_wavelet")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), metavar="NAME")
+    arguments = parser.parse_args()
+    settle(arguments, "progressive")
+    chosen = {FIXED, *arguments.schedules}
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
+        name: (arguments.recipe, {"train.progressive": dict(sizes)})
+        for name, sizes in SCHEDULES.items()
+        if name in chosen
+    }
+    results = run(arguments, variants)
+    print(f"\n{table(results)}\n")
+    compared = compare(results)
+    print("| schedule | time | FLOPs | gain, points | time to equal accuracy |")
+    print("|---|---|---|---|---|")
+    for name, line in compared.items():
+        equal = line["time_to_equal_accuracy"]
+        shown = f"{equal:.2f}" if equal is not None else "not reached"
+        print(
+            f"| {name} | {line['time_share']:.2f} | {line['flop_share']:.2f} | {line['gain_in_points']:+.1f} | {shown} |"
+        )
+    draw(arguments.plot, results)
+    goals = {f"time_to_equal_accuracy, {name}": line["time_to_equal_accuracy"] for name, line in compared.items()}
+    keep(arguments, goals, {"schedules": results})
+
+
+if __name__ == "__main__":
+    main()
