@@ -142,9 +142,7 @@ def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
     )
 
 
-def build_inputs(
-    shards: ShardSet, trained: Mapping[str, Any] | None = None, *, depth: int | None = None
-) -> Inputs:
+def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None, *, depth: int | None = None) -> Inputs:
     """What turns a batch of this shard set into images and coefficients.
 
     Images are normalised by this set's pixels, or by those of the set that a checkpoint with state `trained` has seen.

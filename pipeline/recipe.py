@@ -101,7 +101,19 @@ STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "segment": ("segment", "tracking", "cluster"),
     "tune": ("encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
     "export": ("export", "tracking"),
-    "run": ("data", "encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "export", "tracking", "cluster"),
+    "run": (
+        "data",
+        "encoder",
+        "target",
+        "decoder",
+        "mask",
+        "train",
+        "evaluate",
+        "tune",
+        "export",
+        "tracking",
+        "cluster",
+    ),
 }
 _OPERATIONAL = {
     "train": {

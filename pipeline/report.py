@@ -99,7 +99,9 @@ def export_line(result: Mapping[str, Any]) -> str:
     if "onnx" in result:
         parts.append(result["onnx"]["path"])
     if "registered" in result:
-        parts.append(f"version {result['registered']['version']} of the registered model {result['registered']['name']}")
+        parts.append(
+            f"version {result['registered']['version']} of the registered model {result['registered']['name']}"
+        )
     return f"export: encoder → {', '.join(parts)} ({result['state']})"
 
 

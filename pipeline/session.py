@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 
 from pipeline.settings import Cluster
 from pipeline.stage import StageError
+
+_log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
 _MAX_OBJECT_STORE = 2 * 2**30
@@ -70,7 +73,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             try:
                 with _own_sigterm():
                     (_start if private else _connect)(address, log_level)
-            except (OSError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
+            except Exception as error:  # that it took too long is a bare Exception of Ray's
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
             yield _info(private)
@@ -109,15 +112,24 @@ def _start(address: str, log_level: int) -> None:
 
     # The variable is read when Ray is imported, which may have been before.
     clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    start = functools.partial(
+        ray.init,
+        address=address,
+        num_cpus=_cpus(),
+        object_store_memory=_object_store_bytes(),
+        include_dashboard=False,
+        logging_level=log_level,
+        log_to_driver=log_level <= logging.INFO,
+    )
     try:
-        ray.init(
-            address=address,
-            num_cpus=_cpus(),
-            object_store_memory=_object_store_bytes(),
-            include_dashboard=False,
-            logging_level=log_level,
-            log_to_driver=log_level <= logging.INFO,
-        )
+        try:
+            start()
+        except Exception as error:  # a bare one
+            if "timed out" not in str(error):
+                raise
+            _log.warning("this machine is busy: Ray did not start within the time that it gives itself; once more")
+            ray.shutdown()
+            start()
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         _keep_sigterm()

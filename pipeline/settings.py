@@ -182,10 +182,12 @@ class Train(Section):
         "workers, for encoders that do not fit",
     )
     lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch/256")
-    progressive: Annotated[dict[Positive, Share], BeforeValidator(lambda value: {} if value is None else value)] = Field(
-        {},
-        description="image sizes in pixels, from small to encoder.image_size, each with its share of training, such as "
-        "{128: 0.5, 224: 0.5}; smaller images come from the coarse levels alone",
+    progressive: Annotated[dict[Positive, Share], BeforeValidator(lambda value: {} if value is None else value)] = (
+        Field(
+            {},
+            description="image sizes in pixels, from small to encoder.image_size, each with its share of training, such as "
+            "{128: 0.5, 224: 0.5}; smaller images come from the coarse levels alone",
+        )
     )
     min_lr_share: Share = Field(0.01, description="the cosine ends at this share of the peak")
     warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")

@@ -297,7 +297,9 @@ def test_stopping_between_two_logged_lines_changes_neither(tmp_path):
     assert whole["history"] == parts["history"]
     for seen, metrics in whole["logged"].items():
         assert parts["logged"][seen].keys() == metrics.keys()
-        assert all(parts["logged"][seen][k] == v for k, v in metrics.items() if not k.startswith(("perf/", "cost/"))), seen
+        assert all(parts["logged"][seen][k] == v for k, v in metrics.items() if not k.startswith(("perf/", "cost/"))), (
+            seen
+        )
     files = [checkpoint.read_state(tmp_path / name / name_of(120))["files"] for name in ("whole", "parts")]
     assert files[0] == files[1]  # their checksums
 

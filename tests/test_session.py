@@ -105,3 +105,26 @@ def test_a_cluster_that_is_not_there_is_one_line_and_soon(monkeypatch: pytest.Mo
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(StageError, match="nonsense"), ray_session(Cluster(address="nonsense")):
         pass
+
+
+def test_a_ray_that_does_not_start_in_time_is_started_once_more_and_then_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    started = []
+
+    def too_slow(**_: object) -> None:
+        started.append(1)
+        raise Exception("The current node timed out during startup. This could happen\nfor many reasons")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(StageError, match=r"could not start Ray on this machine: .*timed out") as error,
+        ray_session(Cluster()),
+    ):
+        pass
+    assert len(started) == 2 and "once more" in caplog.text
+    assert "\n" not in str(error.value)
