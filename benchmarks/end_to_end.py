@@ -126,7 +126,7 @@ def train_once(job: Job, kind: str, steps: int, rank: int = 0) -> dict[str, floa
     """Train for so many steps as one of the workers; what it measured after the first ones."""
     import torch
 
-    from pipeline import loop
+    from pipeline import loop, training
     from pipeline.shards import ShardSet
 
     device = torch.device(job.device if job.device == "cpu" else f"cuda:{rank}")
@@ -135,7 +135,7 @@ def train_once(job: Job, kind: str, steps: int, rank: int = 0) -> dict[str, floa
     def wrap(model: Any) -> Any:
         return torch.nn.parallel.DistributedDataParallel(model, None if device.type == "cpu" else [rank])
 
-    with mock.patch.object(loop, "Reader", reader_of(kind, measured)):
+    with mock.patch.object(training, "Reader", reader_of(kind, measured)):
         loop.train(
             job.recipe_for(steps),
             ShardSet.open(job.shards),
@@ -221,10 +221,10 @@ def ray_crew(job: Job, folder: Path) -> Iterator[Callable[[str, int], list[dict[
 
     def worker_of(kind: str) -> Callable[[dict[str, Any]], Any]:
         def worker(config: dict[str, Any]) -> Any:
-            from pipeline import loop
             from pipeline import pretrain as theirs
+            from pipeline import training
 
-            with mock.patch.object(loop, "Reader", reader_of(kind, Measured())):
+            with mock.patch.object(training, "Reader", reader_of(kind, Measured())):
                 return theirs._worker(config)
 
         return worker

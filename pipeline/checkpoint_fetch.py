@@ -11,8 +11,8 @@ import shutil
 import uuid
 from pathlib import Path, PurePosixPath
 
-from pipeline.checkpoints import BEST
-from pipeline.config import SettingError
+from pipeline.checkpoints import BEST, found_at
+from pipeline.config import Recipe, SettingError, validate
 from pipeline.errors import StageError
 from pipeline.storage import Folder, is_remote, masked, reaching
 from pipeline.stores import Address
@@ -145,3 +145,23 @@ def _cached(parent: Folder, name: str, out: Path) -> Path:
     except OSError as error:
         raise StageError(f"{parent.shown(name)} cannot be brought to {target}: {error}") from None
     return target
+
+
+def checkpoint_of(recipe: Recipe) -> Path:
+    """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
+    if recipe.checkpoint:
+        try:
+            return found_at(local_copy(recipe.checkpoint, recipe.out))
+        except SettingError as error:
+            raise SettingError(f"checkpoint={error}") from None
+    found = checkpoint.latest(recipe.stage_dir("pretrain"))
+    if found is None:
+        raise StageError(
+            f"{recipe.stage_dir('pretrain')} has no checkpoint; run wavemim pretrain with the same name= and out= first"
+        )
+    return found
+
+
+def recipe_of(checkpoint_path: Path) -> Recipe:
+    """The settings with which a checkpoint was trained."""
+    return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])

@@ -148,8 +148,8 @@ def _pretrain(recipe: Recipe, progress: bool) -> None:
 
 
 def _evaluate(recipe: Recipe, progress: bool) -> None:
+    from pipeline.checkpoint_fetch import checkpoint_of
     from pipeline.evaluate import check_protocols, evaluate
-    from pipeline.pretrain import checkpoint_of
     from pipeline.report import evaluate_lines
     from pipeline.shards import ShardSet
     from pipeline.subjects import subject_of

@@ -30,13 +30,13 @@ from tqdm import tqdm
 from pipeline.config import SettingError, load, with_overrides
 from pipeline.errors import StageError
 from pipeline.image_decoding import SUFFIXES, Pixels, RejectedImage, decode_image
-from pipeline.pretrain import root_cause
 from pipeline.session import SessionInfo
 from pipeline.source_fetch import Origin
 from pipeline.source_plan import SCHEMA, Plan
 from pipeline.sources import plan_source
 from pipeline.storage import Folder, is_remote
 from pipeline.subjects import Subject, subject_of
+from pipeline.worker_group import root_cause
 from wavemim import __version__
 
 UNIT, SMALL_UNIT, UNITS = 256, 32, 16  # images in a task: at most; of a few images so many that UNITS tasks have work

@@ -22,12 +22,12 @@ from pipeline.config import Recipe, SettingError, identity, validate
 from pipeline.costs import TaskMeter, flops_of, measuring_tasks
 from pipeline.features import tapped_of
 from pipeline.judgement_files import write_tables
-from pipeline.pretrain import check_room, root_cause, uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, stage_folder
 from pipeline.subjects import Subject, subject_of
 from pipeline.tracking import Tracker
+from pipeline.worker_group import check_room, root_cause, uses_gpu
 from wavemim.evaluate import (
     Judgement,
     best_block,

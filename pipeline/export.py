@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.build import build_blank_model
+from pipeline.checkpoint_fetch import checkpoint_of, recipe_of
 from pipeline.config import Recipe, SettingError, identity
 from pipeline.errors import StageError
 from pipeline.model_card import evaluation_of, model_card
-from pipeline.pretrain import checkpoint_of, recipe_of
 from pipeline.registry import register
 from pipeline.stage import StageFolder, stage_folder
 from pipeline.tracking import Tracker

@@ -19,25 +19,15 @@ from pipeline.costs import TrainingMeter, spent_in
 from pipeline.finetune_loop import TOP1, Finetuned, NotFiniteError, finetune
 from pipeline.finetune_plan import Plan
 from pipeline.orders import Orders
-from pipeline.pretrain import (
-    METRICS,
-    asked_to_stop,
-    check_room,
-    data_parallel,
-    reader_threads,
-    resume_from,
-    root_cause,
-    sigterm_stops,
-    uses_gpu,
-)
+from pipeline.pretrain import METRICS
 from pipeline.progress import following, images_of_run
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, StageFolder, stage_folder
 from pipeline.subjects import Subject, subject_of
 from pipeline.tracking import RunHandle, Tracker
-from pipeline.worker_log import showing
-from pipeline.worker_process import alive
+from pipeline.worker_group import check_room, run_workers
+from pipeline.worker_process import alive, asked_to_stop, data_parallel, reader_threads, resume_from
 from wavemim import __version__, checkpoint
 from wavemim.finetune import middle_side
 from wavemim.measures import Accuracy, class_table
@@ -148,44 +138,8 @@ def _fit(
     recipe: Recipe, subject: Subject, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo
 ) -> np.ndarray:
     """Run the workers to the end; gives val images by true and predicted class. SIGTERM saves a checkpoint and ends."""
-    use_gpu = uses_gpu(recipe, session)
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
-        train_loop_config={
-            "recipe": recipe.dump(),
-            "subject": subject,
-            "shards": shards.folder.url,
-            "handle": handle,
-            "folder": str(folder.absolute()),
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=recipe.finetune.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=".ray",  # Ray's own marks; checkpoints are not its business
-            storage_path=str(folder.absolute()),
-            failure_config=ray.train.FailureConfig(
-                max_failures=recipe.cluster.max_failures,
-                controller_failure_limit=1,  # type: ignore[call-arg]  # of Train V2, whose types Ray hides
-            ),
-        ),
-    )
-    with sigterm_stops(folder), showing(folder):
-        try:
-            ended = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
-        except SystemExit:
-            # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
-            raise KeyboardInterrupt from None
-        except ray.train.TrainingFailedError as error:
-            raise StageError(
-                f"fine-tuning failed: {root_cause(error)}; what was reached is kept in {folder}"
-            ) from error
-    if ended.get("failed"):
-        raise StageError(f"fine-tuning ended: {ended['failed']}; what was reached is kept in {folder}")
-    if ended.get("stopped"):
-        raise KeyboardInterrupt
+    config = {"recipe": recipe.dump(), "subject": subject, "shards": shards.folder.url, "handle": handle}
+    ended = run_workers(_worker, config, recipe, session, folder, workers=recipe.finetune.workers, what="fine-tuning")
     return np.asarray(ended["counts"], np.int64)
 
 

@@ -31,6 +31,7 @@ STEP = "its own part of a step"
 BATCH = "a batch of the shard set"
 OTHERS = "the other workers"
 CHECKPOINT = "a checkpoint"
+MODEL = "a model for the next image size"
 
 Pulse = Callable[[str], None]  # "what the training thread begins now": costs no more than a count
 

@@ -18,7 +18,7 @@ from pipeline.batches import Batch, Reader
 from pipeline.build import check_shards
 from pipeline.config import Recipe
 from pipeline.costs import Spent, TrainingMeter
-from pipeline.heartbeat import BATCH, CHECKPOINT, OTHERS, STEP, Pulse
+from pipeline.heartbeat import BATCH, CHECKPOINT, MODEL, OTHERS, STEP, Pulse
 from pipeline.orders import Orders
 from pipeline.plan import PartMeter, Plan, Position, phases_of
 from pipeline.progress import memory_metric
@@ -90,6 +90,7 @@ def train(
     for phase in phases_of(recipe, shards, plan.total_steps):
         if position.step >= phase.end < plan.total_steps:
             continue  # done before this attempt
+        beat(MODEL)
         training = set_up(
             recipe, phase, plan, position, shards,
             before=before, device=device, rank=rank, world=world, wrap=wrap, threads=threads,

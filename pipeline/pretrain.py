@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,9 @@ import torch
 
 from pipeline.blow_up import keep_blow_up
 from pipeline.build import build_inputs, check_model, check_shards, model_of_checkpoint
-from pipeline.checkpoint_fetch import local_copy
 from pipeline.checkpoint_store import CheckpointStore, check_store, opened
-from pipeline.checkpoints import Keeper, found_at
-from pipeline.config import Recipe, SettingError, identity, validate
+from pipeline.checkpoints import Keeper
+from pipeline.config import Recipe, identity, validate
 from pipeline.costs import spent_in
 from pipeline.heartbeat import CHECKPOINT, Pulse, watching
 from pipeline.loop import Trained, train
@@ -33,18 +29,16 @@ from pipeline.recipe import CHANGEABLE
 from pipeline.session import SessionInfo
 from pipeline.shard_retries import UnreadableError, forget, note, still_unreadable
 from pipeline.shards import ShardSet
-from pipeline.stage import SETTINGS, StageError, stage_folder
-from pipeline.stragglers import BUFFERS_STAY
+from pipeline.stage import StageError, stage_folder
 from pipeline.tracking import RunHandle, Tracker
 from pipeline.val_picture import draw_val
 from pipeline.watch import BlowUpError
-from pipeline.worker_log import showing
-from pipeline.worker_process import alive, end_process
+from pipeline.worker_group import check_room, run_workers
+from pipeline.worker_process import alive, asked_to_stop, data_parallel, end_process, reader_threads, resume_from
 from wavemim import checkpoint
 from wavemim.figures import loss_figure
 
 METRICS = "metrics.jsonl"
-STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and end
 _LEAVING = 10 / 60  # minutes between checkpoints once a node is known to go away
 
 log = logging.getLogger(__name__)
@@ -125,50 +119,6 @@ def _followed(
         yield
 
 
-def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
-    """Whether training runs on GPUs: as set, else where there are any."""
-    return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
-
-
-def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str = "train") -> None:
-    """Raise SettingError where this machine can never hold so many workers; a cluster may still grow.
-
-    `section`: of the settings, the one that names the workers.
-    """
-    needed = workers * recipe.cluster.cpus_per_worker
-    if session.private and needed > session.cpus:
-        raise SettingError(
-            f"{workers} worker(s) with cluster.cpus_per_worker={recipe.cluster.cpus_per_worker:g} need {needed:g} CPUs, "
-            f"this machine has {session.cpus:g}; use fewer with {section}.workers={max(1, int(session.cpus))}, "
-            "or a smaller share"
-        )
-    if session.private and uses_gpu(recipe, session) and workers > session.gpus:
-        raise SettingError(
-            f"{workers} worker(s) need a GPU each (cluster.gpus={recipe.cluster.gpus}), this machine has {session.gpus:g}; "
-            f"use fewer with {section}.workers=, or none with cluster.gpus=false"
-        )
-
-
-def checkpoint_of(recipe: Recipe) -> Path:
-    """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
-    if recipe.checkpoint:
-        try:
-            return found_at(local_copy(recipe.checkpoint, recipe.out))
-        except SettingError as error:
-            raise SettingError(f"checkpoint={error}") from None
-    found = checkpoint.latest(recipe.stage_dir("pretrain"))
-    if found is None:
-        raise StageError(
-            f"{recipe.stage_dir('pretrain')} has no checkpoint; run wavemim pretrain with the same name= and out= first"
-        )
-    return found
-
-
-def recipe_of(checkpoint_path: Path) -> Recipe:
-    """The settings with which a checkpoint was trained."""
-    return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
-
-
 def _fit(
     recipe: Recipe,
     shards: ShardSet,
@@ -178,77 +128,21 @@ def _fit(
     store: CheckpointStore | None = None,
 ) -> None:
     """Run the workers to the end of training; SIGTERM makes them save a checkpoint and end, as KeyboardInterrupt."""
-    use_gpu = uses_gpu(recipe, session)
-    most = recipe.train.workers
-    least = recipe.cluster.min_workers or most
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
-        train_loop_config={
-            "recipe": recipe.dump(),
-            "shards": shards.folder.url,
-            "handle": handle,
-            "folder": str(folder.absolute()),
-            "store": store,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]  # elastic, of Train V2
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name=".ray",  # Ray's own marks; checkpoints are not its business
-            storage_path=str(folder.absolute()),
-            failure_config=ray.train.FailureConfig(
-                max_failures=recipe.cluster.max_failures,
-                controller_failure_limit=1,  # type: ignore[call-arg]  # of Train V2, whose types Ray hides
-            ),
-        ),
-    )
+    config = {"recipe": recipe.dump(), "shards": shards.folder.url, "handle": handle, "store": store}
     forget(folder)
-    with sigterm_stops(folder), watching(folder, recipe.train.hang_timeout, end_process), showing(folder):
-        try:
-            ended = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
-        except SystemExit:
-            # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
-            raise KeyboardInterrupt from None
-        except ray.train.TrainingFailedError as error:
-            raise StageError(f"training failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+    with watching(folder, recipe.train.hang_timeout, end_process):
+        ended = run_workers(
+            _worker,
+            config,
+            recipe,
+            session,
+            folder,
+            workers=recipe.train.workers,
+            least=recipe.cluster.min_workers,
+            what="training",
+        )
     if ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
-    if ended.get("failed"):
-        raise StageError(f"training ended: {ended['failed']}; what was reached is kept in {folder}")
-    if ended.get("stopped"):
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def sigterm_stops(folder: Path) -> Iterator[None]:
-    """SIGTERM asks the workers to stop and is handled as ever once they have; a second one is handled at once."""
-    (folder / STOP).unlink(missing_ok=True)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def end() -> None:
-        if callable(before):
-            before(signal.SIGTERM, None)
-        raise KeyboardInterrupt
-
-    def asked(*_: Any) -> None:
-        if (folder / STOP).exists():
-            end()
-        (folder / STOP).touch()
-        log.warning("SIGTERM: training saves a checkpoint and ends; once more ends it at once")
-
-    signal.signal(signal.SIGTERM, asked)
-    try:
-        yield
-        if (folder / STOP).exists():
-            end()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        (folder / STOP).unlink(missing_ok=True)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -329,51 +223,8 @@ def _train(config: dict[str, Any], beat: Pulse) -> dict[str, Any]:
     return {"failed": failed, "stopped": trained is not None and trained.stopped, "uncopied": uncopied}
 
 
-def data_parallel(model: torch.nn.Module) -> torch.nn.Module:
-    """Behind DDP."""
-    return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs=BUFFERS_STAY)
-
-
-def resume_from(folder: Path, rank: int, store: CheckpointStore | None = None) -> Path | None:
-    """The last whole checkpoint, as rank 0 sees it: also after a crash, whatever Ray remembers."""
-    if not (folder / SETTINGS).is_file():
-        raise StageError(f"{folder} is not there on a worker's node; out= has to be a folder that all nodes see")
-    if rank == 0 and store is not None:
-        try:  # whole there, where the last one in the folder is damaged
-            store.restore(folder)
-        except (StageError, SettingError, OSError) as error:
-            log.warning("%s; training goes on from what is in %s", error, folder)
-    found = checkpoint.latest(folder) if rank == 0 else None
-    name = ray.train.collective.broadcast_from_rank_zero(found.name if found else None)
-    return folder / name if name else None
-
-
-def asked_to_stop(folder: Path) -> bool:
-    """Whether the driver asks for it. Listed: a network disk may go on saying for long that a file is not there."""
-    try:
-        return STOP in os.listdir(folder)
-    except OSError:  # the checkpoint will say so
-        return False
-
-
 def _node_goes_away() -> bool:
     """Whether Ray knows that a node of this run is about to be taken away. Its public question is one to all ranks."""
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().preemption_context.preemption_info is not None
-
-
-def reader_threads(wanted: int | None, workers_here: int) -> int:
-    """A worker's share of the cores that its machine gives it; more than 8 would only wait for memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted or min(max(cores // workers_here, 1), 8)
-
-
-def root_cause(error: BaseException) -> str:
-    """The last line of what a worker raised."""
-    failures = getattr(error, "worker_failures", None)
-    inner: Any = next(iter(failures.values())) if failures else (error.__cause__ or error)
-    while getattr(inner, "cause", None) is not None:
-        inner = inner.cause
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(inner).__name__

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from pipeline.config import Recipe
 from pipeline.costs import TaskMeter, flops_of, measuring_tasks
-from pipeline.pretrain import check_room, root_cause, uses_gpu
 from pipeline.segment_plan import Plan, check_disk, check_rejects
 from pipeline.segment_tokens import (
     SUBJECTS,
@@ -40,6 +39,7 @@ from pipeline.session import SessionInfo
 from pipeline.stage import StageError, stage_folder
 from pipeline.subjects import Subject
 from pipeline.tracking import Tracker
+from pipeline.worker_group import check_room, root_cause, uses_gpu
 from wavemim.segmentation import DRAWS, Fitting, interval, measures
 from wavemim.segmentation_figure import segmentation_figure
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from pipeline.build import build_blank_model, build_encoder, statistics_of
+from pipeline.checkpoint_fetch import checkpoint_of
 from pipeline.config import Recipe, SettingError, validate
-from pipeline.pretrain import checkpoint_of
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError
 from wavemim import checkpoint

@@ -27,11 +27,11 @@ from pipeline.config import Recipe, SettingError, identity, read_yaml, validate,
 from pipeline.costs import Meter, Spent, spent_in
 from pipeline.features import features_of
 from pipeline.loop import train
-from pipeline.pretrain import check_room, uses_gpu
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
 from pipeline.stage import StageError, StageFolder, stage_folder
 from pipeline.tracking import RunHandle, Tracker, end_trials
+from pipeline.worker_group import check_room, uses_gpu
 from wavemim.cost import forward_flops
 from wavemim.evaluate import held_out, linear_probe, rankme
 from wavemim.figures import sweep_figure
@@ -200,6 +200,10 @@ class _Follow(ray.tune.Callback):
     def __init__(self, bar: tqdm, *, objective: str, statuses: dict[str, str], record: Callable[[], object]) -> None:
         self.bar, self.objective, self.statuses, self.record = bar, objective, statuses, record
         self.best = float("-inf")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what only this process has: Tune writes callbacks down, and nobody reads them."""
+        return {**vars(self), "bar": None, "record": None}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has ended by itself."""

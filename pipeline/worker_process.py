@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import uuid
@@ -11,11 +12,21 @@ from pathlib import Path
 
 import ray
 import ray.train.collective
+import ray.train.torch
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.checkpoint_store import CheckpointStore
+from pipeline.config import SettingError
 from pipeline.heartbeat import Beat, Heart, Pulse, born
+from pipeline.stage import SETTINGS, StageError
+from pipeline.stragglers import BUFFERS_STAY
 from pipeline.worker_log import passing_on
+from wavemim import checkpoint
 
+log = logging.getLogger(__name__)
+
+STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and end
 _PATIENCE = 60.0  # seconds for a task that ends a process
 
 
@@ -52,3 +63,36 @@ def _kill(pid: int, since: str) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def data_parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """Behind DDP."""
+    return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs=BUFFERS_STAY)
+
+
+def resume_from(folder: Path, rank: int, store: CheckpointStore | None = None) -> Path | None:
+    """The last whole checkpoint, as rank 0 sees it: also after a crash, whatever Ray remembers."""
+    if not (folder / SETTINGS).is_file():
+        raise StageError(f"{folder} is not there on a worker's node; out= has to be a folder that all nodes see")
+    if rank == 0 and store is not None:
+        try:  # whole there, where the last one in the folder is damaged
+            store.restore(folder)
+        except (StageError, SettingError, OSError) as error:
+            log.warning("%s; training goes on from what is in %s", error, folder)
+    found = checkpoint.latest(folder) if rank == 0 else None
+    name = ray.train.collective.broadcast_from_rank_zero(found.name if found else None)
+    return folder / name if name else None
+
+
+def asked_to_stop(folder: Path) -> bool:
+    """Whether the driver asks for it. Listed: a network disk may go on saying for long that a file is not there."""
+    try:
+        return STOP in os.listdir(folder)
+    except OSError:  # the checkpoint will say so
+        return False
+
+
+def reader_threads(wanted: int | None, workers_here: int) -> int:
+    """A worker's share of the cores that its machine gives it; more than 8 would only wait for memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or min(max(cores // workers_here, 1), 8)

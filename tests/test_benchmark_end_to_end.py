@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import end_to_end as benchmark
 
-from pipeline import loop
+from pipeline import training
 from pipeline.batches import Reader
 from pipeline.config import load
 from pipeline.shards import ShardSet
@@ -33,7 +33,7 @@ def test_all_numbers(shards, tmp_path, capsys):
     threads = torch.get_num_threads()
     assert benchmark.main(arguments) == 0
     assert torch.get_num_threads() == threads
-    assert loop.Reader is Reader
+    assert training.Reader is Reader
     result = json.loads(file.read_text())
     rates, repeats = result["images_per_second"], result["repeats"]
     assert set(rates) == set(repeats) == {"synthetic", "shards"}
@@ -57,13 +57,13 @@ def job(shards, **changes):
 def test_both_train_on_the_same_kind_of_batches(shards, monkeypatch, kind):
     """Same steps, same shapes and types; from shards every row, from memory the same few again."""
     seen = []
-    call = loop.TrainStep.__call__
+    call = training.TrainStep.__call__
 
     def watched(this, stored, rows, weight, total, **named):
         seen.append((tuple(rows.tolist()), {level: (v.shape, v.dtype) for level, v in stored.items()}, total))
         return call(this, stored, rows, weight, total, **named)
 
-    monkeypatch.setattr(loop.TrainStep, "__call__", watched)
+    monkeypatch.setattr(training.TrainStep, "__call__", watched)
     found = benchmark.train_once(job(shards), kind, 12)
     assert len(seen) == 12  # more than two epochs
     assert found["steps"] == 10

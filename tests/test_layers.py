@@ -34,7 +34,7 @@ MLFLOW_IMPORTERS = {"pipeline.mlflow_store"}
 # Files that may name Ray at all, at the top or inside a function.
 RAY_IMPORTERS = {
     *("pipeline.evaluate", "pipeline.prepare", "pipeline.pretrain", "pipeline.session", "pipeline.tune"),
-    *("pipeline.worker_process", "pipeline.segment", "pipeline.finetune", "pipeline.embed"),
+    *("pipeline.worker_process", "pipeline.worker_group", "pipeline.segment", "pipeline.finetune", "pipeline.embed"),
 }
 
 

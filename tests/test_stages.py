@@ -26,9 +26,10 @@ from pipeline.embed import embed, plan_images, subject_named
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.prepare import prepare
-from pipeline.pretrain import check_room, pretrain
+from pipeline.pretrain import pretrain
 from pipeline.shards import ShardSet
 from pipeline.tune import PROBE, RANK, tune
+from pipeline.worker_group import check_room
 from wavemim import checkpoint
 
 TINY = {

@@ -174,7 +174,7 @@ def test_a_remote_folder_has_one_owner(bucket, quick):
             raise AssertionError
         assert "***" not in str(caught.value)
         first = folder.read(OWNER)
-        time.sleep(0.7)
+        time.sleep(1.7)
         assert folder.read(OWNER) != first  # renewed
         folder.write("x", b"1")
         folder.clear()

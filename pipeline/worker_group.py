@@ -1,0 +1,135 @@
+"""Training workers as the driver sees them: room for them, a group of them on Ray Train, and how that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+
+from pipeline.config import Recipe, SettingError
+from pipeline.session import SessionInfo
+from pipeline.stage import StageError
+from pipeline.worker_log import showing
+from pipeline.worker_process import STOP
+
+log = logging.getLogger(__name__)
+
+
+def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
+    """Whether training runs on GPUs: as set, else where there are any."""
+    return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
+
+
+def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str = "train") -> None:
+    """Raise SettingError where this machine can never hold so many workers; a cluster may still grow.
+
+    `section`: of the settings, the one that names the workers.
+    """
+    needed = workers * recipe.cluster.cpus_per_worker
+    if session.private and needed > session.cpus:
+        raise SettingError(
+            f"{workers} worker(s) with cluster.cpus_per_worker={recipe.cluster.cpus_per_worker:g} need {needed:g} CPUs, "
+            f"this machine has {session.cpus:g}; use fewer with {section}.workers={max(1, int(session.cpus))}, "
+            "or a smaller share"
+        )
+    if session.private and uses_gpu(recipe, session) and workers > session.gpus:
+        raise SettingError(
+            f"{workers} worker(s) need a GPU each (cluster.gpus={recipe.cluster.gpus}), this machine has {session.gpus:g}; "
+            f"use fewer with {section}.workers=, or none with cluster.gpus=false"
+        )
+
+
+def run_workers(
+    worker: Callable[[dict[str, Any]], dict[str, Any]],
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    session: SessionInfo,
+    folder: Path,
+    *,
+    workers: int,
+    least: int | None = None,
+    what: str,
+) -> dict[str, Any]:
+    """Run `worker` in so many processes, `least` at least (elastic), to the end; gives what rank 0 gave back.
+
+    It is called with `config` and the stage's "folder". SIGTERM makes the workers save a checkpoint and end, as
+    KeyboardInterrupt. Raises StageError where workers failed for good, or say so by "failed".
+    """
+    use_gpu = uses_gpu(recipe, session)
+    trainer = ray.train.torch.TorchTrainer(
+        worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
+        train_loop_config={**config, "folder": str(folder.absolute())},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(least, workers) if least and least != workers else workers,  # type: ignore[arg-type]  # of V2
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=".ray",  # Ray's own marks; checkpoints are not its business
+            storage_path=str(folder.absolute()),
+            failure_config=ray.train.FailureConfig(
+                max_failures=recipe.cluster.max_failures,
+                controller_failure_limit=1,  # type: ignore[call-arg]  # of Train V2, whose types Ray hides
+            ),
+        ),
+    )
+    with sigterm_stops(folder), showing(folder):
+        try:
+            ended: dict[str, Any] = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
+        except SystemExit:
+            # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
+            raise KeyboardInterrupt from None
+        except ray.train.TrainingFailedError as error:
+            raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+    if ended.get("failed"):
+        raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+    if ended.get("stopped"):
+        raise KeyboardInterrupt
+    return ended
+
+
+@contextlib.contextmanager
+def sigterm_stops(folder: Path) -> Iterator[None]:
+    """SIGTERM asks the workers to stop and is handled as ever once they have; a second one is handled at once."""
+    (folder / STOP).unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end() -> None:
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise KeyboardInterrupt
+
+    def asked(*_: Any) -> None:
+        if (folder / STOP).exists():
+            end()
+        (folder / STOP).touch()
+        log.warning("SIGTERM: training saves a checkpoint and ends; once more ends it at once")
+
+    signal.signal(signal.SIGTERM, asked)
+    try:
+        yield
+        if (folder / STOP).exists():
+            end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        (folder / STOP).unlink(missing_ok=True)
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line of what a worker raised."""
+    failures = getattr(error, "worker_failures", None)
+    inner: Any = next(iter(failures.values())) if failures else (error.__cause__ or error)
+    while getattr(inner, "cause", None) is not None:
+        inner = inner.cause
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__
