@@ -6,10 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_shards import smooth_texture
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.session import SessionInfo
 
@@ -25,15 +27,37 @@ os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing
 _session = contextlib.ExitStack()  # the Ray of `ray_local`
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist puts the groups into the names
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Files stay whole. What starts a Ray is the work of two processes, which begin with it, since it takes longest: what
-    shares one, and what starts its own."""
-    for item in items:
-        group = "shared ray" if _shares_ray(item) else "own ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, not _shares_ray(item)))
-    return (yield)
+# Files that start a Ray; each line is one process's work. They come first, since they take longest.
+_WITH_RAY = (
+    ("test_stages.py", "test_prepare.py", "test_finetune.py", "test_segmentation.py"),  # they share one
+    ("test_pretrain.py", "test_job_submit.py", "test_session.py"),  # each starts its own
+)
+
+
+class _Scheduling(LoadScopeScheduling):
+    """Files stay whole, and those of a line of `_WITH_RAY` together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].rpartition("/")[2]
+        return next((files[0] for files in _WITH_RAY if file in files), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Groups by mark (``--dist loadgroup``) are lost in xdist 3.8 with pytest 9.2."""
+    return _Scheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray first, of these those that share one; what needs none waits for no Ray's end."""
+    order = [file for files in _WITH_RAY for file in files]
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("ray") is None,
+            not _shares_ray(item),
+            order.index(item.path.name) if item.path.name in order else len(order),
+        )
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
