@@ -170,6 +170,8 @@ def _import(file: str, out: str, heads: int | None, mean: str | None, std: str |
 
     from wavemim.mae_import import import_vit
 
+    if not out or "://" in out:
+        raise SettingError(f"OUT '{out}': a folder on this machine is needed")
     folder = Path(out).absolute()
     there = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if there and not (overwrite and (folder / "config.json").is_file()):

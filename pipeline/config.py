@@ -104,7 +104,9 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     if not data_only:
         check_together(recipe)
     places = {key: getattr(recipe, key) for key in ("images", "shards", "out", "checkpoint")}
-    for key, place in {**places, "train.checkpoints_at": recipe.train.checkpoints_at}.items():
+    places |= {"train.checkpoints_at": recipe.train.checkpoints_at}
+    places |= {"segment.images": recipe.segment.images, "segment.masks": recipe.segment.masks}
+    for key, place in places.items():
         if re.match(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", place or ""):
             raise SettingError(
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
@@ -256,12 +258,14 @@ def type_in_words(annotation: Any) -> str:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    key = ".".join(str(part) for part in first["loc"] if part not in ("[key]", "constrained-int"))
     value = first.get("input")
     if first["type"] == "extra_forbidden":
         return f"unknown setting '{key}'{nearest(key, [k for k, _, _ in settings_of()])}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if first["type"] == "tuple_type":
+        message = "input should be a list, such as [A, B]"
     if first["type"] == "string_pattern_mismatch" and ".bands" in f".{key}":
         message = "allowed are some of the letters A, H, V, D, in this order"
     elif key == "name":

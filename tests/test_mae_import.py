@@ -125,6 +125,8 @@ def wrong(**changes):
 
 MISTAKES = {
     "shape": (wrong(**{"blocks.1.mlp.fc2.bias": torch.zeros(7)}), r"blocks\.1\.mlp\.fc2\.bias is \(7,\); needed is \(64,\)"),
+    "scalar": (wrong(**{"blocks.0.mlp.fc1.weight": torch.zeros(())}), r"fc1\.weight is \(\); needed is \(hidden width, 64\)"),
+    "not finite": (wrong(**{"norm.weight": torch.full((64,), torch.nan)}), r"norm\.weight holds values that are not finite"),
     "positions": (wrong(pos_embed=torch.zeros(1, 16, 64)), r"pos_embed is \(1, 16, 64\); needed is \(1, a square number \+ 1, 64\)"),
     "unknown": (wrong(**{"blocks.0.gamma_1": torch.zeros(64)}), r"is no plain ViT of timm's: it has beside it blocks\.0\.gamma_1$"),
     "lacking": ({k: v for k, v in vit().state_dict().items() if "blocks.1.norm2" not in k}, r"it lacks blocks\.1\.norm2\.weight, blocks\.1\.norm2\.bias$"),
@@ -142,6 +144,20 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(mistake, tmp_path):
         import_vit(file, tmp_path / "out", heads=4)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [{"mean": (float("nan"), 0, 0)}, {"std": (1.0, 0.0, 1.0)}])
+def test_numbers_that_no_pixels_have_are_refused(given, tmp_path):
+    file = saved(vit().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="finite numbers are needed, those of --std above 0"):
+        import_vit(file, tmp_path / "out", heads=4, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_of_that_name_is_no_file_of_weights(tmp_path):
+    (tmp_path / "w.pth").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read as weights of PyTorch: it is empty, cut off, or no such file"):
+        import_vit(tmp_path / "w.pth", tmp_path / "out")
 
 
 def test_heads_and_channels_that_cannot_be_seen_are_asked_for(tmp_path):

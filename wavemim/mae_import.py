@@ -58,12 +58,19 @@ def import_vit(
     mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
     if not len(mean) == len(std) == channels:
         raise ValueError(f"{file} takes images of {channels} channels: give as many numbers as --mean and as --std")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"--mean {mean}, --std {std}: finite numbers are needed, those of --std above 0")
     name = _KNOWN.get((arguments["embed_dim"], arguments["patch_size"]), "vit_base_patch16_224")
     try:
         model = timm.create_model(name, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"{file}: timm cannot build a ViT of {arguments}: {one_line(error)}") from None
     _check_same(weights, model.state_dict(), file)
+    broken = next((key for key, value in weights.items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(
+            f"{file}: {broken} holds values that are not finite (NaN or infinite): such a model gives none"
+        )
     model.load_state_dict(weights)
     return export_timm(
         folder,
@@ -118,6 +125,8 @@ def _unpickled(file: Path) -> Any:
                 "as torch.save(model.state_dict(), FILE), where you trust it"
             ) from None
         except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+            if not isinstance(error, (RuntimeError, ValueError)):  # of a pickle's reader, such as "101"
+                error = ValueError("it is empty, cut off, or no such file")
             raise ValueError(f"{file} cannot be read as weights of PyTorch: {one_line(error)}") from None
 
 
@@ -138,6 +147,9 @@ def _arguments(weights: Mapping[str, torch.Tensor], file: Path, heads: int | Non
         raise ValueError(
             f"{file}: pos_embed is {tuple(positions.shape)}; needed is (1, a square number + {prefix}, {width})"
         )
+    hidden = weights["blocks.0.mlp.fc1.weight"]
+    if hidden.ndim != 2 or not width:
+        raise ValueError(f"{file}: blocks.0.mlp.fc1.weight is {tuple(hidden.shape)}; needed is (hidden width, {width})")
     heads = heads or _HEADS.get(width)
     if heads is None or width % heads:
         known = ", ".join(map(str, _HEADS))
@@ -151,7 +163,7 @@ def _arguments(weights: Mapping[str, torch.Tensor], file: Path, heads: int | Non
         "embed_dim": width,
         "depth": max(blocks) + 1,
         "num_heads": heads,
-        "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_ratio": hidden.shape[0] / width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "in_chans": channels,
         "num_classes": 0,
