@@ -366,7 +366,7 @@ def test_other_wavelets_give_the_same_pictures_to_learn_from(recipe, tmp_path):
 
 # The stage.
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_the_stage_with_two_workers(ray_local, recipe, shards):
     from pipeline.finetune import finetune_stage
 

@@ -83,7 +83,7 @@ def final_of(stage, recipe, shards):
     return model.state_dict()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_sigterm_saves_ends_with_143_and_goes_on_bit_for_bit_past_a_damaged_checkpoint(shards, tmp_path):
     recipe = recipe_at(tmp_path, shards, **{"train.workers": 1})
     stage = recipe.stage_dir("pretrain")
@@ -116,7 +116,7 @@ def workers_of(process):
     return [child for child in children if child.name().startswith("ray::RayTrainWo")]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_killed_and_hanging_workers_are_replaced_and_a_killed_run_goes_on_with_fewer(shards, tmp_path):
     changes = {"train.workers": 2, "train.epochs": 150, "train.keep_checkpoints": 60, "train.hang_timeout": 15}
     recipe = recipe_at(tmp_path, shards, **changes)

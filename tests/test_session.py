@@ -63,7 +63,7 @@ def assert_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_private_ray_is_quiet_listens_on_loopback_only_and_ends() -> None:
     done = subprocess.run([sys.executable, "-c", PRIVATE], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_private_ray_is_quiet_listens_on_loopback_only_and_ends() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_interrupt_ends_the_private_ray() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PRIVATE],
