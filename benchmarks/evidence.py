@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -72,18 +74,51 @@ COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 }
 
 
-def run(arguments: argparse.Namespace, variants: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, list[Curve]]:
-    """A curve of every variant for every seed; `jobs` of them at once, each in a process of its own."""
+class Journal:
+    """Curves that are done, beside the results while these are unfinished: the same command goes on after a cut."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._curves = {line["task"]: line["curve"] for line in lines}
+        self._lock = threading.Lock()
+        self._running: dict[str, threading.Lock] = {}
+        if lines:
+            print(f"{len(lines)} curves are taken from {path}; remove it to begin anew", flush=True)
+
+    def curve(self, threads: int, **task: Any) -> Curve:
+        """Train and probe in a process of its own, or what that gave before; the same task is never done twice."""
+        key = json.dumps(task, sort_keys=True)
+        with self._lock:
+            running = self._running.setdefault(key, threading.Lock())
+        with running:
+            if key not in self._curves:
+                found = in_child("evidence_training:curve", threads=threads, **task)
+                with self._lock, self.path.open("a") as file:
+                    file.write(json.dumps({"task": key, "curve": found}) + "\n")
+                self._curves[key] = found
+            return self._curves[key]  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """All is in the results."""
+        self.path.unlink(missing_ok=True)
+
+
+def run(
+    arguments: argparse.Namespace, variants: Mapping[str, tuple[str, dict[str, Any]]], journal: Journal
+) -> dict[str, list[Curve]]:
+    """A curve of every variant for every seed; `jobs` of them at once. All begin with the first one's untrained encoder,
+    which is the same for all."""
     results: dict[str, list[Curve]] = {name: [] for name in variants}
+    first = next(iter(variants))
     with ThreadPoolExecutor(arguments.jobs) as pool:
         pending: list[tuple[str, int, Future[Curve]]] = [
             (
                 name,
                 seed,
                 pool.submit(
-                    in_child,
-                    "evidence_training:curve",
-                    threads=arguments.threads,
+                    journal.curve,
+                    arguments.threads,
                     shards_at=arguments.shards,
                     recipe_name=recipe,
                     overrides=overrides,
@@ -91,13 +126,15 @@ def run(arguments: argparse.Namespace, variants: Mapping[str, tuple[str, dict[st
                     images_seen=arguments.images_seen,
                     points=arguments.points,
                     device=arguments.device,
+                    untrained=name == first,
                 ),
             )
             for seed in range(arguments.seeds)
             for name, (recipe, overrides) in variants.items()
         ]
         for name, seed, future in pending:
-            results[name].append(future.result())
+            curve = future.result()
+            results[name].append(curve if name == first else [results[first][seed][0], *curve])
             points = ", ".join(f"{point['top1']:.1f} % at {point['images']:,.0f}" for point in results[name][-1])
             print(f"{name}, seed {seed}: {points}", flush=True)
     return results
@@ -198,6 +235,12 @@ def settle(arguments: argparse.Namespace, name: str) -> None:
     arguments.plot = arguments.plot or arguments.json.with_suffix(".png")
 
 
+def journal_of(arguments: argparse.Namespace) -> Journal:
+    """Of these results."""
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    return Journal(arguments.json.with_suffix(".unfinished.jsonl"))
+
+
 def keep(arguments: argparse.Namespace, goals: Mapping[str, float | None], results: Mapping[str, Results]) -> None:
     """Write the numbers."""
     settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("json", "plot", "shards")}
@@ -213,9 +256,10 @@ def main() -> None:
     settle(arguments, "evidence")
     results: dict[str, Results] = {}
     goals: dict[str, float | None] = {}
+    journal = journal_of(arguments)
     for comparison in arguments.compare:
         chosen = {n: v for n, v in COMPARISONS[comparison].items() if n in (arguments.variants or [n])}
-        found = run(arguments, chosen)
+        found = run(arguments, chosen, journal)
         results[comparison] = found
         print(f"\n{comparison}\n\n{table(found)}\n")
         if "wavelet" in found and any(name.startswith("pixels") for name in found):
@@ -224,6 +268,7 @@ def main() -> None:
         plot = arguments.plot
         draw(plot if comparison == arguments.compare[0] else plot.with_stem(f"{plot.stem}-{comparison}"), found)
         keep(arguments, goals, results)
+    journal.close()
 
 
 if __name__ == "__main__":

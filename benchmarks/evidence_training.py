@@ -22,11 +22,12 @@ def curve(
     images_seen: int,
     points: int,
     device: str,
+    untrained: bool = True,
 ) -> list[dict[str, float]]:
     """Train `recipe_name` with `overrides` on so many images; a line a point: images, seconds, FLOPs, top-1, interval.
 
     Seconds are those of training alone, neither of probes nor of checkpoints: of the process on a CPU, whatever else the
-    machine does, and by the clock on a GPU. The first point is the untrained encoder.
+    machine does, and by the clock on a GPU. The first point is the untrained encoder, if asked for.
     """
     import torch
 
@@ -47,7 +48,7 @@ def curve(
     total = Plan.of(recipe, shards.rows["train"]).total_steps
     assert total >= points, f"{total} steps are fewer than {points} points"
     clock = time.process_time if device == "cpu" else time.perf_counter
-    lines: list[dict[str, float]] = [{"images": 0, "seconds": 0.0, "flops": 0.0}]
+    lines: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         kept: list[Path] = []
         apart, began = 0.0, clock()
@@ -57,19 +58,24 @@ def curve(
             stopped = clock()
             if device != "cpu":
                 torch.cuda.synchronize()
-            kept.append(Path(folder) / str(state["images"]))
-            write(kept[-1])
+            path = Path(folder) / str(state["images"])
+            write(path)
             apart += clock() - stopped
+            if lines and state["images"] - lines[-1]["images"] < images_seen / points / 2:
+                lines.pop(), kept.pop()  # a checkpoint shortly before the end: steps do not divide evenly
             flops = sum(part["flops"] for part in state["parts"])
             lines.append({"images": state["images"], "seconds": clock() - began - apart, "flops": flops})
+            kept.append(path)
 
         train(recipe, shards, device=torch.device(device), on_checkpoint=keep)
         model, inputs = build_model(recipe, shards).to(device), build_inputs(shards).to(device)
-        lines[0] |= probe(model.encoder.model.eval(), inputs, shards, recipe)
-        for line, path in zip(lines[1:], kept, strict=True):
+        first: dict[str, float] = {"images": 0, "seconds": 0.0, "flops": 0.0}
+        if untrained:
+            first |= probe(model.encoder.model.eval(), inputs, shards, recipe)
+        for line, path in zip(lines, kept, strict=True):
             checkpoint.load_trained(path, model)
             line |= probe(model.encoder.model.eval(), inputs, shards, recipe)
-    return lines
+    return [first, *lines] if untrained else lines
 
 
 def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, float]:

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from evidence import Results, draw, keep, parser_of, run, settle, table, training_to_reach
+from evidence import Results, draw, journal_of, keep, parser_of, run, settle, table, training_to_reach
 
 FIXED = "64 px"
 SCHEDULES: dict[str, Mapping[int, float]] = {
@@ -57,7 +57,8 @@ def main() -> None:
         for name, sizes in SCHEDULES.items()
         if name in chosen
     }
-    results = run(arguments, variants)
+    journal = journal_of(arguments)
+    results = run(arguments, variants, journal)
     print(f"\n{table(results)}\n")
     compared = compare(results)
     print("| schedule | time | FLOPs | gain, points | time to equal accuracy |")
@@ -71,6 +72,7 @@ def main() -> None:
     draw(arguments.plot, results)
     goals = {f"time_to_equal_accuracy, {name}": line["time_to_equal_accuracy"] for name, line in compared.items()}
     keep(arguments, goals, {"schedules": results})
+    journal.close()
 
 
 if __name__ == "__main__":

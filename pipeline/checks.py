@@ -93,6 +93,10 @@ def _check_target(recipe: Recipe) -> None:
         raise SettingError(
             f"target.loss={target.loss}: the loss of target.kind=fourier is set by target.gamma and focal"
         )
+    if target.kind != "wavelet" and target.normalise == "contrast":
+        raise SettingError(
+            f"target.normalise=contrast: is of target.kind=wavelet, not {target.kind}; use patch, dataset or none"
+        )
     if not any(recipe.weights_by_level().values()):
         raise SettingError("target.weights: every level weighs 0, so nothing is trained; give one a weight above 0")
 

@@ -80,6 +80,7 @@ class Tracker:
         self._probe: _SystemProbe | None = None
         self._stamp = 0  # of the last line, ms
         self._warned = False
+        self._warning = threading.Lock()  # of two threads only one warns
         self._ended = False
 
     @classmethod
@@ -213,8 +214,9 @@ class Tracker:
         return True
 
     def _warn(self, what: str) -> None:
-        if not self._warned:
-            self._warned = True
+        with self._warning:
+            first, self._warned = not self._warned, True
+        if first:
             _log.warning(
                 "MLflow at %s %s: metrics are kept in %s; training goes on, and wavemim sync %s sends what is left",
                 without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),

@@ -29,8 +29,9 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 
 # Files that start a Ray; each line is one process's work. They come first, since they take longest.
 _WITH_RAY = (
-    ("test_stages.py", "test_prepare.py", "test_finetune.py", "test_segmentation.py"),  # they share one
-    ("test_pretrain.py", "test_job_submit.py", "test_session.py"),  # each starts its own
+    ("test_stages.py",),
+    ("test_pretrain.py", "test_job_submit.py", "test_session.py"),  # each test starts its own
+    ("test_prepare.py", "test_finetune.py", "test_segmentation.py"),  # they share one
 )
 
 

@@ -22,6 +22,7 @@ SIDE = 64  # that the smallest hierarchical encoder takes
 LEVELS = {  # name -> (target, levels from the first tap on, further arguments)
     "wavelet": (WaveletTarget, (2, 3, 4, 5), {}),
     "wavelet per patch": (WaveletTarget, (2, 4), {"normalise": "patch"}),
+    "wavelet by contrast": (WaveletTarget, (2, 4), {"normalise": "contrast"}),
     "pixels": (PixelTarget, (0,), {"normalise": "patch"}),
     "pixels at two cells": (PixelTarget, (2, 3), {"loss": "l1"}),
     "hog": (HOGTarget, (2, 3), {"bins": 18}),

@@ -1,16 +1,19 @@
 """Pretraining on real Ray that is taken away: SIGTERM, a damaged checkpoint, a killed driver, other workers."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from tiny_shards import photos, write_set
 
 from pipeline.build import build_model
@@ -83,32 +86,57 @@ def final_of(stage, recipe, shards):
     return model.state_dict()
 
 
-@pytest.mark.timeout(600)
-def test_sigterm_saves_ends_with_143_and_goes_on_bit_for_bit_past_a_damaged_checkpoint(shards, tmp_path):
-    recipe = recipe_at(tmp_path, shards, **{"train.workers": 1})
+@pytest.mark.timeout(800)
+def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(shards, tmp_path):
+    """kill -9 of the driver with all its Ray, SIGTERM, a damaged checkpoint, Ctrl-C: the same weights, bit for bit."""
+    recipe = recipe_at(tmp_path, shards, **{"train.workers": 1, "train.epochs": 120})
     stage = recipe.stage_dir("pretrain")
     process = pretrain(tmp_path)
     wait_for_images(stage, 240, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not (stage / "result.json").exists()
+    time.sleep(8)  # the workers of a killed driver end by themselves, and may first finish a checkpoint
+    reached = checkpoint.seen(stage)[0][0]
+
+    process = pretrain(tmp_path)
+    wait_for_images(stage, reached + 240, process)
     os.kill(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
     assert errors.strip().splitlines()[-1].startswith("wavemim: ended by SIGTERM;"), errors
     assert "Traceback" not in errors
-    newest, before = (path for _, path in checkpoint.seen(stage))
+    newest = checkpoint.seen(stage)[0][1]
     assert checkpoint.read_state(newest)["images"] % 120  # not one that checkpoint_every would have written
 
     (newest / checkpoint.MODEL).write_bytes((newest / checkpoint.MODEL).read_bytes()[:-1])
     process = pretrain(tmp_path)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    wait_for_images(stage, checkpoint.read_state(newest)["images"] + 240, process)
+    os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, errors
     assert f"{newest} is passed over for the checkpoint before" in errors
-    assert f"continued from {before.name}" in output
+    last = errors.strip().splitlines()[-1]
+    assert last == "wavemim: interrupted; what is finished is kept, and the same command goes on"
+    assert "Traceback" not in errors
+
+    latest = checkpoint.latest(stage)
+    process = pretrain(tmp_path)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert f"continued from {latest.name}" in output
     expected = undisturbed(recipe, shards)
     final = final_of(stage, recipe, shards)
     for name, value in expected.model.state_dict().items():
         assert torch.equal(value, final[name]), name
-    assert checkpoint.read_state(checkpoint.latest(stage))["history"] == expected.position.history
+    history = expected.position.history
+    assert checkpoint.read_state(checkpoint.latest(stage))["history"] == history
+    assert json.loads((stage / "result.json").read_text())["history"] == history
     assert len(checkpoint.seen(stage)) == recipe.train.keep_checkpoints
+    client = MlflowClient(f"sqlite:///{recipe.out}/mlflow.db")
+    [run] = client.search_runs([client.get_experiment_by_name("wavemim").experiment_id])
+    assert run.info.status == "FINISHED"  # one run, gone on with
+    assert Path(run.info.artifact_uri).exists()
 
 
 def workers_of(process):

@@ -3,12 +3,7 @@
 import csv
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from PIL import Image
 from tiny_images import images_of
 
@@ -257,79 +251,3 @@ def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp
     assert not measured["labelled"]
     assert set(measured["measured"]["trained"]) == {"eval/rankme", "eval/alpha_req"}
     assert tune(recipe, ray_local, progress=False)["objective"] == RANK
-
-
-def wavemim(*arguments, **options):
-    """The real command in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
-
-
-def arguments_of(recipe_file, folder, images, *more):
-    return ["pretrain", "--quiet", "--recipe", str(recipe_file), f"out={folder}", f"images={images}", *more]
-
-
-def wait_for(condition, process, seconds=150):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < ends, "nothing happened in time"
-        time.sleep(0.05)
-
-
-@pytest.mark.timeout(800)
-def test_killed_and_interrupted_pretraining_ends_as_if_undisturbed(whole, photo_folder, tmp_path):
-    """kill -9 of the driver with all its Ray, then Ctrl-C, then the same call once more: the same weights, bit for bit."""
-    _, recipe, _ = whole
-    changes = {"train.epochs": 70, "train.checkpoint_every": 2, "train.workers": 1, "train.warmup_epochs": 1}
-    settings = with_overrides(recipe, {**changes, "name": "long"}).dump()
-    recipe_file = tmp_path / "long.yaml"
-    recipe_file.write_text(yaml.safe_dump(settings))
-    folder = tmp_path / "out"
-    shards = f"shards={recipe.shards_at}"
-    runs = folder / "runs" / "long" / "pretrain"
-
-    process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
-    wait_for(lambda: len(list(runs.glob("images-*/state.json"))) >= 1, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (runs / "result.json").exists()
-    time.sleep(8)  # the workers of a killed driver end by themselves, and may first finish a checkpoint
-    reached = checkpoint.read_state(checkpoint.latest(runs))["images"]
-
-    process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
-    wait_for(lambda: (latest := checkpoint.latest(runs)) and checkpoint.read_state(latest)["images"] > reached, process)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 130, errors
-    assert (
-        errors.strip().splitlines()[-1]
-        == "wavemim: interrupted; what is finished is kept, and the same command goes on"
-    )
-    assert "Traceback" not in errors
-
-    process = wavemim(*arguments_of(recipe_file, folder, photo_folder, shards))
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    assert "continued from images-" in output
-
-    from pipeline.loop import train
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the worker: sums in another order are other sums
-    undisturbed = train(load(str(recipe_file)), ShardSet.open(recipe.shards_at), device=torch.device("cpu"))
-    torch.set_num_threads(threads)
-    final = build_model(load(str(recipe_file)), ShardSet.open(recipe.shards_at))
-    checkpoint.load_model(checkpoint.latest(runs), final)
-    for name, value in undisturbed.model.state_dict().items():
-        assert torch.equal(value, final.state_dict()[name]), name
-    assert json.loads((runs / "result.json").read_text())["history"] == undisturbed.position.history
-    client, found = client_of(folder)
-    assert [run.info.status for run in found.values()] == ["FINISHED"]  # one run, gone on with
-    assert Path(client.get_run(next(iter(found.values())).info.run_id).info.artifact_uri).exists()

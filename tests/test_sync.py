@@ -86,6 +86,11 @@ def log_some(tracker: Tracker, start: int, stop: int) -> None:
         tracker.log({"train/loss": 1 / (1 + step), "train/lr": 0.1 * step}, step)
 
 
+def warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Warnings about runs below `folder`: a tracker that another test has left behind may speak as well."""
+    return [record.getMessage() for record in caplog.records if str(folder) in record.getMessage()]
+
+
 def said_by_sync(where: Path, **options: Any) -> list[str]:
     lines: list[str] = []
     sync(where, say=lines.append, **options)
@@ -142,8 +147,9 @@ def test_a_server_is_killed_and_restarted(
         log_some(late, 0, 20)
         assert late.handle.run_id == ""
     assert time.monotonic() - begun < 30
-    assert sorted(r.getMessage().count("does not answer") for r in caplog.records) == [1] * len(caplog.records)
-    assert len(caplog.records) in (2, 3)  # `going_on` may have had no reason to say so yet
+    warnings = warned_of(tmp_path, caplog)
+    assert all("does not answer" in line for line in warnings)
+    assert len(warnings) in (2, 3)  # `going_on` may have had no reason to say so yet
     log_some(going_on, 300, 310)
     with server(tmp_path, port):
         assert going_on.flush(20)
@@ -248,7 +254,7 @@ def test_a_sweep_that_nobody_heard_of_is_sent_with_its_trials(
             log_some(trial, 0, 5)
             if number == 0:
                 trial.end("FAILED")
-    assert len(caplog.records) == 1
+    assert len(warned_of(tmp_path, caplog)) == 1
     with pytest.raises(StageError, match=r"^MLflow at http://127.0.0.1:\d+ does not answer \(Connection refused\); "):
         sync(tmp_path)
     lines = said_by_sync(tmp_path, uri=store)
@@ -351,7 +357,7 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(
         log_some(tracker, 10, 11)
     assert in_file(tmp_path).total() == 22
     assert in_store(store, tracker.handle.run_id) == in_file(tmp_path)
-    assert [r.getMessage() for r in caplog.records] == [
+    assert warned_of(tmp_path, caplog) == [
         f"metrics cannot be written to {tmp_path}/metrics.jsonl (No space left on device); the run goes on"
     ]
 
@@ -401,8 +407,8 @@ def test_a_slow_server_holds_up_no_step_and_the_end_not_long(
     slow.shutdown()
     assert sorted(times)[490] < 0.02
     assert in_file(tmp_path).total() == 1000
-    assert len(caplog.records) == 1
-    assert f"wavemim sync {tmp_path} sends what is left" in caplog.text
+    [warning] = warned_of(tmp_path, caplog)
+    assert warning.endswith(f"wavemim sync {tmp_path} sends what is left")
 
 
 def test_a_server_that_is_away_is_asked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:

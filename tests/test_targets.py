@@ -20,7 +20,7 @@ def coefficients(image, level, band):
     return approximation if band == "A" else details[0][BAND[band]]
 
 
-@pytest.mark.parametrize("normalise", ["dataset", "patch", "none"])
+@pytest.mark.parametrize("normalise", ["dataset", "patch", "contrast", "none"])
 def test_target_equals_a_literal_loop_over_pywavelets(normalise):
     images = photos(3)
     stats = statistics(images)
@@ -45,16 +45,26 @@ def test_target_equals_a_literal_loop_over_pywavelets(normalise):
                 vector = np.concatenate(vector)
                 if normalise == "patch":
                     vector = (vector - vector.mean()) / np.sqrt(vector.var(ddof=1) + 1e-6)
+                if normalise == "contrast":  # the patch as MAE normalises it, and its coefficients
+                    s = max(PATCH, cell)
+                    window = images[b, :, y * s : (y + 1) * s, x * s : (x + 1) * s].astype(np.float64)
+                    pixel_std = np.array(stats.pixel_std)[:, None, None]
+                    window = (window - np.array(stats.pixel_mean)[:, None, None]) / pixel_std
+                    window = (window - window.mean()) / np.sqrt(window.var(ddof=1) + 1e-6) * pixel_std
+                    vector = np.concatenate([
+                        coefficients(window[c], tap.level, band).ravel() / stats.std[tap.level][band][c]
+                        for c in range(3) for band in tap.bands
+                    ])  # fmt: skip
                 np.testing.assert_allclose(made[tap.level][b, position].numpy(), vector, atol=2e-3)
 
 
-@pytest.mark.parametrize("normalise", ["dataset", "patch", "none"])
+@pytest.mark.parametrize("normalise", ["dataset", "patch", "contrast", "none"])
 def test_coefficients_undo_the_target(normalise):
     images = photos(4)
     stats = statistics(images)
     target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise)
     normalised, pyramid = Inputs(STEPS, stats)(stored(images))
-    back = target.coefficients(target(normalised, pyramid), pyramid)
+    back = target.coefficients(target(normalised, pyramid), normalised, pyramid)
     for tap in TAPS:
         for c in range(3):
             for index, band in enumerate(tap.bands):

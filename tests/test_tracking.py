@@ -165,7 +165,7 @@ def test_long_parameters_and_odd_names_are_kept(out: Path, caplog: pytest.LogCap
     assert run.data.params["n.249"] == "249"
     assert (run.data.params["a_b"], run.data.params["empty"]) == ("null", "{}")
     assert run.data.metrics == {"eval/top_1": 0.5}
-    assert caplog.records == []
+    assert not [record for record in caplog.records if str(out) in record.getMessage()]
 
 
 def test_attached_tracker_logs_artifacts_and_does_not_end_the_run(out: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_store_missing_on_a_workers_machine_is_not_made_anew(
     tracker.end()
     assert not (tmp_path / "none.db").exists()
     assert len(lines_of(tracker.handle)) == 1
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if str(tmp_path) in record.getMessage()]) == 1
 
 
 def test_a_deleted_experiment_is_named_in_the_warning(out: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -270,7 +270,7 @@ def test_a_deleted_experiment_is_named_in_the_warning(out: Path, caplog: pytest.
     with Tracker.start(recipe, "x", log_dir=out / "gone") as tracker:
         tracker.log({"a": 1.0}, 1)
     assert tracker.handle.run_id == ""
-    [record] = [record for record in caplog.records if record.name.startswith("pipeline.")]  # of this project
+    [record] = [record for record in caplog.records if str(out) in record.getMessage()]
     assert "refuses (experiment 'gone' was deleted; restore it" in record.getMessage()
 
 
@@ -296,7 +296,7 @@ def test_a_server_dead_at_the_start_costs_one_warning(tmp_path: Path, caplog: py
     assert tracker.handle.run_id == trial.handle.run_id == ""
     assert len(lines_of(tracker.handle)) == 50
     assert len(lines_of(trial.handle)) == 1
-    [record] = [record for record in caplog.records if record.name.startswith("pipeline.")]  # of this project
+    [record] = [record for record in caplog.records if str(tmp_path) in record.getMessage()]
     assert "does not answer (Connection refused)" in record.getMessage()
     assert tracker.handle.log_file in record.getMessage()
     assert "secret" not in record.getMessage()
@@ -314,10 +314,11 @@ def test_a_call_that_hangs_is_given_up(
             tracker.log({"a": float(step)}, step)
         assert time.monotonic() - begun < 0.2
         assert not tracker.flush(5)
-    assert "no answer in" in caplog.records[0].getMessage()
+    [record] = [record for record in caplog.records if str(out) in record.getMessage()]
+    assert "no answer in" in record.getMessage()
     # What was logged in the meantime is sent at the end.
     assert client_of(tracker.handle).get_run(tracker.handle.run_id).data.metrics == {"a": 19.0}
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if str(out) in record.getMessage()]) == 1
 
 
 def test_uris_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Normalise = Literal["dataset", "patch", "none"]
+Normalise = Literal["dataset", "patch", "contrast", "none"]  # contrast: wavelet alone
 Loss = Literal["l2", "l1", "smooth_l1"]
 
 

@@ -15,8 +15,10 @@ class WaveletTarget(Target):
     """Wavelet coefficients as vectors a position.
 
     `normalise`: "dataset" by the data set's mean and standard deviation per level, band and channel; "patch" in
-    addition by those of the position's own vector, as MAE does with pixels; "none" in units of the pixels' standard
-    deviation, orthonormal, so that the sum over all levels is a plain pixel loss.
+    addition by those of the position's own vector; "contrast" in addition by the mean and deviation of the position's
+    own pixels (for Haar: coefficients of the image that MAE's normalised patches make up, each level and band in its
+    own unit); "none" in units of the pixels' standard deviation, orthonormal, so that the sum over all levels is a
+    plain pixel loss.
     """
 
     def __init__(
@@ -40,14 +42,21 @@ class WaveletTarget(Target):
         for tap in self.taps:
             mean = torch.tensor([statistics.mean[tap.level][band] for band in tap.bands])  # (K, C)
             std = torch.tensor([statistics.std[tap.level][band] for band in tap.bands])
+            is_a = torch.tensor([[band == "A"] for band in tap.bands])
             if normalise == "none":
-                mean = torch.where(torch.tensor([[band == "A"] for band in tap.bands]), mean, torch.zeros_like(mean))
+                mean = torch.where(is_a, mean, torch.zeros_like(mean))
                 std = torch.full_like(std, pixel_scale)
+            elif normalise == "contrast":
+                mean = is_a * 2**tap.level * torch.tensor(statistics.pixel_mean)
             self.register_buffer(f"mean{tap.level}", mean.T[None, :, :, None, None].float().clone(), persistent=False)
             # a band that never varies (a data set of flat images) must not become an infinity
             self.register_buffer(
                 f"std{tap.level}", std.T[None, :, :, None, None].float().clamp_min(1e-6).clone(), persistent=False
             )
+            # What a mean of 1 in normalised pixels adds to each value: to A alone.
+            shift = is_a * 2**tap.level * torch.tensor(statistics.pixel_std) / std.clamp_min(1e-6)  # (K, C)
+            shift = shift.T[:, :, None].expand(-1, -1, self.cells(tap.level) ** 2).flatten()
+            self.register_buffer(f"shift{tap.level}", shift.float().clone(), persistent=False)
 
     def values(self, tap: Tap) -> int:
         """D: C · K · cells²."""
@@ -60,8 +69,8 @@ class WaveletTarget(Target):
             targets = {}
             for tap in self.taps:
                 vectors = self._vectors(tap, pyramid)
-                if self.normalise == "patch":
-                    mean, scale = moments(vectors)
+                if self.normalise in ("patch", "contrast"):
+                    mean, scale = self._moments(tap, vectors, images)
                     vectors = (vectors - mean) / scale
                 targets[tap.level] = vectors
             return targets
@@ -73,20 +82,20 @@ class WaveletTarget(Target):
         return decompose(self.to_pixels(images), max(tap.level for tap in self.taps), self.wavelet)
 
     def coefficients(
-        self, predictions: Mapping[int, torch.Tensor], pyramid: Mapping[int, torch.Tensor] | None = None
+        self, predictions: Mapping[int, torch.Tensor], images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
         """Predictions {level: (B, P², D)} as coefficients {level: (B, C, K, h, w)} of each tap's bands.
 
-        With normalise="patch" the scale of a position is no part of the prediction: it is that of the true `pyramid`.
+        With normalise="patch" or "contrast" the scale of a position is no part of the prediction: it is that of the
+        true `images` and `pyramid`.
         """
         found = {}
         for tap in self.taps:
             if tap.level not in predictions:
                 continue
             vectors = predictions[tap.level].float()
-            if self.normalise == "patch":
-                assert pyramid is not None
-                mean, scale = moments(self._vectors(tap, pyramid))
+            if self.normalise in ("patch", "contrast"):
+                mean, scale = self._moments(tap, self._vectors(tap, pyramid), images)
                 vectors = vectors * scale + mean
             maps = from_positions(vectors, self.channels, len(tap.bands), self.cells(tap.level))
             found[tap.level] = maps * self._std(tap.level) + self._mean(tap.level)
@@ -103,7 +112,7 @@ class WaveletTarget(Target):
         """What the bands of this level alone make of an image: around mid-grey, with A the image as A shows it."""
         pyramid = self.pyramid_of(images, pyramid)
         tap = next(tap for tap in self.taps if tap.level == level)
-        found = self.coefficients({level: vectors}, pyramid)[level]
+        found = self.coefficients({level: vectors}, images, pyramid)[level]
         bands = found.new_zeros(*found.shape[:2], 4, *found.shape[3:])
         for index, band in enumerate(tap.bands):
             bands[:, :, "AHVD".index(band)] = found[:, :, index]
@@ -142,7 +151,7 @@ class WaveletTarget(Target):
         """
         pyramid = self.pyramid_of(images, pyramid)
         grid = round(mask.shape[1] ** 0.5)
-        predicted = self.coefficients(predictions, pyramid)
+        predicted = self.coefficients(predictions, images, pyramid)
         bands = {tap.level: tap.bands for tap in self.taps}
         coarsest = max(bands)
         completed = {}
@@ -166,6 +175,14 @@ class WaveletTarget(Target):
         """The tap's coefficients, by the data set's (or no) normalisation, as vectors (B, P², D)."""
         standardised = (self._bands(pyramid, tap) - self._mean(tap.level)) / self._std(tap.level)
         return to_positions(standardised, self.cells(tap.level))
+
+    def _moments(self, tap: Tap, vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a position's own vector, or its own pixels, say of its mean (B, P², 1 or D) and scale (B, P², 1)."""
+        if self.normalise == "patch":
+            return moments(vectors)
+        side = self.image_size // self.positions(tap.level)
+        mean, scale = moments(to_positions(images.float()[:, :, None], side))
+        return mean * self.get_buffer(f"shift{tap.level}"), scale
 
     def _bands(self, pyramid: Mapping[int, torch.Tensor], tap: Tap) -> torch.Tensor:
         """(B, C, K, h, w) of the tap's bands; A of a level that stores none is rebuilt from the coarser levels."""
