@@ -125,7 +125,7 @@ class Target(Section):
         {}, description="wavelet: level: bands predicted, of A, H, V, D; else HVD, and AHVD at the coarsest tap"
     )
     normalise: Literal["dataset", "patch", "contrast", "none"] = Field(
-        "dataset",
+        "patch",
         description="by the shard set's statistics, per patch (HOG: per cell), wavelet: by the patch's contrast, or not",
     )
     loss: Literal["l2", "l1", "smooth_l1"] = Field("l2", description="error of each value; not for fourier")
