@@ -36,7 +36,7 @@ def keep_blow_up(
         try:
             saver(place / CHECKPOINT)
             write_json(place / STEPS, {"error": str(error), "shards": shards, "workers": world, "steps": steps})
-        except OSError as problem:
+        except Exception as problem:  # of the disk, of safetensors: the run ends by its own reason
             error.args = (f"{error} ({place} could not be written: {problem})",)
             return
     else:

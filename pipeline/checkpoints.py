@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 BEST = "best.json"
 FAILURES = 3  # checkpoints in a row that could not be written, before training ends
+_LOOK = 5.0  # seconds between two signs of life while the last checkpoint is written
 _RETRIES = (2.0, 10.0, 30.0)  # seconds before the last checkpoint of a run is tried again
 
 
@@ -74,24 +75,27 @@ class Keeper:
     def finish(self, waiting: Callable[[], None] = lambda: None) -> str:
         """Wait for the last checkpoint, and try again if it failed. Gives why it is not there; else nothing.
 
-        `waiting` is called now and then while it is copied, which may take long.
+        `waiting` is called now and then while it is written and copied, which may take long.
         """
-        self.wait()
+        self.wait(waiting)
         for pause in _RETRIES:
             if self._pending is None:
                 break
             time.sleep(pause)
-            self._try()
+            self._thread = threading.Thread(target=self._try, name="checkpoint", daemon=True)
+            self._thread.start()
+            self.wait(waiting)
         if self.copier is not None:
             self.uncopied = self.copier.finish(waiting)
             if self._written is not None:
                 self._remove(self._written)  # what had to stay while it was copied
         return "" if self._pending is None else f"the last checkpoint could not be written: {self._error}"
 
-    def wait(self) -> None:
-        """Wait until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Wait until nothing is being written; `waiting` is called now and then."""
+        while self._thread is not None and self._thread.is_alive():
+            waiting()
+            self._thread.join(_LOOK)
 
     def _try(self) -> None:
         assert self._pending is not None

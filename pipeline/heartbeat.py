@@ -175,9 +175,10 @@ class Watcher:
             return None
         culprit, what = self._culprit()
         beat = culprit.beat
-        self._over.add(beat.group)
         self._known = {}
-        if not self.end(beat):
+        was_there = self.end(beat)  # where that fails, it is tried again after another limit
+        self._over.add(beat.group)
+        if not was_there:
             return None  # it is gone already, and the others are waiting for their end
         _log.warning(
             "%s: %s for %.0f s; it was ended, and training goes on from the last checkpoint (train.hang_timeout=%g)",

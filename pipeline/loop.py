@@ -96,6 +96,7 @@ def train(
             before=before, device=device, rank=rank, world=world, wrap=wrap, threads=threads,
             about=lambda: {"cost": cost.spent().record()},
         )  # fmt: skip
+        before = None  # a whole model and its moments
         own.follow(training.wrapped)
         cost.follow(training.reader, training.flops)
         watch.forget()
@@ -147,7 +148,7 @@ def train(
             due, stop = orders.after_step() if orders is not None and not last else (False, False)
             if on_checkpoint is not None and (position.step % plan.checkpoint_steps == 0 or last or due or stop):
                 position.window, position.epoch_sums = meter.sums()
-                position.skipped = watch.skipped
+                position.skipped = watch.skipped_so_far()
                 position.parts[phase.number :] = [part.read(cost.spent())]
                 beat(CHECKPOINT)
                 on_checkpoint(training.saver, position.state())

@@ -350,6 +350,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
+_INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+
+
 def refused(error: Exception) -> bool:
     """Whether the store is there, and does not take what it was given."""
     if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
@@ -358,12 +361,17 @@ def refused(error: Exception) -> bool:
     return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
+def invalid(error: Exception) -> bool:
+    """Whether what was given can never be stored; not, for example, for want of permission, which may be given."""
+    return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
+
+
 def unreachable(error: Exception) -> bool:
     """Whether there was no answer at all; not, for example, an answer that the place for files has no room."""
-    return any(
-        isinstance(link, ConnectionError | TimeoutError) or type(link).__module__.startswith(("requests", "urllib3"))
-        for link in _chain(error)
-    )
+    import requests
+
+    none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+    return any(isinstance(link, none) for link in _chain(error))
 
 
 def reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -33,8 +34,8 @@ class Position:
     )  # what each image size has cost so far (train.progressive)
 
     def state(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dict(vars(self))
+        """As JSON values: a copy, since it is written while training goes on."""
+        return copy.deepcopy(vars(self))
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Position:

@@ -131,7 +131,7 @@ def _fit(
     config = {"recipe": recipe.dump(), "shards": shards.folder.url, "handle": handle, "store": store}
     forget(folder)
     with watching(folder, recipe.train.hang_timeout, end_process):
-        ended = run_workers(
+        run_workers(
             _worker,
             config,
             recipe,
@@ -141,8 +141,6 @@ def _fit(
             least=recipe.cluster.min_workers,
             what="training",
         )
-    if ended.get("uncopied"):
-        log.warning("%s; the same command copies it", ended["uncopied"])
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -215,10 +213,11 @@ def _train(config: dict[str, Any], beat: Pulse) -> dict[str, Any]:
         failed = str(error)
     finally:
         if keeper is not None:
-            keeper.wait()
+            keeper.wait(lambda: beat(CHECKPOINT))
     if keeper is not None:
         unsaved = keeper.finish(lambda: beat(CHECKPOINT))
-        failed = failed or keeper.given_up or unsaved
+        ended_early = trained is None or trained.stopped  # else the last one is there, whatever became of others
+        failed = failed or unsaved or (keeper.given_up if ended_early else "")
     uncopied = keeper.uncopied if keeper is not None else ""
     return {"failed": failed, "stopped": trained is not None and trained.stopped, "uncopied": uncopied}
 

@@ -232,20 +232,22 @@ class Sender:
 
     def _file(self, entry: dict[str, Any]) -> None:
         """Send a file or a text; one that cannot be stored now does not hold up what comes after it."""
-        if entry["do"] == "text":
-            self._skipping_refused(lambda client: client.log_text(self.run_id, entry["text"], entry["file"]))
-            return
-        source = self.folder / entry["path"]
-        if not source.exists():
+        text = entry["do"] == "text"
+        source = entry["file"] if text else self.folder / entry["path"]
+        if not text and not source.exists():
             self.tally.missing.append(str(source))
             _log.warning("%s is not sent to MLflow: it is no longer there", source)
             return
         try:
-            self._call(lambda client: store.log_file(client, self.run_id, source, entry["into"]), ARTIFACT_LIMIT)
-            self.tally.files += 1
+            if text:
+                self._call(lambda client: client.log_text(self.run_id, entry["text"], source))
+            else:
+                self._call(lambda client: store.log_file(client, self.run_id, source, entry["into"]), ARTIFACT_LIMIT)
+                self.tally.files += 1
         except Exception as error:
             if store.unreachable(error):
                 raise
+            self._call(lambda client: store.check_run(client, self.run_id))
             self.trouble = store.reason(error)
             if str(source) not in self._told:
                 self._told.add(str(source))
@@ -293,6 +295,8 @@ class Sender:
             if not store.refused(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
+            if not store.invalid(error):
+                raise
             if len(batch) == 1:
                 self._at.refused += 1
                 self.tally.refused += 1

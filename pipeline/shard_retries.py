@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import StageError
 from pipeline.layout import ShardError
 from pipeline.shards import ShardSet, read_group
 from pipeline.stage import write_json
@@ -74,7 +75,7 @@ def still_unreadable(folder: Path, shards: str) -> str:
         return ""
     try:
         read_group(ShardSet.open(shards), noted["name"], noted["group"], noted["levels"])
-    except ShardError as error:
+    except StageError as error:  # also of a store that does not answer
         return f"{error}; {_REMEDY}"
     forget(folder)
     return ""

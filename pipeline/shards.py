@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.layout import Layout, ShardError
 from pipeline.storage import Folder, reaching
+from pipeline.stores import StorageError
 from wavemim.wavelets import bands_of
 
 FORMAT_VERSION = 2
@@ -241,6 +242,8 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
             f"{shards.folder.shown(name)} is missing (row group {group} was to be read); "
             f"wavemim verify {shards.url} names all such files"
         ) from None
+    except StorageError as error:  # of a store: away, or what it gave is damaged
+        raise ShardError(f"{error} (row group {group} was to be read)") from None
     except (OSError, pa.ArrowException, KeyError) as error:
         text = " ".join(str(error).split())
         raise ShardError(

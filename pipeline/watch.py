@@ -94,6 +94,11 @@ class Watch:
         self.steps = []
         return report
 
+    def skipped_so_far(self) -> int:
+        """Also those since the last look. Waits for the device; the norm is the same on every rank."""
+        norms = self.ring[: len(self.steps), -1]
+        return self.skipped + int((~norms.isfinite()).sum())
+
     def _spike(self, loss: float) -> float | None:
         """How many usual distances a loss is above the median of those before it, where that is many."""
         found = None

@@ -60,7 +60,7 @@ def run_workers(
     """Run `worker` in so many processes, `least` at least (elastic), to the end; gives what rank 0 gave back.
 
     It is called with `config` and the stage's "folder". SIGTERM makes the workers save a checkpoint and end, as
-    KeyboardInterrupt. Raises StageError where workers failed for good, or say so by "failed".
+    KeyboardInterrupt. Raises StageError where workers failed for good, or say so by "failed"; "uncopied" is a warning.
     """
     use_gpu = uses_gpu(recipe, session)
     trainer = ray.train.torch.TorchTrainer(
@@ -88,8 +88,11 @@ def run_workers(
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
-    if ended.get("failed"):
-        raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+        # said before SIGTERM, if that is why they ended, has its way
+        if ended.get("uncopied"):
+            log.warning("%s; the same command copies it", ended["uncopied"])
+        if ended.get("failed"):
+            raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
     if ended.get("stopped"):
         raise KeyboardInterrupt
     return ended

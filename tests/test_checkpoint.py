@@ -144,3 +144,24 @@ def test_a_missing_weight_is_not_loaded_silently(tmp_path):
         timm.create_model(
             config["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **config["model_args"]
         )
+
+
+def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch, caplog):
+    step = make_step(photos(4))
+    for images in (10, 20):
+        checkpoint.save(tmp_path / f"images-{images}", step.model, step.optimizer, {"images": images})
+    real = checkpoint.checksum
+
+    def failing(path):
+        if path.parent.name == "images-20":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "checksum", failing)
+    assert checkpoint.latest(tmp_path).name == "images-10"
+    assert "images-20 is passed over" in caplog.text and "Input/output error" in caplog.text
+    state = json.loads((tmp_path / "images-20" / checkpoint.STATE).read_text())
+    del state["files"]
+    (tmp_path / "images-20" / checkpoint.STATE).write_text(json.dumps(state))
+    with pytest.raises(checkpoint.CheckpointError, match="names no files"):
+        checkpoint.read_state(tmp_path / "images-20")

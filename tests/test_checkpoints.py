@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -160,6 +161,26 @@ def test_a_full_disk_is_a_warning_until_it_has_been_full_for_long(tmp_path, monk
     full[0] = False
     assert keeper.finish() == ""  # the last one is tried again
     assert kept(tmp_path) == [30, 40 + FAILURES - 1]
+
+
+def test_the_end_waits_for_a_slow_disk_and_gives_signs_of_life(tmp_path, monkeypatch):
+    training, keeper, signs = Training(), Keeper(tmp_path, keep=2), []
+    monkeypatch.setattr(checkpoints, "_LOOK", 0.05)
+    monkeypatch.setattr(checkpoints, "_RETRIES", (0.01,))
+    write, tries = checkpoint.save_file, []
+
+    def save_file(tensors, path):
+        time.sleep(0.4)
+        tries.append(len(signs))
+        if len(tries) == 1:
+            raise OSError(5, "Input/output error")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    keeper.save(training.at(10))
+    assert keeper.finish(lambda: signs.append(1)) == ""
+    assert kept(tmp_path) == [10]
+    assert 3 < tries[0] < tries[1] < len(signs)  # during the first try, and during the second
 
 
 def test_what_killed_workers_left_by_half_is_removed(tmp_path):

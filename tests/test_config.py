@@ -94,7 +94,10 @@ def test_overrides_are_typed_and_later_ones_win():
 
 TOGETHER = [
     (["target.kind=hog", "target.bands.3=HV"], "target.bands: bands are of wavelets, not of target.kind=hog"),
-    (["target.kind=hog", "target.normalise=contrast"], "is of target.kind=wavelet, not hog; use patch, dataset or none"),
+    (
+        ["target.kind=hog", "target.normalise=contrast"],
+        "is of target.kind=wavelet, not hog; use patch, dataset or none",
+    ),
     (["target.kind=fourier", "target.loss=l1"], "the loss of target.kind=fourier is set by target.gamma and focal"),
     (["mask.kind=frequency", "encoder.sees=visible"], "mask.kind=frequency: the whole corrupted image is seen"),
     (["mask.kind=frequency", "mask.radius=32"], "mask.radius=32: a spectrum of 64 pixels ends at 32 cycles"),

@@ -123,6 +123,23 @@ def test_the_start_may_take_longer_and_a_machine_that_slept_ends_nobody(tmp_path
     assert [beat.pid for beat in ended] == [7, 8]
 
 
+def test_a_worker_that_could_not_be_ended_is_tried_again(tmp_path):
+    now, tries = [0.0], []
+
+    def end(beat):
+        tries.append(beat.pid)
+        if len(tries) == 1:
+            raise TimeoutError("its node does not answer")
+        return True
+
+    watcher = Watcher(tmp_path, 100.0, end, clock=lambda: now[0])
+    write(tmp_path, 1, rank=0, steps=9)
+    with pytest.raises(TimeoutError):  # a warning, in the thread that calls this
+        looks(watcher, now, 30, watcher.pause)
+    looks(watcher, now, 100, watcher.pause)
+    assert tries == [7, 7]
+
+
 def test_all_at_the_same_place_are_named_so(tmp_path, caplog):
     watcher = Watcher(tmp_path, 100.0, lambda beat: True)
     for rank in range(2):

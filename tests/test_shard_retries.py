@@ -70,3 +70,26 @@ def test_the_end_of_training_does_not_wait_for_another_try(shards, tmp_path, mon
     threading.Timer(0.1, ended.set).start()
     with pytest.raises(UnreadableError):
         read_patiently(shards, FILE, 0, [1], ended)
+
+
+def test_a_store_that_is_away_for_a_while_is_tried_again(shards, monkeypatch, caplog, tmp_path):
+    from pipeline import shards as module
+    from pipeline.stores import StorageError
+
+    expected, real, tries = rows_of(shards), module._footer, []
+
+    def footer(*arguments):
+        tries.append(1)
+        if len(tries) <= 2:
+            raise StorageError("s3://b/set: the store does not answer")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_footer", footer)
+    assert rows_of(shards) == expected
+    assert "the store does not answer" in caplog.text and "tried again" in caplog.text
+
+    monkeypatch.setattr(module, "_footer", lambda *_: (_ for _ in ()).throw(StorageError("s3://b/set: away")))
+    with pytest.raises(UnreadableError, match="away") as caught:
+        rows_of(shards)
+    note(tmp_path, caught.value)
+    assert "s3://b/set: away" in still_unreadable(tmp_path, shards.folder.url)

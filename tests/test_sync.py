@@ -465,3 +465,49 @@ def test_a_password_is_not_kept_in_the_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(StageError, match=r"MLflow at http://me:\*\*\*@127.* does not answer"):
         sync(tmp_path / "x")
+
+
+def test_a_place_for_files_that_fails_holds_up_no_metrics(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/mlflow")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_text", denied)
+        with Tracker.start(recipe_in(tmp_path, store), "x", log_dir=tmp_path) as tracker:
+            log_some(tracker, 0, 5)
+        assert in_store(store, tracker.handle.run_id) == in_file(tmp_path)
+        with pytest.raises(StageError, match=r"does not take 1 file \(Permission denied\)"):
+            sync(tmp_path)
+    sync(tmp_path, say=lambda _: None)
+    assert {f.path for f in client_of(store).list_artifacts(tracker.handle.run_id)} == {"recipe.yaml"}
+
+
+def test_answers_are_told_from_none() -> None:
+    import requests
+
+    for none in (requests.ConnectionError("x"), requests.ReadTimeout("x"), ConnectionResetError(), TimeoutError()):
+        assert mlflow_store.unreachable(none)
+    for answer in (requests.exceptions.RetryError("500"), requests.HTTPError("507"), PermissionError("x")):
+        assert not mlflow_store.unreachable(answer)
+
+
+def test_values_that_are_refused_for_want_of_permission_are_sent_when_it_is_there(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+
+    def denied(*_: object) -> None:
+        raise MlflowException("read only", PERMISSION_DENIED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_store, "log_values", denied)
+        with Tracker.start(recipe_in(tmp_path, store), "x", log_dir=tmp_path) as tracker:
+            log_some(tracker, 0, 5)
+    assert in_store(store, tracker.handle.run_id).total() == 0
+    sync(tmp_path, say=lambda _: None)
+    assert in_store(store, tracker.handle.run_id) == in_file(tmp_path)

@@ -29,6 +29,10 @@ def test_left_out_steps_are_counted_over_looks():
     assert watch.look(0.1).skipped == 2
     assert watch.skipped == 3
     assert watch.look(0.1).skipped == 0  # nothing new
+    feed(watch, [BAD, GOOD])
+    assert (watch.skipped, watch.skipped_so_far()) == (3, 4)  # what a checkpoint between two looks has to say
+    watch.look(0.1)
+    assert watch.skipped == watch.skipped_so_far() == 4
 
 
 def test_a_row_of_them_ends_the_run_and_a_good_step_ends_the_row():

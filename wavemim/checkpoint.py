@@ -7,6 +7,7 @@ checksums. Names of folders that begin with a dot are half-written ones.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -147,11 +148,17 @@ def read_state(folder: Path, *, verify: bool = True) -> dict[str, Any]:
         raise CheckpointError(f"{folder / STATE} is not of this project")
     if state["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {state['format']}, this version reads {FORMAT}; train again")
+    if not isinstance(state.get("files"), dict):
+        raise CheckpointError(f"{folder / STATE} names no files")
     for name, expected in state["files"].items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {name}")
-        if verify and checksum(path) != expected:
+        try:
+            sound = not verify or checksum(path) == expected
+        except OSError as error:  # of the disk, or it was removed meanwhile
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        if not sound:
             raise CheckpointError(f"{path} is damaged: its checksum is not the one in {STATE}")
     return state
 
@@ -212,8 +219,14 @@ def seen(folder: Path) -> list[tuple[int, Path]]:
         try:
             found.append((int(json.loads(state_file.read_bytes())["images"]), state_file.parent))
         except (OSError, ValueError, KeyError, TypeError):
-            _log.warning("%s is passed over: it cannot be read", state_file.parent)
+            _say_unreadable(state_file.parent)
     return sorted(found, reverse=True)
+
+
+@functools.cache
+def _say_unreadable(folder: Path) -> None:
+    """Once a process: a monitor looks every second."""
+    _log.warning("%s is passed over: it cannot be read", folder)
 
 
 def latest(folder: Path) -> Path | None:
