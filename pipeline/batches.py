@@ -261,33 +261,45 @@ def sequential(
     """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
 
     The corner of the middle window is the multiple of 2^levels nearest to the true one from below. `part`: (number,
-    parts), so that several workers share these rows, the first `max_rows` of the split, out among them, every row to
+    parts), so that several workers share these rows, `max_rows` from all over the split, out among them, every row to
     one of them.
     """
     levels = _checked_levels(shards, finest, window)
     inverse = _Inverse(shards, levels, window) if pixels else None
-    groups = _first_groups(shards, split, max_rows)[part[0] :: part[1]]
+    groups = _some_groups(shards, split, max_rows)[part[0] :: part[1]]
     return _read_ahead(_sequential(shards, groups, batch, window, None, levels, inverse), ahead)
 
 
 def positions_of_part(shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None = None) -> np.ndarray:
     """Places, in the order of the files, of the rows that `sequential` gives of this part: int64, ascending."""
-    groups = _first_groups(shards, split, max_rows)
+    groups = _some_groups(shards, split, max_rows)
     ends = np.cumsum([rows for _, _, rows in groups])
     places = [np.arange(end - rows, end) for end, (_, _, rows) in zip(ends, groups, strict=True)]
     return np.concatenate(places[part[0] :: part[1]] or [np.zeros(0, np.int64)])
 
 
-def _first_groups(shards: ShardSet, split: str, max_rows: int | None) -> list[tuple[str, int, int]]:
-    """As `_groups`, of the first `max_rows` rows alone."""
-    groups, left = _groups(shards, split), shards.rows[split] if max_rows is None else max_rows
-    kept = []
-    for file, number, rows in groups:
+def chosen_evenly(places: np.ndarray, count: int, total: int) -> np.ndarray:
+    """Which of `places` are among `count` of `total` that lie evenly: bool. Such a place is the
+    `place * count // total`-th of them, from 0."""
+    count = min(count, total)
+    return np.asarray(places * count // total > (places - 1) * count // total)
+
+
+def _some_groups(shards: ShardSet, split: str, max_rows: int | None) -> list[tuple[str, int, int]]:
+    """As `_groups`, of `max_rows` rows alone, from all over the split: the first ones may be of a few classes."""
+    groups = _groups(shards, split)
+    if max_rows is None or max_rows >= shards.rows[split]:
+        return groups
+    enough = min(len(groups), -(-max_rows * len(groups) // shards.rows[split]))
+    first = chosen_evenly(np.arange(len(groups)), enough, len(groups))
+    kept, left = [], max_rows
+    for index in [*np.flatnonzero(first), *np.flatnonzero(~first)]:  # the others where a chosen one has few rows
         if left <= 0:
             break
-        kept.append((file, number, min(rows, left)))
+        file, number, rows = groups[index]
+        kept.append((index, (file, number, min(rows, left))))
         left -= rows
-    return kept
+    return [group for _, group in sorted(kept)]
 
 
 def _sequential(
@@ -328,13 +340,8 @@ def _sequential(
 
 def split_bytes(shards: ShardSet, split: str, max_rows: int | None = None, *, finest: int = 1) -> int:
     """What `sequential` takes from the disk or the network for so many rows: row groups as they are stored."""
-    levels, total, left = range(finest, shards.levels + 1), 0, shards.rows[split] if max_rows is None else max_rows
-    for file, number, rows in _groups(shards, split):
-        if left <= 0:
-            break
-        total += stored_bytes(shards, file, number, levels)
-        left -= rows
-    return total
+    levels = range(finest, shards.levels + 1)
+    return sum(stored_bytes(shards, file, number, levels) for file, number, _ in _some_groups(shards, split, max_rows))
 
 
 class _Inverse:

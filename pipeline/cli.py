@@ -156,8 +156,10 @@ def _evaluate(recipe: Recipe, progress: bool) -> None:
 
     if recipe.checkpoint is None:
         checkpoint_of(recipe)  # without one, that is what to say first
-    subject = subject_of(recipe, ShardSet.open(recipe.shards_at))
-    check_protocols(recipe, subject)
+    shards = ShardSet.open(recipe.shards_at)
+    subject = subject_of(recipe, shards)
+    if shards.classes is not None:  # without labels those that need them are left out
+        check_protocols(recipe, subject)
     with _session(recipe) as session:
         click.echo(evaluate_lines(recipe, evaluate(recipe, session, progress=progress, subject=subject)))
 

@@ -136,6 +136,8 @@ def plan_images(
             continue
         sources += _singles(single)
         plan = plan_source(argument, val_share=None, seed=0, image_column=image_column, label_column=label_column)
+        if not plan.rejects and not any(len(rows) for rows in plan.splits.values()):
+            raise SettingError(f"{argument}: holds no images")
         sources.append(Source(argument, plan))
         single = []
     return sources + _singles(single)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pipeline.batches import positions_of_part, split_bytes
 from pipeline.config import Recipe, SettingError, identity, validate
 from pipeline.costs import TaskMeter, flops_of, measuring_tasks
-from pipeline.features import tapped_of
+from pipeline.features import tapped_of, with_tokens
 from pipeline.judgement_files import write_tables
 from pipeline.session import SessionInfo
 from pipeline.shards import ShardSet
@@ -265,8 +265,8 @@ def _read_part(
     )
     if found.tokens is None:
         return found, None
-    kept, places = len(found.tokens), positions_of_part(shards, split, part, max_rows)
-    return replace(found, tokens=None), (found.tokens, found.labels[:kept], places[:kept])
+    kept, places = with_tokens(shards, split, part, max_rows, token_rows)
+    return replace(found, tokens=None), (found.tokens, found.labels[kept], places)
 
 
 _last: dict[tuple[str, str, str], Any] = {}  # the encoder of this worker's last task: it may read several parts

@@ -22,7 +22,16 @@ def evaluation_tables(result: Mapping[str, Any]) -> str:
         f"Top-1 in percent with 95 % intervals over the val images. {result['classes']} classes, probes fitted to "
         f"{result['train_images']:,} train images, judged on {result['val_images']:,} val images."
     )
-    open_ended = [titles[which] for which in titles if measured[which].get("eval/linear_converged") == 0]
+    fitted = next(
+        (found["eval/attentive_images"] for found in measured.values() if "eval/attentive_images" in found), 0
+    )
+    if 0 < fitted < result["train_images"]:
+        parts.append(f"The attentive probe was fitted to {fitted:,.0f} of these (evaluate.attentive_images).")
+    open_ended = [
+        titles[which]
+        for which in titles
+        if any(key.startswith("eval/linear_converged") and value == 0 for key, value in measured[which].items())
+    ]
     if open_ended:
         parts.append(
             f"The linear probe of {' and '.join(open_ended)} did not converge: its number is a lower bound of sorts; "
@@ -37,12 +46,11 @@ def verdict(result: Mapping[str, Any]) -> str:
     if any("eval/linear_top1" not in found for found in values):
         return ""
     trained, untrained = values
+    begun = result["titles"]["untrained"]
     gain = trained["eval/linear_top1"] - untrained["eval/linear_top1"]
     if trained["eval/linear_top1_low"] > untrained["eval/linear_top1_high"]:
-        return f"Pretraining is worth {gain:+.1f} points over the untrained encoder; the intervals do not overlap."
-    return (
-        f"Pretraining is worth {gain:+.1f} points over the untrained encoder, within the intervals: not shown to help."
-    )
+        return f"Pretraining is worth {gain:+.1f} points over the {begun}; the intervals do not overlap."
+    return f"Pretraining is worth {gain:+.1f} points over the {begun}, within the intervals: not shown to help."
 
 
 def _rows(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.batches import positions_of_part, sequential
+from pipeline.batches import chosen_evenly, positions_of_part, sequential
 from pipeline.shards import ShardSet
 from wavemim.inputs import Inputs
 from wavemim.taps import Tapped, Taps, extract_taps
@@ -36,13 +36,22 @@ def tapped_of(
 ) -> Tapped:
     """What `taps` read of a split, images whole and centred, in the order of the files.
 
-    `part`: (number, parts), so that several share the split's first `max_rows` rows out; `positions_of_part` says which
-    rows those are. Patch tokens are kept of the first `token_rows` of them all.
+    `part`: (number, parts), so that several share `max_rows` rows from all over the split out; `positions_of_part` says
+    which rows those are. Patch tokens are kept of `token_rows` of them all: see `with_tokens`.
     """
 
     def images() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for read in sequential(shards, split, batch, window=window, max_rows=max_rows, part=part):
             yield inputs(read.levels, read.crop)[0], read.labels
 
-    kept = int((positions_of_part(shards, split, part, max_rows) < token_rows).sum())
-    return extract_taps(taps, images(), most_tokens=kept)
+    return extract_taps(taps, images(), tokens_of=with_tokens(shards, split, part, max_rows, token_rows)[0])
+
+
+def with_tokens(
+    shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None, token_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows of a part keep their patch tokens (n,), evenly over all parts, and the places of these among all kept."""
+    total = min(shards.rows[split], max_rows or shards.rows[split])
+    places = positions_of_part(shards, split, part, max_rows)
+    kept = chosen_evenly(places, token_rows, total)
+    return kept, places[kept] * min(token_rows, total) // total

@@ -14,6 +14,7 @@ from wavemim import __version__
 
 # Settings that make the encoder what it is; the others name places on the machine where it was made.
 _SECTIONS = ("data", "encoder", "target", "decoder", "mask", "train")
+_NO_MEASURES = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
 _USE = """\
 ```python
 import timm, torch
@@ -30,6 +31,19 @@ from transformers import AutoImageProcessor, AutoModel
 
 processor, encoder = AutoImageProcessor.from_pretrained("FOLDER"), AutoModel.from_pretrained("FOLDER").eval()
 features = encoder(**processor(image, return_tensors="pt")).pooler_output
+```
+"""
+
+
+_USE_CHANNELS = """\
+```python
+import timm, torch
+
+encoder = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+mean, std = (torch.tensor(encoder.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+pixels = torch.rand(1, {channels}, {size}, {size})  # images of {channels} channels in [0, 1]
+with torch.inference_mode():
+    features = encoder((pixels - mean) / std)  # (1, {features})
 ```
 """
 
@@ -55,7 +69,11 @@ def model_card(trained: Recipe, state: Mapping[str, Any], evaluation: Mapping[st
         "A vision encoder, pretrained by masked image modelling without labels. It has no classifier: it gives features.",
         "\n".join(f"- {key}: {value}" for key, value in facts.items()),
         "## Use",
-        _USE.replace("{features}", str(features)).rstrip(),
+        (_USE if channels == 3 else _USE_CHANNELS)
+        .replace("{features}", str(features))
+        .replace("{channels}", str(channels))
+        .replace("{size}", str(encoder.image_size))
+        .rstrip(),
         "## Measured",
         _measured(evaluation),
         "## Recipe",
@@ -94,12 +112,12 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     others = [name for name in subjects if name != "trained" and isinstance(subjects[name], dict)]
     lines = []
     for name, value in trained.items():
-        if not isinstance(value, int | float) or name.endswith(("_low", "_high", "_n")):
+        if not isinstance(value, int | float) or name.endswith(_NO_MEASURES):
             continue
         low, high = trained.get(f"{name}_low"), trained.get(f"{name}_high")
         interval = f"{low:.1f} to {high:.1f}" if low is not None and high is not None else ""
         beside = [subjects[other].get(name) for other in others]
-        lines.append([f"`{name}`", f"{value:.1f}", interval, *("" if v is None else f"{v:.1f}" for v in beside)])
+        lines.append([f"`{name}`", _number(value), interval, *("" if v is None else _number(v) for v in beside)])
     if not lines:
         return "Not evaluated."
     header = ["", "this encoder", "95 % interval", *others]
@@ -113,6 +131,10 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     of = f" ({', '.join(sizes)})" if sizes else ""
     return f"On frozen features{of}; accuracies in %.\n\n{text}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def _recipe(trained: Recipe) -> str:

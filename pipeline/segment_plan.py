@@ -52,7 +52,7 @@ class Plan:
             "segment.image_size": self.size,
             "segment.blocks": list(self.blocks),
             "encoder": self.subject.fingerprint,
-            "pairs": self.pairs.digest(),
+            "pairs": self.pairs.digest(self.images, self.masks),
         }
 
     def allowed(self, ignore: tuple[int, ...]) -> frozenset[int] | None:

@@ -106,7 +106,7 @@ class Encoding:
         """Masks, and the tokens of each encoder and block, of one batch."""
         np.save(self.folder / f"{part}.masks.npy", values)
         limit = torch.finfo(torch.float16).max
-        images = (torch.from_numpy(pixels).to(self.device).float() - self.mean) / self.std.clamp_min(1e-3)
+        images = (torch.from_numpy(pixels).to(self.device).float() - self.mean) / self.std
         with torch.inference_mode():
             for name, model in self.models.items():
                 for i, tokens in enumerate(tokens_of(model, images, self.blocks)):

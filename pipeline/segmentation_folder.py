@@ -46,10 +46,24 @@ class Pairs:
         """Pairs, and files that belong to none."""
         return sum(map(len, self.splits.values())) + len(self.rejects) + self.left_out
 
-    def digest(self) -> str:
-        """Of the names of all that is used, and in which split."""
-        lines = (f"{split}\0{pair.image}\0{pair.mask}" for split, pairs in self.splits.items() for pair in pairs)
+    def digest(self, images: Folder, masks: Folder) -> str:
+        """Of the names of all that is used, in which split, and of local files' sizes and times: masks are mended."""
+        lines = (
+            f"{split}\0{pair.image}\0{_version(images, pair.image)}\0{pair.mask}\0{_version(masks, pair.mask)}"
+            for split, pairs in self.splits.items()
+            for pair in pairs
+        )
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _version(folder: Folder, path: str) -> str:
+    if folder.local is None:
+        return ""
+    try:
+        found = os.stat(folder.local / path)
+    except OSError:  # gone: reading says so
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def find_pairs(

@@ -23,6 +23,7 @@ from wavemim import checkpoint
 from wavemim.encoders import check_name
 from wavemim.inputs import Inputs
 from wavemim.pretrained import one_line
+from wavemim.targets import STD_FLOOR
 
 TIMM = "timm:"  # of checkpoint=timm:NAME
 CONFIG = "config.json"  # of a folder in timm's format
@@ -43,6 +44,10 @@ class Subject:
     pixel_std: tuple[float, ...]
     images_seen: int | None  # in pretraining; None where it is not known
     recipe: dict[str, Any] | None  # settings it was pretrained with, of a checkpoint of ours
+
+    def __post_init__(self) -> None:
+        # A channel that never varies: divided by what pretraining divided it by.
+        object.__setattr__(self, "pixel_std", tuple(max(value, STD_FLOOR) for value in self.pixel_std))
 
     def model(self, *, trained: bool = True, seed: int = 0, **arguments: Any) -> nn.Module:
         """The plain timm model, without a classifier, float32, on the CPU.
@@ -204,12 +209,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         described = content["pretrained_cfg"]
+        values = [*described["input_size"], *described["mean"], *described["std"]]
         whole = isinstance(content["architecture"], str) and len(described["input_size"]) == 3
+        whole &= all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         raise SettingError(
-            f"checkpoint={folder}: its {CONFIG} is none of timm's, with architecture and pretrained_cfg; "
+            f"checkpoint={folder}: its {CONFIG} is none of timm's, with architecture and pretrained_cfg (input_size, mean, std); "
             "give a checkpoint, timm:NAME, or a folder that wavemim export wrote"
         )
     if not (folder / checkpoint.MODEL).is_file():

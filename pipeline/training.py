@@ -22,6 +22,7 @@ from wavemim.optim import Average, make_average, make_optimizer, make_schedule
 from wavemim.resize import stretch_positions
 from wavemim.sharding import shard
 from wavemim.step import TrainStep
+from wavemim.targets import STD_FLOOR
 from wavemim.views import Views
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -181,7 +182,7 @@ def _about(recipe: Recipe, shards: ShardSet) -> dict[str, Any]:
         "recipe": recipe.dump(),
         "shards": shards.fingerprint,
         "pixel_mean": shards.pixel_mean,
-        "pixel_std": shards.pixel_std,
+        "pixel_std": [max(value, STD_FLOOR) for value in shards.pixel_std],
         "statistics": {"mean": statistics.mean, "std": statistics.std},
         "wavelet": shards.layout.wavelet,
     }

@@ -9,7 +9,7 @@ import pywt
 import torch
 from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
-from pipeline.batches import Batch, Reader, sequential
+from pipeline.batches import Batch, Reader, chosen_evenly, positions_of_part, sequential
 from pipeline.layout import Encoder, Layout, ShardError
 from pipeline.shards import ShardSet, read_group
 from wavemim.inputs import Inputs
@@ -301,3 +301,18 @@ def test_reading_goes_on_while_a_batch_is_in_use(shards, monkeypatch):
     assert enough.wait(30), "the next mix was not read ahead"
     assert max(together) == 2
     batches.close()
+
+
+def test_a_part_of_a_split_is_from_all_over_it(tmp_path):
+    shards = write_set(tmp_path / "sorted", photos(90), rows_per_group=4)
+    total = shards.rows["train"]
+    for most in (1, 9, 20, total - 1, total, total + 5):
+        rows = torch.cat([batch.rows for batch in sequential(shards, "train", 7, window=64, max_rows=most)])
+        assert len(rows) == min(most, total) == len(set(rows.tolist()))
+        assert len(positions_of_part(shards, "train", (0, 1), most)) == len(rows)
+        if 9 <= most < total:  # as far apart as whole row groups allow
+            assert rows.min() < total / 4 and rows.max() > total / 2
+    chosen = chosen_evenly(np.arange(10), 4, 10)
+    assert np.flatnonzero(chosen).tolist() == [0, 3, 5, 8]
+    assert (np.flatnonzero(chosen) * 4 // 10).tolist() == [0, 1, 2, 3]
+    assert chosen_evenly(np.arange(3), 5, 3).all()

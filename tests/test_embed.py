@@ -120,7 +120,10 @@ def test_mistakes_are_found_before_ray_starts(tmp_path, monkeypatch):
     for images, message in (("absent.png", r"absent\.png: no such file"), ("absent", "no such folder")):
         with pytest.raises(SettingError, match=message):
             plan_images([images])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingError, match="empty: holds no images"):
+        plan_images(["empty"])
     picture(tmp_path / "x.png")
     with pytest.raises(SettingError, match="checkpoint=nowhere"):
         _group.main(["embed", "nowhere", "x.png", "--out", "f.parquet"], standalone_mode=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.parquet", "there.parquet", "x.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "folder.parquet", "there.parquet", "x.png"]

@@ -156,3 +156,14 @@ def test_attention_finds_what_the_mean_of_tokens_does_not_hold():
     assert 100 * (judged.predicted == test[1]).mean() == judged.values["eval/attentive_top1"]
     again = judge_attentive(*train, parts, lrs=(3e-3,), **settled)
     assert np.array_equal(again.predicted, judged.predicted)  # seeded, and the choice leaves no trace
+
+
+def test_a_feature_that_never_varies_in_train_says_nothing_of_val():
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 400)
+    x = np.full((400, 60), 0.1, np.float32)
+    x[:, :10] = generator.normal(size=(400, 10)) + 2 * y[:, None]
+    test = (x[200:].copy(), y[200:])
+    test[0][generator.random((200, 60)) < 0.02] += 0.5
+    accuracy, _ = linear_probe((x[:200], y[:200]), test, strengths=(1.0,), seed=0)
+    assert accuracy.top1 > 95

@@ -251,3 +251,10 @@ def test_sweep_and_loss_figures(tmp_path):
     loss_figure(tmp_path / "l.png", [{"epoch": e, "train/loss_level3": 1 / e} for e in (1, 2, 3)])
     for name in ("s.png", "none.png", "l.png"):
         assert Image.open(tmp_path / name).size[0] > 200
+
+
+def test_class_names_are_no_mathematics(tmp_path):
+    from wavemim.confusion_figure import confusion_figure
+
+    confusion_figure(tmp_path / "c.png", np.eye(3), ["a$_$", "x_$^$", "$"], title="of a$_$")
+    assert (tmp_path / "c.png").stat().st_size > 1000

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -242,8 +243,13 @@ def test_endings_and_a_held_out_share(tmp_path):
     found = find_pairs(*places, mask_ending="_ids", val_share=0.3)
     assert [len(found.splits[split]) for split in ("train", "val")] == [7, 3] and not found.rejects
     assert not set(found.splits["train"]) & set(found.splits["val"])
+    at = tuple(Folder.at(place) for place in places)
     again, other = (find_pairs(*places, mask_ending="_ids", val_share=0.3, seed=seed) for seed in (0, 1))
-    assert again == found and other.splits != found.splits and again.digest() != other.digest()
+    assert again == found and other.splits != found.splits and again.digest(*at) != other.digest(*at)
+    before = again.digest(*at)
+    mended = tmp_path / "masks" / again.splits["val"][0].mask
+    os.utime(mended, (0, 0))
+    assert again.digest(*at) != before
     with pytest.raises(SettingError, match=r"no image has a mask.*city/0\.jpg: no mask.*segment\.mask_ending"):
         find_pairs(*places)
 

@@ -182,6 +182,11 @@ def test_folders_of_others_are_refused(ours, exported, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(SettingError, match="is none of timm's"):
         subject_of(recipe, shards)
+    content = json.loads((exported / "config.json").read_text())
+    del content["pretrained_cfg"]["mean"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SettingError, match=r"pretrained_cfg \(input_size, mean, std\)"):
+        subject_of(recipe, shards)
     config = json.loads((exported / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SettingError, match=r"lacks model\.safetensors"):

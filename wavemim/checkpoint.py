@@ -26,6 +26,7 @@ from torch import nn
 
 from wavemim.resize import fitted
 from wavemim.sharding import is_shared, shared_as, whole
+from wavemim.targets import STD_FLOOR
 
 _log = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ def export_timm(
             "crop_pct": crop_pct,
             "crop_mode": "center",
             "mean": [value / 255 for value in pixel_mean],
-            "std": [value / 255 for value in pixel_std],
+            "std": [max(value, STD_FLOOR) / 255 for value in pixel_std],
             "num_classes": len(classes),
             "pool_size": None,
             "first_conv": known["first_conv"],

@@ -26,6 +26,8 @@ def confusion_figure(path: Path, matrix: np.ndarray, names: list[str], *, title:
         shown = [name if len(name) <= 20 else name[:19] + "…" for name in names]
         axis.set_xticks(range(classes), shown, rotation=90, fontsize=8)
         axis.set_yticks(range(classes), shown, fontsize=8)
+        for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
+            label.set_parse_math(False)  # a class may be called a$b
     if classes <= COUNTED:
         for row in range(classes):
             for column in range(classes):
@@ -41,5 +43,5 @@ def confusion_figure(path: Path, matrix: np.ndarray, names: list[str], *, title:
                 )
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)
     save_figure(figure, path)

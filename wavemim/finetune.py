@@ -45,12 +45,15 @@ def make_classifier(
     their own pooling. Every parameter is trainable. Raises ValueError where timm cannot build it, it has no drop path,
     or its weights do not fit.
     """
+    if "distilled" in name and head == "mean":
+        raise ValueError(f"'{name}' is classified by its class and distillation tokens; set finetune.head=token")
     pooling = _POOLING[head] if is_plain_vit(name) else {}
     given = {**arguments, **pooling, "num_classes": classes}
     given.pop("drop_path_rate", None)
     model = _create(name, given, drop_path)
     own, layers = encoder.state_dict(), _head(model)
-    new = {id(value) for layer in layers for value in layer.parameters()}
+    around = [module for name, module in model.named_children() if name in ("head", "head_dist", "classifier")]
+    new = {id(value) for layer in (*layers, *around) for value in layer.parameters()}
     if not new:
         raise ValueError(f"'{name}' has no classifier in timm")
     for key, value in model.named_parameters():
@@ -59,8 +62,11 @@ def make_classifier(
     known = {key: own[key] for key in model.state_dict() if key in own}
     model.load_state_dict(known, strict=False)
     for layer in layers:
-        for value in layer.parameters():
-            nn.init.trunc_normal_(value, std=_HEAD_STD) if value.ndim > 1 else nn.init.zeros_(value)
+        for module in layer.modules():  # norms among them begin as timm has them
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=_HEAD_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
     return model.requires_grad_(True), given
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from wavemim.targets import Statistics
+from wavemim.targets import STD_FLOOR, Statistics
 from wavemim.wavelets import decompose, reconstruct
 
 
@@ -39,7 +39,7 @@ class Inputs(nn.Module):
         super().__init__()
         self.steps, self.wavelet, self.depth = dict(steps), wavelet, depth
         self.register_buffer("mean", torch.tensor(statistics.pixel_mean).float()[None, :, None, None], persistent=False)
-        std = torch.tensor(statistics.pixel_std).float().clamp_min(1e-3)[None, :, None, None]
+        std = torch.tensor(statistics.pixel_std).float().clamp_min(STD_FLOOR)[None, :, None, None]
         self.register_buffer("std", std, persistent=False)
 
     def pyramid(self, stored: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -53,8 +53,7 @@ def fit_probe(
     is wanted even of a single strength.
     """
     x, y = train
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, test = (x - mean) / std, (test - mean) / std
+    x, test = _standardised(x, test)
     best, score = strengths[0], float("nan")
     if (compare or len(strengths) > 1) and len(y) > 1:
         out = held_out(len(y), seed)  # of a handful of images it may leave a single class
@@ -64,6 +63,13 @@ def fit_probe(
         score, best = 100 * max(scores)[0], -max(scores)[1]
     solver = _Solver(x, y, max_iterations)
     return Probe(solver.fit(best)(test), float(best), score, solver.converged)
+
+
+def _standardised(x: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By mean and deviation of `x`. A feature that hardly varies there says nothing: it is 0 in both."""
+    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    scale = np.where(std > 1e-4 * std.max(initial=0), 1 / np.maximum(std, 1e-30), 0)
+    return tuple(((values - mean) * scale).astype(np.float32) for values in (x, test))
 
 
 def linear_probe(

@@ -107,7 +107,9 @@ def _legend(
         handles.append(Patch(facecolor="white", edgecolor="0.3", label="counts nowhere"))
     more = int((pixels > 0).sum()) - len(largest)
     title = f"and {more} more classes" if more > 0 else None
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, title=title, frameon=False)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, title=title, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a class may be called a$b
 
 
 def _short(text: str, most: int = 36) -> str:

@@ -71,19 +71,23 @@ class Taps:
         return self.encode.forward_head(last).flatten(1) if self._in_one else self.encode(images).flatten(1)  # type: ignore[attr-defined]
 
 
-def extract_taps(taps: Taps, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, most_tokens: int = 0) -> Tapped:
-    """All of it over batches of normalised images and labels; tokens of the first `most_tokens` images alone."""
+def extract_taps(
+    taps: Taps, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, tokens_of: np.ndarray | None = None
+) -> Tapped:
+    """All of it over batches of normalised images and labels; tokens of the images alone that `tokens_of` (n,) names."""
     final, labels, tokens, blocks = [], [], [], dict[int, list[np.ndarray]]()
-    left = most_tokens
+    done = 0
     for images, label in batches:
         own, pooled, patches = taps(images)
         final.append(own.float().cpu().numpy())
         labels.append(label.cpu().numpy())
         for number, values in pooled.items():
             blocks.setdefault(number, []).append(values.cpu().numpy())
-        if patches is not None and left > 0:
-            tokens.append(patches[:left].clamp(-_LARGEST, _LARGEST).half().cpu().numpy())
-            left -= len(tokens[-1])
+        wanted = tokens_of[done : done + len(images)] if tokens_of is not None else np.zeros(0, bool)
+        if patches is not None and wanted.any():
+            chosen = patches[torch.from_numpy(wanted).to(patches.device)]
+            tokens.append(chosen.clamp(-_LARGEST, _LARGEST).half().cpu().numpy())
+        done += len(images)
     return Tapped(
         np.concatenate(final),
         {number: np.concatenate(values) for number, values in blocks.items()},

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Normalise = Literal["dataset", "patch", "contrast", "none"]  # contrast: wavelet alone
+STD_FLOOR = 1e-3  # of the deviation of pixels that images are divided by: a channel may never vary
 Loss = Literal["l2", "l1", "smooth_l1"]
 
 
@@ -74,7 +75,9 @@ class Target(nn.Module):
                     "do not divide each other"
                 )
         self.register_buffer("pixel_mean", torch.tensor(statistics.pixel_mean).float(), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(statistics.pixel_std).float().clamp_min(1e-3), persistent=False)
+        self.register_buffer(
+            "pixel_std", torch.tensor(statistics.pixel_std).float().clamp_min(STD_FLOOR), persistent=False
+        )
 
     def cell_size(self, level: int) -> int:
         """Pixels a side of a cell."""
