@@ -250,7 +250,8 @@ def _features(
     """(features, reason) of every image, in order."""
     gpu = session.gpus >= 1
     data = (subject.recipe or load("small").dump())["data"]
-    wanted = Pixels(subject.image_size, subject.channels, data["max_pixels"], data["min_side"], data["value_range"])
+    limits = subject.value_range or data["value_range"]
+    wanted = Pixels(subject.image_size, subject.channels, data["max_pixels"], data["min_side"], limits)
     with _in_order():
         items = ray.data.from_items([unit.as_item() for unit in units], override_num_blocks=len(units))
         decoded = items.map_batches(

@@ -91,6 +91,7 @@ def _write(
             "recipe": trained.name,
             "images_seen": state["images"],
             "shards": state["shards"],
+            "value_range": trained.data.value_range,  # what its images were scaled by, for wavemim embed
         }
         features = int(encoder.model.num_features)  # type: ignore[arg-type]
         config = checkpoint.export_timm(

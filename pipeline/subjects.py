@@ -44,6 +44,7 @@ class Subject:
     pixel_std: tuple[float, ...]
     images_seen: int | None  # in pretraining; None where it is not known
     recipe: dict[str, Any] | None  # settings it was pretrained with, of a checkpoint of ours
+    value_range: tuple[float, float] | None = None  # data.value_range of pretraining, of a folder of ours
 
     def __post_init__(self) -> None:
         # A channel that never varies: divided by what pretraining divided it by.
@@ -180,9 +181,11 @@ def _of_folder(folder: Path, shards: ShardSet | None) -> Subject:
     size, channels = _size(config, shards), config["input_size"][0] if shards is None else shards.channels
     mean, std = _pixels(config, channels, shards)
     about = content.get("wavemim")
-    seen = about.get("images_seen") if isinstance(about, dict) else None
+    about = about if isinstance(about, dict) else {}
+    limits = about.get("value_range")
+    limits = tuple(map(float, limits)) if isinstance(limits, list) and len(limits) == 2 else None
     weights = checkpoint.checksum(folder / checkpoint.MODEL)
-    subject = Subject(str(folder), "folder", weights, size, channels, mean, std, seen, None)
+    subject = Subject(str(folder), "folder", weights, size, channels, mean, std, about.get("images_seen"), None, limits)
     _check_builds(subject)
     return subject
 

@@ -193,6 +193,9 @@ def test_folders_of_others_are_refused(ours, exported, tmp_path):
         subject_of(recipe, shards)
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     assert subject_of(recipe, shards).kind == "folder"
+    config["wavemim"]["value_range"] = [0, 1000]  # what wavemim embed scales such images by
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert subject_of(recipe, shards).value_range == (0, 1000)
     config["model_args"]["embed_dim"] = 64
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SettingError, match="do not fit"):
