@@ -107,11 +107,12 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     assert errors.strip().splitlines()[-1].startswith("wavemim: ended by SIGTERM;"), errors
     assert "Traceback" not in errors
     newest = checkpoint.seen(stage)[0][1]
-    assert checkpoint.read_state(newest)["images"] % 120  # not one that checkpoint_every would have written
+    images = checkpoint.read_state(newest)["images"]
+    assert images % 120  # not one that checkpoint_every would have written
 
     (newest / checkpoint.MODEL).write_bytes((newest / checkpoint.MODEL).read_bytes()[:-1])
     process = pretrain(tmp_path)
-    wait_for_images(stage, checkpoint.read_state(newest)["images"] + 240, process)
+    wait_for_images(stage, images + 240, process)
     os.kill(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=90)
     assert process.returncode == 130, errors
@@ -120,11 +121,10 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     assert last == "wavemim: interrupted; what is finished is kept, and the same command goes on"
     assert "Traceback" not in errors
 
-    latest = checkpoint.latest(stage)
     process = pretrain(tmp_path)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert f"continued from {latest.name}" in output
+    assert "continued from images-" in output
     expected = undisturbed(recipe, shards)
     final = final_of(stage, recipe, shards)
     for name, value in expected.model.state_dict().items():
