@@ -44,11 +44,17 @@ COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "by the data set": ("small_wavelet", {"target.normalise": "dataset"}),
         "by the data set, L1": ("small_wavelet", {"target.normalise": "dataset", "target.loss": "l1"}),
         "by contrast": ("small_wavelet", {"target.normalise": "contrast"}),
+        "by contrast, all bands": (
+            "small_wavelet",
+            {"target.normalise": "contrast", "target.bands": {3: "AHVD", 4: "AHVD"}},
+        ),
         "not normalised": ("small_wavelet", {"target.normalise": "none"}),
         "level 4 alone": ("small_wavelet", {"target.taps": {4: 8}}),
         "level 3 alone": ("small_wavelet", {"target.taps": {3: 8}}),
         "levels 2, 3, 4, equal weights": ("small_wavelet", {"target.taps": {2: 4, 3: 6, 4: 8}}),
         "levels 1 to 4, equal weights": ("small_wavelet", {"target.taps": {1: 2, 2: 4, 3: 6, 4: 8}}),
+        "levels 1 to 4 at block 8": ("small_wavelet", {"target.taps": {1: 8, 2: 8, 3: 8, 4: 8}}),
+        "levels 1 to 3 at block 6": ("small_wavelet", {"target.taps": {1: 6, 2: 6, 3: 6, 4: 8}}),
         "levels 1 to 4, weights 0.1, 0.3, 1, 3": (
             "small_wavelet",
             {"target.taps": {1: 2, 2: 4, 3: 6, 4: 8}, "target.weights": {1: 0.1, 2: 0.3, 3: 1, 4: 3}},
