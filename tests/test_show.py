@@ -85,7 +85,7 @@ def wavemim(monkeypatch, capsys, *arguments):
 
 
 def literal_losses(model, stats, pixels, *, ratio, seed):
-    """{level: loss} of one image (3, H, W), its targets by PyWavelets."""
+    """{level: loss} of one image (3, H, W), its targets by PyWavelets, normalised per patch."""
     _, *details = pywt.wavedec2(pixels, "haar", "periodization", 3, axes=(-2, -1))
     approximation = pywt.wavedec2(pixels, "haar", "periodization", 3, axes=(-2, -1))[0]
     mask = random_mask(torch.arange(1), 8, ratio, seed=seed, epoch=0)
@@ -104,7 +104,9 @@ def literal_losses(model, stats, pixels, *, ratio, seed):
             ],
             1,
         )  # (C, K, h, w), a cell a position
-        error = np.square(predicted[level][0].numpy() - standard.reshape(-1, standard.shape[-1] ** 2).T).mean(1)
+        vectors = standard.reshape(-1, standard.shape[-1] ** 2).T
+        vectors = (vectors - vectors.mean(1, keepdims=True)) / np.sqrt(vectors.var(1, ddof=1, keepdims=True) + 1e-6)
+        error = np.square(predicted[level][0].numpy() - vectors).mean(1)
         share = hidden if level == 2 else hidden.reshape(4, 2, 4, 2).mean((1, 3))
         losses[level] = (error * share.flatten()).sum() / share.sum()
     return losses
