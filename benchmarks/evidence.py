@@ -7,13 +7,14 @@ Trains every variant of a comparison from the same seed on the same rows with th
 seed, epoch and row), without Ray, and judges the frozen encoder by a linear probe on val at several points in training.
 Variants take turns, seed by seed. Seconds are those of training alone, on a CPU of its process. States
 `wavelet_training_to_reach_best_pixel`: the images that the wavelet target needs to reach the pixel target's best
-accuracy, as a share of those that pixels needed. Numbers go to results/evidence-DATE-DEVICE.json beside this file, the
-plot beside them.
+accuracy, as a share of those that pixels needed. The same command goes on after a cut. Numbers go to
+results/evidence-DATE-DEVICE.json beside this file, the plot beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measure import in_child, machine_facts, usable_cores, write_json
+from measure import BenchmarkError, in_child, machine_facts, usable_cores, write_json
 
 Curve = Sequence[Mapping[str, float]]  # as of evidence_training.curve
 Results = Mapping[str, Sequence[Curve]]  # variant -> a curve a seed
@@ -87,7 +88,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # the last one may have been cut
+                lines.append(json.loads(line))
         self._curves = {line["task"]: line["curve"] for line in lines}
         self._lock = threading.Lock()
         self._running: dict[str, threading.Lock] = {}
@@ -103,7 +107,7 @@ class Journal:
             if key not in self._curves:
                 found = in_child("evidence_training:curve", threads=threads, **task)
                 with self._lock, self.path.open("a") as file:
-                    file.write(json.dumps({"task": key, "curve": found}) + "\n")
+                    file.write("\n" + json.dumps({"task": key, "curve": found}))
                 self._curves[key] = found
             return self._curves[key]  # type: ignore[no-any-return]
 
@@ -270,12 +274,17 @@ def main() -> None:
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=["targets"])
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the comparisons alone")
     arguments = parser.parse_args()
+    known = {name for comparison in arguments.compare for name in COMPARISONS[comparison]}
+    if unknown := set(arguments.variants or ()) - known:
+        parser.error(f"--variants {', '.join(sorted(unknown))}: unknown; there are {', '.join(sorted(known))}")
     settle(arguments, "evidence")
     results: dict[str, Results] = {}
     goals: dict[str, float | None] = {}
     journal = journal_of(arguments)
     for comparison in arguments.compare:
         chosen = {n: v for n, v in COMPARISONS[comparison].items() if n in (arguments.variants or [n])}
+        if not chosen:
+            continue
         found = run(arguments, chosen, journal)
         results[comparison] = found
         print(f"\n{comparison}\n\n{table(found)}\n")
@@ -283,10 +292,13 @@ def main() -> None:
             goals["wavelet_training_to_reach_best_pixel"] = needed(found)
             print(f"wavelet_training_to_reach_best_pixel: {goals['wavelet_training_to_reach_best_pixel']}")
         plot = arguments.plot
-        draw(plot if comparison == arguments.compare[0] else plot.with_stem(f"{plot.stem}-{comparison}"), found)
+        draw(plot if len(results) == 1 else plot.with_stem(f"{plot.stem}-{comparison}"), found)
         keep(arguments, goals, results)
     journal.close()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BenchmarkError as error:
+        raise SystemExit(f"evidence: {error}") from None

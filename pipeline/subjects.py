@@ -219,8 +219,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise SettingError(
-            f"checkpoint={folder}: its {CONFIG} is none of timm's, with architecture and pretrained_cfg (input_size, mean, std); "
-            "give a checkpoint, timm:NAME, or a folder that wavemim export wrote"
+            f"checkpoint={folder}: its {CONFIG} is none of timm's, with architecture and pretrained_cfg "
+            "(input_size, mean, std); give a checkpoint, timm:NAME, or a folder that wavemim export wrote"
         )
     if not (folder / checkpoint.MODEL).is_file():
         raise SettingError(f"checkpoint={folder}: lacks {checkpoint.MODEL}; other files of weights are not read")

@@ -53,10 +53,10 @@ class WaveletTarget(Target):
             self.register_buffer(
                 f"std{tap.level}", std.T[None, :, :, None, None].float().clamp_min(1e-6).clone(), persistent=False
             )
-            # What a mean of 1 in normalised pixels adds to each value: to A alone.
-            shift = is_a * 2**tap.level * torch.tensor(statistics.pixel_std) / std.clamp_min(1e-6)  # (K, C)
-            shift = shift.T[:, :, None].expand(-1, -1, self.cells(tap.level) ** 2).flatten()
-            self.register_buffer(f"shift{tap.level}", shift.float().clone(), persistent=False)
+            if normalise == "contrast":  # what a mean of 1 in normalised pixels adds to each value: to A alone
+                shift = is_a * 2**tap.level * torch.tensor(statistics.pixel_std) / std.clamp_min(1e-6)  # (K, C)
+                shift = shift.T[:, :, None].expand(-1, -1, self.cells(tap.level) ** 2).flatten()
+                self.register_buffer(f"shift{tap.level}", shift.float().clone(), persistent=False)
 
     def values(self, tap: Tap) -> int:
         """D: C · K · cells²."""
