@@ -14,9 +14,10 @@ from test_show import SIDE, SMALL, write_checkpoint
 from tiny_images import images_of
 
 from pipeline import export as export_stage
-from pipeline.config import SettingError, load
+from pipeline.config import SettingError, load, with_overrides
 from pipeline.errors import StageError
 from pipeline.export import export
+from pipeline.model_card import model_card
 from pipeline.registry import register
 from pipeline.report import export_line
 from wavemim import onnx_export
@@ -203,3 +204,20 @@ def test_a_store_that_is_away_costs_the_registration_alone(exported, tmp_path):
     assert kept["registered"] == result["registered"]
     again = export(recipe_for(out, "export.registry=dogs"))["registered"]
     assert (again["name"], again["version"]) == ("dogs", "1")
+
+
+def test_the_cards_code_runs_for_other_channels_and_small_numbers_are_not_lost(tmp_path):
+    recipe = with_overrides(load("small"), {"data.channels": 6, "data.image_size": 32, "encoder.image_size": 32})
+    measured = {"eval/linear_top1": 30.04, "eval/alpha_req": 1.043, "eval/linear_strength": 0.01}
+    evaluation = {"measured": {"trained": measured}}
+    card = model_card(recipe, {"images": 5, "shards": "abc"}, evaluation, 192)
+    assert "| `eval/linear_top1` | 30.0 |" in card and "| `eval/alpha_req` | 1.04 |" in card
+    assert "linear_strength" not in card
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, in_chans=6, num_classes=0)
+    model.pretrained_cfg |= {"mean": [0.5] * 6, "std": [0.2] * 6}
+    code = card.split("```python")[1].split("```")[0]
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda *_, **__: model)
+        exec(code, found)  # what a reader of the card would paste
+    assert found["features"].shape == (1, 192)

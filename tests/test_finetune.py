@@ -162,6 +162,25 @@ def test_a_classifier_has_the_encoders_weights_and_a_small_new_head(name):
     assert {key: value.shape for key, value in again.state_dict().items()} == {k: v.shape for k, v in own.items()}
 
 
+@pytest.mark.parametrize("name", ["levit_128s", "caformer_s18"])
+def test_norms_inside_a_head_begin_as_timm_has_them(name):
+    model, _ = make_classifier(
+        timm.create_model(name, num_classes=0), name, {"num_classes": 0}, classes=5, drop_path=0.0
+    )
+    norms = [value for key, value in model.named_parameters() if key.startswith("head") and "norm.weight" in key]
+    norms += [value for key, value in model.named_parameters() if key.startswith("head") and "bn.weight" in key]
+    assert norms and all((value == 1).all() for value in norms)
+
+
+def test_a_distilled_model_needs_its_tokens():
+    name = "deit_tiny_distilled_patch16_224"
+    encoder = timm.create_model(name, num_classes=0)
+    with pytest.raises(ValueError, match=r"set finetune\.head=token"):
+        make_classifier(encoder, name, {"num_classes": 0}, classes=5, drop_path=0.0)
+    model, _ = make_classifier(encoder, name, {"num_classes": 0}, classes=5, drop_path=0.0, head="token")
+    assert model.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 5)
+
+
 def test_what_cannot_be_a_classifier_is_refused():
     encoder = timm.create_model("dla46_c", num_classes=0)
     with pytest.raises(ValueError, match=r"'dla46_c' has no drop path; set finetune\.drop_path=0"):
