@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py --json FILE [--recipe NAME] [--images FOLDER | --shards SET] [--workers N] [--ray]
 
-What runs is the project's own loop (`pipeline.loop.train`) in the layout of training: one process a worker, DDP between
+What runs is the project's own loop (`pipeline.training.pretrain_loop.train`) in the layout of training: one process a worker, DDP between
 several, as many reader threads as training would use. The two differ in one thing: the batches are read from the shard
 set, or the first few of them are used over and over. They take turns, and numbers are medians of the repeats:
 
@@ -58,12 +58,12 @@ class Job:
 
     def recipe_for(self, steps: int, **more: Any) -> Any:
         """The recipe, so long that it takes `steps`."""
-        from pipeline.config import load, with_overrides
-        from pipeline.plan import Plan
-        from pipeline.shards import ShardSet
+        from pipeline.config.load import load, with_overrides
+        from pipeline.shards.shard_set import ShardSet
+        from pipeline.training.schedule import TrainSchedule
 
         recipe = with_overrides(load(self.recipe, self.overrides), {"train.workers": self.workers})
-        epoch = Plan.of(recipe, ShardSet.open(self.shards).rows["train"]).batches_per_epoch
+        epoch = TrainSchedule.of(recipe, ShardSet.open(self.shards).rows["train"]).batches_per_epoch
         changes = {"train.epochs": steps / epoch, "train.warmup_epochs": 0, "train.log_every": self.log_every}
         return with_overrides(recipe, {**changes, **more})
 
@@ -92,7 +92,7 @@ class Measured:
 
 def reader_of(kind: str, measured: Measured) -> Any:
     """A class in place of the loop's reader, which times it, and for SYNTHETIC reads only what it keeps in memory."""
-    from pipeline.batches import Reader
+    from pipeline.shards.reader import Reader
 
     class TimedReader(Reader):
         def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -126,8 +126,9 @@ def train_once(job: Job, kind: str, steps: int, rank: int = 0) -> dict[str, floa
     """Train for so many steps as one of the workers; what it measured after the first ones."""
     import torch
 
-    from pipeline import loop, training
-    from pipeline.shards import ShardSet
+    from pipeline.shards.shard_set import ShardSet
+    from pipeline.training import pretrain_loop as loop
+    from pipeline.training import setup as training
 
     device = torch.device(job.device if job.device == "cpu" else f"cuda:{rank}")
     measured = Measured()
@@ -216,13 +217,13 @@ def crew(job: Job, folder: Path) -> Iterator[Callable[[str, int], list[dict[str,
 @contextlib.contextmanager
 def ray_crew(job: Job, folder: Path) -> Iterator[Callable[[str, int], list[dict[str, float]]]]:
     """The workers of the pretrain stage, each call a run of its own; only rank 0 measures."""
-    from pipeline import pretrain
-    from pipeline.session import ray_session
+    from pipeline.runtime.ray_session import ray_session
+    from pipeline.stages import pretrain
 
     def worker_of(kind: str) -> Callable[[dict[str, Any]], Any]:
         def worker(config: dict[str, Any]) -> Any:
-            from pipeline import pretrain as theirs
-            from pipeline import training
+            from pipeline.stages import pretrain as theirs
+            from pipeline.training import setup as training
 
             with mock.patch.object(training, "Reader", reader_of(kind, Measured())):
                 return theirs._worker(config)
@@ -315,8 +316,8 @@ def make_shards(recipe: str, overrides: Sequence[str], out: str, rows: int, imag
     import numpy as np
     from shards_reading import decode_photos, finish_set
 
-    from pipeline.config import load
-    from pipeline.layout import Layout
+    from pipeline.config.load import load
+    from pipeline.shards.layout import Layout
 
     data = load(recipe, overrides).data
     layout = Layout(data.image_size, data.channels, load(recipe, overrides).steps_by_level(), data.wavelet)
@@ -340,7 +341,7 @@ def write_file(task: tuple[str, int, range, Any, int, str]) -> tuple[dict[str, A
     """One file of the set: its entry in the manifest, and the statistics of its rows."""
     import numpy as np
 
-    from pipeline.shard_writer import ShardWriter
+    from pipeline.shards.writer import ShardWriter
 
     out, number, rows, layout, rows_per_group, photos = task
     images = np.load(photos, mmap_mode="r")

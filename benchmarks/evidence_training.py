@@ -31,12 +31,12 @@ def curve(
     """
     import torch
 
-    from pipeline.build import build_inputs, build_model
-    from pipeline.config import load, with_overrides
-    from pipeline.loop import train
-    from pipeline.plan import Plan
-    from pipeline.shards import ShardSet
-    from wavemim import checkpoint
+    from pipeline.config.load import load, with_overrides
+    from pipeline.models.build import build_inputs, build_model
+    from pipeline.shards.shard_set import ShardSet
+    from pipeline.training.pretrain_loop import train
+    from pipeline.training.schedule import TrainSchedule
+    from wavemim.weights import checkpoint
 
     shards = ShardSet.open(shards_at)
     epochs = images_seen / shards.rows["train"]
@@ -45,7 +45,7 @@ def curve(
     if isinstance(overrides.get("target.taps"), dict):
         settings["target.bands"] = {}
     recipe = with_overrides(load(recipe_name), {**settings, **overrides})
-    total = Plan.of(recipe, shards.rows["train"]).total_steps
+    total = TrainSchedule.of(recipe, shards.rows["train"]).total_steps
     assert total >= points, f"{total} steps are fewer than {points} points"
     clock = time.process_time if device == "cpu" else time.perf_counter
     lines: list[dict[str, float]] = []
@@ -80,8 +80,8 @@ def curve(
 
 def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, float]:
     """Linear probe on val, fitted to `PROBE_IMAGES` of train, its strength chosen on a fifth of these."""
-    from pipeline.features import features_of
-    from wavemim.evaluate import linear_probe
+    from pipeline.evaluation.features import features_of
+    from wavemim.evaluation.probes import linear_probe
 
     train, val = (
         features_of(encode, inputs, shards, split, window=recipe.encoder.image_size, batch=256, max_rows=PROBE_IMAGES)

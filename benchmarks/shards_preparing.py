@@ -54,9 +54,9 @@ class PrepareRuns:
 
     def _start(self) -> None:
         try:
-            from pipeline.config import load
-            from pipeline.prepare import prepare
-            from pipeline.session import ray_session
+            from pipeline.config.load import load
+            from pipeline.runtime.ray_session import ray_session
+            from pipeline.stages.prepare import prepare
         except ImportError as error:
             raise Missing(str(error)) from None
         self._stack.enter_context(ray_session(load(RECIPE).cluster))
@@ -82,11 +82,11 @@ class PrepareRuns:
 def plan(count: int, kind: str, work: str) -> dict[str, float]:
     """Plan `count` inputs, named by a list or in a folder: seconds of each step, and the peak of memory in GB."""
     try:
-        from pipeline.prepare import make_units
-        from pipeline.sources import plan_source
+        from pipeline.images.sources import plan_source
+        from pipeline.stages.prepare_task import make_units
     except ImportError as error:
         raise Missing(str(error)) from None
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     with tempfile.TemporaryDirectory(dir=work) as folder:
         images = _many_files(Path(folder), count) if kind == "folder" else _long_list(Path(folder), count)
@@ -135,9 +135,9 @@ def _many_files(folder: Path, count: int) -> str:
 
 
 def _manifest_bytes(units: Sequence[Any]) -> int:
-    from pipeline.config import load
-    from pipeline.layout import Layout
-    from pipeline.shards import make_manifest
+    from pipeline.config.load import load
+    from pipeline.shards.layout import Layout
+    from pipeline.shards.shard_set import make_manifest
 
     recipe = load(RECIPE)
     layout = Layout(recipe.data.image_size, recipe.data.channels, recipe.steps_by_level(), recipe.data.wavelet)

@@ -21,11 +21,12 @@ import torch
 from measure import Missing, rate
 from PIL import Image
 
-from pipeline.batches import Batch, Reader, sequential
-from pipeline.config import load
-from pipeline.layout import Layout
-from pipeline.shard_writer import ShardWriter, file_entry
-from pipeline.shards import MANIFEST, ShardSet, make_manifest
+from pipeline.config.load import load
+from pipeline.shards.batches import Batch, sequential
+from pipeline.shards.layout import Layout
+from pipeline.shards.reader import Reader
+from pipeline.shards.shard_set import MANIFEST, ShardSet, make_manifest
+from pipeline.shards.writer import ShardWriter, file_entry
 
 RECIPE = "wamim_vit_base"
 SIDE, WINDOW, BATCH = 256, 224, 64
@@ -34,8 +35,8 @@ SIDE, WINDOW, BATCH = 256, 224, 64
 def decode_as_prepare(data: bytes, name: str, side: int = SIDE) -> np.ndarray:
     """uint8 (3, H, W) by the decoder of `wavemim prepare`."""
     try:
-        from pipeline.image_decoding import Pixels as Wanted
-        from pipeline.image_decoding import decode_image
+        from pipeline.images.arrays import Pixels as Wanted
+        from pipeline.images.decode import decode_image
     except ImportError as error:
         raise Missing(str(error)) from None
     return decode_image(data, name, Wanted(size=side))

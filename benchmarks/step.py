@@ -151,9 +151,9 @@ def table(result: dict[str, Any]) -> str:
 
 def costs(names: Sequence[str]) -> Iterator[str]:
     """Name and cost line of recipes, of all by default."""
-    from pipeline.build import build_blank_model
-    from pipeline.config import load, names_of
-    from wavemim.cost import cost_of
+    from pipeline.config.load import load, names_of
+    from pipeline.models.build import build_blank_model
+    from wavemim.flops import cost_of
 
     for name in names or names_of("pipeline", "recipes"):
         with torch.device("meta"):

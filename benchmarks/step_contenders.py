@@ -89,8 +89,8 @@ def synthetic(
 
 def make_contender(name: str, settings: Settings, mode: str) -> Contender:
     """Model, optimiser and two batches of a recipe on the device."""
-    from pipeline.build import build_inputs, build_model, build_views
-    from wavemim.cost import cost_of
+    from pipeline.models.build import build_inputs, build_model, build_views
+    from wavemim.flops import cost_of
     from wavemim.optim import make_optimizer, make_schedule
     from wavemim.step import TrainStep
 
@@ -132,7 +132,7 @@ def make_contender(name: str, settings: Settings, mode: str) -> Contender:
 
 def load_recipe(name: str, settings: Settings) -> Any:
     """The recipe with the call's overrides."""
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     return load(name, settings.overrides)
 

@@ -13,17 +13,10 @@ from typing import Any
 import click
 import yaml
 
-from pipeline.cli_tools import TOOLS
-from pipeline.config import (
-    DEFAULT_RECIPE,
-    STAGE_SECTIONS,
-    Recipe,
-    SettingError,
-    load,
-    names_of,
-    settings_of,
-)
-from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, StageError
+from pipeline.config.load import DEFAULT_RECIPE, load, names_of, settings_of
+from pipeline.config.recipe import STAGE_SECTIONS, Recipe
+from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, SettingError, StageError
+from pipeline.tools.commands import TOOLS
 from wavemim import __version__
 
 ABOUT = {
@@ -109,7 +102,7 @@ def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
 
 @contextlib.contextmanager
 def _session(recipe: Recipe) -> Iterator[Any]:
-    from pipeline.session import ray_session
+    from pipeline.runtime.ray_session import ray_session
 
     with ray_session(recipe.cluster) as session:
         yield session
@@ -117,29 +110,27 @@ def _session(recipe: Recipe) -> Iterator[Any]:
 
 def _shards(recipe: Recipe) -> None:
     """Find out that the shard set is missing or damaged before Ray is started."""
-    from pipeline.shards import ShardSet
+    from pipeline.shards.shard_set import ShardSet
 
     ShardSet.open(recipe.shards_at)
 
 
 def _prepare(recipe: Recipe, progress: bool) -> None:
-    from pipeline.sources import check_source
+    from pipeline.images.sources import check_source
 
     check_source(recipe.images)
-    from pipeline.prepare import prepare
-    from pipeline.report import prepare_line
+    from pipeline.stages.prepare import prepare, prepare_line
 
     with _session(recipe):
         click.echo(prepare_line(prepare(recipe, progress=progress)))
 
 
 def _pretrain(recipe: Recipe, progress: bool) -> None:
-    from pipeline.build import check_model
+    from pipeline.models.build import check_model
 
     check_model(recipe)
-    from pipeline.checkpoint_store import check_store
-    from pipeline.pretrain import pretrain
-    from pipeline.report import pretrain_line
+    from pipeline.checkpoints.uploader import check_store
+    from pipeline.stages.pretrain import pretrain, pretrain_line
 
     _shards(recipe)
     check_store(recipe)
@@ -148,11 +139,10 @@ def _pretrain(recipe: Recipe, progress: bool) -> None:
 
 
 def _evaluate(recipe: Recipe, progress: bool) -> None:
-    from pipeline.checkpoint_fetch import checkpoint_of
-    from pipeline.evaluate import check_protocols, evaluate
-    from pipeline.report import evaluate_lines
-    from pipeline.shards import ShardSet
-    from pipeline.subjects import subject_of
+    from pipeline.checkpoints.find import checkpoint_of
+    from pipeline.models.encoder_source import subject_of
+    from pipeline.shards.shard_set import ShardSet
+    from pipeline.stages.evaluate import check_protocols, evaluate, evaluate_lines
 
     if recipe.checkpoint is None:
         checkpoint_of(recipe)  # without one, that is what to say first
@@ -165,8 +155,7 @@ def _evaluate(recipe: Recipe, progress: bool) -> None:
 
 
 def _finetune(recipe: Recipe, progress: bool) -> None:
-    from pipeline.finetune import check_finetune, finetune_stage
-    from pipeline.report import finetune_line
+    from pipeline.stages.finetune import check_finetune, finetune_line, finetune_stage
 
     check_finetune(recipe)
     with _session(recipe) as session:
@@ -174,20 +163,18 @@ def _finetune(recipe: Recipe, progress: bool) -> None:
 
 
 def _segment(recipe: Recipe, progress: bool) -> None:
-    from pipeline.segment_plan import plan_segmentation
+    from pipeline.evaluation.segmentation import plan_segmentation
 
     plan = plan_segmentation(recipe)
-    from pipeline.report import segment_lines
-    from pipeline.segment import segment
+    from pipeline.stages.segment import segment, segment_lines
 
     with _session(recipe) as session:
         click.echo(segment_lines(recipe, segment(recipe, plan, session, progress=progress)))
 
 
 def _tune(recipe: Recipe, progress: bool) -> None:
-    from pipeline.build import check_model
-    from pipeline.report import tune_lines
-    from pipeline.tune import read_space, tune
+    from pipeline.models.build import check_model
+    from pipeline.stages.tune import read_space, tune, tune_lines
 
     check_model(recipe)
     read_space(recipe)
@@ -197,14 +184,13 @@ def _tune(recipe: Recipe, progress: bool) -> None:
 
 
 def _export(recipe: Recipe, progress: bool) -> None:
-    from pipeline.export import export
-    from pipeline.report import export_line
+    from pipeline.stages.export import export, export_line
 
     click.echo(export_line(export(recipe)))
 
 
 def _run(recipe: Recipe, progress: bool) -> None:
-    from pipeline.run import run
+    from pipeline.stages.run import run
 
     click.echo(run(recipe, progress=progress))
 
@@ -212,8 +198,8 @@ def _run(recipe: Recipe, progress: bool) -> None:
 def _demo(recipe: Recipe, progress: bool) -> None:
     from pathlib import Path
 
-    from pipeline.config import with_overrides
-    from pipeline.demo_images import write_demo_images
+    from pipeline.config.load import with_overrides
+    from pipeline.images.demo import write_demo_images
 
     if recipe.images is None:
         folder = Path(recipe.out) / "images"
@@ -224,7 +210,7 @@ def _demo(recipe: Recipe, progress: bool) -> None:
 
 def _checkpoint_error() -> type[Exception]:
     """The method's own error; its module imports torch, which commands that end earlier need not wait for."""
-    module = sys.modules.get("wavemim.checkpoint")
+    module = sys.modules.get("wavemim.weights.checkpoint")
     return module.CheckpointError if module else StageError
 
 

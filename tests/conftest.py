@@ -13,7 +13,7 @@ import pytest
 from tiny_shards import smooth_texture
 from xdist.scheduler import LoadScopeScheduling
 
-from pipeline.session import SessionInfo
+from pipeline.runtime.ray_session import SessionInfo
 
 # Three processes of tests on two cores, since many of them wait: each computes on one. Before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +31,7 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 # since they take longest.
 _WITH_RAY = (
     ("test_stages.py", "test_prepare.py"),  # they share one
-    ("test_pretrain.py", "test_job_submit.py", "test_session.py", "test_finetune.py", "test_segmentation.py"),
+    ("test_pretrain.py", "test_job_submit.py", "test_ray_session.py", "test_finetune.py", "test_segmentation.py"),
 )
 
 
@@ -87,8 +87,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[SessionInfo]:
     """A private Ray as the stages start it, for all tests that ask for it."""
-    from pipeline.session import ray_session
-    from pipeline.settings import Cluster
+    from pipeline.config.settings import Cluster
+    from pipeline.runtime.ray_session import ray_session
 
     with _session:
         yield _session.enter_context(ray_session(Cluster()))

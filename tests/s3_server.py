@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pyarrow.fs as pafs
 import pytest
 
-from pipeline.storage import Folder
+from pipeline.storage.folder import Folder
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "testing",

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from pipeline import cli
-from pipeline.config import STAGE_SECTIONS, settings_of
+from pipeline.config.load import settings_of
+from pipeline.config.recipe import STAGE_SECTIONS
 
 
 def wavemim(monkeypatch, capsys, *arguments):
@@ -59,7 +60,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_a_mistake_is_one_line_exit_2_and_nothing_written(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.session.ray_session", lambda *_: pytest.fail("Ray was started for a mistake"))
+    monkeypatch.setattr(
+        "pipeline.runtime.ray_session.ray_session", lambda *_: pytest.fail("Ray was started for a mistake")
+    )
     code, out, err = wavemim(monkeypatch, capsys, *arguments)
     assert code == 2
     assert out == ""

@@ -80,7 +80,7 @@ def test_a_broken_copy_is_refused(config: Config, damage: Callable[[Config], obj
 
 
 def test_the_commands_of_the_header_are_ones_that_exist() -> None:
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     header = [line.removeprefix("#").strip() for line in CLUSTER_FILE.read_text().splitlines() if line.startswith("#")]
     words = " ".join(header).replace("\\", " ").split()

@@ -43,7 +43,7 @@ def environment_with(token: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing to drain at the end: 30 seconds otherwise
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only, as in pipeline/session.py
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only, as in pipeline/runtime/ray_session.py
     }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from wavemim.encoders import ViTEncoder
+from wavemim.encoders.vit import ViTEncoder
 from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.layout import Layout
-from pipeline.moments import Moments
-from pipeline.shard_writer import ShardWriter, write_rejected
-from pipeline.shards import MANIFEST, REJECTED, ShardSet, make_manifest
+from pipeline.shards.layout import Layout
+from pipeline.shards.shard_set import MANIFEST, REJECTED, ShardSet, make_manifest
+from pipeline.shards.statistics import Moments
+from pipeline.shards.writer import ShardWriter, write_rejected
 
 SIDE, LEVELS = 64, 4
 LAYOUT = Layout(SIDE, 3, {1: 4, 2: 2, 3: 1, 4: 1})

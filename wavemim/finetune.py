@@ -26,7 +26,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from wavemim.augment import resized_crop
-from wavemim.encoders import create, is_plain_vit
+from wavemim.encoders.base import create, is_plain_vit
 from wavemim.inputs import Inputs
 from wavemim.optim import NO_DECAY, Average
 

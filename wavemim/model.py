@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from wavemim.decoders import TapDecoder, Trunk
-from wavemim.encoders import Encoder
+from wavemim.encoders.base import Encoder
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import share_at, visible_indices_of
 from wavemim.randomness import uniform

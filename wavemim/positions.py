@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import nn
 
 
 def sincos(grid: int, width: int, prefix: int = 0) -> torch.Tensor:
@@ -17,3 +21,57 @@ def sincos(grid: int, width: int, prefix: int = 0) -> torch.Tensor:
     columns, rows = waves.repeat(grid, 1), waves.repeat_interleave(grid, 0)
     places = torch.cat((columns, rows), 1).float()
     return torch.cat((torch.zeros(prefix, width), places))[None]
+
+
+_TABLES = ("pos_embed", "places")  # of positions, (1, R + G², E)
+_BIASES = "relative_position_bias_table"  # of Swin's windows
+
+
+def stretch_positions(model: nn.Module, own_size: int, image_size: int) -> None:
+    """Give a model for images of `own_size` pixels the fixed positions of one for larger images, of `image_size`, resampled.
+
+    So a place in the image has about the same position in both. Positions that are learned are left as they are.
+    """
+    scale = image_size / own_size
+    for name, table in model.named_parameters():
+        if name.rpartition(".")[2] not in _TABLES or table.requires_grad:
+            continue
+        grid, prefix = _grid(table)
+        own = sincos(grid, table.shape[2], prefix)
+        if torch.equal(table.detach().cpu(), own):  # others came with pretrained weights, for this size already
+            table.data.copy_(_resampled(sincos(round(grid * scale), table.shape[2], prefix), grid))
+
+
+def fitted(name: str, values: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The `values` of a parameter `name` for a model in which it has the shape of `own`.
+
+    Tables of positions are resampled; sine-cosine positions that `stretch_positions` made are put back. Everything else
+    is given back as it is, for the model to take or to refuse.
+    """
+    last = name.rpartition(".")[2]
+    if values.shape == own.shape:
+        return values
+    if last == _BIASES and values.ndim == own.ndim == 2:
+        side = math.isqrt(own.shape[0])  # of a table for square windows, (2·w - 1)²
+        return resize_rel_pos_bias_table(values, ((side + 1) // 2,) * 2, tuple(own.shape))
+    if last not in _TABLES or values.ndim != 3 or values.shape[2] != own.shape[2]:
+        return values
+    grid, prefix = _grid(own)
+    there, _ = _grid(values)
+    if values.shape[2] % 4 == 0:
+        fixed = sincos(grid, values.shape[2], prefix)
+        if torch.allclose(values.cpu().float(), _resampled(fixed, there), atol=1e-6):
+            return fixed.to(values)
+    return _resampled(values, grid)
+
+
+def _resampled(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """(1, R + G², E) for another G; bicubic with antialiasing, as timm does it where weights meet another size."""
+    there, prefix = _grid(table)
+    return resample_abs_pos_embed(table, [grid, grid], [there, there], num_prefix_tokens=prefix)
+
+
+def _grid(table: torch.Tensor) -> tuple[int, int]:
+    """G and R of a table: there are fewer tokens in front than a further row and column would have."""
+    grid = math.isqrt(table.shape[1])
+    return grid, table.shape[1] - grid**2

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from wavemim.augment import random_resized_crop
-from wavemim.frequencies import corrupt, hidden_frequencies
 from wavemim.inputs import Crop, Inputs
-from wavemim.masking import Masking
+from wavemim.masking import Masking, corrupt, hidden_frequencies
 from wavemim.wavelets import decompose
 
 

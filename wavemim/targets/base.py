@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from wavemim.data_statistics import STD_FLOOR, Statistics
+
 Normalise = Literal["dataset", "patch", "contrast", "none"]  # contrast: wavelet alone
-STD_FLOOR = 1e-3  # of the deviation of pixels that images are divided by: a channel may never vary
 Loss = Literal["l2", "l1", "smooth_l1"]
 
 
@@ -30,19 +31,6 @@ class Tap:
     level: int
     block: int  # or stage of a hierarchical encoder; counted from 1
     bands: str = ""  # of A, H, V, D, in this order; wavelet alone
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation of a shard set, in coefficient units.
-
-    `mean` and `std` map level -> band -> one value a channel; `pixel_mean` and `pixel_std` are those of the pixels.
-    """
-
-    mean: Mapping[int, Mapping[str, list[float]]]
-    std: Mapping[int, Mapping[str, list[float]]]
-    pixel_mean: list[float]
-    pixel_std: list[float]
 
 
 class Target(nn.Module):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from wavemim.frequencies import frequency_numbers
-from wavemim.masking import filled_in, share_at
-from wavemim.targets.base import Normalise, Statistics, Tap, from_positions, to_positions
+from wavemim.data_statistics import Statistics
+from wavemim.masking import filled_in, frequency_numbers, share_at
+from wavemim.targets.base import Normalise, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from wavemim.targets.base import Loss, Normalise, Statistics, Tap, Target, from_positions, to_positions
+from wavemim.data_statistics import Statistics
+from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, to_positions
 
 EPSILON = 1e-3  # pixel deviations: a cell whose gradients are below a twentieth of a grey level of 256 counts as flat
 FIXED_POINT = 2.0**24  # parts of a pixel deviation that votes are counted in

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, share_at
-from wavemim.targets.base import Loss, Normalise, Statistics, Tap, Target, from_positions, moments, to_positions
+from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, moments, to_positions
 from wavemim.wavelets import decompose, reconstruct
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: written beside training, found, and copied to an object store."""

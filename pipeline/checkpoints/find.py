@@ -1,0 +1,225 @@
+"""Checkpoints brought here from an object store or another folder, verified: `checkpoint=URL`, and runs that go on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import shutil
+import uuid
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.config.load import validate
+from pipeline.config.recipe import Recipe
+from pipeline.errors import SettingError, StageError
+from pipeline.storage.folder import Folder
+from pipeline.storage.object_stores import Address, is_remote, masked, reaching
+from wavemim.weights import checkpoint
+
+log = logging.getLogger(__name__)
+
+FETCHED = "fetched"  # in the out folder: copies of checkpoints that were named by URL
+_NAME = re.compile(r"images-(\d+)")
+_PIECE = 64 << 20  # bytes that are brought here at a time
+
+
+def folders(place: Folder) -> dict[str, bool]:
+    """Names of the checkpoints' folders in `place`, and whether each has its state.json, which is written last."""
+    found: dict[str, bool] = {}
+    for below, files in place.tree():
+        name = below.partition("/")[0]
+        if images_of(name) is not None:
+            found[name] = found.get(name, False) or (below == name and checkpoint.STATE in files)
+    return found
+
+
+def seen(place: Folder) -> list[tuple[int, str]]:
+    """(images seen, name) of the checkpoints in `place` that have their state.json, the last one first."""
+    return sorted(((images_of(name) or 0, name) for name, whole in folders(place).items() if whole), reverse=True)
+
+
+def images_of(name: str) -> int | None:
+    """Images that the checkpoint of this name has seen; None of other names."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def fetch(source: Folder, target: Path) -> None:
+    """Bring the checkpoint in `source` to the local folder `target`, verified, whole or not at all.
+
+    Raises CheckpointError where it is half-written or damaged; StorageError, SettingError and OSError.
+    """
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{checkpoint.PARTIAL}")
+    partial.mkdir(parents=True)
+    try:
+        name = checkpoint.STATE
+        try:
+            content = source.read(name)
+            for name in _files(source, content):
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                _download(source, name, partial / name)
+        except FileNotFoundError:
+            raise checkpoint.CheckpointError(f"{source} lacks {name}") from None
+        (partial / checkpoint.STATE).write_bytes(content)
+        try:
+            checkpoint.read_state(partial)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(str(error).replace(str(partial), str(source))) from None
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _files(source: Folder, content: bytes) -> list[str]:
+    """The files that a state.json names. Raises CheckpointError."""
+    try:
+        names = [str(name) for name in json.loads(content)["files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{source.shown(checkpoint.STATE)} cannot be read: {error}") from None
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise checkpoint.CheckpointError(f"{source.shown(checkpoint.STATE)} names a file outside of it: '{name}'")
+    return names
+
+
+def _download(source: Folder, name: str, target: Path) -> None:
+    with source.open(name) as remote, open(target, "xb") as file:
+        while True:
+            with reaching(source.shown(name)):
+                piece = remote.read(_PIECE)
+            if not piece:
+                return
+            file.write(piece)
+
+
+def local_copy(where: str, out: str | Path) -> Path:
+    """What `checkpoint=` names as a local path: a path as it is, of a URL a verified copy in OUT/fetched.
+
+    The URL is that of a checkpoint, of a run's place in a store (or its `pretrain`), whose newest whole one is taken, or
+    of its best.json. A copy that is there already is not fetched again. Raises SettingError, StorageError, CheckpointError.
+    """
+    if not is_remote(where):
+        return Path(where)
+    folder = Folder.at(where)
+    address = Address.of(folder.url)
+    above, _, last = address.path.rpartition("/")
+    if last == BEST:
+        parent = Folder(address.at(above))
+        return _cached(parent, _best_name(parent), Path(out))
+    if above and folder.kind(checkpoint.STATE) == "file":
+        return _cached(Folder(address.at(above)), last, Path(out))
+    damaged: checkpoint.CheckpointError | None = None
+    for place in (folder, folder.sub("pretrain")):
+        for _, name in seen(place):
+            try:
+                return _cached(place, name, Path(out))
+            except checkpoint.CheckpointError as error:
+                log.warning("%s is passed over for the checkpoint before: %s", place.shown(name), error)
+                damaged = damaged or error
+    if damaged is not None:
+        raise damaged
+    raise SettingError(f"checkpoint={masked(where)}: neither a checkpoint nor a folder with one in it")
+
+
+def _best_name(parent: Folder) -> str:
+    try:
+        return str(json.loads(parent.read(BEST))["checkpoint"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        raise SettingError(
+            f"checkpoint={parent.shown(BEST)}: no such file, or not one that pretraining wrote (train.keep_best)"
+        ) from None
+
+
+def _cached(parent: Folder, name: str, out: Path) -> Path:
+    target = out / FETCHED / hashlib.sha256(parent.url.encode()).hexdigest()[:12] / name
+    with contextlib.suppress(OSError, checkpoint.CheckpointError):
+        checkpoint.read_state(target)
+        if (target / checkpoint.STATE).read_bytes() == parent.read(f"{name}/{checkpoint.STATE}"):
+            return target
+    try:
+        fetch(parent.sub(name), target)
+    except OSError as error:
+        raise StageError(f"{parent.shown(name)} cannot be brought to {target}: {error}") from None
+    return target
+
+
+def checkpoint_of(recipe: Recipe) -> Path:
+    """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
+    if recipe.checkpoint:
+        try:
+            return found_at(local_copy(recipe.checkpoint, recipe.out))
+        except SettingError as error:
+            raise SettingError(f"checkpoint={error}") from None
+    found = checkpoint.latest(recipe.stage_dir("pretrain"))
+    if found is None:
+        raise StageError(
+            f"{recipe.stage_dir('pretrain')} has no checkpoint; run wavemim pretrain with the same name= and out= first"
+        )
+    return found
+
+
+def recipe_of(checkpoint_path: Path) -> Recipe:
+    """The settings with which a checkpoint was trained."""
+    return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
+
+
+BEST = "best.json"
+
+
+def name_of(images: int) -> str:
+    """Folder of the checkpoint after so many images."""
+    return f"images-{images:012d}"
+
+
+def find(path: Path) -> Path | None:
+    """A checkpoint by its own folder, by a `best.json` that points to it, or the last whole one of a folder."""
+    if path.name == BEST:
+        best = best_of(path.parent)
+        if best is None:
+            raise SettingError(f"checkpoint={path}: no such file, or not one that pretraining wrote (train.keep_best)")
+        return path.parent / str(best["checkpoint"])
+    return path if (path / checkpoint.STATE).is_file() else checkpoint.latest(path)
+
+
+def found_at(path: Path) -> Path:
+    """The checkpoint that a folder is or a best.json names, or the last whole one in it or in its `pretrain`.
+
+    Raises SettingError where there is none, CheckpointError where all that there are are damaged.
+    """
+    if not path.is_dir() and path.name != BEST:
+        what = "a file; give the folder of a checkpoint" if path.exists() else "no such folder"
+        raise SettingError(f"{path}: {what}")
+    damaged: checkpoint.CheckpointError | None = None
+    for folder in (path, path / "pretrain"):
+        found = find(folder)
+        if found is not None:
+            return found
+        for state in sorted(folder.glob(f"*/{checkpoint.STATE}")):
+            try:
+                checkpoint.read_state(state.parent)
+            except checkpoint.CheckpointError as error:
+                damaged = error
+    if damaged is not None:
+        raise damaged
+    raise SettingError(
+        f"{path}: no checkpoint in it; give a checkpoint's folder, or that of a run (OUT/runs/NAME) or its pretrain"
+    )
+
+
+def best_of(folder: Path) -> dict[str, Any] | None:
+    """Content of the best.json of a folder: `checkpoint`, `metric` and `value`; None without one, or its checkpoint."""
+    try:
+        found = json.loads((folder / BEST).read_bytes())
+        return found if (folder / found["checkpoint"] / checkpoint.STATE).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Losses are better when small, measures of evaluation (eval/…) when large."""
+    return value > than if metric.startswith("eval/") else value < than

@@ -1,0 +1,262 @@
+"""Copies checkpoints to an object store beside training, and owns the place there while a run does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints.find import BEST, best_of, folders, images_of, seen
+from pipeline.checkpoints.remote import CheckpointStore, lease_mark, log
+from pipeline.checkpoints.writer import FAILURES
+from pipeline.config.recipe import Recipe, identity
+from pipeline.errors import SettingError, StageError
+from pipeline.runtime.stage_folder import SETTINGS, StageFolder, as_json
+from pipeline.shards.shard_set import ShardSet
+from pipeline.storage import locks
+from pipeline.storage.folder import OWNER, Folder
+from pipeline.storage.locks import owned
+from pipeline.storage.object_stores import StorageError
+from wavemim.weights import checkpoint
+
+_LEASE = ".store.json"  # in the stage's folder: the mark under which it owned the store
+_LOOK = 5.0  # seconds between looks at another owner's mark
+_RETRIES = (2.0, 10.0, 30.0)  # seconds before the last checkpoint of a run is copied again
+
+
+def check_store(recipe: Recipe) -> None:
+    """Raise SettingError or StorageError where pretraining by `recipe` cannot use its train.checkpoints_at."""
+    store = CheckpointStore.of(recipe)
+    finished = (recipe.stage_dir("pretrain") / "result.json").is_file() and not (recipe.restart or recipe.force)
+    if store is not None and not finished:
+        same = {**identity(recipe, "pretrain"), "shards": ShardSet.open(recipe.shards_at).fingerprint}
+        store.check(same, restart=recipe.restart, force=recipe.force)
+
+
+@contextlib.contextmanager
+def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Iterator[CheckpointStore | None]:
+    """The store of a run whose folder is owned, owned too, under these settings; the newest checkpoint is then in the folder.
+
+    None where none is set, and for a run that is finished: then only what the store lacks is copied. Raises SettingError
+    for checkpoints of other settings, StageError where another run writes there or the store does not answer.
+    """
+    store = CheckpointStore.of(recipe)
+    if store is None:
+        yield None
+        return
+    best = recipe.train.keep_best is not None
+    if stage.finished:
+        _catch_up(store, recipe, same, stage.path)
+        yield None
+        return
+    with _claimed(store, stage.path) as store:
+        changed = store.check(same, restart=recipe.restart, force=recipe.force)
+        if changed:
+            log.warning("%s goes on with other settings: %s", store, "; ".join(changed))
+        if recipe.restart:
+            store.folder.clear()
+        store.folder.write(SETTINGS, as_json(same))
+        try:
+            store.restore(stage.path, best=best)
+        except OSError as error:
+            raise StageError(f"a checkpoint of {store} cannot be brought to {stage.path}: {error}") from None
+        yield store
+
+
+def _catch_up(store: CheckpointStore, recipe: Recipe, same: Mapping[str, Any], local: Path) -> None:
+    """Copy the last checkpoint of a finished run to the store if it is not there; what is in the way is a warning."""
+    last = checkpoint.latest(local)
+    if last is None:
+        return
+    try:
+        store.check(same, restart=False, force=False)
+        with contextlib.suppress(FileNotFoundError):
+            if store.folder.read(f"{last.name}/{checkpoint.STATE}") == (last / checkpoint.STATE).read_bytes():
+                return
+        with _claimed(store, local) as store:
+            store.folder.write(SETTINGS, as_json(same))
+            best = recipe.train.keep_best is not None
+            missing = Copier(store, local, keep=recipe.train.keep_checkpoints, best=best).finish()
+    except (StageError, SettingError, OSError) as error:
+        missing = str(error)
+    if missing:
+        log.warning("%s", missing)
+
+
+@contextlib.contextmanager
+def _claimed(store: CheckpointStore, local: Path) -> Iterator[CheckpointStore]:
+    """Own the store for the folder `local`, which this process owns already. Raises StageError where another run does.
+
+    A mark that was made for the same folder is a dead run's: its lock is ours now. One of another machine is given up
+    where its owner does not renew it, which takes up to a minute and a half to see.
+    """
+    folder, lease = store.folder, local / _LEASE
+    with contextlib.suppress(OSError, ValueError):
+        if folder.local is None and lease_mark(folder) == json.loads(lease.read_bytes())["id"]:
+            folder.remove(OWNER)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owned(folder, "pretraining"))
+        except StorageError:
+            raise
+        except StageError as taken:
+            if folder.local is not None or not _given_up(folder):
+                raise StageError(
+                    f"{folder} is being written by another run; wait for it, or give another name= or "
+                    f"train.checkpoints_at= ({str(taken).partition(';')[0]})"
+                ) from None
+            stack.enter_context(owned(folder, "pretraining"))
+        if folder.local is None:
+            store = replace(store, owner=lease_mark(folder) or "")
+            lease.write_text(json.dumps({"id": store.owner}) + "\n")
+        yield store
+
+
+def _given_up(folder: Folder) -> bool:
+    """Wait until the owner of a store renews its mark (then it lives), or has not for so long that the mark is void."""
+    log.warning("%s: another run owned it a moment ago; waiting to see whether it still does", folder)
+    seen = folder.modified(OWNER)
+    ends = time.monotonic() + locks.STALE + 1
+    while time.monotonic() < ends:
+        time.sleep(_LOOK)
+        renewed = folder.modified(OWNER)
+        if renewed != seen:
+            return renewed is None  # it ended in good order
+    return True
+
+
+class Copier:
+    """Copies the last checkpoint of a folder, and the best, to the store: in a thread, one at a time; removes older ones there.
+
+    While one is copied others may be made: the newest is next, those between are left out. What fails is tried again
+    with the next checkpoint and by `finish`.
+    """
+
+    def __init__(self, store: CheckpointStore, local: Path, *, keep: int, best: bool) -> None:
+        self.store, self.local, self.keep, self.best = store, local, keep, best
+        self.failures, self.error = 0, ""  # tries in a row that failed, and why the last one did
+        self.lock = threading.Lock()
+        self.holding: frozenset[str] = frozenset()  # what is being copied and must stay; changed under the lock
+        self._lost = False  # another run has taken the store over
+        self._asked = False
+        self._thread: threading.Thread | None = None
+        self.wake()  # what an earlier process could not copy
+
+    def wake(self) -> None:
+        """There is something to copy; returns at once."""
+        with self.lock:
+            self._asked = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="copy", daemon=True)
+                self._thread.start()
+
+    def finish(self, waiting: Callable[[], None] = lambda: None) -> str:
+        """Wait for the last copy, and try again if it failed. Gives why the last checkpoint is not there; else nothing.
+
+        `waiting` is called now and then meanwhile.
+        """
+        for pause in (0.0, *_RETRIES):
+            if pause:
+                time.sleep(pause)
+                self.wake()
+            thread = self._thread
+            while thread is not None and thread.is_alive():
+                thread.join(timeout=5)
+                waiting()
+            if not self.error or self._lost:
+                break
+        if not self.error:
+            return ""
+        return f"the last checkpoint is in {self.local} alone, not in {self.store}: {self.error}"
+
+    def _work(self) -> None:
+        while True:
+            with self.lock:
+                if not self._asked:
+                    self._thread = None
+                    return
+                self._asked = False
+            if not self._lost:
+                self._try()
+
+    def _try(self) -> None:
+        try:
+            self._copy()
+        except Exception as error:  # of the store, of the disk: whatever it is, training goes on
+            self.error = " ".join(str(error).split())
+            self.failures += 1
+            if self._lost:
+                log.error("%s; checkpoints are written to %s alone", self.error, self.local)
+            elif self.failures < FAILURES:
+                log.warning("%s: the last checkpoint could not be copied there (%s); it is tried again", *self._both())
+            elif self.failures == FAILURES:
+                log.error(
+                    "%s: %d times in a row no checkpoint could be copied there (%s); training goes on, its checkpoints are in "
+                    "%s alone until the store takes them again",
+                    self.store,
+                    FAILURES,
+                    self.error,
+                    self.local,
+                )
+            return
+        finally:
+            with self.lock:
+                self.holding = frozenset()
+        if self.failures >= FAILURES:
+            log.warning("%s takes checkpoints again; the last one is there", self.store)
+        self.failures, self.error = 0, ""
+
+    def _both(self) -> tuple[CheckpointStore, str]:
+        return self.store, self.error
+
+    def _copy(self) -> None:
+        with self.lock:
+            self.holding = frozenset(path.name for _, path in checkpoint.seen(self.local))
+        last = checkpoint.latest(self.local)
+        if last is None:
+            return
+        best = best_of(self.local) if self.best else None
+        names = dict.fromkeys([last.name] + ([str(best["checkpoint"])] if best else []))
+        with self.lock:
+            self.holding = frozenset(names)
+        for name in names:
+            self._check_owner()
+            self._upload(name)
+        self._check_owner()
+        if best:
+            self.store.folder.write(BEST, as_json(best))
+        self._remove(images_of(last.name) or 0, str(best["checkpoint"]) if best else None)
+
+    def _check_owner(self) -> None:
+        """Raise StageError where another run owns the store now: this one could not renew its mark for long."""
+        found = lease_mark(self.store.folder) if self.store.owner else None
+        if found is not None and found != self.store.owner:
+            self._lost = True
+            raise StageError(f"{self.store} has been taken over by another run")
+
+    def _upload(self, name: str) -> None:
+        folder, mark = self.store.folder, f"{name}/{checkpoint.STATE}"
+        state = (self.local / mark).read_bytes()
+        with contextlib.suppress(FileNotFoundError):
+            if folder.read(mark) == state:
+                return
+            folder.remove(mark)  # one of the same name, trained otherwise: half-written from here on
+        for file in json.loads(state)["files"]:
+            with open(self.local / name / file, "rb") as source:
+                mapped: Any = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+                folder.write(f"{name}/{file}", mapped)
+        folder.write(mark, state)
+
+    def _remove(self, images: int, best: str | None) -> None:
+        """What is not kept: older ones, half-written ones, and newer ones that were passed over."""
+        kept = [name for seen, name in seen(self.store.folder) if seen <= images][: self.keep]
+        for name in folders(self.store.folder):
+            if name not in kept and name != best:
+                self.store.folder.remove(f"{name}/{checkpoint.STATE}")  # first: the rest is then no checkpoint
+                self.store.folder.drop(name)

@@ -1,0 +1,1 @@
+"""Evaluation of frozen encoders on a shard set: features, segmentation tokens, tables and files."""

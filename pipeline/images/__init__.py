@@ -1,0 +1,1 @@
+"""From `images=` to pixels: sources, what goes where, reading and decoding."""

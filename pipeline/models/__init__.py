@@ -1,0 +1,1 @@
+"""From settings, checkpoints or timm names to models."""

@@ -1,0 +1,221 @@
+"""From settings and a shard set to the objects of the method: the one place where the two packages' words meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.checks import check_sizes
+from pipeline.config.load import validate
+from pipeline.config.recipe import Recipe, for_size
+from pipeline.config.settings import Encoder as EncoderSettings
+from pipeline.errors import SettingError
+from pipeline.shards.shard_set import ShardSet
+from wavemim.encoders.base import Encoder, is_plain_vit
+from wavemim.encoders.factory import make_encoder
+from wavemim.inputs import Inputs
+from wavemim.level_weights import LevelWeights
+from wavemim.masking import Masking
+from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
+from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Statistics, Tap, Target, WaveletTarget
+from wavemim.views import Augment, Frequencies, Views
+from wavemim.weights import checkpoint
+
+OF_VITS = ("patch_size", "width", "depth", "heads", "class_token", "positions")  # encoder settings
+
+
+def statistics_of(shards: ShardSet) -> Statistics:
+    """Statistics of a shard set."""
+    by_level = shards.statistics
+    return Statistics(
+        mean={level: {band: values["mean"] for band, values in bands.items()} for level, bands in by_level.items()},
+        std={level: {band: values["std"] for band, values in bands.items()} for level, bands in by_level.items()},
+        pixel_mean=list(shards.pixel_mean),
+        pixel_std=list(shards.pixel_std),
+    )
+
+
+def build_encoder(recipe: Recipe, *, start: bool = False) -> Encoder:
+    """The encoder that a recipe names; with `start` with its pretrained weights, if it names any. Raises SettingError."""
+    settings = recipe.encoder
+    sees = "whole" if recipe.mask.kind == "frequency" else settings.sees
+    of_vits = {key: getattr(settings, key) for key in OF_VITS}
+    if not is_plain_vit(settings.name):  # defaults do not apply, and what was set is refused by name
+        of_vits = {key: v for key, v in of_vits.items() if v != EncoderSettings.model_fields[key].default and v}
+    try:
+        return make_encoder(
+            settings.name,
+            image_size=settings.image_size,
+            channels=recipe.data.channels,
+            sees=None if sees == "auto" else sees,
+            options=settings.options,
+            pretrained=settings.pretrained if start else False,
+            **of_vits,
+        )
+    except ValueError as error:
+        message = str(error)
+        raise SettingError(
+            message if message.startswith("encoder.") else f"encoder.name={settings.name}: {message}"
+        ) from None
+
+
+def build_model(recipe: Recipe, shards: ShardSet, *, start: bool = False) -> MaskedImageModel:
+    """The masked image model of a recipe for a shard set, with weights drawn from its seed. Raises SettingError.
+
+    With `start` the encoder has its pretrained weights, if the recipe names any: for where training begins.
+    """
+    return _model(recipe, statistics_of(shards), shards.layout.wavelet, start=start)
+
+
+def statistics_in(state: Mapping[str, Any]) -> Statistics:
+    """Statistics that a checkpoint's state keeps, of the shard set that it has seen."""
+    by_level = {
+        key: {int(level): bands for level, bands in state["statistics"][key].items()} for key in ("mean", "std")
+    }
+    return Statistics(**by_level, pixel_mean=state["pixel_mean"], pixel_std=state["pixel_std"])
+
+
+def model_of_checkpoint(path: Path) -> tuple[MaskedImageModel, Inputs, Recipe]:
+    """A trained model with its weights, without its shard set; inputs that know its statistics; its settings."""
+    state = checkpoint.read_state(path)
+    recipe = validate(state["recipe"])
+    statistics = statistics_in(state)
+    model = _model(recipe, statistics, state["wavelet"])
+    checkpoint.load_trained(path, model)
+    return model, Inputs(recipe.steps_by_level(), statistics, state["wavelet"]), recipe
+
+
+def _model(recipe: Recipe, statistics: Statistics, wavelet: str, *, start: bool = False) -> MaskedImageModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        encoder = build_encoder(recipe, start=start)
+        try:
+            target = _target(recipe, encoder, statistics, wavelet)
+            weights = recipe.weights_by_level()
+            return MaskedImageModel(
+                encoder,
+                target,
+                hidden=build_masking(recipe, encoder).hidden,
+                decoder=DecoderSettings(**recipe.decoder.model_dump()),
+                level_weights=LevelWeights([weights[tap.level] for tap in target.taps], recipe.target.weighting),
+            )
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+
+
+def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: str) -> Target:
+    """The target of a recipe. Raises ValueError where its levels do not fit the encoder."""
+    settings, bands = recipe.target, recipe.bands_by_level()
+    taps = [Tap(level, block, bands[level]) for level, block in settings.taps.items()]
+    check_taps(encoder, taps)  # before a tap's token size is asked for
+    common: dict[str, Any] = {
+        "image_size": recipe.encoder.image_size,
+        "token_sizes": {tap.level: encoder.token_size(tap.block) for tap in taps},
+        "normalise": settings.normalise,
+    }
+    if settings.kind == "fourier":
+        return FourierTarget(taps, statistics, gamma=settings.gamma, focal=settings.focal, **common)
+    common["loss"] = settings.loss
+    if settings.kind == "pixels":
+        return PixelTarget(taps, statistics, **common)
+    if settings.kind == "hog":
+        return HOGTarget(taps, statistics, bins=settings.bins, **common)
+    return WaveletTarget(taps, statistics, wavelet=wavelet, on_device=settings.source == "device", **common)
+
+
+def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
+    """The masks of a recipe on its encoder's grid. Raises ValueError where they do not fit."""
+    settings = recipe.mask
+    unit = settings.unit or (max(32, encoder.cell) if settings.kind == "block" else encoder.default_unit)
+    if unit % encoder.cell:
+        raise ValueError(
+            f"mask.unit={unit}: no multiple of {encoder.cell} pixels, the smallest that {encoder.name} masks"
+        )
+    return Masking(
+        kind=settings.kind,
+        ratio=settings.ratio,
+        grid=encoder.grid,
+        unit=unit // encoder.cell,
+        strength=settings.strength,
+    )
+
+
+def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None, *, depth: int | None = None) -> Inputs:
+    """What turns a batch of this shard set into images and coefficients.
+
+    Images are normalised by this set's pixels, or by those of the set that a checkpoint with state `trained` has seen.
+    `depth`: levels that pyramids have at least.
+    """
+    statistics = statistics_of(shards)
+    if trained is not None:
+        statistics = replace(statistics, pixel_mean=trained["pixel_mean"], pixel_std=trained["pixel_std"])
+    return Inputs(shards.steps, statistics, shards.layout.wavelet, depth)
+
+
+def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augment: bool) -> Views:
+    """What the network sees of a batch; without `augment` of windows as they come, for pictures and measuring."""
+    cropped, frequencies = None, None
+    if augment and recipe.train.augment == "rrc":
+        cropped = Augment(recipe.encoder.image_size, scale=recipe.train.crop_scale, flip=recipe.train.flip)
+    if recipe.mask.kind == "frequency":
+        frequencies = Frequencies(recipe.mask.radius, recipe.mask.low_pass_share)
+    masking = build_masking(recipe, model.encoder)
+    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raise SettingError where the recipe's model cannot be built: on the meta device, so at no cost and without data."""
+    given = recipe.encoder.pretrained
+    if isinstance(given, str) and not Path(given).exists():
+        raise SettingError(f"encoder.pretrained={given}: no such folder or file; true stands for timm's own weights")
+    if isinstance(given, str):  # read here, before anything is started
+        build_encoder(recipe, start=True)
+    data = recipe.data
+    for size in recipe.train.progressive or [recipe.encoder.image_size]:
+        part, _ = for_size(recipe, size, data.image_size, data.levels)
+        with torch.device("meta"):
+            _check_forward(part, build_blank_model(part))
+
+
+def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:
+    """Run the encoder once in training: options that timm takes and its layers do not are found here."""
+    channels, size = recipe.data.channels, recipe.encoder.image_size
+    mask = torch.zeros(2, model.encoder.grid**2, dtype=torch.bool)
+    try:
+        model.train().predict(torch.zeros(2, channels, size, size), mask)
+    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError, AttributeError) as error:
+        raise SettingError(
+            f"encoder.name={recipe.encoder.name} with encoder.options={recipe.encoder.options} cannot train on images of "
+            f"{channels}×{size}×{size}: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def build_blank_model(recipe: Recipe) -> MaskedImageModel:
+    """The model of a recipe without a shard set: the same weights, targets that are not standardised."""
+    levels = range(1, max(recipe.data.levels, *recipe.target.taps) + 1)
+    flat = {level: dict.fromkeys("AHVD", [1.0] * recipe.data.channels) for level in levels}
+    ones = [1.0] * recipe.data.channels
+    return _model(recipe, Statistics(flat, flat, ones, ones), recipe.data.wavelet)
+
+
+def check_shards(recipe: Recipe, shards: ShardSet) -> None:
+    """Raise SettingError where a shard set lacks what the recipe's training needs."""
+    unit = 2**shards.levels
+    if recipe.encoder.image_size > shards.image_size or recipe.encoder.image_size % unit:
+        raise SettingError(
+            f"encoder.image_size={recipe.encoder.image_size}: {shards.url} stores images of {shards.image_size} pixels "
+            f"in {shards.levels} levels; allowed are multiples of {unit} up to {shards.image_size}"
+        )
+    if recipe.data.channels != shards.layout.channels:
+        raise SettingError(
+            f"data.channels={recipe.data.channels}: {shards.url} stores images of {shards.layout.channels} channels; "
+            f"set data.channels={shards.layout.channels}"
+        )
+    deepest = max(recipe.target.taps)
+    if recipe.target.kind == "wavelet" and deepest > shards.levels:
+        raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")
+    check_sizes(recipe, shards.image_size, shards.levels)

@@ -1,0 +1,1 @@
+"""Shard sets: layout, writing, reading in training, statistics and verification."""

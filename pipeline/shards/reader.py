@@ -1,0 +1,234 @@
+"""The training reader: batches of windows out of a shard set, in an order that is a pure function. No Ray in here.
+
+The order of an epoch depends on (seed, epoch, batch, streams) alone. The row groups of the split are permuted,
+concatenated and cut into `streams` contiguous chunks; within a chunk rows are mixed over a few row groups at a time; a
+global batch takes the same number of rows from every chunk. Ranks share each global batch out among them, so that with
+the same `streams` any number of ranks sees the same global batches, and a run goes on in the middle of an epoch with
+what it would have seen.
+
+Threads read row groups and cut batches ahead of the consumer. What they hold is bounded: in every stream of this rank
+the mix in use, the next one, and of the one before what batches that are being cut still look at, so
+3 · mix_groups · rows_per_group rows at most; and over all streams `threads` + 1 batches being cut and `ahead` + 2
+finished ones. With the defaults (8 groups of 64 rows) a mix of 256-px images is 98 MiB, at most 293 MiB a stream; of
+64-px images 18 MiB.
+
+Letters of shapes: B rows, C channels, K bands, h × w cells of a level's window.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.shards.batches import Batch, Group, Inverse, checked_levels, draw_windows, read_ahead, row_groups
+from pipeline.shards.shard_set import ShardSet, read_patiently, stored_bytes
+from wavemim.randomness import uniform
+
+Pick = tuple[Group, int, float]  # row group, row in it, weight
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Row groups mixed with each other: (group, first row, end row) of each part, and the order of their rows."""
+
+    parts: tuple[tuple[int, int, int], ...]
+    rows: int
+    number: int  # within the epoch, over all streams
+
+
+class Reader:
+    """Reads a split for training. `batch` is the global batch; every rank gets batch/world rows of it, rounded up."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str,
+        *,
+        batch: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        window: int,
+        flip: bool,
+        mix_groups: int = 8,
+        finest: int = 1,
+        pixels: bool = False,
+        streams: int | None = None,
+        ahead: int = 4,
+        threads: int = 2,
+        pin: bool = False,
+    ) -> None:
+        """`pin`: batches lie in pinned memory, for a GPU. `pixels`: batches hold 8-bit images in place of coefficients, for what needs none (Haar only).
+
+        `window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
+        1/2^(finest-1) of the window's side, out of fewer bytes. `streams`: chunks of the order, by default one a rank;
+        a restart with another `world` keeps the first one's."""
+        self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world
+        self.seed, self.window, self.flip, self.mix_groups = seed, window, flip, mix_groups
+        self.ahead, self.threads, self.pin = ahead, threads, pin
+        self.levels = checked_levels(shards, finest, window)
+        assert not pixels or shards.layout.windows, shards.layout.wavelet
+        self._inverse = Inverse(shards, self.levels, window) if pixels else None
+        self.streams = world if streams is None else streams
+        self.rows = shards.rows[split]
+        assert 0 <= rank < world, (rank, world)
+        assert 0 < batch <= self.rows, f"a batch of {batch} out of {self.rows} rows: clip it"
+        assert batch % self.streams == 0 and self.streams <= self.rows, (batch, self.streams, self.rows)
+        self._groups = row_groups(shards, split)
+        self.bytes_read = 0  # of row groups, as they are stored: since it was made
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch, the same for every rank; the last one may be filled up with rows of weight 0."""
+        return -(-self.rows // self.batch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches of one epoch from batch `start` on, read ahead by threads that end with the generator."""
+        return read_ahead(self._batches(epoch, start), self.ahead)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        mixes = self._mixes(epoch)
+        take = self.batch // self.streams
+        per_rank = -(-self.batch // self.world)
+        # This rank's places in a global batch; beyond the end only where batch/world leaves a rest.
+        mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        parts = [
+            (stream, max(mine.start, stream * take), min(mine.stop, (stream + 1) * take))
+            for stream in range(self.streams)
+            if max(mine.start, stream * take) < min(mine.stop, (stream + 1) * take)
+        ] or [(self.streams - 1, self.batch, self.batch)]
+        sizes = [sum(mix.rows for mix in stream) for stream in mixes]
+        pending: collections.deque[Future[Batch]] = collections.deque()
+        ended = threading.Event()
+        with ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="shards") as pool:
+            try:
+                streams = {stream: _Stream(self, mixes[stream], epoch, pool, ended) for stream, _, _ in parts}
+                for k in range(start, self.batches_per_epoch):
+                    total = float(sum(min(max(size - k * take, 0), take) for size in sizes))
+                    picks = [
+                        pick
+                        for stream, low, high in parts
+                        for pick in streams[stream].rows(k * take + low - stream * take, high - low)
+                    ]
+                    if len(picks) < per_rank:
+                        group, i, _ = picks[-1] if picks else streams[parts[-1][0]].rows(k * take, 1)[0]
+                        picks += [(group, i, 0.0)] * (per_rank - len(picks))
+                    pending.append(pool.submit(self._batch, epoch, picks, total))
+                    if len(pending) > self.threads:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                ended.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _mixes(self, epoch: int) -> list[list[_Mix]]:
+        """The epoch's plan: for every stream the row groups that are mixed with each other, one mix after another."""
+        order = _permutation(self.seed, "groups", epoch, len(self._groups))
+        ends = np.cumsum([self._groups[group][2] for group in order])
+        plan: list[list[_Mix]] = []
+        number = 0
+        for stream in range(self.streams):
+            low, high = stream * self.rows // self.streams, (stream + 1) * self.rows // self.streams
+            parts = []
+            for place in range(int(np.searchsorted(ends, low, "right")), len(order)):
+                begin = int(ends[place]) - self._groups[order[place]][2]
+                if begin >= high:
+                    break
+                parts.append((int(order[place]), max(low - begin, 0), min(high, int(ends[place])) - begin))
+            mixes = []
+            for i in range(0, len(parts), self.mix_groups):
+                chosen = tuple(parts[i : i + self.mix_groups])
+                mixes.append(_Mix(chosen, sum(end - begin for _, begin, end in chosen), number))
+                number += 1
+            plan.append(mixes)
+        return plan
+
+    def _batch(self, epoch: int, picks: list[Pick], total: float) -> Batch:
+        """Cut the windows of the chosen rows into new arrays."""
+        rows = torch.tensor([int(group[0][i]) for group, i, _ in picks], dtype=torch.int64)
+        unit = 2**self.shards.levels
+        places = (self.shards.image_size - self.window) // unit + 1
+        draws = uniform(self.seed, "window", epoch, rows, 3).numpy().astype(np.float64)
+        corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
+        mirrored = (draws[:, 2] < 0.5) & self.flip
+        sources = [(group, i) for group, i, _ in picks]
+        pixels = self._inverse(sources, corners, mirrored) if self._inverse else None
+        levels, crop = (
+            ({}, None)
+            if self._inverse
+            else draw_windows(self.shards, sources, self.levels, corners, self.window, mirrored)
+        )
+        weight = torch.tensor([weight for _, _, weight in picks], dtype=torch.float32)
+        if self.pin:  # a GPU fetches from such memory by itself
+            rows, weight = rows.pin_memory(), weight.pin_memory()
+            levels = {level: values.pin_memory() for level, values in levels.items()}
+        return Batch(
+            rows=rows,
+            weight=weight,
+            total=total,
+            levels=levels,
+            labels=torch.tensor([int(group[1][i]) for group, i, _ in picks], dtype=torch.int64),
+            crop=crop,
+            pixels=pixels,
+        )
+
+
+class _Stream:
+    """One chunk of an epoch: gives the rows at any place, and reads the next mix while this one is used."""
+
+    def __init__(
+        self, reader: Reader, mixes: list[_Mix], epoch: int, pool: ThreadPoolExecutor, ended: threading.Event
+    ) -> None:
+        self._reader, self._mixes, self._epoch, self._pool, self._ended = reader, mixes, epoch, pool, ended
+        self._ends = np.cumsum([mix.rows for mix in mixes])
+        self._reading: dict[int, list[Future[Group]]] = {}
+        self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
+
+    def rows(self, first: int, count: int) -> list[Pick]:
+        """(row group, row in it, weight) at places first … first + count - 1; the last row, weight 0, beyond the end."""
+        last = int(self._ends[-1]) - 1
+        chosen = []
+        for place in range(first, first + count):
+            at = min(place, last)
+            mix = int(np.searchsorted(self._ends, at, "right"))
+            group, i = self._mixed(mix)[at - int(self._ends[mix]) + self._mixes[mix].rows]
+            chosen.append((group, i, float(place <= last)))
+        return chosen
+
+    def _mixed(self, mix: int) -> list[tuple[Group, int]]:
+        if self._current[0] != mix:
+            self._start(mix)
+            groups = [future.result() for future in self._reading.pop(mix)]
+            self._reader.bytes_read += sum(
+                stored_bytes(self._reader.shards, *self._reader._groups[group][:2], self._reader.levels)
+                for group, _, _ in self._mixes[mix].parts
+            )
+            self._start(mix + 1)
+            parts = self._mixes[mix].parts
+            rows = [(g, i) for g, (_, low, high) in zip(groups, parts, strict=True) for i in range(low, high)]
+            order = _permutation(self._reader.seed, f"mix {self._mixes[mix].number}", self._epoch, len(rows))
+            self._current = (mix, [rows[i] for i in order])
+        return self._current[1]
+
+    def _start(self, mix: int) -> None:
+        if mix in self._reading or mix >= len(self._mixes):
+            return
+        reader = self._reader
+        places = [reader._groups[group][:2] for group, _, _ in self._mixes[mix].parts]
+        self._reading[mix] = [
+            self._pool.submit(read_patiently, reader.shards, file, group, reader.levels, self._ended)
+            for file, group in places
+        ]
+
+
+def _permutation(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
+    """A random order of 0 … count - 1, by sorting random keys: the same with every version of every library."""
+    keys = uniform(seed, purpose, epoch, torch.arange(count), 2).numpy()
+    return np.lexsort((keys[:, 1], keys[:, 0]))

@@ -1,0 +1,150 @@
+"""Checks a shard set against its manifest: sizes, checksums, contents and labels."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from pipeline.errors import SettingError
+from pipeline.shards.layout import ShardError
+from pipeline.shards.shard_set import MANIFEST, REJECTED, SPLITS, ShardSet
+from pipeline.storage.folder import Folder
+from pipeline.storage.object_stores import reaching
+
+
+def opened(where: str, *, check_files: bool) -> ShardSet:
+    """The shard set at a path or URL. Raises SettingError where no folder is, and ShardError where no shard set is."""
+    folder = Folder.at(where)
+    if (kind := folder.kind()) != "folder":
+        what = "a file; give the folder of the shard set" if kind else "no such folder"
+        raise SettingError(f"{folder}: {what}")
+    return ShardSet.open(where, check_files=check_files)
+
+
+def check(where: str, *, progress: bool = True, say: Callable[[str], None] = tqdm.write) -> bool:
+    """Whether every file is what the manifest says it is; says a line for each that is not, and one at the end."""
+    shards = opened(where, check_files=False)
+    damaged = set()
+    size = sum(entry["bytes"] for entry in shards.entries())
+    with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=not progress) as bar:
+        for name, problem in _problems(shards, bar):
+            damaged.add(name)
+            say(f"{name}: {problem}")
+    files, rows = len(shards.entries()) + 2, sum(shards.rows.values())  # and rejected.parquet and the manifest
+    say(f"{files:,} files, {rows:,} rows: {f'{len(damaged):,} damaged' if damaged else 'whole'}")
+    return not damaged
+
+
+def _problems(shards: ShardSet, bar: tqdm[Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong, with the name of the file."""
+    entries = {entry["name"]: (split, entry) for split in SPLITS for entry in shards.manifest["splits"][split]["files"]}
+    numbers: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for name, problem in verify(shards):
+        split, entry = entries[name]
+        problem = problem or _content_problem(shards, entry, numbers[split])
+        if problem:
+            yield name, problem
+        bar.update(entry["bytes"])
+    yield from _set_problems(shards, numbers)
+
+
+def _content_problem(shards: ShardSet, entry: dict[str, Any], numbers: list[np.ndarray]) -> str | None:
+    """What is wrong with a shard whose bytes are right; its row numbers are added to `numbers`."""
+    try:
+        footer, table = read_rows(shards, entry["name"], ["row", "label"])
+    except ShardError as error:
+        return str(error)
+    if footer.num_rows != entry["rows"]:
+        return f"has {footer.num_rows} rows, the manifest says {entry['rows']}"
+    groups = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if any(rows != shards.rows_per_group for rows in groups[:-1]) or groups[-1] > shards.rows_per_group:
+        return f"has row groups of other sizes than {shards.rows_per_group}, the manifest's"
+    if not footer.schema.to_arrow_schema().equals(shards.layout.schema()):
+        return "has other columns than the manifest says"
+    numbers.append(table.column("row").to_numpy())
+    return label_problem(shards, table.column("label").to_numpy())
+
+
+def label_problem(shards: ShardSet, labels: np.ndarray) -> str | None:
+    """What is wrong with the labels of a file, or None."""
+    classes = len(shards.classes or ())
+    good = not labels.size or (labels.min() >= -1 and labels.max() < classes)
+    return None if good else f"has labels from {labels.min()} to {labels.max()}, there are {classes} classes"
+
+
+def _set_problems(shards: ShardSet, numbers: dict[str, list[np.ndarray]]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the set as a whole, by the name of a file or a split."""
+    for split, parts in numbers.items():
+        rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        if repeated := len(rows) - len(np.unique(rows)):
+            yield split, f"{repeated} row numbers are there more than once"
+    counts, stored = shards.manifest["counts"], sum(shards.rows.values())
+    if not counts["kept"] == stored == sum(entry["rows"] for entry in shards.entries()):
+        yield MANIFEST, f"counts {counts['kept']} images kept and {stored} rows of its splits; its files have others"
+    if counts["inputs"] != counts["kept"] + counts["rejected"]:
+        yield MANIFEST, "counts {inputs} inputs, but {kept} kept and {rejected} rejected".format(**counts)
+    try:
+        rejected = len(rejected_rows(shards))
+    except ShardError as error:
+        yield REJECTED, str(error)
+        return
+    if rejected != counts["rejected"]:
+        yield REJECTED, f"has {rejected} rows, the manifest counts {counts['rejected']} rejected"
+
+
+@contextlib.contextmanager
+def _damage(shown: str) -> Iterator[None]:
+    """What goes wrong with a Parquet file inside becomes ShardError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ShardError(f"{shown} is missing") from None
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ShardError(f"{shown} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def read_rows(shards: ShardSet, name: str, columns: Sequence[str]) -> tuple[pq.FileMetaData, pa.Table]:
+    """Footer and some columns of a whole shard. Raises ShardError."""
+    folder, shown = shards.folder, shards.folder.shown(name)
+    with _damage(shown), reaching(shown), folder.open(name) as source:
+        parquet = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=folder.local is None)
+        return parquet.metadata, parquet.read(list(columns), use_threads=False).combine_chunks()
+
+
+def rejected_rows(shards: ShardSet) -> pa.Table:
+    """path and reason of every rejected input. Raises ShardError."""
+    shown = shards.folder.shown(REJECTED)
+    with _damage(shown), reaching(shown), shards.folder.open(REJECTED) as source:
+        return pq.read_table(source).select(["path", "reason"])
+
+
+def verify(shards: ShardSet) -> Iterator[tuple[str, str | None]]:
+    """Compare every file with its size and checksum in the manifest: (name, what is wrong with it or None)."""
+    sizes = shards.folder.sizes()
+    for entry in shards.entries():
+        name = entry["name"]
+        if name not in sizes:
+            yield name, "is missing"
+        elif sizes[name] != entry["bytes"]:
+            yield name, f"has {sizes[name]} bytes, the manifest says {entry['bytes']}"
+        else:
+            try:
+                same = _sha256(shards.folder, name) == entry["sha256"]
+                yield name, None if same else "is damaged: its SHA-256 is not the manifest's"
+            except OSError as error:
+                yield name, f"cannot be read: {error}"
+
+
+def _sha256(folder: Folder, name: str) -> str:
+    digest = hashlib.sha256()
+    with reaching(folder.shown(name)), folder.open(name) as source:
+        while chunk := source.read(1 << 23):
+            digest.update(chunk)
+    return digest.hexdigest()

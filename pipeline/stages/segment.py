@@ -1,0 +1,368 @@
+"""Segmentation by a linear head on frozen patch tokens: mean IoU of the trained encoder beside the same one untrained.
+
+Ray Data decodes images and masks and runs the encoders; then one Ray task an encoder fits and scores its head.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from tqdm import tqdm
+
+from pipeline.config.recipe import Recipe
+from pipeline.errors import StageError
+from pipeline.evaluation.segmentation import (
+    SUBJECTS,
+    Decoding,
+    Encoding,
+    Judged,
+    Row,
+    SegmentPlan,
+    StoredTokens,
+    check_disk,
+    check_rejects,
+    judge_tokens,
+    sized,
+    table_of,
+)
+from pipeline.images.pairs import Pair, read_pair
+from pipeline.models.encoder_source import Subject
+from pipeline.runtime.formatting import table as _table
+from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
+from pipeline.runtime.stage_folder import stage_folder
+from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
+from pipeline.tracking.tracker import Tracker
+from wavemim.evaluation.segmentation import DRAWS, Fitting, interval, measures
+from wavemim.figures.segmentation import segmentation_figure
+
+TOKENS = ".tokens"  # in the stage's folder, while heads are fitted
+CLASSES, CONFUSION, REJECTED, PICTURE = "classes.csv", "confusion.csv", "rejected.csv", "segmentation.png"
+MOST_CLASSES = 1024
+PICTURES = 4  # val images in the picture
+
+
+@dataclass
+class Encoded:
+    """What became of the pairs: rows of train and val with their pairs, and the values that their masks hold."""
+
+    rows: dict[str, list[Row]]
+    pairs: dict[str, list[Pair]]
+    values: dict[str, set[int]]
+    rejects: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes in the order of their numbers."""
+
+    values: tuple[int, ...]  # in the masks
+    names: tuple[str, ...]
+    only_in_val: tuple[str, ...]  # names of those that train lacks: they count, and cannot be predicted
+
+    @property
+    def numbers(self) -> dict[int, int]:
+        """Numbers by value."""
+        return {value: number for number, value in enumerate(self.values)}
+
+
+def segment(recipe: Recipe, plan: SegmentPlan, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
+    """Carry out a plan; gives the summary that is also the stage's finishing mark. Raises SettingError and StageError."""
+    check_room(recipe, session, 1)
+    with stage_folder(recipe.stage_dir("segment"), plan.identity(recipe), restart=recipe.restart) as folder:
+        if folder.finished:
+            return {**folder.result(), "state": "finished already"}
+        tokens = folder.path / TOKENS
+        shutil.rmtree(tokens, ignore_errors=True)
+        check_disk(plan, folder.path)
+        with Tracker.start(
+            recipe, "segment", log_dir=folder.path, tags={"wavemim.weights.checkpoint": plan.subject.source}
+        ) as tracker:
+            tokens.mkdir()
+            images = plan.subject.images_seen or 0
+            with measuring_tasks(folder.path, tracker.log, images) as meter:
+                try:
+                    encoded = _encode(recipe, plan, session, tokens, meter, progress)
+                    classes = _classes(recipe, plan, encoded)
+                    judged = _judge(recipe, plan, session, tokens, encoded, classes, meter, progress)
+                finally:
+                    shutil.rmtree(tokens, ignore_errors=True)
+            measured = {name: dict(measures(found.scores, recipe.seed)) for name, found in judged.items()}
+            tracker.log(measured["trained"], images)
+            tracker.log({f"{name}_untrained": value for name, value in measured["untrained"].items()}, images)
+            _write_tables(folder.path, recipe, encoded, classes, judged)
+            _draw(folder.path / PICTURE, plan, encoded, classes, judged)
+            for name in (CLASSES, CONFUSION, REJECTED, PICTURE):
+                tracker.artifact(folder.path / name)
+            result = {**_result(plan, encoded, classes, judged, measured), "cost": meter.read().record()}
+            folder.finish(result)
+        return {**result, "state": folder.state}
+
+
+def _result(
+    plan: SegmentPlan,
+    encoded: Encoded,
+    classes: Classes,
+    judged: Mapping[str, Judged],
+    measured: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    return {
+        "encoder": plan.subject.source,
+        "titles": _titles(plan.subject),
+        "images_seen": plan.subject.images_seen,
+        "layout": plan.pairs.words,
+        "image_size": plan.size,
+        "blocks": list(plan.blocks),
+        "classes": len(classes.values),
+        "classes_only_in_val": list(classes.only_in_val),
+        "train_images": len(encoded.rows["train"]),
+        "val_images": len(encoded.rows["val"]),
+        "inputs": plan.pairs.inputs,
+        "rejected": len(encoded.rejects),
+        "left_out": plan.pairs.left_out,
+        "reasons": dict(Counter(reason.partition(" (")[0] for _, reason in encoded.rejects).most_common()),
+        "interval": f"95 %, percentiles of {DRAWS} bootstrap draws of val images",
+        "heads": {
+            name: {"lr": found.lr, "weight_decay": found.weight_decay, "tried": found.tried}
+            for name, found in judged.items()
+        },
+        "measured": {name: dict(values) for name, values in measured.items()},
+    }
+
+
+def _titles(subject: Subject) -> dict[str, str]:
+    titles = dict(SUBJECTS)
+    if subject.kind != "checkpoint":
+        titles["trained"] = subject.source
+    if subject.starts_pretrained:
+        titles["untrained"] = "same encoder, as training began"
+    return titles
+
+
+def _encode(
+    recipe: Recipe, plan: SegmentPlan, session: SessionInfo, tokens: Path, meter: TaskMeter, progress: bool
+) -> Encoded:
+    """Tokens of all pairs, in files; pairs in the plan's order, but for those that cannot be decoded."""
+    order = [(split, pair) for split, pairs in plan.pairs.splits.items() for pair in pairs]
+    rejects = list(plan.pairs.rejects)
+    found: dict[int, tuple[Row, set[int]]] = {}
+    with tqdm(total=len(order), desc="tokens", unit=" image", disable=not progress) as bar:
+        for result in _results(recipe, plan, session, tokens, order, meter):
+            number = int(result["row"])
+            if result["reason"]:
+                rejects.append((order[number][1].image, str(result["reason"])))
+                check_rejects(recipe, rejects, plan.pairs.inputs)
+            else:
+                row = Row(str(result["part"]), int(result["place"]))
+                found[number] = row, set(json.loads(result["values"]))
+            bar.update()
+    flops = flops_of(sized(plan.subject.model(), plan.subject, plan.size), plan.subject.channels, plan.size)
+    meter.add(images=len(found), flops=len(SUBJECTS) * flops * len(found))
+    encoded = Encoded(
+        {"train": [], "val": []}, {"train": [], "val": []}, {"train": set(), "val": set()}, sorted(rejects)
+    )
+    for number in sorted(found):
+        split, pair = order[number]
+        row, values = found[number]
+        encoded.rows[split].append(row)
+        encoded.pairs[split].append(pair)
+        encoded.values[split] |= values
+    for split, rows in encoded.rows.items():
+        if not rows:
+            path, reason = encoded.rejects[0]
+            raise StageError(f"no image of {split} could be used; the first reject: {path}: {reason}")
+    return encoded
+
+
+def _results(
+    recipe: Recipe,
+    plan: SegmentPlan,
+    session: SessionInfo,
+    tokens: Path,
+    order: Sequence[tuple[str, Pair]],
+    meter: TaskMeter,
+) -> Iterator[dict[str, Any]]:
+    """A row for each pair, in any order."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
+    batches = -(-len(order) // settings.batch)
+    # of CPUs one is left for decoding: actors that held all of them would wait for ever
+    room = int(session.gpus) if use_gpu else int(session.cpus) - 1
+    items = [{"row": number, "image": pair.image, "mask": pair.mask} for number, (_, pair) in enumerate(order)]
+    decoding = Decoding(plan.images, plan.masks, plan.wanted, plan.allowed(settings.ignore))
+    rows = (
+        ray.data.from_items(items, override_num_blocks=batches)
+        .map_batches(meter.around(decoding.decode), batch_size=settings.batch, batch_format="numpy", num_cpus=1)
+        .map_batches(
+            Encoding,
+            fn_constructor_kwargs={
+                "subject": plan.subject,
+                "folder": str(tokens.absolute()),
+                "size": plan.size,
+                "blocks": plan.blocks,
+                "use_gpu": use_gpu,
+                "write": meter.around(Encoding.write, gpus=float(use_gpu)),
+            },
+            batch_size=settings.batch,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(room, batches))),
+            num_cpus=1,
+            num_gpus=1 if use_gpu else 0,
+        )
+    )
+    try:
+        yield from rows.iter_rows()
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise StageError(f"the encoder failed ({type(error).__name__}: {lines[-1] if lines else ''})") from error
+
+
+def _classes(recipe: Recipe, plan: SegmentPlan, encoded: Encoded) -> Classes:
+    """Named ones, or the values of train and then those of val alone. Raises StageError where there are too few or many."""
+    ignored = set(recipe.segment.ignore)
+    train, val = (sorted(encoded.values[split] - ignored) for split in ("train", "val"))
+    if plan.names is not None:
+        values = [value for value in range(len(plan.names)) if value not in ignored]
+    else:
+        values = train + [value for value in val if value not in train]
+    if len(values) < 2 or len(train) < 2:
+        raise StageError(
+            f"the masks of train hold {len(train)} class(es) (values {train}) beside segment.ignore={sorted(ignored)}; at "
+            "least two are needed: set segment.ignore=[] where an ignored value is a class"
+        )
+    if len(values) > MOST_CLASSES:
+        raise StageError(
+            f"the masks hold {len(values)} values, {MOST_CLASSES} classes at most are fitted: are they pictures or numbers "
+            "of objects? A pixel of a mask has to be its class; set segment.classes to reject others"
+        )
+    if not val:
+        raise StageError(f"no pixel of val counts: its masks hold nothing but segment.ignore={sorted(ignored)}")
+    names = plan.names or {value: str(value) for value in values}
+    only_in_val = tuple(names[value] for value in val if value not in train)
+    return Classes(tuple(values), tuple(names[value] for value in values), only_in_val)
+
+
+def _judge(
+    recipe: Recipe,
+    plan: SegmentPlan,
+    session: SessionInfo,
+    tokens: Path,
+    encoded: Encoded,
+    classes: Classes,
+    meter: TaskMeter,
+    progress: bool,
+) -> dict[str, Judged]:
+    """A head for each encoder, each in a task of its own."""
+    settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
+    how = Fitting(
+        classes=len(classes.values),
+        size=plan.size,
+        steps=settings.steps,
+        batch=settings.train_batch,
+        seed=recipe.seed,
+        device="cuda" if use_gpu else "cpu",
+    )
+    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(meter.around(judge_tokens, gpus=float(use_gpu)))
+    tried = {"lrs": settings.lrs, "weight_decays": settings.weight_decays}
+    pending = {}
+    for name in SUBJECTS:
+        train, val = (
+            StoredTokens(str(tokens.absolute()), name, encoded.rows[split], len(plan.blocks), classes.numbers)
+            for split in ("train", "val")
+        )
+        pending[task.remote(train, val, how, tried, _shown(encoded))] = name
+    judged: dict[str, Judged] = {}
+    with tqdm(total=len(pending), desc="heads", unit=" encoder", disable=not progress) as bar:
+        while pending:
+            (ready,), _ = ray.wait(list(pending))
+            try:
+                judged[pending.pop(ready)] = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                raise StageError(f"segmentation failed: {root_cause(error)}") from error
+            bar.update()
+    return {name: judged[name] for name in SUBJECTS}
+
+
+def _shown(encoded: Encoded) -> list[int]:
+    """Val images of the picture: evenly over all of them."""
+    count = len(encoded.rows["val"])
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(PICTURES, count))})
+
+
+def _write_tables(
+    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, judged: Mapping[str, Judged]
+) -> None:
+    """Classes, the trained encoder's confusion matrix in pixels (rows: true, columns: predicted), and rejects."""
+    scores = judged["trained"].scores
+    low, high = interval(scores.resampled(recipe.seed)[0])
+    table = zip(classes.values, classes.names, scores.iou(), low, high, judged["untrained"].scores.iou(), strict=True)
+    truth, predicted, hits = (counts.sum(0) for counts in (scores.truth, scores.predicted, scores.hits))
+    rows: list[Sequence[Any]] = []
+    for number, (value, name, *ious) in enumerate(table):
+        accuracy = hits[number] / truth[number] if truth[number] else float("nan")
+        percent = ["" if np.isnan(share) else f"{100 * share:.2f}" for share in (*ious, accuracy)]
+        rows.append((value, name, *percent, int(truth[number]), int(predicted[number])))
+    header = ("value", "name", "iou", "iou_low", "iou_high", "iou_untrained", "accuracy", "pixels", "predicted_pixels")
+    _write_csv(folder / CLASSES, header, rows)
+    confusion = [(name, *map(int, line)) for name, line in zip(classes.names, scores.confusion, strict=True)]
+    _write_csv(folder / CONFUSION, ("true", *classes.names), confusion)
+    _write_csv(folder / REJECTED, ("path", "reason"), encoded.rejects)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, judged: Mapping[str, Judged]) -> None:
+    chosen = [encoded.pairs["val"][number] for number in _shown(encoded)]
+    pairs = [read_pair(plan.images, plan.masks, pair, plan.wanted) for pair in chosen]
+    table = table_of(classes.numbers)
+    segmentation_figure(
+        path,
+        images=[pixels for pixels, _ in pairs],
+        truths=[table[values] for _, values in pairs],
+        predictions={"trained": list(judged["trained"].shown), "untrained": list(judged["untrained"].shown)},
+        titles=[Path(pair.image).name for pair in chosen],
+        values=classes.values,
+        names=classes.names,
+    )
+
+
+def segment_lines(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """What segmentation measured, on what, and where it is."""
+    rows = []
+    for subject, title in result["titles"].items():
+        values = result["measured"][subject]
+        cells = (
+            f"{values[name]:.1f} ({values[f'{name}_low']:.1f} to {values[f'{name}_high']:.1f})"
+            for name in ("eval/segment_miou", "eval/segment_pixel_accuracy")
+        )
+        rows.append((title, *cells))
+    table = _table(("", "mIoU % (95 % interval)", "pixel accuracy %"), rows)
+    rejected = f", {result['rejected']} rejected (see rejected.csv)" if result["rejected"] else ""
+    left_out = f", {result['left_out']:,} left out (segment.max_images)" if result["left_out"] else ""
+    unseen = result["classes_only_in_val"]
+    lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, and counted." if unseen else ""
+    return (
+        f"{table}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and judged on "
+        f"{result['val_images']:,} ({result['layout']}{rejected}{left_out}).{lacking}\n"
+        f"segment: → {recipe.stage_dir('segment')}: result.json, classes.csv, confusion.csv, segmentation.png "
+        f"({result['state']})"
+    )

@@ -1,0 +1,304 @@
+"""`wavemim compare`: runs side by side, by what MLflow knows of them. No Ray in here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.recipe import STAGE_SECTIONS
+from pipeline.errors import SettingError, StageError
+from pipeline.runtime.formatting import table
+from pipeline.runtime.usage import PREFIX, Spent, said
+from pipeline.tracking import mlflow_client as store
+from pipeline.tracking.runs import Run, find
+from wavemim.figures.curves import Point, compare_figure
+
+LIMIT = 300.0  # seconds that MLflow has for everything
+TRAINING = "pretrain"
+CLOCK = f"{PREFIX}wall_clock_s"
+NONE = "–"
+# Where a run lies and how it is tracked is no part of what it computes.
+_NOT_COMPARED = ("name", "out", "restart", "force", "tracking")
+_TAGS = {
+    "wavemim.shards": "shard set (fingerprint)",
+    "mlflow.source.git.commit": "commit",
+    "wavemim.version": "version",
+}
+_ACCURACIES = ("eval/linear_top1", "eval/finetune_top1", "monitor/linear_top1", "eval/rankme")
+_LOSS = "train/loss"
+
+
+def compare(
+    names: Sequence[str],
+    *,
+    uri: str | None = None,
+    plot: Path | None = None,
+    numbers: Path | None = None,
+    metrics: Sequence[str] = (),
+) -> str:
+    """The comparison as text; also drawn to `plot`, and written to `numbers` as JSON. `metrics` are what is drawn.
+
+    Raises SettingError for runs and metrics that are unknown, StageError where MLflow does not answer.
+    """
+    for path in (plot, numbers):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SettingError(f"{path}: there is no folder {path.absolute().parent}; give another place")
+    store.import_mlflow()
+    try:
+        runs, curves = store.within(LIMIT, lambda: _read(names, uri, metrics, drawn=plot is not None))
+    except (SettingError, StageError):
+        raise
+    except Exception as error:
+        verb = "refuses" if store.refused(error) else "does not answer"
+        raise StageError(
+            f"MLflow{f' at {store.without_password(uri)}' if uri else ''} {verb}: {store.reason(error)}"
+        ) from error
+    content = _content(runs)
+    if numbers is not None:
+        numbers.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    lines = [_text(content, [run.label for run in runs])]
+    if plot is not None:
+        if any(points for of_runs in curves.values() for points in of_runs.values()):
+            other = any(key.startswith("target.") for key in content["settings"])
+            compare_figure(plot, curves, {_LOSS: f"{_LOSS}\n(targets differ: not comparable)"} if other else None)
+            lines.append(f"Picture: {plot}")
+        else:
+            lines.append("No picture: none of the runs has a loss or an accuracy")
+    return "\n".join(lines)
+
+
+def _read(
+    names: Sequence[str], uri: str | None, metrics: Sequence[str], *, drawn: bool
+) -> tuple[list[Run], dict[str, dict[str, list[Point]]]]:
+    runs = find(names, uri)
+    there = {name for run in runs for stored in run.stages.values() for name in stored.data.metrics}
+    for name in metrics:
+        if name not in there:
+            known = ", ".join(sorted(key for key in there if _shown(key)))
+            raise SettingError(f"--metric {name}: none of the runs has it; they have {known or 'no metrics'}")
+    chosen = list(dict.fromkeys(metrics))
+    if not chosen:
+        chosen = [next((name for name in _ACCURACIES if name in there), ""), _LOSS if _LOSS in there else ""]
+    if not drawn:
+        return runs, {}
+    curves: dict[str, dict[str, list[Point]]] = {name: {} for name in chosen if name}
+    for run in runs:
+        client = store.connect(run.uri, create=False)
+        clock = _clock(client, run)
+        for name, of_runs in curves.items():
+            of_runs[run.label] = _curve(client, run, name, clock)
+    return runs, curves
+
+
+def _clock(client: Any, run: Run) -> Callable[[int], float | None]:
+    """Seconds of pretraining that so many images took: as was measured, else by the times of its losses."""
+    stored = run.stages.get(TRAINING)
+    if stored is None:
+        return lambda images: None
+    measured = store.history(client, stored.info.run_id, CLOCK)
+    if measured:
+        steps, seconds = list(measured), [value for value, _ in measured.values()]
+    else:
+        losses = store.history(client, stored.info.run_id, _LOSS)
+        steps, seconds = list(losses), [(at - stored.info.start_time) / 1000 for _, at in losses.values()]
+    if not steps:
+        return lambda images: None
+    return lambda images: float(np.interp(images, [0, *steps], [0.0, *seconds]))
+
+
+def _curve(client: Any, run: Run, name: str, clock: Callable[[int], float | None]) -> list[Point]:
+    stored = next((run.stages[stage] for stage in _by_rank(run) if name in run.stages[stage].data.metrics), None)
+    if stored is None:
+        return []
+    bounds = _bounds(name, stored.data.metrics)
+    low, high = (store.history(client, stored.info.run_id, bound) for bound in bounds) if bounds else ({}, {})
+    return [
+        Point(
+            images,
+            clock(images),
+            value,
+            (low[images][0], high[images][0]) if images in low and images in high else None,
+        )
+        for images, (value, _) in store.history(client, stored.info.run_id, name).items()
+    ]
+
+
+def _by_rank(run: Run) -> list[str]:
+    """Its stages; where two have a setting or a metric of the same name, the first one's counts."""
+    return sorted(run.stages, key=lambda stage: (stage != TRAINING, list(run.stages).index(stage)))
+
+
+def _bounds(name: str, metrics: Mapping[str, float]) -> tuple[str, str] | None:
+    """Names of the ends of a metric's interval, if it has one: NAME_low, or of NAME_SUBJECT NAME_low_SUBJECT."""
+    for at in [len(name), *(index for index in range(len(name) - 1, 0, -1) if name[index] == "_")]:
+        low, high = (f"{name[:at]}_{end}{name[at:]}" for end in ("low", "high"))
+        if low in metrics and high in metrics:
+            return low, high
+    return None
+
+
+def _content(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that is said, as JSON."""
+    settings = {run.label: _settings(run) for run in runs}
+    # Settings of a stage that one of them has not been through yet would differ, all of them.
+    sections = set.intersection(*({_section(key) for key in of_run} for of_run in settings.values()))
+    keys = sorted({k for of_run in settings.values() for k in of_run if _section(k) in sections}, key=_setting_order)
+    differing = {}
+    for key in keys:
+        values = {label: of_run.get(key) for label, of_run in settings.items()}
+        if len(set(values.values())) > 1:
+            differing[key] = values
+    stages = list(dict.fromkeys(stage for run in runs for stage in _by_rank(run)))
+    return {
+        "runs": {
+            run.label: {
+                stage: {"run_id": stored.info.run_id, "name": stored.info.run_name, "status": stored.info.status}
+                for stage, stored in run.stages.items()
+            }
+            for run in runs
+        },
+        "settings": differing,
+        "metrics": {run.label: _metrics(run) for run in runs},
+        "cost": {stage: {run.label: _cost(run, stage) for run in runs} for stage in stages},
+        "notes": [note for run in runs for note in run.notes],
+    }
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """Settings of the stages that were run, each by the first stage that has it; and what identifies data and code."""
+    settings: dict[str, str] = {}
+    for stage in _by_rank(run):
+        sections = STAGE_SECTIONS.get("tune" if stage == "trial" else stage)
+        for key, value in run.stages[stage].data.params.items():
+            section, dot, _ = key.partition(".")
+            if section not in _NOT_COMPARED and (not dot or sections is None or section in sections):
+                settings.setdefault(key, value)
+    for stage in _by_rank(run):
+        tags = run.stages[stage].data.tags
+        for tag, words in _TAGS.items():
+            if tag in tags:
+                settings.setdefault(words, tags[tag])
+    return settings
+
+
+def _section(key: str) -> str:
+    section, dot, _ = key.partition(".")
+    return section if dot else ""
+
+
+def _setting_order(key: str) -> tuple[bool, bool, str]:
+    return key in _TAGS.values(), "." not in key, key
+
+
+def _metrics(run: Run) -> dict[str, dict[str, float]]:
+    """Last values by name, with the ends of their intervals."""
+    found: dict[str, dict[str, float]] = {}
+    for stage in _by_rank(run):
+        metrics = run.stages[stage].data.metrics
+        ends = {end for name in metrics for end in (_bounds(name, metrics) or ())}
+        for name, value in metrics.items():
+            if not _shown(name) or name in ends or name in found:
+                continue
+            found[name] = {"value": value}
+            if bounds := _bounds(name, metrics):
+                found[name] |= {"low": metrics[bounds[0]], "high": metrics[bounds[1]]}
+    return found
+
+
+def _shown(name: str) -> bool:
+    """Whether a metric says what came out: not how a run went, nor what it cost."""
+    if name.startswith("train/"):
+        return name.startswith(_LOSS)
+    return not name.startswith((PREFIX, "system/", "prepare/", "perf/", "monitor/cpu"))
+
+
+def _cost(run: Run, stage: str) -> dict[str, float] | None:
+    metrics = run.stages[stage].data.metrics if stage in run.stages else {}
+    return Spent.of(metrics).record() if CLOCK in metrics else None
+
+
+def _text(content: Mapping[str, Any], labels: Sequence[str]) -> str:
+    parts = []
+    states = {label: _state(content["runs"][label]) for label in labels}
+    if any(states.values()):
+        parts.append(table(("", *labels), [("not finished", *(states[label] or NONE for label in labels))]))
+    rows = [(key, *(_short(values[label]) for label in labels)) for key, values in content["settings"].items()]
+    alone = "One run: there is nothing that it could differ from." if len(labels) == 1 else "No setting differs."
+    parts += ["## Settings that differ", table(("setting", *labels), rows) if rows else alone]
+    metrics = content["metrics"]
+    names = sorted({name for label in labels for name in metrics[label]}, key=_metric_order)
+    rows = [(name, *(_with_interval(metrics[label].get(name)) for label in labels)) for name in names]
+    parts += [
+        "## Metrics (with 95 % intervals, where they have any)",
+        table(("metric", *labels), rows) if rows else "None.",
+    ]
+    for stage, costs in content["cost"].items():
+        if any(costs.values()):
+            parts += [f"## Cost of {stage}", _cost_table(costs, labels)]
+    lacking = [label for label in labels if not any(costs[label] for costs in content["cost"].values())]
+    notes = [*content["notes"], *(f"{label}: its cost is not known, it was not measured" for label in lacking)]
+    return "\n\n".join([*parts, *(f"Note: {note}" for note in notes)])
+
+
+def _cost_table(costs: Mapping[str, Mapping[str, float] | None], labels: Sequence[str]) -> str:
+    words = {label: said(Spent.of(cost)) if (cost := costs[label]) else {} for label in labels}
+    titles = {
+        "images_seen": "images seen",
+        "wall_clock_s": "wall-clock",
+        "worker_hours": "CPU core-hours",
+        "gpu_hours": "GPU-hours",
+        "flops": "arithmetic",
+        "peak_memory_bytes": "memory of a worker",
+        "gpu_peak_memory_bytes": "memory of a GPU",
+        "bytes_read": "bytes read",
+    }
+    rows = [
+        (
+            title,
+            *(
+                _bare(words[label][name]) if words[label].get(name) else "0" if words[label] else NONE
+                for label in labels
+            ),
+        )
+        for name, title in titles.items()
+        if any(words[label].get(name) for label in labels)
+    ]
+    return table(("", *labels), rows)
+
+
+def _bare(words: str) -> str:
+    """Without what the row's title says."""
+    for ending in (" images seen", " worker-hours", " GPU-hours", " a worker at most", " a GPU at most", " read"):
+        words = words.removesuffix(ending)
+    return words
+
+
+def _state(stages: Mapping[str, Mapping[str, str]]) -> str:
+    return ", ".join(f"{stage} {about['status']}" for stage, about in stages.items() if about["status"] != "FINISHED")
+
+
+def _metric_order(name: str) -> tuple[int, str]:
+    return ("eval/", "monitor/", _LOSS).index(
+        next((p for p in ("eval/", "monitor/", _LOSS) if name.startswith(p)), _LOSS)
+    ), name
+
+
+def _with_interval(metric: Mapping[str, float] | None) -> str:
+    if metric is None:
+        return NONE
+    if "low" not in metric:
+        return f"{metric['value']:.4g}"
+    width = metric["high"] - metric["low"]
+    digits = max(1, 1 - math.floor(math.log10(width))) if width > 0 else 1
+    value, low, high = (f"{metric[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _short(value: str | None) -> str:
+    text = NONE if value is None else " ".join(value.split()).replace("|", "/")
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -1,0 +1,111 @@
+"""`wavemim sync`: send what MLflow did not get while the stages ran."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import SettingError, StageError
+from pipeline.storage.jsonl import JsonLines
+from pipeline.tracking import mlflow_client as store
+from pipeline.tracking.mlflow_client import RunGone
+from pipeline.tracking.runs import recorded_address, stored_uri
+from pipeline.tracking.sender import OUTBOX, Busy, Position, Sender
+
+# Seconds: for a stage that is sending itself; for a call, which nobody's training waits for.
+_WAIT, _LIMIT = 30.0, 120.0
+
+
+def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], object] = print) -> None:
+    """Send what is left in an out folder, a run (OUT/runs/NAME) or a stage's folder; `say` gets a line a stage.
+
+    `uri`: the store, where it is not the one of the stages. Raises SettingError where there is nothing of a stage, and
+    StageError where the store does not answer or refuses.
+    """
+    root = Path(where).expanduser().absolute()
+    if not root.is_dir():
+        raise SettingError(f"{where} is not a folder; give OUT, OUT/runs/NAME or the folder of a stage in it")
+    below = root / "runs" if (root / "runs").is_dir() else root
+    folders = _folders(below)
+    if not folders:
+        raise SettingError(
+            f"{where} has nothing that was logged; give OUT, OUT/runs/NAME or the folder of a stage in it"
+        )
+    for folder in folders:
+        name = folder.name if folder == below else str(folder.relative_to(below))
+        say(f"{name}: {_send(folder, uri)}")
+
+
+def _folders(below: Path) -> list[Path]:
+    """Folders with an outbox, parents before those nested in them."""
+    found = []
+    for place, names, files in os.walk(below):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        if OUTBOX in files:
+            found.append(Path(place))
+    return found
+
+
+def _send(folder: Path, uri: str | None) -> str:
+    """Send what is left of one folder, and say what that was."""
+    outbox = JsonLines(folder / OUTBOX)
+    chosen = uri is not None
+    if uri is not None:
+        uri = store.absolute_uri(uri)
+        if recorded_address(outbox) != store.without_password(uri):
+            outbox.append({"do": "store", "uri": store.without_password(uri)})
+    else:
+        uri = stored_uri(folder, outbox)
+    _end_with_parent(folder, outbox)
+    sender = Sender(folder, uri, create=chosen or not Position.of(folder).run_id, limit=_LIMIT)
+    try:
+        sender.send(wait=_WAIT)
+    except (RunGone, Busy) as error:
+        raise StageError(f"{folder}: {error}; it is kept, and sent when that is mended") from None
+    except Exception as error:
+        verb = "refuses" if store.refused(error) else "does not answer"
+        raise StageError(
+            f"MLflow at {store.without_password(uri)} {verb} ({store.reason(error)}); what is left stays in {folder}"
+        ) from error
+    if sender.held:
+        raise StageError(f"{folder}: MLflow does not take {_count(sender.held, 'file')} ({sender.trouble})")
+    return _said(sender)
+
+
+def _said(sender: Sender) -> str:
+    tally = sender.tally
+    parts = []
+    if tally.values:
+        parts.append(f"{_count(tally.values, 'value')} of {_count(len(tally.names), 'metric')}")
+    if tally.files:
+        parts.append(_count(tally.files, "file"))
+    if not parts and tally.runs:
+        parts.append("settings and state")
+    if tally.refused:
+        parts.append(f"{_count(tally.refused, 'value')} refused")
+    if tally.missing:
+        parts.append(f"{_count(len(tally.missing), 'file')} no longer there")
+    return f"{', '.join(parts) or 'nothing left'}; run {sender.run_id}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def _end_with_parent(folder: Path, outbox: JsonLines) -> None:
+    """A trial that was stopped wrote no end; when its sweep is over, so is the trial."""
+    entries = _runs(outbox)
+    if not entries or entries[-1]["do"] == "end" or not entries[-1]["parent"]:
+        return
+    parent = _runs(JsonLines(Path(os.path.normpath(folder / entries[-1]["parent"])) / OUTBOX))
+    if parent and parent[-1]["do"] == "end":
+        size = JsonLines(folder / "metrics.jsonl").size()
+        now = parent[-1].get("time", int(time.time() * 1000))
+        outbox.append({"do": "end", "at": size, "status": "KILLED", "time": now, "force": False})
+
+
+def _runs(outbox: JsonLines) -> list[dict[str, Any]]:
+    return [entry for entry, _ in outbox.read() if entry.get("do") in ("start", "end")]

@@ -1,0 +1,1 @@
+"""MLflow: what is logged is written locally first and sent beside the work."""

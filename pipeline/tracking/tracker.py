@@ -1,0 +1,345 @@
+"""Runs, metrics and files of a stage, on their way to MLflow.
+
+Tracking never costs a run. Whoever logs only adds a line to a local file; a thread sends what is there, and may fail,
+which gives one warning. What it could not send is sent when MLflow is back, by this process, by the next one that goes
+on with the stage, or by `wavemim sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import math
+import os
+import shlex
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from pipeline.config.recipe import Recipe
+from pipeline.storage.jsonl import JsonLines
+from pipeline.tracking import mlflow_client as store
+from pipeline.tracking.background import SendingThread
+from pipeline.tracking.mlflow_client import without_password
+from pipeline.tracking.sender import METRICS, OUTBOX, Busy, Position, Sender
+
+_log = logging.getLogger(__name__)
+
+# Seconds.
+_START_LIMIT, _END_LIMIT = 120.0, 20.0
+
+
+def store_uri(recipe: Recipe) -> str:
+    """Where MLflow keeps the runs: the setting, MLFLOW_TRACKING_URI or SQLite in the out folder. Always absolute."""
+    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return store.absolute_uri(uri) if uri else f"sqlite:///{Path(recipe.out).expanduser().absolute() / 'mlflow.db'}"
+
+
+def ui_command(recipe: Recipe) -> str:
+    """What the user types, or opens, to see the runs."""
+    uri = store_uri(recipe)
+    if "://" in uri and not uri.startswith(("http:", "https:", "databricks")):
+        # One worker: MLflow starts four by default, of 250 MB each.
+        command = f"mlflow ui --backend-store-uri {shlex.quote(without_password(uri))}"
+        return f"{command} --host 127.0.0.1 --port 5000 --workers 1"
+    return f"open {without_password(uri)}"
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """What a worker needs to log to a run; plain strings, so that it can be pickled."""
+
+    uri: str
+    run_id: str  # empty while MLflow does not know the run: it is only in the folder of `log_file`
+    log_file: str
+
+
+class Tracker:
+    """One run: all that is logged goes to files in its folder, and from there to MLflow."""
+
+    def __init__(self, handle: RunHandle, *, owner: bool, create: bool = False) -> None:
+        self._handle = handle
+        self._owner = owner  # ends the run
+        self._folder = Path(handle.log_file).parent
+        self._metrics, self._outbox = JsonLines(Path(handle.log_file)), JsonLines(self._folder / OUTBOX)
+        self._sender = Sender(
+            self._folder, handle.uri, run_id=handle.run_id, create=create, metrics=self._metrics, outbox=self._outbox
+        )
+        self._thread = SendingThread(self._send)
+        self._probe: _SystemProbe | None = None
+        self._stamp = 0  # of the last line, ms
+        self._warned = False
+        self._warning = threading.Lock()  # of two threads only one warns
+        self._ended = False
+
+    @classmethod
+    def start(
+        cls,
+        recipe: Recipe,
+        stage: str,
+        *,
+        parent: RunHandle | None = None,
+        name: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        log_dir: Path,
+    ) -> Tracker:
+        """A new run, in a store that is made if need be; or the run that an earlier call began in `log_dir`, and did
+        not finish. A run that the store no longer has, or that was deleted there, is begun anew with all its metrics.
+        """
+        # A trial's working folder is not the driver's, so a relative URI is not resolved a second time.
+        uri = parent.uri if parent is not None else store_uri(recipe)
+        folder = Path(log_dir).absolute()
+        tracker = cls(RunHandle(uri, "", str(folder / METRICS)), owner=True, create=parent is None)
+        settings = _redacted(recipe)
+        flat = flatten(params if params is not None else settings)
+        start = {
+            "do": "start",
+            "at": tracker._metrics.size(),
+            "time": int(time.time() * 1000),
+            "key": _unfinished_key(tracker._outbox) or uuid.uuid4().hex,
+            "uri": without_password(uri),
+            "experiment": recipe.tracking.experiment,
+            "name": name or f"{stage}-{recipe.name}",
+            "tags": {**_tags(recipe, stage), **(tags or {})},
+            "params": flat,
+            "parent": os.path.relpath(Path(parent.log_file).parent, folder) if parent is not None else "",
+            "parent_id": parent.run_id if parent is not None else "",
+        }
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        tracker._outbox.append(start)
+        tracker._note("text", text=text, file="recipe.yaml")
+        if parent is not None and not (parent.run_id or Position.of(Path(parent.log_file).parent).run_id):
+            tracker._warned = True  # the parent has waited and warned
+            tracker._thread.pause()
+        else:
+            tracker.flush(_START_LIMIT)
+        if recipe.tracking.system_metrics:
+            tracker._probe = _SystemProbe(tracker)
+        return tracker
+
+    @classmethod
+    def attach(cls, handle: RunHandle) -> Tracker:
+        """A further writer to a run, in a worker; the run itself is begun and ended by who started it."""
+        return cls(handle, owner=False)
+
+    @property
+    def handle(self) -> RunHandle:
+        """For further writers; its run id is empty while MLflow does not know the run."""
+        return replace(self._handle, run_id=self._sender.run_id or self._handle.run_id)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics at a step (images seen). Values that are not finite stay out of MLflow, and are text in the file."""
+        stamp = int(time.time() * 1000)
+        # MLflow keeps one value of the same name, step, time and number; a clock that was set back is believed.
+        if stamp <= self._stamp < stamp + 1000:
+            stamp = self._stamp + 1
+        self._stamp = stamp
+        values = {name: float(value) for name, value in metrics.items()}
+        written = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        self._metrics.append({"step": int(step), "time": stamp / 1000, "metrics": written})
+        self._thread.wake()
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Log a file, or a folder with all that is in it. It is read when it is sent: it has to stay where it is."""
+        source = Path(path).absolute()
+        inside = source.is_relative_to(self._folder)  # so that the folder can be moved
+        self._note("file", path=str(source.relative_to(self._folder) if inside else source), into=folder)
+
+    def artifact_text(self, text: str, file: str) -> None:
+        """Log a text as the artifact `file`."""
+        self._note("text", text=text, file=file)
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._note("tag", key=store.clean_key(key), value=str(value))
+
+    def end(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED; of an attached tracker only send what is left.
+
+        Waits for MLflow, but not long: what is not sent by then is sent later.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        if self._probe is not None:
+            self._probe.stop()
+        if self._owner:
+            self._note("end", at=self._metrics.size(), status=status, time=int(time.time() * 1000), force=True)
+        sent = self.flush(_END_LIMIT)
+        self._thread.close()
+        if not sent and not self._warned:
+            self._warn("does not take everything in time")
+
+    def flush(self, seconds: float) -> bool:
+        """Whether all that was logged has been sent, after at most so long."""
+        return self._thread.flush(seconds)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or (isinstance(error, SystemExit) and not error.code):
+            self.end("FINISHED")
+        else:
+            self.end("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+    def _note(self, do: str, **entry: Any) -> None:
+        """Add a line to the outbox."""
+        self._outbox.append({"do": do, **entry})
+        self._thread.wake()
+
+    def _send(self, urgent: bool) -> bool | None:
+        """Send what there is. Whether that succeeded; None where another process is sending."""
+        try:
+            self._sender.send(wait=_END_LIMIT if urgent else 0.0, files=urgent)
+        except Busy:
+            return None
+        except Exception as error:
+            self._warn(f"{'refuses' if store.refused(error) else 'does not answer'} ({store.reason(error)})")
+            return False
+        return True
+
+    def _warn(self, what: str) -> None:
+        with self._warning:
+            first, self._warned = not self._warned, True
+        if first:
+            _log.warning(
+                "MLflow at %s %s: metrics are kept in %s; training goes on, and wavemim sync %s sends what is left",
+                without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),
+            )  # fmt: skip
+
+
+class _SystemProbe:
+    """Logs the use of this machine, by the names that MLflow gives it; the step is seconds since the run began here."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._begun = tracker, time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Log no more."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        with contextlib.suppress(Exception):  # a machine without some counter
+            store.import_mlflow()
+            monitors = store.system_monitors()
+            while True:
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                if self._stopped.wait(self._interval()):
+                    return
+                values = {f"system/{k}": v for m in monitors for k, v in m.aggregate_metrics().items()}
+                self._tracker.log(values, int(time.monotonic() - self._begun))
+                for monitor in monitors:
+                    monitor.clear_metrics()
+
+    def _interval(self) -> float:
+        """Dense enough for a run of 30 s, and not a million rows for one of a week."""
+        asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
+        return float(asked) if asked else min(60.0, max(5.0, (time.monotonic() - self._begun) / 100))
+
+
+def _unfinished_key(outbox: JsonLines) -> str:
+    """Of the run that an earlier call began in this folder and did not finish; empty where there is none."""
+    key = ""
+    for entry, _ in outbox.read():
+        if entry.get("do") == "start":
+            key = entry["key"]
+        elif entry.get("do") == "end" and entry["status"] == "FINISHED":
+            key = ""
+    return key
+
+
+def end_trials(uri: str, parent_run_id: str, statuses: Mapping[str, str]) -> None:
+    """End the child runs still RUNNING, with the status given for their run id or name, else KILLED."""
+    if not parent_run_id:
+        return
+
+    def end_all() -> None:
+        client = store.connect(uri, create=False)
+        experiment = client.get_run(parent_run_id).info.experiment_id
+        for run in store.running_children(client, experiment, parent_run_id):
+            status = statuses.get(run.info.run_id) or statuses.get(run.info.run_name or "") or "KILLED"
+            client.set_terminated(run.info.run_id, status)
+
+    try:
+        store.import_mlflow()
+        store.within(_START_LIMIT, end_all)
+    except Exception as error:
+        reason = store.reason(error)
+        _log.warning("MLflow at %s: runs of trials were not ended (%s)", without_password(uri), reason)
+
+
+def flatten(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys with values in text, as YAML would have them."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{dotted}."))
+        else:
+            flat[dotted] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def _tags(recipe: Recipe, stage: str) -> dict[str, str]:
+    tags = {
+        "wavemim.stage": stage,
+        "wavemim.recipe": recipe.name,
+        "wavemim.run": recipe.name,  # the same for all stages of a run: what belongs together
+        "wavemim.out": str(Path(recipe.out).expanduser().absolute()),
+        "mlflow.source.name": f"wavemim {stage}",
+        **_version_tags(),
+    }
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        tags["mlflow.user"] = str(os.getuid())
+    return tags
+
+
+def _version_tags() -> dict[str, str]:
+    """The commit of the project's own checkout, else the installed version."""
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():  # not any repository that happens to lie around the installed package
+        try:
+            commit = _git(root, "rev-parse", "HEAD")
+            dirty = "-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+            return {"mlflow.source.git.commit": commit + dirty}
+        except (OSError, subprocess.SubprocessError):
+            pass
+    try:
+        return {"wavemim.version": metadata.version("wavemim")}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+
+def _redacted(recipe: Recipe) -> dict[str, Any]:
+    """All settings; a password in the store's URI is not for everyone who sees the runs."""
+    settings = recipe.dump()
+    if recipe.tracking.uri:
+        settings["tracking"]["uri"] = without_password(recipe.tracking.uri)
+    return settings

@@ -1,0 +1,1 @@
+"""The training harness: loops, schedule, metrics, divergence and online evaluation. Knows no Ray."""

@@ -1,0 +1,335 @@
+"""Looks at the newest checkpoint while training goes on: a picture of reconstructions and a cheap linear probe. No Ray here.
+
+Each look is a child process of the driver, of low priority, with one thread and without a GPU. Its CPU time is counted,
+and the next look waits until all of them together are below `SHARE` of the time that training has run: a look takes
+that time from one worker at most, and even if all others wait for it, training is slowed by no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.recipe import Recipe
+from pipeline.models.build import build_views
+from pipeline.shards.batches import sequential
+from pipeline.shards.shard_set import ShardSet
+from wavemim.figures.reconstruction import reconstruction_figure
+from wavemim.inputs import Inputs
+from wavemim.model import MaskedImageModel
+
+_log = logging.getLogger(__name__)
+
+PICTURES = "pictures"  # folder in the stage's, and of the artifacts
+TRAIN_IMAGES, VAL_IMAGES = 2000, 1000  # of the probe, at most
+STRENGTH, ITERATIONS = 0.1, 100  # of the probe: one for all looks, so that they compare
+SHARE = 0.02  # of the time that training runs, half of it for pictures and half for probes
+FIRST_COST = 8.0  # CPU seconds that a kind of look is taken to cost until one was measured
+LIMIT = 3600.0  # seconds that a look may last
+FAILURES = 3  # in a row, then there are no more looks
+NICE = 10
+PROBE_BATCH = 50
+
+Log = Callable[[Mapping[str, float], int], None]
+LogFile = Callable[[Path, str], None]
+
+
+@dataclass
+class Account:
+    """What looks of a kind cost, in CPU seconds, against what they may."""
+
+    share: float
+    spent: float = 0.0
+    cost: float = FIRST_COST  # of the next one
+
+    def allows(self, elapsed: float) -> bool:
+        """Whether another one fits into the time that training has run."""
+        return self.spent + self.cost <= self.share * elapsed
+
+    def pay(self, cost: float) -> None:
+        """One was made."""
+        self.spent += cost
+        self.cost = cost
+
+
+class Monitor:
+    """Decides when to look, has it done, and logs what came of it. What fails gives one warning and costs nothing else."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: str,
+        *,
+        labelled: bool,
+        log: Log,
+        artifact: LogFile,
+        minutes: float,
+        newest: Callable[[], Path | None] | None = None,
+        share: float = SHARE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`folder` is the stage's, with the checkpoints, unless `newest` gives the last one otherwise; `shards` a URL.
+
+        `minutes` lie between two looks at least. `log` takes metrics and images seen, `artifact` a file and the folder
+        of the artifact.
+        """
+        self.folder, self.shards, self.labelled = folder, shards, labelled
+        self.log, self.artifact = log, artifact
+        self.seconds, self.clock = 60 * minutes, clock
+        self.newest = newest or (lambda: newest_of(folder))
+        self.pictures = Account(share / 2 if labelled else share)
+        self.probes = Account(share / 2)
+        self.began = clock()
+        self.next = self.began + self.seconds
+        self.last: Path | None = None  # checkpoint that was looked at
+        self.failures = 0
+        self.stopped = threading.Event()
+        self._child: subprocess.Popen[str] | None = None
+        self._turn = threading.Lock()
+
+    def look(self) -> bool:
+        """Look at the newest checkpoint if it is time for it and there is a new one; whether that was done."""
+        now = self.clock()
+        elapsed = now - self.began
+        picture = self.pictures.allows(elapsed)
+        # A probe has its own half of the time; how much one costs is found out by the first.
+        probe = self.labelled and self.probes.allows(elapsed)
+        if now < self.next or not (picture or probe):
+            return False
+        path = self.newest()
+        if path is None or path == self.last:
+            return False
+        file = self.folder / PICTURES / f"{path.name}.png"
+        picture = picture and not file.is_file()  # of an earlier call
+        if not (picture or probe):
+            self.last = path
+            return False
+        self.next = now + self.seconds
+        answer = self._ask(
+            {
+                "checkpoint": str(path.absolute()),
+                "shards": self.shards,
+                "picture": str(file.absolute()) if picture else None,
+                "probe": self.probes.share * elapsed - self.probes.spent if probe else None,
+            }
+        )
+        if answer.get("gone"):  # it was removed meanwhile: there is a newer one
+            self.next = now
+            return False
+        self.last = path
+        self._take(answer, file)
+        return True
+
+    def _take(self, answer: Mapping[str, Any], file: Path) -> None:
+        images, common = int(answer["images"]), float(answer["common"])
+        if "picture" in answer:
+            self.pictures.pay(common + answer["picture"])
+            self.artifact(file, PICTURES)
+            common = 0.0  # what both need is paid for
+        if "probe" in answer:
+            self.probes.pay(common + answer["probe"])
+        metrics = dict(answer.get("metrics", {}))
+        if "expected" in answer:  # too dear for now
+            self.probes.cost = answer["expected"]
+        self.log({**metrics, "monitor/cpu_seconds": float(answer["total"])}, images)
+
+    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a child process do it. Raises RuntimeError where that fails."""
+        root = str(Path(__file__).resolve().parents[2])
+        environment = {
+            **os.environ,
+            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        }
+        with self._turn:
+            if self.stopped.is_set():
+                raise RuntimeError("it was stopped")
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.training.online_eval"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is the driver's
+            )
+        began = time.monotonic()
+        try:
+            out, errors = self._child.communicate(json.dumps(job), timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.communicate()
+            raise RuntimeError(f"it took longer than {LIMIT:.0f} s") from None
+        finally:
+            failed = self._child.returncode != 0
+            self._child = None
+            if failed:  # nobody says what it cost
+                for asked, account in ((job["picture"], self.pictures), (job["probe"], self.probes)):
+                    if asked is not None:
+                        account.pay(time.monotonic() - began)
+        if failed:
+            lines = [line for line in errors.splitlines() if line.strip()]
+            raise RuntimeError(lines[-1] if lines else "it ended without a word")
+        answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return answer
+
+    def run(self, pause: float = 1.0) -> None:
+        """Look whenever it is time, until stopped, or until it failed too often."""
+        warned = False
+        while not self.stopped.wait(pause):
+            try:
+                if self.look():
+                    self.failures = 0
+            except Exception as error:  # it must not cost the run, whatever it is
+                self.failures += 1
+                if self.stopped.is_set():
+                    return
+                if not warned:
+                    warned = True
+                    _log.warning("pictures and probes while training: %s; training goes on", error)
+                if self.failures >= FAILURES:
+                    return
+
+    def stop(self) -> None:
+        """No more looks; one that is under way is ended."""
+        with self._turn:
+            self.stopped.set()
+            child = self._child
+        if child is not None:
+            with contextlib.suppress(OSError):
+                child.kill()
+
+
+@contextlib.contextmanager
+def monitoring(
+    folder: Path,
+    shards: str,
+    *,
+    labelled: bool,
+    log: Log,
+    artifact: LogFile,
+    minutes: float | None,
+    newest: Callable[[], Path | None] | None = None,
+) -> Iterator[None]:
+    """Look at training while the block runs, as `Monitor` does; not at all where `minutes` is None."""
+    if minutes is None:
+        yield
+        return
+    monitor = Monitor(folder, shards, labelled=labelled, log=log, artifact=artifact, minutes=minutes, newest=newest)
+    thread = threading.Thread(target=monitor.run, name="monitor", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        monitor.stop()
+        thread.join(timeout=10)
+
+
+def newest_of(folder: Path) -> Path | None:
+    """The checkpoint below `folder` that has seen the most images, whole or not; None where there is none."""
+    from wavemim.weights import checkpoint
+
+    return next((path for _, path in checkpoint.seen(folder)), None)
+
+
+def work(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A look, in the child: costs in CPU seconds, and metrics. Raises what the checkpoint or the shard set raises."""
+    from pipeline.models.build import build_inputs, model_of_checkpoint
+    from pipeline.shards.shard_set import ShardSet
+    from wavemim.weights import checkpoint
+
+    path = Path(job["checkpoint"])
+    try:
+        state = checkpoint.read_state(path, verify=False)
+        name = checkpoint.AVERAGED if checkpoint.AVERAGED in state["files"] else checkpoint.MODEL
+        if checkpoint.checksum(path / name) != state["files"][name]:
+            raise checkpoint.CheckpointError(f"{path / name} is damaged")
+        model, _, recipe = model_of_checkpoint(path)
+    except (OSError, checkpoint.CheckpointError):
+        if path.is_dir():
+            raise
+        return {"gone": True}
+    shards = ShardSet.open(job["shards"])
+    inputs = build_inputs(shards, state)
+    model.eval()
+    answer: dict[str, Any] = {"images": state["images"], "common": time.process_time(), "metrics": {}}
+    if job["picture"] is not None:
+        Path(job["picture"]).parent.mkdir(exist_ok=True)
+        draw_val(Path(job["picture"]), model, inputs, recipe, shards)
+        answer["picture"] = time.process_time() - answer["common"]
+    if job["probe"] is not None:
+        answer |= _probe(model, inputs, recipe, shards, job["probe"], 0.0 if "picture" in answer else answer["common"])
+    return {**answer, "total": time.process_time()}
+
+
+def _probe(model: Any, inputs: Any, recipe: Any, shards: Any, allowed: float, common: float) -> dict[str, Any]:
+    """A linear probe within `allowed` CPU seconds, of which `common` are gone; or what it would cost, if that is more."""
+    from pipeline.evaluation.features import features_of
+    from wavemim.evaluation.probes import linear_probe
+
+    def features(split: str, most: int) -> Any:
+        window = recipe.encoder.image_size
+        encoder = model.encoder.model
+        return features_of(encoder, inputs, shards, split, window=window, batch=PROBE_BATCH, max_rows=most)
+
+    counts = {"train": min(TRAIN_IMAGES, shards.rows["train"]), "val": min(VAL_IMAGES, shards.rows["val"])}
+    first = min(PROBE_BATCH, counts["train"])
+    features("train", first)  # what is done once, such as the first call of a library, is not measured
+    began = time.process_time()
+    width = features("train", first)[0].shape[1]
+    each = (time.process_time() - began) / first
+    solving = ITERATIONS * 6 * counts["train"] * width * len(shards.classes) / 5e9  # at 5 GFLOP/s
+    expected = common + each * sum(counts.values()) + solving
+    spent = time.process_time() - began
+    if expected + spent > allowed:
+        return {"expected": expected + spent, "probe": spent}
+    train, val = (features(split, count) for split, count in counts.items())
+    accuracy, _ = linear_probe(train, val, strengths=(STRENGTH,), seed=recipe.seed, max_iterations=ITERATIONS)
+    metrics = {
+        "monitor/linear_top1": accuracy.top1,
+        "monitor/linear_top1_low": accuracy.low,
+        "monitor/linear_top1_high": accuracy.high,
+    }
+    return {"metrics": metrics, "probe": time.process_time() - began}
+
+
+def _be_child() -> None:
+    os.nice(NICE)
+    import torch
+
+    torch.set_num_threads(1)
+    answer = work(json.load(sys.stdin))
+    print(json.dumps(answer), flush=True)
+
+
+IMAGES = 4
+
+
+def draw_val(path: Path, model: MaskedImageModel, inputs: Inputs, recipe: Recipe, shards: ShardSet) -> None:
+    """Write the figure of `IMAGES` images of val, of train where there is no val."""
+    split = "val" if shards.rows.get("val") else "train"
+    batch = next(iter(sequential(shards, split, IMAGES, window=recipe.encoder.image_size, max_rows=IMAGES)))
+    reconstruction_figure(
+        path,
+        model=model.eval(),
+        views=build_views(recipe, model, inputs, augment=False),
+        stored=batch.levels,
+        rows=batch.rows,
+        crop=batch.crop,
+        names=[f"{split} row {row}" for row in batch.rows.tolist()],
+    )
+
+
+if __name__ == "__main__":
+    _be_child()

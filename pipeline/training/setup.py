@@ -1,0 +1,188 @@
+"""What the loop works with for as long as images have one size: model, optimiser, step, reader. No Ray in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config.recipe import Recipe
+from pipeline.models.build import build_inputs, build_model, build_views, statistics_of
+from pipeline.shards.reader import Reader
+from pipeline.shards.shard_set import ShardSet
+from pipeline.training.schedule import Phase, TrainSchedule, TrainState
+from wavemim.flops import cost_of
+from wavemim.model import MaskedImageModel
+from wavemim.optim import Average, make_average, make_optimizer, make_schedule
+from wavemim.positions import stretch_positions
+from wavemim.sharding import shard
+from wavemim.step import TrainStep
+from wavemim.targets import STD_FLOOR
+from wavemim.views import Views
+from wavemim.weights import checkpoint
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model in training."""
+
+    model: MaskedImageModel
+    wrapped: nn.Module  # the same behind DDP
+    optimizer: torch.optim.Optimizer
+    step: TrainStep
+    reader: Reader
+    saver: checkpoint.Saver
+    flops: int  # of a forward and a backward pass of one image
+
+
+def set_up(
+    recipe: Recipe,
+    phase: Phase,
+    plan: TrainSchedule,
+    position: TrainState,
+    shards: ShardSet,
+    *,
+    before: Path | checkpoint.Snapshot | None,
+    device: torch.device,
+    rank: int,
+    world: int,
+    wrap: Wrap | None,
+    threads: int,
+    about: Callable[[], Mapping[str, Any]] = dict,
+) -> Training:
+    """Everything for `phase`, from `before` on: a checkpoint, or what the phase before ended with; None: from the start.
+
+    `recipe` is that of the whole run: what checkpoints remember, with what `about` says by then.
+    """
+    settings = phase.recipe.train
+    shared = settings.parallel == "fsdp" and world > 1
+    model = _model(recipe, phase, shards, start=before is None)
+    flops = cost_of(model).training_flops
+    averaged = None if settings.ema is None else make_average(model, settings.ema)
+    for placed, file in _files(model, averaged):
+        if shared:  # before there is an optimiser, whose moments are then shared out too
+            shard(placed, device, precision_of(recipe, device))
+        else:
+            placed.to(device)
+        if before is not None:
+            checkpoint.load_model(before, placed, name=file)
+    peak_lr = settings.lr * plan.batch / 256
+    optimizer = make_optimizer(model, lr=peak_lr, weight_decay=settings.weight_decay, betas=settings.betas)
+    if before is not None:
+        checkpoint.load_optimizer(before, model, optimizer)
+    if settings.recompute:
+        model.encoder.recompute_activations()
+    wrapped = wrap(model) if wrap and not shared else model
+    if settings.compile:
+        wrapped.compile(dynamic=False)
+    views = views_of(phase, model, shards, device)
+    step = TrainStep(
+        model,
+        views,
+        optimizer,
+        make_schedule(
+            optimizer,
+            total_steps=plan.total_steps,
+            warmup_steps=plan.warmup_steps,
+            min_lr=peak_lr * settings.min_lr_share,
+        ),
+        seed=recipe.seed,
+        total_steps=plan.total_steps,
+        clip_grad=settings.clip_grad,
+        precision=precision_of(recipe, device),
+        accumulate=settings.accumulate,
+        averaged=averaged,
+        wrapped=wrapped,
+        world=world,
+        rank=rank,
+    )
+    reader = reader_of(phase, plan, position, shards, rank=rank, world=world, threads=threads, device=device)
+    always = _about(recipe, shards)
+    saver = checkpoint.Saver(
+        model,
+        optimizer,
+        averaged.module if averaged is not None else None,
+        lambda: {**position.state(), **always, **about()},
+    )
+    return Training(model, wrapped, optimizer, step, reader, saver, flops)
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the network's arithmetic; targets and losses are float32 in any case."""
+    if recipe.train.precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+
+
+def views_of(phase: Phase, model: MaskedImageModel, shards: ShardSet, device: torch.device) -> Views:
+    """What the network sees of a batch that `reader_of` gives."""
+    deepest = max(phase.recipe.target.taps) if phase.recipe.target.kind == "wavelet" else None
+    return build_views(phase.recipe, model, build_inputs(shards, depth=deepest).to(device), augment=True)
+
+
+def reader_of(
+    phase: Phase,
+    plan: TrainSchedule,
+    position: TrainState,
+    shards: ShardSet,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 2,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Reader:
+    """The reader of the train split: of windows, or of whole images that are cropped on the device; without levels
+    that are too fine for this phase. Images come in the same order in every phase."""
+    recipe = phase.recipe
+    whole = recipe.train.augment == "rrc"
+    return Reader(
+        shards,
+        "train",
+        batch=plan.batch,
+        rank=rank,
+        world=world,
+        seed=recipe.seed,
+        window=shards.image_size if whole else phase.size << phase.halvings,
+        flip=recipe.train.flip and not whole,
+        mix_groups=recipe.train.mix_groups,
+        finest=1 + phase.halvings,
+        streams=plan.streams,
+        threads=threads,
+        pin=device.type == "cuda",
+    )
+
+
+def _model(recipe: Recipe, phase: Phase, shards: ShardSet, *, start: bool) -> MaskedImageModel:
+    model = build_model(phase.recipe, shards, start=start)
+    if phase.size != recipe.encoder.image_size:
+        stretch_positions(model, model.encoder.image_size, recipe.encoder.image_size)
+    asked = recipe.train.channels_last
+    model.encoder.use_channels_last(None if asked == "auto" else asked)
+    return model
+
+
+def _files(model: MaskedImageModel, averaged: Average | None) -> Iterator[tuple[nn.Module, str]]:
+    """What a checkpoint holds of a model, and under which name."""
+    yield model, checkpoint.MODEL
+    if averaged is not None:
+        yield averaged.module, checkpoint.AVERAGED
+
+
+def _about(recipe: Recipe, shards: ShardSet) -> dict[str, Any]:
+    """What a checkpoint says of its training."""
+    statistics = statistics_of(shards)
+    return {
+        "recipe": recipe.dump(),
+        "shards": shards.fingerprint,
+        "pixel_mean": shards.pixel_mean,
+        "pixel_std": [max(value, STD_FLOOR) for value in shards.pixel_std],
+        "statistics": {"mean": statistics.mean, "std": statistics.std},
+        "wavelet": shards.layout.wavelet,
+    }

@@ -1,0 +1,1 @@
+"""Training workers on Ray Train: groups of them, heartbeat, stragglers and logs."""

@@ -1,0 +1,78 @@
+"""Warnings of workers, wherever they run, as warnings of the command that started them; kept in the stage's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.storage.jsonl import JsonLines
+
+FILE = "warnings.jsonl"
+_LOGGERS = ("pipeline", "wavemim")
+_POLL = 0.5  # seconds
+
+_log = logging.getLogger(__name__)
+
+
+class _Writer(logging.Handler):
+    """Adds each record to a file."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__(logging.WARNING)
+        self._lines, self._rank = JsonLines(path), rank
+        self._busy = threading.local()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(self._busy, "writing", False):  # a warning that the file cannot be written
+            return
+        self._busy.writing = True
+        try:
+            self._lines.append({"time": record.created, "rank": self._rank, "warning": record.getMessage()})
+        finally:
+            self._busy.writing = False
+
+
+@contextlib.contextmanager
+def passing_on(folder: Path, rank: int) -> Iterator[None]:
+    """While the block runs, write what this process warns of to the stage's `folder`."""
+    handler = _Writer(folder / FILE, rank)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def showing(folder: Path) -> Iterator[None]:
+    """While the block runs, warn of what the workers of the stage in `folder` warn of."""
+    lines, ended = JsonLines(folder / FILE), threading.Event()
+    position = lines.size()
+
+    def look() -> None:
+        nonlocal position
+        for entry, end in lines.read(position):
+            position = end
+            if "warning" in entry:
+                _log.warning("%s", entry["warning"])
+
+    def run() -> None:
+        while not ended.wait(_POLL):
+            with contextlib.suppress(OSError):
+                look()
+
+    thread = threading.Thread(target=run, name="warnings", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+        with contextlib.suppress(OSError):
+            look()

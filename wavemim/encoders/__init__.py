@@ -1,0 +1,1 @@
+"""timm backbones as encoders of masked images."""

@@ -1,0 +1,1 @@
+"""Protocols for frozen features: probes, kNN, ranks and segmentation."""

@@ -1,0 +1,1 @@
+"""Figures: reconstructions, curves, confusion matrices and segmentation."""

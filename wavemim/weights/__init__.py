@@ -1,0 +1,1 @@
+"""Weights on disk: checkpoints, timm folders, ONNX, and published MAE weights."""
