@@ -30,7 +30,7 @@ lint: $(READY)
 # Chooses every version anew, for each supported Python, from the ranges in pyproject.toml.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra onnx --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra docs --extra onnx --no-emit-index-url \
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
