@@ -101,7 +101,8 @@ def _limits(constraints: Iterable[Any]) -> str:
     if found.get("lt", 0) == 2**63:
         del found["lt"]
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return ", ".join(f"{sign} {found[name]:g}" for name, sign in signs.items() if name in found)
+    parts = (f"{sign} {found[name]:g}" for name, sign in signs.items() if name in found)
+    return ", ".join(parts).replace(" ", "&nbsp;")
 
 
 def _yaml(value: Any) -> str:
