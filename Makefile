@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint lock clean
+.PHONY: install demo test lint docs lock clean
 
 install: $(READY)
 
@@ -27,6 +27,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, into site/; fails on broken links and where docs/settings.md is not current.
+docs: $(READY)
+	$(BIN)/python docs/generate_settings.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Chooses every version anew, for each supported Python, from the ranges in pyproject.toml.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
@@ -34,4 +39,4 @@ lock: $(READY)
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) wavemim-demo dist build
+	rm -rf $(VENV) wavemim-demo dist build site
