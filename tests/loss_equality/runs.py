@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
-import timm
 import torch
 import torch.distributed as dist
 from cases import AFTER_TWO, COMMON, FINETUNING, PRETRAINING, PROBE, STEPS, TRAIN_ROWS, TWO_WORKERS, Case
-from safetensors.torch import load_file
+from digests import digests, fingerprint
 from tiny_shards import write_set
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,21 +169,12 @@ class Runs:
         print(f"{time.perf_counter() - began:5.1f} s  {name}", flush=True)
         return {
             "metrics": {key: " ".join(map(float.hex, values)) for key, values in sorted(logged.items())},
-            "sha256": {file.stem: digest(file) for file in sorted(last.glob("*.safetensors"))},
+            "sha256": digests(last),
         }
 
     def place(self, name: str) -> Path:
         """Folder of a case: ``first`` holds the checkpoints of the run, ``resumed`` those of the resumed one."""
         return self.folder / "runs" / name.replace(":", "").replace(" ", "-")
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of the tensors of a safetensors file: their names, kinds, shapes and bytes."""
-    found = hashlib.sha256()
-    for name, value in sorted(load_file(file).items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def two_workers(rank: int, folder: Path, wanted: list[str]) -> None:
@@ -235,25 +223,6 @@ def run_all(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Record]:
     return found
 
 
-def fingerprint() -> dict[str, str]:
-    """What the last bits of floats depend on."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-        about = {key.strip(): value.strip() for key, value in reversed(lines)}
-        cpu = " ".join(about.get(key, "") for key in ("vendor_id", "cpu family", "model", "model name"))
-    return {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "timm": timm.__version__,
-        "pillow": PIL.__version__,
-        "libc": " ".join(platform.libc_ver()),
-        "machine": platform.machine(),
-        "cpu": cpu,
-        "kernels": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
 def main() -> None:
     """Arguments: the file to write to, then names of cases; none: all of them, and the probe."""
     file, *names = sys.argv[1:]
@@ -261,7 +230,8 @@ def main() -> None:
     torch.backends.mkldnn.set_flags(False)  # oneDNN chooses its kernels by the CPU
     with tempfile.TemporaryDirectory() as folder:
         found = run_all(Path(folder), lambda name: not names or name in names)
-        content = {"fingerprint": fingerprint(), "recipes": names_of("pipeline", "recipes"), "cases": found}
+        about = {**fingerprint(), "kernels": torch.backends.cpu.get_cpu_capability()}
+        content = {"fingerprint": about, "recipes": names_of("pipeline", "recipes"), "cases": found}
         if not names:
             content["probe"] = Runs(Path(folder)).pretraining(PROBE, "probe")
     Path(file).write_text(json.dumps(content))
