@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint docs lock clean
+.PHONY: install demo test test-faults lint docs lock clean
 
 install: $(READY)
 
@@ -20,12 +20,17 @@ demo: $(READY)
 	$(BIN)/wavemim demo out=wavemim-demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+# Kills Rays, workers, nodes and servers in the middle of their work; minutes each.
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The documentation site, into site/; fails on broken links and where docs/settings.md is not current.
 docs: $(READY)
