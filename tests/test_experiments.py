@@ -99,6 +99,8 @@ def test_every_script_says_what_it_needs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_parses(name, tmp_path, parse):
+    from pipeline.config import load
+
     commands = list(calls(name, tmp_path))
     assert commands or experiment(name).measure is not None
     for command in commands:
@@ -112,6 +114,8 @@ def test_every_command_parses(name, tmp_path, parse):
         given = parse(script.stem, command[2:])
         if script.stem in ("evidence", "comparisons"):
             _variants_exist(given)
+        if script.stem == "progressive":
+            assert load(given.recipe).target.normalise == "dataset"  # that of the published run
         if script.stem == "faults":
             assert set(given.names) <= set(importlib.import_module("faults").FAULTS)
         assert str(getattr(given, "json", "")).startswith(str(tmp_path / "out"))
