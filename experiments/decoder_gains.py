@@ -3,7 +3,7 @@
     python experiments/decoder_gains.py --shards SHARDS
 
 SHARDS: 50 classes of Tiny ImageNet at 64 px. Published on one core of an Intel Xeon for each run, 2026-11-23, commit
-cc37a45, one seed, other work beside. About 10 minutes on two cores; --quick takes one.
+cc37a45, one seed, other work beside. About 10 minutes on two cores; --quick takes five.
 
 Not the same run in two things: the published probe was fitted to 10,000 train images and to convergence, today's to 5,000
 and at most 300 iterations (so also the untrained encoder is lower), and it takes them from all over the split. Hence the

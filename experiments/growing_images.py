@@ -3,7 +3,7 @@
     python experiments/growing_images.py --shards SHARDS
 
 SHARDS: 50 classes of Tiny ImageNet at 64 px. 10,000 images, seed 0. Published on two cores of an Intel Xeon, one for each
-run, 2026-11-23, the tree after commit e6fba52. About 4 minutes there; --quick takes one. The tolerance of an accuracy is
+run, 2026-11-23, the tree after commit e6fba52. About 5 minutes there; --quick takes three. The tolerance of an accuracy is
 the half-width of its 95 % interval. FLOPs are counted; times are those of the process, so that other work disturbs them
 little.
 
