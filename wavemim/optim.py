@@ -9,7 +9,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from wavemim.sharding import held
+from wavemim.sharding import local
 
 NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token", "log_variance")
 
@@ -44,8 +44,8 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """One step: average · decay + weights · (1 - decay)."""
-        mine: list[torch.Tensor] = [held(parameter) for parameter in self.module.parameters()]
-        theirs: list[torch.Tensor] = [held(parameter) for parameter in model.parameters()]
+        mine: list[torch.Tensor] = [local(parameter) for parameter in self.module.parameters()]
+        theirs: list[torch.Tensor] = [local(parameter) for parameter in model.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - self.decay)
         for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
             own.copy_(other)
