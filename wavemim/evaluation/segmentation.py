@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
@@ -129,9 +130,9 @@ def fit(data: Tokens, rows: np.ndarray, how: Fitting, *, lr: float, weight_decay
         [{"params": weights, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}], lr=lr
     )
     batches = _endless(rows, how.batch, how.seed)
+    schedule = CosineLRScheduler(optimizer, t_initial=how.steps, t_in_epochs=False)
     for step in range(how.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / how.steps))
+        schedule.step_update(step)
         tokens, truth = _on(how.device, data.fetch(next(batches)))
         loss = pixel_loss(head(tokens, how.size), truth)
         optimizer.zero_grad()
