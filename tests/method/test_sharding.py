@@ -86,7 +86,11 @@ def worker(rank, ports, url, folder, results):
                 found[f"{way} after {other}"] = go(
                     url, folder / f"{way} after {other}", rank, 2, folder / other / "16", **{"train.parallel": way}
                 )
-                growing = {"train.parallel": way, "encoder.positions": "learned", "train.progressive": {32: 0.5, 64: 0.5}}
+                growing = {
+                    "train.parallel": way,
+                    "encoder.positions": "learned",
+                    "train.progressive": {32: 0.5, 64: 0.5},
+                }
                 found[f"{way} growing"] = go(url, folder / f"{way} growing", rank, 2, **growing)
         else:
             found["three after two"] = go(url, folder / "three after two", rank, 3, folder / "ddp" / "16")
