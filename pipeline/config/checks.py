@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from pipeline.config.downstream import Finetune
-from pipeline.config.recipe import Recipe, for_size
+from pipeline.config.recipe import BEHAVIOURS, Recipe, behaviour_of, for_size
 from pipeline.config.settings import Data, Encoder, Train
 from pipeline.errors import SettingError
 
@@ -224,6 +224,28 @@ def check_data(data: Data) -> None:
             )
     if data.value_range is not None and data.value_range[0] >= data.value_range[1]:
         raise SettingError(f"data.value_range={list(data.value_range)}: the first value has to be below the second")
+
+
+def check_searchable(key: str, where: str) -> None:
+    """Raise SettingError, with the nearest setting that may be, unless a sweep may vary the setting `key`.
+
+    Args:
+        key: Dotted key of a setting or of an entry of a mapping.
+        where: What the message begins with.
+    """
+    behaviour = behaviour_of(key)
+    if behaviour.searchable:
+        return
+    known = [name for name, other in BEHAVIOURS.items() if other.searchable]
+    by_last = {name.rpartition(".")[2]: name for name in reversed(known)}
+    near = [by_last[last] for last in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1)]
+    near = near or difflib.get_close_matches(key, known, n=1)
+    sections = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
+    reason = ": it does not change what is trained" if behaviour.operational else ""
+    hint = f"; nearest searchable setting: {near[0]}" if near else ""
+    raise SettingError(
+        f"{where} cannot be searched{reason}{hint}; allowed are model and training settings of {sections}"
+    )
 
 
 def _nearest_multiple(value: int, unit: int) -> str:

@@ -6,6 +6,7 @@ A *recipe* is a YAML file. A run's settings are a recipe (and the recipes it is 
 
 from __future__ import annotations
 
+import operator
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.checks import check_data, check_together, nearest
-from pipeline.config.recipe import STAGE_SECTIONS, Recipe, differences, identity
+from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
 from pipeline.errors import SettingError
 
@@ -103,11 +104,8 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     check_data(recipe.data)
     if not data_only:
         check_together(recipe)
-    places = {key: getattr(recipe, key) for key in ("images", "shards", "out", "checkpoint")}
-    places |= {"train.checkpoints_at": recipe.train.checkpoints_at}
-    places |= {"segment.images": recipe.segment.images, "segment.masks": recipe.segment.masks}
-    for key, place in places.items():
-        if re.match(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", place or ""):
+    for key, place in _places(recipe):
+        if re.match(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", place):
             raise SettingError(
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
@@ -126,6 +124,14 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
         if not copies or Path(copies).expanduser().is_file():
             raise SettingError(f"train.checkpoints_at={copies}: no folder; give one, or a URL such as s3://BUCKET/RUNS")
     return recipe
+
+
+def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Paths and URLs among the settings, by key."""
+    for key, behaviour in BEHAVIOURS.items():
+        value = operator.attrgetter(key)(recipe) if behaviour.place else None
+        if isinstance(value, str):
+            yield key, value
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
