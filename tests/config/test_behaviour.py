@@ -79,7 +79,7 @@ def test_entries_of_mappings_and_unknown_settings_behave_as_what_holds_them():
         ("segment.lrs", "X cannot be searched; nearest searchable setting: train.lr;"),
         (
             "seed",
-            "X cannot be searched; allowed are model and training settings of encoder, target, decoder, mask, train",
+            "X cannot be searched; nearest searchable setting: encoder.sees; allowed are model and training settings of",
         ),
         ("space", "X cannot be searched; "),
     ],
