@@ -16,13 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from wavemim.constraints import check_blocks, check_frequencies, check_ratio, hidden_count
 from wavemim.randomness import uniform
 from wavemim.wavelets import DETAILS
-
-
-def hidden_count(tokens: int, ratio: float) -> int:
-    """Tokens that a ratio hides: the same number in every image."""
-    return round(tokens * ratio)
 
 
 def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int, unit: int = 1) -> torch.Tensor:
@@ -103,19 +99,8 @@ class Masking:
         """Raises ValueError where the unit does not divide the grid, or where nothing or everything would be hidden."""
         if self.kind == "frequency":
             return
-        if self.unit < 1 or self.grid % self.unit:
-            allowed = ", ".join(str(unit) for unit in range(1, self.grid + 1) if self.grid % unit == 0)
-            raise ValueError(
-                f"mask.unit: blocks of {self.unit} cells a side do not divide a grid of {self.grid} cells a side; "
-                f"{allowed} cells do: change mask.unit (in pixels) or the image size"
-            )
-        blocks = (self.grid // self.unit) ** 2
-        hidden = hidden_count(blocks, self.ratio)
-        if not 0 < hidden < blocks:
-            raise ValueError(
-                f"mask.ratio={self.ratio}: hides {hidden} of {blocks} blocks (grid of {self.grid} cells a side, "
-                f"mask.unit of {self.unit}); at least one has to be hidden and one seen: change mask.ratio or mask.unit"
-            )
+        check_blocks(self.grid, self.unit)
+        check_ratio((self.grid // self.unit) ** 2, self.ratio)
 
     @property
     def hidden(self) -> int:
@@ -230,13 +215,7 @@ def hidden_frequencies(
     With probability `low_pass_share` an image keeps the frequencies u² + v² < `radius`² alone (low-pass), otherwise all
     but these (high-pass). Raises ValueError for a circle that is empty or wider than the image, or no probability.
     """
-    if not 0 < radius <= size / 2:
-        raise ValueError(
-            f"mask.radius={radius}: the circle has to lie within the spectrum of images of {size} pixels: "
-            f"more than 0, at most {size // 2}"
-        )
-    if not 0 <= low_pass_share <= 1:
-        raise ValueError(f"mask.low_pass_share={low_pass_share}: a probability lies between 0 and 1")
+    check_frequencies(radius, low_pass_share, size)
     squares = frequency_numbers(size, rows.device).square()
     inside = (squares[:, None] + squares[None, :]) < radius**2
     low_pass = uniform(seed, "frequencies", epoch, rows, 1) < low_pass_share
