@@ -14,7 +14,7 @@ Bands = Annotated[str, Field(pattern="^A?H?V?D?$", min_length=1)]
 
 
 def number_like(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; a person means the number."""
+    """The number that a text such as 1e-4 stands for, which YAML 1.1 reads as text; other texts as they are."""
     try:
         return float(text) if any(c.isdigit() for c in text) else text
     except ValueError:
@@ -22,20 +22,20 @@ def number_like(text: str) -> Any:
 
 
 def _steps(value: Any) -> Any:
-    """One number stands for all levels."""
+    """A list of steps; one number holds for all levels."""
     numbers = [value] if isinstance(value, int | float) else value
     if value == "lossless":
         return value
     if not isinstance(numbers, list | tuple) or not numbers:
-        raise ValueError("allowed are numbers above 0, from the finest level on, such as [4, 2, 1], or lossless")
+        raise ValueError("must be numbers above 0, starting with the finest level, such as [4, 2, 1], or lossless")
     numbers = [number_like(step) if isinstance(step, str) else step for step in numbers]
     if any(isinstance(step, bool) or not isinstance(step, int | float) or not step > 0 for step in numbers):
-        raise ValueError("every step has to be a number above 0")
+        raise ValueError("every step must be a number above 0")
     return tuple(numbers)
 
 
 def _options(value: Any) -> Any:
-    """Arguments of timm's by name; YAML's 1e-5 is a number, and a null would be dropped by timm without a word."""
+    """Arguments of timm by name. Texts such as 1e-5 become numbers; null is refused, since timm would silently drop it."""
     if not isinstance(value, dict):
         return value
     for key, inner in value.items():
@@ -48,7 +48,7 @@ Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_step
 
 
 class Section(BaseModel):
-    """Base of every group of settings: frozen, and no key that is not known."""
+    """A group of settings: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -39,24 +39,24 @@ MISTAKES = [
     ("target.taps.5=8", "target.taps.5: level 5 is deeper than the stored pyramid, data.levels=4; allowed are 1 to 4"),
     ("target.taps.x=8", "'x' is not a level"),
     ("target.weights.1=2", "target.weights.1: level 1 has no tap"),
-    ("target.bands.3=HX", "target.bands.3=HX: allowed are some of the letters A, H, V, D"),
-    ("target.bands.3=DH", "target.bands.3=DH: allowed are some of the letters A, H, V, D, in this order"),
+    ("target.bands.3=HX", "target.bands.3=HX: must be some of the letters A, H, V, D"),
+    ("target.bands.3=DH", "target.bands.3=DH: must be some of the letters A, H, V, D, in this order"),
     ("train.warmup_epochs=1000", "train.warmup_epochs=1000: must be less than train.epochs"),
     (
         "decoder.heads=5",
         "decoder.width=64: a decoder of width 64 is not a multiple of its 5 attention heads (decoder.heads=5)",
     ),
-    ("seed.x=1", "'seed' is a value and has no settings inside"),
-    ("name=a/b", "name=a/b: allowed are letters"),
+    ("seed.x=1", "'seed' is a single value, not a group of settings"),
+    ("name=a/b", "name=a/b: must consist of letters"),
     ("train.lr=.nan", "train.lr=nan: input should be a finite number"),
-    ("data.steps=loose", "data.steps=loose: allowed are numbers above 0"),
-    ("data.steps=[4, 0]", "data.steps=[4, 0]: every step has to be a number above 0"),
-    ("data.steps=[]", "data.steps=[]: allowed are numbers above 0"),
+    ("data.steps=loose", "data.steps=loose: must be numbers above 0"),
+    ("data.steps=[4, 0]", "data.steps=[4, 0]: every step must be a number above 0"),
+    ("data.steps=[]", "data.steps=[]: must be numbers above 0"),
     ("data.wavelet=db99", "data.wavelet=db99: not a discrete wavelet of PyWavelets; did you mean 'db9'?"),
     ("data.wavelet=morl", "data.wavelet=morl: not a discrete wavelet of PyWavelets"),
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value must be below the second"),
-    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports go to a folder"),
+    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports are written to a folder"),
     ("target.kind=hogs", "target.kind=hogs: input should be 'wavelet', 'pixels', 'hog' or 'fourier'"),
     (
         "target.taps={0: 8}",
@@ -82,6 +82,7 @@ MISTAKES = [
     ("encoder.options={reg_tokens: null}", "reg_tokens has no value"),
     ("seed=99999999999999999999999", "seed=99999999999999999999999: input should be less than"),
     ("target.focal=100", "target.focal=100: input should be less than or equal to 4"),
+    ("target.taps={3: 6, 4: 8, 3: 7}", "target.taps={3: 6, 4: 8, 3: 7}: '3' is given twice (line 1); give it once"),
     ("nonsense", "'nonsense' is not a setting; write key=value"),
     ("=3", "'=3' is not a setting"),
 ]
@@ -211,8 +212,16 @@ def test_a_recipe_file_builds_on_another(tmp_path):
     ("content", "message"),
     [
         ("train: [1, 2", "not valid YAML"),
-        ("- 1\n", "holds list, not a mapping"),
+        ("- 1\n", "contains a list, not a mapping"),
         ("train: {epocs: 3}\n", "train.epochs"),
+        ("train: {epochs: 40}\nmask: {ratio: 0.6}\ntrain: {batch: 64}\n", r"'train' is given twice \(lines 1 and 3\)"),
+        ("train:\n  lr: 1\n  lr: 2\n", r"broken.yaml': 'train.lr' is given twice \(lines 2 and 3\); give it once"),
+        ("target: {taps: {3: 6, '3': 7}}\n", r"'target.taps.3' is given twice \(line 1\)"),
+        ("tune: {space: [{a: 1}, {b: 1, b: 2}]}\n", "'tune.space.1.b' is given twice"),
+        ("train: {epochs: 4}\ntrain.epochs: 5\n", "'train.epochs' is given twice, as a key with dots and in a section"),
+        ("target: {weights: {3: 1}, weights.3: 2}\n", "'target.weights.3' is given twice"),
+        ("train.epocs: 5\n", "unknown setting 'train.epocs'; did you mean 'train.epochs'"),
+        ("train.epochs.x: 5\n", "'train.epochs.x': 'epochs' is a single value"),
     ],
 )
 def test_a_broken_recipe_file_is_named(tmp_path, content, message):
@@ -220,6 +229,25 @@ def test_a_broken_recipe_file_is_named(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(SettingError, match=message):
         load(str(path))
+
+
+def test_keys_with_dots_mean_what_they_mean_on_the_command_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: small\ntrain.epochs: 5\ntarget: {kind: wavelet, weights.3: 0.5}\nencoder.options.reg_tokens: 4\n"
+    )
+    typed = ["train.epochs=5", "target.weights.3=0.5", "encoder.options.reg_tokens=4", "name=mine"]
+    assert load(str(path)) == load("small", typed)
+    assert load(str(path), ["train.epochs=6"]).train.epochs == 6
+    (tmp_path / "next.yaml").write_text("base: mine.yaml\ntrain: {epochs: 7}\n")
+    assert load(str(tmp_path / "next.yaml")).train.epochs == 7
+
+
+def test_anchors_and_merges_are_no_duplicates(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: small\ntrain: &both {epochs: 3}\nfinetune: {<<: *both, epochs: 2}\ntune: *both\n")
+    recipe = load(str(path))
+    assert (recipe.train.epochs, recipe.finetune.epochs, recipe.tune.epochs) == (3, 2, 3)
 
 
 def test_unknown_recipe_names_the_nearest():
