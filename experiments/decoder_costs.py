@@ -28,8 +28,8 @@ def count(recipe: str, overrides: dict[str, Any]) -> dict[str, float]:
     """Forward GFLOP an image of decoder and encoder, and millions of parameters, of a recipe with other settings."""
     import torch
 
-    from pipeline.models.build import build_blank_model
     from pipeline.config.load import load, with_overrides
+    from pipeline.models.build import build_blank_model
     from wavemim.flops import cost_of
 
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import SETTLED as VIT_SETTLED
 from wavemim.encoders.base import Encoder, check_name, check_options, create
 from wavemim.encoders.pretrained import fill, one_line
@@ -67,8 +68,7 @@ class HierarchicalEncoder(Encoder):
         self.name, self.image_size = name, image_size
         self.depth, self.cell, self.drops, self.prefix = len(REDUCTIONS), REDUCTIONS[0], False, 0
         self.default_unit = REDUCTIONS[-1]
-        if image_size % self.default_unit:
-            raise ValueError(f"encoder.image_size={image_size}: '{name}' needs a multiple of {self.default_unit}")
+        check_image_size(image_size, self.default_unit)
         self.grid = image_size // self.cell
         plan = _plan(name, image_size, {"in_chans": channels, "num_classes": 0, **options})
         self.arguments, self._plan = dict(plan.arguments), plan

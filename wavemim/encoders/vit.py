@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, check_options, create
 from wavemim.encoders.pretrained import fill
 from wavemim.positions import sincos
@@ -71,8 +72,9 @@ class ViTEncoder(Encoder):
         self.arguments = {"img_size": image_size, **given, "in_chans": channels, **pooling, **options}
         self.model = model = _plain_vit(create(name, self.arguments), name)
         patch = int(model.patch_embed.patch_size[0])
-        if image_size % patch or len(set(model.patch_embed.patch_size)) > 1:
-            raise ValueError(f"encoder.image_size={image_size} is not a multiple of encoder.patch_size={patch}")
+        check_image_size(image_size, patch)
+        if len(set(model.patch_embed.patch_size)) > 1:
+            raise ValueError(f"patches of '{name}' are not square")
         filled = fill(model, name, self.arguments, pretrained)
         if positions == "sincos" and not filled:
             if model.embed_dim % 4:
