@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from pipeline.config.downstream import Finetune
 from pipeline.config.recipe import Recipe, for_size
-from pipeline.config.settings import Data, Encoder, Train
+from pipeline.config.settings import Data, Encoder, Target, Train
 from pipeline.errors import SettingError
+from wavemim import registry
 
 
 def check_together(recipe: Recipe) -> None:
@@ -57,15 +58,31 @@ def _patch(encoder: Encoder) -> int | None:
     return encoder.patch_size if _has_patches(encoder) else None
 
 
+def check_kind(target: Target) -> None:
+    """Raise SettingError unless target.kind names a target, after importing target.module."""
+    if target.module is not None:
+        try:
+            registry.load_module(target.module)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+    known = registry.known_targets()
+    if target.kind not in known:
+        own = f"{target.module} does not register it" if target.module else "target.module names the file of your own"
+        raise SettingError(
+            f"target.kind={target.kind}: no such target{nearest(target.kind, known, '')}; "
+            f"known are {', '.join(known)}; {own}"
+        )
+
+
 def _check_target(recipe: Recipe) -> None:
     data, encoder, target, patch = recipe.data, recipe.encoder, recipe.target, _patch(recipe.encoder)
     for level in target.taps:
-        if target.kind == "wavelet" and level > data.levels:
+        if target.predicts_bands and level > data.levels:
             raise SettingError(
                 f"target.taps.{level}: level {level} is deeper than the stored pyramid, data.levels={data.levels}; "
                 f"allowed are 1 to {data.levels}"
             )
-        if level == 0 and target.kind in ("wavelet", "hog"):
+        if level == 0 and (target.predicts_bands or target.kind == "hog"):
             raise SettingError(
                 f"target.taps.0: level 0, the patch itself, is for pixels and fourier, not {target.kind}"
             )
@@ -86,13 +103,13 @@ def _check_target(recipe: Recipe) -> None:
             if level not in target.taps:
                 taps = ", ".join(str(tap) for tap in sorted(target.taps))
                 raise SettingError(f"target.{key}.{level}: level {level} has no tap; target.taps names levels {taps}")
-    if target.bands and target.kind != "wavelet":
+    if target.bands and not target.predicts_bands:
         raise SettingError(f"target.bands: bands are of wavelets, not of target.kind={target.kind}; leave them out")
     if target.kind == "fourier" and target.loss != "l2":
         raise SettingError(
             f"target.loss={target.loss}: the loss of target.kind=fourier is set by target.gamma and focal"
         )
-    if target.kind != "wavelet" and target.normalise == "contrast":
+    if not target.predicts_bands and target.normalise == "contrast":
         raise SettingError(
             f"target.normalise=contrast: is of target.kind=wavelet, not {target.kind}; use patch, dataset or none"
         )

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config.checks import check_data, check_together, nearest
+from pipeline.config.checks import check_data, check_kind, check_together, nearest
 from pipeline.config.recipe import STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
 from pipeline.errors import SettingError
+from wavemim.registry import is_file
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -91,6 +92,9 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
     encoder = settings.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):  # workers are in other folders
         encoder["pretrained"] = str(Path(encoder["pretrained"]).expanduser().absolute())
+    target = settings.get("target")
+    if isinstance(target, dict) and isinstance(target.get("module"), str) and is_file(target["module"]):
+        target["module"] = str(Path(target["module"]).expanduser().absolute())
     return validate(settings, data_only=data_only)
 
 
@@ -101,6 +105,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
     check_data(recipe.data)
+    check_kind(recipe.target)
     if not data_only:
         check_together(recipe)
     places = {key: getattr(recipe, key) for key in ("images", "shards", "out", "checkpoint")}
@@ -193,7 +198,7 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
         _known_key(model, last, dotted)
         place[last] = value
         return
-    if dotted.startswith("encoder.options."):  # keyed by names of timm's
+    if dotted.startswith(("encoder.options.", "target.options.")):  # keyed by names of arguments
         place[last] = value
         return
     if not last.isdigit():

@@ -76,7 +76,7 @@ class Recipe(Section):
 
     def bands_by_level(self) -> dict[int, str]:
         """Bands predicted at every tapped level: of wavelets; other targets have none."""
-        if self.target.kind != "wavelet":
+        if not self.target.predicts_bands:
             return dict.fromkeys(sorted(self.target.taps), "")
         coarsest = max(self.target.taps)
         return {
@@ -132,6 +132,7 @@ _OPERATIONAL = {
         "monitor_minutes",
     },
     "data": {"max_rejected"},
+    "target": {"module"},  # where the class that target.kind names is found
     "tune": {"concurrent"},
     "export": {"onnx", "registry"},  # added to what is there
     "evaluate": {"batch"},
@@ -139,6 +140,9 @@ _OPERATIONAL = {
     "finetune": {"workers", "eval_batch", "reader_threads", "log_every"},
 }
 
+
+# Settings that came later: folders from before them, which do not name them, are those of the default.
+_ADDED: dict[str, Any] = {"target.options": {}}
 
 # Of pretraining: what a run can be gone on with under another value (force=true). Its model and the order of its data
 # stay what they are.
@@ -161,8 +165,9 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
         if section in ("tracking", "cluster") or (section == "data" and stage != "prepare"):
             continue
         for key, value in recipe.dump()[section].items():
-            if key not in _OPERATIONAL.get(section, ()):
-                kept[f"{section}.{key}"] = value
+            dotted = f"{section}.{key}"
+            if key not in _OPERATIONAL.get(section, ()) and not (dotted in _ADDED and value == _ADDED[dotted]):
+                kept[dotted] = value
     return kept
 
 
@@ -186,7 +191,7 @@ def for_size(recipe: Recipe, size: int, stored_size: int, stored_levels: int) ->
         and halvings + 1 < stored_levels
     ):
         halvings += 1
-    deepest = max(recipe.target.taps) if recipe.target.kind == "wavelet" else 1
+    deepest = max(recipe.target.taps) if recipe.target.predicts_bands else 1
     data = {"image_size": stored_size >> halvings, "levels": max(stored_levels - halvings, deepest)}
     sections = {
         "encoder": recipe.encoder.model_copy(update={"image_size": size}),

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from wavemim import registry
+
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Bands = Annotated[str, Field(pattern="^A?H?V?D?$", min_length=1)]
@@ -109,7 +111,16 @@ class Encoder(Section):
 class Target(Section):
     """What each tap is asked for. Keys of the three mappings are levels: cells of 2^level pixels, 1 is the finest."""
 
-    kind: Literal["wavelet", "pixels", "hog", "fourier"] = Field("wavelet", description="what is predicted")
+    kind: str = Field(
+        "wavelet",
+        description="what is predicted: wavelet, pixels, hog or fourier, or a target of your own by its registered name",
+    )
+    module: str | None = Field(
+        None, description="Python file, or module, that registers a target of your own; null: none"
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
+        {}, description="further arguments of the target's class, such as {signed: true} for hog"
+    )
     taps: dict[Annotated[int, Field(ge=0)], Positive] = Field(
         {2: 2, 3: 4, 4: 10, 5: 12},
         min_length=1,
@@ -135,6 +146,11 @@ class Target(Section):
     bins: Literal[9, 18] = Field(9, description="hog: 9 orientations without sign, or 18 with")
     gamma: float = Field(1.0, gt=0, le=4, description="fourier: power of the distance between spectra")
     focal: float = Field(0.0, ge=0, le=4, description="fourier: power of the weight of large errors; 0: none")
+
+    @property
+    def predicts_bands(self) -> bool:
+        """Whether taps predict bands of wavelet levels: `wavelet`, and targets of one's own that say so."""
+        return registry.predicts_bands(self.kind, self.module)
 
 
 class Decoder(Section):

@@ -21,7 +21,8 @@ from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
-from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Statistics, Tap, Target, WaveletTarget
+from wavemim.registry import arguments_of, target_class
+from wavemim.targets import Statistics, Tap, Target
 from wavemim.views import Augment, Frequencies, Views
 from wavemim.weights import checkpoint
 
@@ -108,7 +109,7 @@ def _model(recipe: Recipe, statistics: Statistics, wavelet: str, *, start: bool 
 
 
 def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: str) -> Target:
-    """The target of a recipe. Raises ValueError where its levels do not fit the encoder."""
+    """The target of a recipe. Raises ValueError where its levels or options do not fit the encoder or the target."""
     settings, bands = recipe.target, recipe.bands_by_level()
     taps = [Tap(level, block, bands[level]) for level, block in settings.taps.items()]
     check_taps(encoder, taps)  # before a tap's token size is asked for
@@ -117,14 +118,26 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         "token_sizes": {tap.level: encoder.token_size(tap.block) for tap in taps},
         "normalise": settings.normalise,
     }
-    if settings.kind == "fourier":
-        return FourierTarget(taps, statistics, gamma=settings.gamma, focal=settings.focal, **common)
-    common["loss"] = settings.loss
-    if settings.kind == "pixels":
-        return PixelTarget(taps, statistics, **common)
-    if settings.kind == "hog":
-        return HOGTarget(taps, statistics, bins=settings.bins, **common)
-    return WaveletTarget(taps, statistics, wavelet=wavelet, on_device=settings.source == "device", **common)
+    offered: dict[str, Any] = {
+        "loss": settings.loss,
+        "wavelet": wavelet,
+        "on_device": settings.source == "device",
+        "bins": settings.bins,
+        "gamma": settings.gamma,
+        "focal": settings.focal,
+    }
+    cls = target_class(settings.kind, settings.module)
+    takes = arguments_of(cls)
+    for key in settings.options:
+        if key in common or key in offered:
+            raise ValueError(f"target.options.{key}: cannot be set here; other settings decide it")
+        if key not in takes:
+            further = ", ".join(sorted(takes - common.keys() - offered.keys())) or "no options"
+            raise ValueError(f"target.options.{key}: target.kind={settings.kind} takes {further}")
+    if "loss" not in takes and settings.loss != "l2":
+        raise ValueError(f"target.loss={settings.loss}: target.kind={settings.kind} defines its own loss")
+    given = {key: value for key, value in offered.items() if key in takes}
+    return cls(taps, statistics, **common, **given, **settings.options)
 
 
 def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
@@ -216,6 +229,6 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
             f"set data.channels={shards.layout.channels}"
         )
     deepest = max(recipe.target.taps)
-    if recipe.target.kind == "wavelet" and deepest > shards.levels:
+    if recipe.target.predicts_bands and deepest > shards.levels:
         raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")
     check_sizes(recipe, shards.image_size, shards.levels)

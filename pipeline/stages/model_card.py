@@ -143,4 +143,6 @@ def _recipe(trained: Recipe) -> str:
     start = settings["encoder"]["pretrained"]
     if isinstance(start, str):
         settings["encoder"]["pretrained"] = Path(start).name
+    if settings["target"]["module"]:
+        settings["target"]["module"] = Path(settings["target"]["module"]).name
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

@@ -8,10 +8,12 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, frequency_numbers, share_at
+from wavemim.registry import register_target
 from wavemim.targets.base import Normalise, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
 
 
+@register_target("fourier")
 class FourierTarget(PixelTarget):
     """Vectors hold the pixels of a position as in `PixelTarget`; the error is that of the whole image's spectrum.
 

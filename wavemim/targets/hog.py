@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from wavemim.data_statistics import Statistics
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, to_positions
 
 EPSILON = 1e-3  # pixel deviations: a cell whose gradients are below a twentieth of a grey level of 256 counts as flat
@@ -16,6 +17,7 @@ FIXED_POINT = 2.0**24  # parts of a pixel deviation that votes are counted in
 STROKE = 16  # pixels a side at least that a picture gives to a cell
 
 
+@register_target("hog")
 class HOGTarget(Target):
     """A histogram of gradient directions for each cell and channel, as vectors in the order channel, bin, y, x.
 

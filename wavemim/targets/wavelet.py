@@ -8,10 +8,12 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, share_at
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, moments, to_positions
 from wavemim.wavelets import decompose, reconstruct
 
 
+@register_target("wavelet")
 class WaveletTarget(Target):
     """Wavelet coefficients as vectors a position.
 
@@ -21,6 +23,8 @@ class WaveletTarget(Target):
     own unit); "none" in units of the pixels' standard deviation, orthonormal, so that the sum over all levels is a
     plain pixel loss.
     """
+
+    predicts_bands = True
 
     def __init__(
         self,
