@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BUILT_IN = ("wavelet", "pixels", "hog", "fourier")
 
 _classes: dict[str, type[Target]] = {}
+_origins: dict[str, tuple[str, str]] = {}  # name → file (or module, where that has none) and name of the class
 
 
 def register_target(name: str) -> Callable[[T], T]:
@@ -58,10 +59,12 @@ def register_target(name: str) -> Callable[[T], T]:
 
         if not (isinstance(cls, type) and issubclass(cls, Target)):
             raise TypeError(f"register_target({name!r}): {cls!r} is not a subclass of wavemim.targets.Target")
-        known = _classes.get(name)
-        if known is not None and _origin(known) != _origin(cls):
-            where = " of ".join(reversed(_origin(known)))
-            raise ValueError(f"register_target({name!r}): the name is taken by {where}; choose another one")
+        origin = _origin(cls)
+        file, qualified = _origins.setdefault(name, origin)
+        if (file, qualified) != origin:
+            raise ValueError(
+                f"register_target({name!r}): the name is taken by {qualified} of {file}; choose another one"
+            )
         _classes[name] = cls
         return cls
 
@@ -129,7 +132,7 @@ def load_module(module: str) -> None:
 
 
 def _load_file(path: Path) -> None:
-    if any(_origin(cls)[0] == str(path) for cls in _classes.values()):
+    if any(file == str(path) for file, _ in _origins.values()):
         return  # the running script, or a module imported by its name
     name = f"wavemim_target_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
@@ -143,8 +146,10 @@ def _load_file(path: Path) -> None:
     sys.modules[name] = made  # dataclasses and pickle look their module up here
     try:
         spec.loader.exec_module(made)
-    except BaseException:
+    except BaseException:  # so that it can be mended and imported again
         del sys.modules[name]
+        for target in [target for target, (file, _) in _origins.items() if file == str(path)]:
+            del _origins[target], _classes[target]
         raise
 
 

@@ -67,10 +67,14 @@ def check_kind(target: Target) -> None:
             raise SettingError(str(error)) from None
     known = registry.known_targets()
     if target.kind not in known:
-        own = f"{target.module} does not register it" if target.module else "target.module names the file of your own"
+        own = (
+            f"{target.module} does not register it"
+            if target.module
+            else "for a target of your own, name its file in target.module"
+        )
         raise SettingError(
-            f"target.kind={target.kind}: no such target{nearest(target.kind, known, '')}; "
-            f"known are {', '.join(known)}; {own}"
+            f"target.kind={target.kind}: no target of this name{nearest(target.kind, known, '')}; "
+            f"allowed are {', '.join(known)}; {own}"
         )
 
 

@@ -48,7 +48,10 @@ MISTAKES = [
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value has to be below the second"),
     ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports go to a folder"),
-    ("target.kind=hogs", "target.kind=hogs: input should be 'wavelet', 'pixels', 'hog' or 'fourier'"),
+    (
+        "target.kind=hogs",
+        "target.kind=hogs: no target of this name; did you mean 'hog'?; allowed are wavelet, pixels, hog, fourier",
+    ),
     ("target.taps={0: 8}", "target.taps.0: level 0, the patch itself, is for pixels and fourier, not wavelet"),
     ("target.bins=12", "target.bins=12: input should be 9 or 18"),
     ("target.taps.-1=8", "'-1' is not a level"),
