@@ -33,7 +33,9 @@ _BEST = "best.json"  # pretraining's pointer to its best checkpoint
 _ORIENTATION = ExifTags.Base.Orientation
 # Raster formats only: Pillow would hand EPS and the like to external programs.
 Image.init()
-_WANTED = "JPEG MPO PNG WEBP AVIF GIF TIFF BMP DIB JPEG2000 PPM PCX SGI QOI TGA".split()
+_WANTED = (
+    "JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "PCX", "SGI", "QOI", "TGA",
+)  # fmt: skip
 _FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 _OF_VITS = ("patch_size", "width", "depth", "heads", "class_token", "positions")  # settings of plain ViTs only
 
