@@ -100,14 +100,14 @@ def test_a_class_of_the_same_name_replaces_itself_and_nobody_else():
 
     with pytest.raises(ValueError, match=r"'flat'.*is taken by .*Flat of .*test_registry.py; choose another"):
         register_target("flat")(Other)
-    with pytest.raises(ValueError, match="'wavelet'.*is taken by WaveletTarget"):
+    with pytest.raises(ValueError, match=r"'wavelet'.*is taken by WaveletTarget"):
         register_target("wavelet")(Other)
-    with pytest.raises(TypeError, match="not a subclass of wavemim.targets.Target"):
+    with pytest.raises(TypeError, match=r"not a subclass of wavemim.targets.Target"):
         register_target("module")(torch.nn.Linear)
     for name in ("Flat", "2d", "", "a b", "a.b"):
         with pytest.raises(ValueError, match="lower-case letters"):
             register_target(name)
-    with pytest.raises(ValueError, match="target.kind=nothing: not registered; known are wavelet"):
+    with pytest.raises(ValueError, match=r"target.kind=nothing: not registered; known are wavelet"):
         target_class("nothing")
 
 
@@ -155,18 +155,18 @@ def test_modules_that_cannot_be_imported_are_one_line(tmp_path):
     ):
         recipe_of(tmp_path / "nothing.py")
     with pytest.raises(
-        SettingError, match="target.module=no_such_module_at_all: cannot be imported: ModuleNotFoundError"
+        SettingError, match=r"target.module=no_such_module_at_all: cannot be imported: ModuleNotFoundError"
     ):
         recipe_of("no_such_module_at_all")
     broken = tmp_path / "broken.py"
     broken.write_text(MEAN.format(name="mean_colour") + "\n1 / 0\n")
-    with pytest.raises(SettingError, match="broken.py: cannot be imported: ZeroDivisionError: division by zero"):
+    with pytest.raises(SettingError, match=r"broken.py: cannot be imported: ZeroDivisionError: division by zero"):
         recipe_of(broken)
     assert "mean_colour" not in known_targets()
     broken.write_text(MEAN.format(name="mean_colour"))  # mended, in the same process
     assert recipe_of(broken).target.kind == "mean_colour"
     with pytest.raises(
-        SettingError, match="target.kind=mean_colours: no target of this name; did you mean 'mean_colour'"
+        SettingError, match=r"target.kind=mean_colours: no target of this name; did you mean 'mean_colour'"
     ):
         load("small", ["target.kind=mean_colours"])
 
@@ -220,12 +220,12 @@ def test_a_target_that_derives_from_wavelets_has_bands_and_levels(tmp_path):
     assert [tap.bands for tap in model.target.taps] == ["HV", "AHVD"] and isinstance(model.target, SignTarget)
     with pytest.raises(SettingError, match="level 5 is deeper than the stored pyramid"):
         load("small", [*settings, "target.taps={3: 1, 5: 2}"])
-    with pytest.raises(SettingError, match="target.taps.0: level 0"):
+    with pytest.raises(SettingError, match=r"target.taps.0: level 0"):
         load("small", [*settings, "target.taps={0: 2}"])
 
 
 def test_folders_from_before_these_settings_are_the_same_work(module):
-    before = {key: value for key, value in identity(load("small", TINY), "pretrain").items()}
+    before = identity(load("small", TINY), "pretrain")
     assert "target.kind" in before and not {"target.module", "target.options"} & before.keys()
     own = identity(recipe_of(module), "pretrain")
     assert "target.module" not in own  # where the class is found: the folder may move

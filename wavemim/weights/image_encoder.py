@@ -187,10 +187,8 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"the encoder takes images of {self.channels} channels; give uint8 arrays (height, width, C)"
             )
-        if image.mode[0] in "IF":
-            raise ValueError(
-                f"an image of mode '{image.mode}', deeper than 8 bits: scale it to 8 bits, or use wavemim embed"
-            )
+        if image.mode[0] in "IF" or (image.mode == "1" and self.value_range):
+            raise ValueError(f"an image of mode '{image.mode}', not of 8 bits: convert it, or use wavemim embed")
         orientation = image.getexif().get(_ORIENTATION, 1)
         if image.has_transparency_data:
             image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
