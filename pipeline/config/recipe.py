@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting
+from pipeline.config.behaviour import STAGES, Behaviour, behaviours, defaults, section, section_behaviours, setting
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
 from pipeline.config.settings import Cluster, Data, Decoder, Encoder, Mask, Section, Target, Tracking, Train
 
@@ -104,7 +104,7 @@ class Recipe(Section):
 
     def bands_by_level(self) -> dict[int, str]:
         """Bands predicted at every tapped level: of wavelets; other targets have none."""
-        if self.target.kind != "wavelet":
+        if not self.target.predicts_bands:
             return dict.fromkeys(sorted(self.target.taps), "")
         coarsest = max(self.target.taps)
         return {
@@ -119,6 +119,7 @@ class Recipe(Section):
 
 BEHAVIOURS: Mapping[str, Behaviour] = behaviours(Recipe)  # of every setting, by its dotted key
 _OF_SECTIONS = section_behaviours(Recipe)
+DEFAULTS: Mapping[str, Any] = defaults(Recipe)  # the same keys
 # Sections that a stage reads, in the order of its --help.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     stage: tuple(name for name, behaviour in _OF_SECTIONS.items() if stage in behaviour.stages) for stage in STAGES
@@ -161,7 +162,9 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
     for key, behaviour in BEHAVIOURS.items():
         if stage in behaviour.identity:
             group, _, name = key.rpartition(".")
-            kept[key] = settings[group][name] if group else settings[name]
+            value = settings[group][name] if group else settings[name]
+            if not (behaviour.added and value == DEFAULTS[key]):
+                kept[key] = value
     if kept.get("images") and "://" not in kept["images"]:
         kept["images"] = str(Path(kept["images"]).resolve())
     return kept
@@ -187,7 +190,7 @@ def for_size(recipe: Recipe, size: int, stored_size: int, stored_levels: int) ->
         and halvings + 1 < stored_levels
     ):
         halvings += 1
-    deepest = max(recipe.target.taps) if recipe.target.kind == "wavelet" else 1
+    deepest = max(recipe.target.taps) if recipe.target.predicts_bands else 1
     data = {"image_size": stored_size >> halvings, "levels": max(stored_levels - halvings, deepest)}
     sections = {
         "encoder": recipe.encoder.model_copy(update={"image_size": size}),

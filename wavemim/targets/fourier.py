@@ -8,10 +8,12 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, frequency_numbers, share_at
+from wavemim.registry import register_target
 from wavemim.targets.base import Normalise, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
 
 
+@register_target("fourier")
 class FourierTarget(PixelTarget):
     """The pixels of a position as in `PixelTarget`, with an error over the spectrum of the whole image.
 

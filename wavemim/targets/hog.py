@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from wavemim.constraints import check_level
 from wavemim.data_statistics import Statistics
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, to_positions
 
 EPSILON = (
@@ -22,6 +23,7 @@ FIXED_POINT = 2.0**24  # votes are counted in this fraction of the pixels' stand
 STROKE = 16  # pixels per side of a cell in pictures, at least
 
 
+@register_target("hog")
 class HOGTarget(Target):
     """A histogram of gradient directions for each cell and channel, as vectors in the order channel, bin, y, x.
 

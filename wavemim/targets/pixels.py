@@ -11,9 +11,11 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, moments, to_positions
 
 
+@register_target("pixels")
 class PixelTarget(Target):
     """The pixels of every position, channel by channel: D = C · side², where side is the larger of token and cell.
 

@@ -11,10 +11,12 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, share_at
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, moments, to_positions
 from wavemim.wavelets import decompose, reconstruct
 
 
+@register_target("wavelet")
 class WaveletTarget(Target):
     """The wavelet coefficients of every position, as vectors.
 
@@ -24,6 +26,8 @@ class WaveletTarget(Target):
     band in its own unit); "none": in units of the pixels' standard deviation, orthonormal, so that the sum over all
     levels is a plain pixel loss.
     """
+
+    predicts_bands = True
 
     def __init__(
         self,
