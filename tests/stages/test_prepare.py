@@ -375,7 +375,7 @@ def test_a_lost_connection_is_said_and_leaves_no_manifest(photo_folder, tmp_path
 KILLED = """
 import os, sys
 import ray
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.stages.prepare import prepare
 ray.init(address=sys.argv[1], log_to_driver=False)
 print("begins", flush=True)
@@ -405,6 +405,7 @@ def kill_workers() -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_ten_kills_at_random_moments_change_nothing(ray_local, tmp_path):
     """Drivers and workers in turn; what was finished is not done again, and the set is that of an undisturbed call."""
     import ray
