@@ -72,7 +72,7 @@ def run(job: Job, *, repeats: int, seconds: float, ray: bool, folder: Path) -> d
 
 
 def cpu_of(made: Sequence[Sequence[dict[str, float]]]) -> float | None:
-    """CPU time per image of all workers and their threads, in seconds; unlike a rate, other processes hardly affect it."""
+    """CPU seconds per image of all workers and their threads; unlike a rate, other processes hardly affect it."""
     if not all("cpu_seconds_per_image" in worker for workers in made for worker in workers):
         return None
     return statistics.median(sum(worker["cpu_seconds_per_image"] for worker in workers) for workers in made)
