@@ -39,6 +39,11 @@ from wavemim.wavelets import reconstruct
 SIZE = 64
 
 
+@pytest.fixture(autouse=True)
+def _one_store(monkeypatch, mlflow_uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
+
+
 def recipe(images: Path | str, out: Path, *overrides: str) -> Recipe:
     return load("small", [f"images={images}", f"out={out}", "data.levels=4", f"data.image_size={SIZE}", *overrides])
 
