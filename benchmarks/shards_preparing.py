@@ -71,7 +71,7 @@ class PrepareRuns:
         began = time.perf_counter()
         try:
             summary = self._prepare(recipe, progress=False)
-        except Exception as error:  # whatever it is, the other measurements continue
+        except Exception as error:  # the other measurements go on, whatever it is
             raise BenchmarkError(f"prepare: {' '.join(str(error).split())[:300]}") from error
         self.wall.append(time.perf_counter() - began)
         self.seconds.append(summary["seconds"])

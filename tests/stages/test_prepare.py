@@ -380,7 +380,7 @@ def test_a_lost_connection_is_said_and_leaves_no_manifest(photo_folder, tmp_path
 KILLED = """
 import os, sys
 import ray
-from pipeline.config.load import load
+from pipeline.config import load
 from pipeline.stages.prepare import prepare
 ray.init(address=sys.argv[1], log_to_driver=False)
 print("begins", flush=True)

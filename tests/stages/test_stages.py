@@ -243,7 +243,7 @@ def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp
         (flat / f"{number}.jpg").write_bytes(path.read_bytes())
     (flat / "notes.txt").write_text("not a picture")
     (flat / "broken.jpg").write_bytes((flat / "0.jpg").read_bytes()[:200])
-    recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.trials": 1})
+    recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.trials": 2})
     summary = prepare(recipe, progress=False)
     assert summary["counts"]["kept"] == 20
     assert summary["counts"]["rejected"] == 2
