@@ -57,6 +57,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with Ray come first, and among these the ones that share a Ray."""
     order = [file for files in _WITH_RAY for file in files]
+    if strangers := {item.path.name for item in items if item.get_closest_marker("ray")} - set(order):
+        raise pytest.UsageError(
+            f"{', '.join(sorted(strangers))}: starts a Ray; add it to _WITH_RAY in tests/conftest.py"
+        )
     items.sort(
         key=lambda item: (
             item.get_closest_marker("ray") is None,
