@@ -277,7 +277,7 @@ def with_two(shards, folder, resume=None, stop_at=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ended = context.Queue()
     processes = [
         context.Process(target=one_of_two, args=(rank, port, shards, folder, resume, stop_at, ended))

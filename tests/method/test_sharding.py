@@ -108,7 +108,7 @@ def trained(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     processes = [context.Process(target=worker, args=(rank, ports, url, folder, results)) for rank in range(3)]
     for process in processes:

@@ -22,7 +22,7 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.training.pretrain_loop import train
 from wavemim.weights import checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 SETTINGS = {
     "name": "long",

@@ -123,6 +123,7 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
         process.wait(timeout=10)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_server_is_killed_and_restarted(
     tmp_path: Path,
@@ -214,6 +215,7 @@ tracker.flush(20)
 """
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(480)
 def test_a_writer_is_killed_before_and_after_sending_and_after_creating_its_run(tmp_path: Path, store: str) -> None:
     script = KILLED.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])])

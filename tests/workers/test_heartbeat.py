@@ -63,6 +63,7 @@ def watch(folder, until, seconds=20):
     return ended
 
 
+@pytest.mark.faults
 def test_a_stopped_process_is_found_and_named_within_the_limit(workers, tmp_path, caplog):
     processes = workers("never", "never")
     assert watch(tmp_path, lambda steps: min(steps.values(), default=0) > 5 and len(steps) == 2) == []
@@ -76,6 +77,7 @@ def test_a_stopped_process_is_found_and_named_within_the_limit(workers, tmp_path
     assert "train.hang_timeout=1" in line and "\n" not in line
 
 
+@pytest.mark.faults
 def test_of_workers_that_wait_for_each_other_the_one_behind_is_ended(workers, tmp_path, caplog):
     processes = workers("exchanging", "reading", "exchanging")
     with caplog.at_level(logging.WARNING):

@@ -84,7 +84,7 @@ def test_the_slow_one_of_two_is_named(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=one_of_two, args=(rank, port, shards, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
