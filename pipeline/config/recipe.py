@@ -84,7 +84,7 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this run: one folder a stage inside it."""
+        """Folder of this run, with a folder for each stage."""
         return Path(self.out) / "runs" / self.name
 
     def stage_dir(self, stage: str) -> Path:
@@ -103,7 +103,7 @@ class Recipe(Section):
         return {level: steps[min(level, len(steps)) - 1] for level in range(1, self.data.levels + 1)}
 
     def bands_by_level(self) -> dict[int, str]:
-        """Bands predicted at every tapped level: of wavelets; other targets have none."""
+        """Predicted bands of every tapped level; empty for targets other than wavelets."""
         if self.target.kind != "wavelet":
             return dict.fromkeys(sorted(self.target.taps), "")
         coarsest = max(self.target.taps)
@@ -113,7 +113,7 @@ class Recipe(Section):
         }
 
     def weights_by_level(self) -> dict[int, float]:
-        """Level weights λ of every tapped level."""
+        """Loss weight λ of every tapped level."""
         return {level: self.target.weights.get(level, 1.0) for level in sorted(self.target.taps)}
 
 
@@ -168,17 +168,34 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines 'key: old → new' for every setting that differs between two identities."""
+    """Compare two identities.
+
+    Args:
+        old: The one identity.
+        new: The other one.
+
+    Returns:
+        A line "key: old → new" for every setting that differs, ordered by key.
+    """
     old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def for_size(recipe: Recipe, size: int, stored_size: int, stored_levels: int) -> tuple[Recipe, int]:
-    """The recipe for images of `size` pixels, and how often the stored ones, of `stored_size`, are halved for it.
+    """The recipe of a phase of progressive training, for images of `size` pixels.
 
-    As often as the network's images shrink, rounded up where the stored ones are large enough: then the fewest levels
-    are read. The recipe is as if the halved images had been stored; the wavelet target's levels that are then missing
-    are computed from the coarsest approximation.
+    Stored images are halved as often as the network's images shrink, rounded up where the stored ones are large enough: then
+    the fewest levels are read. The returned recipe is as if the halved images had been stored. Levels of the wavelet target
+    that are then missing are computed from the coarsest approximation.
+
+    Args:
+        recipe: All settings.
+        size: Pixels per side of the network's images in this phase.
+        stored_size: Pixels per side of the stored images.
+        stored_levels: Levels of the stored pyramids.
+
+    Returns:
+        The recipe, and how often stored images are halved.
     """
     halvings = 0
     while (
