@@ -366,7 +366,7 @@ def test_settings_that_do_not_go_together_are_refused(recipe):
         ({"finetune.accumulate": 20}, r"finetune\.accumulate=20: .* 8 images"),
         ({"finetune.warmup_epochs": 10}, r"finetune\.warmup_epochs=10: must be less than finetune\.epochs=10"),
         ({"finetune.crop_scale": [1, 0.5]}, r"finetune\.crop_scale=\[1\.0, 0\.5\]"),
-        ({"finetune.rand_augment": "augmix-m3"}, r"finetune\.rand_augment=augmix-m3: allowed is what timm calls rand-"),
+        ({"finetune.rand_augment": "augmix-m3"}, r"finetune\.rand_augment=augmix-m3: must be a policy that timm calls rand-"),
     ):
         with pytest.raises(SettingError, match=words):
             with_overrides(recipe, changes)
