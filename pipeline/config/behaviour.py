@@ -32,6 +32,7 @@ class Behaviour:
     in_card: bool = False  # shown in the model card of an exported encoder
     place: bool = False  # the value is a path or a URL
     vit_only: bool = False  # applies to plain ViTs only
+    added: bool = False  # younger than some out folders: at its default it is part of no identity
 
 
 def setting(
@@ -47,6 +48,7 @@ def setting(
     in_card: bool | None = None,
     place: bool | None = None,
     vit_only: bool | None = None,
+    added: bool | None = None,
     **limits: Any,
 ) -> Any:
     """Declare a setting.
@@ -63,6 +65,8 @@ def setting(
         in_card: Whether the model card shows it.
         place: Whether its value is a path or a URL. Model cards then show its last part only.
         vit_only: Whether it applies to plain ViTs only.
+        added: Whether it is younger than some out folders, which do not name it: at its default it is then part of no
+            identity.
         limits: Limits of the value as of ``pydantic.Field``: ge, gt, le, lt, min_length, pattern.
 
     Returns:
@@ -78,6 +82,7 @@ def setting(
         "in_card": in_card,
         "place": place,
         "vit_only": vit_only,
+        "added": added,
     }
     known: dict[str, Any] = {key: value for key, value in declared.items() if value is not None}
     return Field(default, description=description, json_schema_extra={_KEY: known}, **limits)
@@ -117,6 +122,18 @@ def behaviours(model: type[BaseModel]) -> dict[str, Behaviour]:
             continue
         for key, inner_field in inner.items():
             found[f"{name}.{key}"] = _resolved({**_declared(field), **_declared(inner_field)})
+    return found
+
+
+def values_of(settings: BaseModel) -> dict[str, Any]:
+    """The value of every setting as a plain JSON value, by its dotted key, in the order of the fields."""
+    found: dict[str, Any] = {}
+    values = settings.model_dump(mode="json")
+    for name, field in type(settings).model_fields.items():
+        if is_section(field):
+            found |= {f"{name}.{key}": value for key, value in values[name].items()}
+        else:
+            found[name] = values[name]
     return found
 
 

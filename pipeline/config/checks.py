@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.config.downstream import Finetune
 from pipeline.config.recipe import BEHAVIOURS, Recipe, behaviour_of, for_size
-from pipeline.config.settings import Data, Encoder, Train
+from pipeline.config.settings import Data, Encoder, Target, Train
 from pipeline.errors import SettingError
-from wavemim import constraints
+from wavemim import constraints, registry
 
 
 @contextlib.contextmanager
@@ -73,15 +73,35 @@ def _patch(encoder: Encoder) -> int | None:
     return encoder.patch_size if _has_patches(encoder) else None
 
 
+def check_kind(target: Target) -> None:
+    """Raise SettingError unless target.kind names a target, after importing target.module."""
+    if target.module is not None:
+        try:
+            registry.load_module(target.module)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+    known = registry.known_targets()
+    if target.kind not in known:
+        own = (
+            f"{target.module} does not register it"
+            if target.module
+            else "for a target of your own, name its file in target.module"
+        )
+        raise SettingError(
+            f"target.kind={target.kind}: no target of this name{nearest(target.kind, known, '')}; "
+            f"allowed are {', '.join(known)}; {own}"
+        )
+
+
 def _check_target(recipe: Recipe) -> None:
     data, target, patch = recipe.data, recipe.target, _patch(recipe.encoder)
     for level in target.taps:
-        if target.kind == "wavelet" and level > data.levels:
+        if target.predicts_bands and level > data.levels:
             raise SettingError(
                 f"target.taps.{level}: level {level} is deeper than the stored pyramid, data.levels={data.levels}; "
                 f"allowed are 1 to {data.levels}"
             )
-        if target.kind in ("wavelet", "hog"):
+        if target.predicts_bands or target.kind == "hog":
             with named(f"target.taps.{level}", f" (target.kind={target.kind})"):
                 constraints.check_level(level, 1)
     if patch is not None:
@@ -91,7 +111,7 @@ def _check_target(recipe: Recipe) -> None:
             if level not in target.taps:
                 taps = ", ".join(str(tap) for tap in sorted(target.taps))
                 raise SettingError(f"target.{key}.{level}: level {level} has no tap; target.taps has levels {taps}")
-    if target.bands and target.kind != "wavelet":
+    if target.bands and not target.predicts_bands:
         raise SettingError(
             f"target.bands: target.kind={target.kind} has no bands, only wavelet does; remove target.bands"
         )
@@ -99,7 +119,7 @@ def _check_target(recipe: Recipe) -> None:
         raise SettingError(
             f"target.loss={target.loss}: target.kind=fourier has a loss of its own, set by target.gamma and target.focal"
         )
-    if target.kind != "wavelet" and target.normalise == "contrast":
+    if not target.predicts_bands and target.normalise == "contrast":
         raise SettingError(
             f"target.normalise=contrast: for target.kind=wavelet only, not {target.kind}; use patch, dataset or none"
         )

@@ -17,11 +17,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.behaviour import is_section
-from pipeline.config.checks import check_data, check_together, nearest
+from pipeline.config.checks import check_data, check_kind, check_together, nearest
 from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
 from pipeline.config.yaml_files import DuplicateKeyError, names_of, parse_yaml, read_yaml
 from pipeline.errors import SettingError
+from wavemim.registry import is_file
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -63,6 +64,9 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
     encoder = settings.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):  # workers run in other folders
         encoder["pretrained"] = str(Path(encoder["pretrained"]).expanduser().absolute())
+    target = settings.get("target")
+    if isinstance(target, dict) and isinstance(target.get("module"), str) and is_file(target["module"]):
+        target["module"] = str(Path(target["module"]).expanduser().absolute())
     return validate(settings, data_only=data_only)
 
 
@@ -84,6 +88,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
     check_data(recipe.data)
+    check_kind(recipe.target)
     if not data_only:
         check_together(recipe)
     for key, place in _places(recipe):

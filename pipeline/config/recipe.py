@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting
+from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting, values_of
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
 from pipeline.config.settings import Cluster, Data, Decoder, Encoder, Mask, Section, Target, Tracking, Train
 
@@ -103,8 +103,8 @@ class Recipe(Section):
         return {level: steps[min(level, len(steps)) - 1] for level in range(1, self.data.levels + 1)}
 
     def bands_by_level(self) -> dict[int, str]:
-        """Predicted bands of every tapped level; empty for targets other than wavelets."""
-        if self.target.kind != "wavelet":
+        """Predicted bands of every tapped level; empty for targets that predict no bands."""
+        if not self.target.predicts_bands:
             return dict.fromkeys(sorted(self.target.taps), "")
         coarsest = max(self.target.taps)
         return {
@@ -119,6 +119,7 @@ class Recipe(Section):
 
 BEHAVIOURS: Mapping[str, Behaviour] = behaviours(Recipe)  # of every setting, by its dotted key
 _OF_SECTIONS = section_behaviours(Recipe)
+_DEFAULTS = values_of(Recipe())
 # Sections that a stage reads, in the order of its --help.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     stage: tuple(name for name, behaviour in _OF_SECTIONS.items() if stage in behaviour.stages) for stage in STAGES
@@ -156,12 +157,11 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
         Values by dotted key. Two runs of the stage with equal identities do the same work. A local `images` is made
         absolute.
     """
-    settings = recipe.dump()
     kept: dict[str, Any] = {}
-    for key, behaviour in BEHAVIOURS.items():
-        if stage in behaviour.identity:
-            group, _, name = key.rpartition(".")
-            kept[key] = settings[group][name] if group else settings[name]
+    for key, value in values_of(recipe).items():
+        behaviour = BEHAVIOURS[key]
+        if stage in behaviour.identity and not (behaviour.added and value == _DEFAULTS[key]):
+            kept[key] = value
     if kept.get("images") and "://" not in kept["images"]:
         kept["images"] = str(Path(kept["images"]).resolve())
     return kept
@@ -204,7 +204,7 @@ def for_size(recipe: Recipe, size: int, stored_size: int, stored_levels: int) ->
         and halvings + 1 < stored_levels
     ):
         halvings += 1
-    deepest = max(recipe.target.taps) if recipe.target.kind == "wavelet" else 1
+    deepest = max(recipe.target.taps) if recipe.target.predicts_bands else 1
     data = {"image_size": stored_size >> halvings, "levels": max(stored_levels - halvings, deepest)}
     sections = {
         "encoder": recipe.encoder.model_copy(update={"image_size": size}),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.config.behaviour import setting
+from wavemim import registry
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -133,9 +134,19 @@ class Encoder(Section):
 class Target(Section):
     """The prediction target of each tap. Mappings have levels as keys: level n has cells of 2^n pixels, 1 is the finest."""
 
-    kind: Literal["wavelet", "pixels", "hog", "fourier"] = setting(
+    kind: str = setting(
         "wavelet",
-        "Prediction target: wavelet coefficients, pixels, histograms of oriented gradients, or the Fourier spectrum.",
+        "Prediction target: wavelet (coefficients), pixels, hog (histograms of oriented gradients) or fourier (the spectrum); "
+        "or a target of your own by its registered name.",
+    )
+    module: str | None = setting(
+        None,
+        "Python file, or module, that registers a target of your own. null: none.",
+        operational=True,
+        place=True,
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = setting(
+        {}, "Further arguments of the target's class, such as {signed: true} for hog.", added=True
     )
     taps: dict[Annotated[int, Field(ge=0)], Positive] = setting(
         {2: 2, 3: 4, 4: 10, 5: 12},
@@ -170,6 +181,11 @@ class Target(Section):
     focal: float = setting(
         0.0, "fourier: exponent of the focal weight of large errors. 0: no focal weight.", ge=0, le=4
     )
+
+    @property
+    def predicts_bands(self) -> bool:
+        """Whether taps predict bands of wavelet levels: `wavelet`, and targets of one's own that say so."""
+        return registry.predicts_bands(self.kind, self.module)
 
 
 class Decoder(Section):

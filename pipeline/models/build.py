@@ -21,7 +21,8 @@ from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
-from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Statistics, Tap, Target, WaveletTarget
+from wavemim.registry import arguments_of, target_class
+from wavemim.targets import Statistics, Tap, Target
 from wavemim.views import Augment, Frequencies, Views
 from wavemim.weights import checkpoint
 
@@ -153,14 +154,26 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         "token_sizes": token_sizes,
         "normalise": settings.normalise,
     }
-    if settings.kind == "fourier":
-        return FourierTarget(taps, statistics, gamma=settings.gamma, focal=settings.focal, **common)
-    common["loss"] = settings.loss
-    if settings.kind == "pixels":
-        return PixelTarget(taps, statistics, **common)
-    if settings.kind == "hog":
-        return HOGTarget(taps, statistics, bins=settings.bins, **common)
-    return WaveletTarget(taps, statistics, wavelet=wavelet, on_device=settings.source == "device", **common)
+    offered: dict[str, Any] = {
+        "loss": settings.loss,
+        "wavelet": wavelet,
+        "on_device": settings.source == "device",
+        "bins": settings.bins,
+        "gamma": settings.gamma,
+        "focal": settings.focal,
+    }
+    cls = target_class(settings.kind, settings.module)
+    takes = arguments_of(cls)
+    for key in settings.options:
+        if key in common or key in offered:
+            raise SettingError(f"target.options.{key}: cannot be set here; other settings decide it")
+        if key not in takes:
+            further = ", ".join(sorted(takes - common.keys() - offered.keys())) or "no options"
+            raise SettingError(f"target.options.{key}: target.kind={settings.kind} takes {further}")
+    if "loss" not in takes and settings.loss != "l2":
+        raise SettingError(f"target.loss={settings.loss}: target.kind={settings.kind} defines its own loss")
+    given = {key: value for key, value in offered.items() if key in takes}
+    return cls(taps, statistics, **common, **given, **settings.options)
 
 
 def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
@@ -269,6 +282,6 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
             f"set data.channels={shards.layout.channels}"
         )
     deepest = max(recipe.target.taps)
-    if recipe.target.kind == "wavelet" and deepest > shards.levels:
+    if recipe.target.predicts_bands and deepest > shards.levels:
         raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")
     check_sizes(recipe, shards.image_size, shards.levels)

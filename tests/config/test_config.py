@@ -57,7 +57,10 @@ MISTAKES = [
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value must be below the second"),
     ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports are written to a folder"),
-    ("target.kind=hogs", "target.kind=hogs: input should be 'wavelet', 'pixels', 'hog' or 'fourier'"),
+    (
+        "target.kind=hogs",
+        "target.kind=hogs: no target of this name; did you mean 'hog'?; allowed are wavelet, pixels, hog, fourier",
+    ),
     (
         "target.taps={0: 8}",
         "target.taps.0: level 0 does not exist for this target; its levels start at 1 (target.kind=wavelet)",

@@ -290,7 +290,7 @@ def test_frequency_asks_for_everything():
     ],
 )
 def test_a_mask_that_cannot_be_says_why(arguments, names):
-    with pytest.raises(ValueError, match="hides|hidden") as raised:
+    with pytest.raises(ValueError, match=r"hides|hidden") as raised:
         Masking(*arguments)
     assert all(name in str(raised.value) for name in names) and "\n" not in str(raised.value)
 
