@@ -380,7 +380,7 @@ def test_mistakes_in_the_setting_are_refused(tmp_path):
         "s3://key:secret@bucket/runs": "credentials would end up in logs",
         "s3://bucket/runs?secret_key=abc": "credentials would end up in logs",
         str(tmp_path / "out" / "runs"): "the run's own folder",
-        str(tmp_path / "file"): "no folder",
+        str(tmp_path / "file"): "not a folder",
     }.items():
         with pytest.raises(SettingError, match=rf"train\.checkpoints_at.*{message}"):
             with_overrides(load("small"), {"out": str(tmp_path / "out"), "train.checkpoints_at": value})
