@@ -281,7 +281,7 @@ def test_users_mistakes_are_named():
         make(depth=0)
     with pytest.raises(ValueError, match=r"^decoder\.depth=0: .*decoder\.shared=false or decoder\.depth=1[^\n]*$"):
         Trunk(WIDTH, depth=0, heads=HEADS, drops=False)
-    for width, heads, message in [(18, 4, "no multiple of decoder.heads=4"), (18, 3, "multiple of 4")]:
+    for width, heads, message in [(18, 4, "not a multiple of decoder.heads=4"), (18, 3, "multiple of 4")]:
         with pytest.raises(ValueError, match=f"^decoder.width={width}: .*{message}"):
             Trunk(width, depth=1, heads=heads, drops=True)
 

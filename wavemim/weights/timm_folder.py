@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from wavemim.targets import STD_FLOOR
+from wavemim.data_statistics import STD_FLOOR
 from wavemim.weights.checkpoint import MODEL, checksum, plain_tensors
 
 
@@ -53,9 +53,6 @@ def export_timm(
     Returns:
         The content of ``config.json``.
     """
-    size = arguments.get("img_size", image_size)
-    assert size is not None, "image_size is needed for a model without a fixed one"
-    known: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -67,19 +64,9 @@ def export_timm(
         "global_pool": arguments.get("global_pool", "avg"),
         # transformers passes num_classes=0 itself; timm reads it from pretrained_cfg
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "pretrained_cfg": {
-            "input_size": [int(arguments["in_chans"]), int(size), int(size)],
-            "fixed_input_size": "img_size" in arguments,
-            "interpolation": "bicubic",
-            "crop_pct": crop_pct,
-            "crop_mode": "center",
-            "mean": [value / 255 for value in pixel_mean],
-            "std": [max(value, STD_FLOOR) / 255 for value in pixel_std],
-            "num_classes": len(classes),
-            "pool_size": None,
-            "first_conv": known["first_conv"],
-            "classifier": known["classifier"],
-        },
+        "pretrained_cfg": _pretrained_cfg(
+            encoder, arguments, pixel_mean, pixel_std, image_size=image_size, classes=len(classes), crop_pct=crop_pct
+        ),
         **({"label_names": list(classes)} if classes else {}),
         "sha256": checksum(partial / MODEL),
         "wavemim": dict(about),
@@ -93,3 +80,32 @@ def export_timm(
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return config
+
+
+def _pretrained_cfg(
+    encoder: nn.Module,
+    arguments: Mapping[str, Any],
+    pixel_mean: list[float],
+    pixel_std: list[float],
+    *,
+    image_size: int | None,
+    classes: int,
+    crop_pct: float,
+) -> dict[str, Any]:
+    """timm's description of the weights: input, preprocessing, and names of layers."""
+    size = arguments.get("img_size", image_size)
+    assert size is not None, "image_size is needed for a model without a fixed one"
+    known: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
+    return {
+        "input_size": [int(arguments["in_chans"]), int(size), int(size)],
+        "fixed_input_size": "img_size" in arguments,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "mean": [value / 255 for value in pixel_mean],
+        "std": [max(value, STD_FLOOR) / 255 for value in pixel_std],
+        "num_classes": classes,
+        "pool_size": None,
+        "first_conv": known["first_conv"],
+        "classifier": known["classifier"],
+    }
