@@ -95,22 +95,20 @@ def gather(
     )
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # What is not sharded (buffers, step counts) is not copied by torch if it is on the CPU already.
     buffers = {name for name, _ in model.named_buffers()}
-    # What is not sharded (buffers, step counts) is not copied where it is on the CPU already.
-    weights = {
-        name: value.clone() if name in buffers else value
-        for name, value in get_model_state_dict(model, options=options).items()
-    }
+    found: dict[str, Any] = get_model_state_dict(model, options=options)
+    weights = {name: value.clone() if name in buffers else value for name, value in found.items()}
     if optimizer is None or not optimizer.state:  # torch would initialise a missing state by a step of its own
         return weights, {}
-    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     return weights, {
         name: {entry: value if value.ndim else value.clone() for entry, value in entries.items()}
-        for name, entries in moments.items()
+        for name, entries in state.items()
     }
 
 
-def scatter(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def scatter(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load full weights into a sharded model. Every worker has to call it.
 
     Args:
@@ -130,7 +128,7 @@ def scatter(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     if weights and (missing or unexpected or unlike):
         raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}, of other shapes {unlike}")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, dict(weights), options=options)
 
 
 def scatter_moments(
@@ -152,8 +150,10 @@ def scatter_moments(
         set_optimizer_state_dict,
     )
 
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    content = {"state": {name: dict(entries) for name, entries in moments.items()}, "param_groups": groups}
+    content: dict[str, Any] = {
+        "state": {name: dict(entries) for name, entries in moments.items()},
+        "param_groups": get_optimizer_state_dict(model, optimizer)["param_groups"],
+    }
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_optimizer_state_dict(model, optimizer, content, options=options)
     loaded: list[Any] = [set(moments)]

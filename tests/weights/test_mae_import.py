@@ -114,7 +114,7 @@ def test_a_file_that_runs_code_is_refused(by_torch, tmp_path):
         torch.save(content, tmp_path / "evil.pth")
     else:
         (tmp_path / "evil.pth").write_bytes(pickle.dumps(content["extra"]))
-    what = r"needs 'io\.open' to be read" if by_torch else "is not one of weights alone"
+    what = r"needs 'io\.open' to be read" if by_torch else "does not hold only weights"
     with pytest.raises(ValueError, match=rf"evil\.pth {what}: files that may run code are not opened"):
         import_vit(tmp_path / "evil.pth", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
@@ -157,7 +157,7 @@ def test_numbers_that_no_pixels_have_are_refused(given, tmp_path):
 
 def test_a_text_of_that_name_is_no_file_of_weights(tmp_path):
     (tmp_path / "w.pth").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read as weights of PyTorch: it is empty, cut off, or no such file"):
+    with pytest.raises(ValueError, match="cannot be read as PyTorch weights: it is empty, truncated, or of another format"):
         import_vit(tmp_path / "w.pth", tmp_path / "out")
 
 

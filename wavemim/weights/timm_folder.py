@@ -32,9 +32,8 @@ def export_timm(
 ) -> dict[str, Any]:
     """Write a timm model in timm's folder format, which is also that of the Hugging Face hub.
 
-    The folder holds ``model.safetensors``, ``config.json``, ``preprocessor_config.json`` and, with `card`,
-    ``README.md``. It is loaded by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, by the architecture's
-    name with ``pretrained_cfg_overlay``, and by transformers' ``AutoModel`` and ``AutoImageProcessor``.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so do ``pretrained_cfg_overlay`` with the
+    architecture's name and transformers' ``AutoModel`` and ``AutoImageProcessor``.
 
     Args:
         folder: The folder to write. An existing one is replaced.
@@ -44,9 +43,8 @@ def export_timm(
         pixel_mean: Mean per channel, of pixels in [0, 255].
         pixel_std: Standard deviation per channel.
         about: Stored in ``config.json``.
-        image_size: Pixels per side in pretraining; needed if `arguments` has no img_size (the model then also takes
-            other sizes).
-        card: The model card.
+        image_size: Pixels per side in pretraining; needed if `arguments` has no img_size.
+        card: The model card, written as ``README.md``.
         classes: Names of a classifier's classes.
         crop_pct: Fraction of the image's side that is evaluated.
 
@@ -65,14 +63,14 @@ def export_timm(
         # transformers passes num_classes=0 itself; timm reads it from pretrained_cfg
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": _pretrained_cfg(
-            encoder, arguments, pixel_mean, pixel_std, image_size=image_size, classes=len(classes), crop_pct=crop_pct
+            encoder, arguments, pixel_mean, pixel_std, image_size, len(classes), crop_pct
         ),
         **({"label_names": list(classes)} if classes else {}),
         "sha256": checksum(partial / MODEL),
         "wavemim": dict(about),
     }
-    processor = {"image_processor_type": "TimmWrapperImageProcessor"}  # which gets the transforms from timm
-    processor |= {key: config[key] for key in ("architecture", "pretrained_cfg")}
+    processor = {key: config[key] for key in ("architecture", "pretrained_cfg")}
+    processor |= {"image_processor_type": "TimmWrapperImageProcessor"}  # which gets the transforms from timm
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if card:
@@ -87,7 +85,6 @@ def _pretrained_cfg(
     arguments: Mapping[str, Any],
     pixel_mean: list[float],
     pixel_std: list[float],
-    *,
     image_size: int | None,
     classes: int,
     crop_pct: float,
