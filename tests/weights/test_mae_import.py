@@ -157,7 +157,9 @@ def test_numbers_that_no_pixels_have_are_refused(given, tmp_path):
 
 def test_a_text_of_that_name_is_no_file_of_weights(tmp_path):
     (tmp_path / "w.pth").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read as PyTorch weights: it is empty, truncated, or of another format"):
+    with pytest.raises(
+        ValueError, match="cannot be read as PyTorch weights: it is empty, truncated, or of another format"
+    ):
         import_vit(tmp_path / "w.pth", tmp_path / "out")
 
 

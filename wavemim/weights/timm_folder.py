@@ -62,9 +62,7 @@ def export_timm(
         "global_pool": arguments.get("global_pool", "avg"),
         # transformers passes num_classes=0 itself; timm reads it from pretrained_cfg
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "pretrained_cfg": _pretrained_cfg(
-            encoder, arguments, pixel_mean, pixel_std, image_size, len(classes), crop_pct
-        ),
+        "pretrained_cfg": _pretrained_cfg(encoder, arguments, pixel_mean, pixel_std, image_size, classes, crop_pct),
         **({"label_names": list(classes)} if classes else {}),
         "sha256": checksum(partial / MODEL),
         "wavemim": dict(about),
@@ -86,7 +84,7 @@ def _pretrained_cfg(
     pixel_mean: list[float],
     pixel_std: list[float],
     image_size: int | None,
-    classes: int,
+    classes: Sequence[str],
     crop_pct: float,
 ) -> dict[str, Any]:
     """timm's description of the weights: input, preprocessing, and names of layers."""
@@ -101,7 +99,7 @@ def _pretrained_cfg(
         "crop_mode": "center",
         "mean": [value / 255 for value in pixel_mean],
         "std": [max(value, STD_FLOOR) / 255 for value in pixel_std],
-        "num_classes": classes,
+        "num_classes": len(classes),
         "pool_size": None,
         "first_conv": known["first_conv"],
         "classifier": known["classifier"],
