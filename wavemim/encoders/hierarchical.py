@@ -20,7 +20,7 @@ from wavemim.encoders.base import Encoder, check_name, check_options, create
 from wavemim.encoders.pretrained import fill, one_line
 
 REDUCTIONS = (4, 8, 16, 32)  # pixels per side of the tokens of stages 1 to 4
-SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # options here
+SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # these are options here
 HierarchicalSees = Literal["masked", "whole"]
 
 
