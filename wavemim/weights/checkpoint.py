@@ -341,7 +341,7 @@ def latest(folder: Path) -> Path | None:
         try:
             read_state(path)
         except CheckpointError as error:
-            _log.warning("%s is skipped, the checkpoint before it is tried: %s", path, error)
+            _log.warning("%s is skipped, the checkpoint before it is used: %s", path, error)
             continue
         return path
     return None
