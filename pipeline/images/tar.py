@@ -7,6 +7,7 @@ and its label are left alone.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import tarfile
@@ -38,25 +39,14 @@ from pipeline.storage.object_stores import StorageError, is_remote, reaching
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 LABEL_SUFFIX = "cls"
-# Also what WebDataset keeps for itself.
+# Hidden files, and the names that WebDataset reserves.
 _HIDDEN = re.compile(r"(^|/)\.|(^|/)__[^/]*__$")
 _BLOCK = tarfile.BLOCKSIZE
-_WINDOW = {False: 1 << 12, True: 4 << 20}  # bytes read at a time: local, where data is jumped over, and remote
-_THREADS = {False: 2, True: 12}
-_LARGEST_EXTRA = 1 << 20  # bytes of a long name, or of a label
-_DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-_EXTRAS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
-_KINDS = {
-    **dict.fromkeys((tarfile.LNKTYPE, tarfile.SYMTYPE), "a link inside the tar file"),
-    tarfile.GNUTYPE_SPARSE: "a sparse file inside the tar file",
-    **dict.fromkeys(_DEVICES, "not a regular file"),
-}
+_BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
+_THREADS = {False: 2, True: 12}  # of listing tar files: local, remote
+_LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
+_DAMAGED = "the tar file is damaged here"
+_DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
 
 
 @dataclass(frozen=True)
@@ -92,21 +82,19 @@ class _Index:
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _Window:
-    """Reads a file in large pieces, a small part of one at a time."""
+class _Reader(io.BufferedReader):
+    """A tar file as `tarfile` reads it: buffered, and no header is believed that claims to be huge."""
 
-    def __init__(self, file: pa.NativeFile, length: int) -> None:
-        self.size = file.size()
-        self._file, self._length = file, length
-        self._start, self._held = 0, b""
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As io.BufferedReader; tarfile.InvalidHeaderError above the limit, or for everything at once."""
+        if size is None or not 0 <= size <= _LARGEST_EXTRA:
+            raise tarfile.InvalidHeaderError(f"a header of {size} bytes")
+        return super().read(size)
 
-    def at(self, offset: int, length: int) -> bytes:
+    def at(self, offset: int, size: int) -> bytes:
         """Bytes from `offset`; fewer at the end of the file."""
-        begin = offset - self._start
-        if begin < 0 or begin + length > len(self._held):
-            self._held = bytes(self._file.read_at(max(self._length, length), offset)) if offset < self.size else b""
-            self._start, begin = offset, 0
-        return self._held[begin : begin + length]
+        self.seek(offset)
+        return self.read(size)
 
 
 def plan_tar(
@@ -158,13 +146,11 @@ def plan_tar(
 def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
     found = _Index()
     shown = folder.shown(name)
-    with reaching(shown), _opened(folder, name) as file:
-        window = _Window(file, _WINDOW[is_remote(folder.url)])
+    with reaching(shown), _opened(folder, name) as source, _Reader(source, _BUFFER[is_remote(folder.url)]) as file:
         sample: list[Member] = []
-        for member in _members(window, name, shown, found.rejects):
+        for member in _members(file, source.size(), name, shown, found.rejects):
             if member.extension == label and not member.problem and member.size <= _LARGEST_EXTRA:
-                # At once: the window only moves on.
-                content = window.at(member.offset, member.size)
+                content = file.at(member.offset, member.size)  # now, while it is in the buffer
                 member = replace(member, text=content.decode("utf-8", "replace").strip())
             if sample and member.key != sample[0].key:
                 _add(found, name, sample, image)
@@ -219,81 +205,67 @@ def _shown(name: str) -> str:
 # Headers
 
 
-def _members(window: _Window, tar: str, shown: str, rejects: list[tuple[str, str]]) -> Iterator[Member]:
-    """The files of a tar file but for hidden ones; where it is cut off or damaged, a reject is the last of it."""
-    if not window.size:
+def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tuple[str, str]]) -> Iterator[Member]:
+    """The files of a tar file of `length` bytes, without hidden ones. At a cut or damage they end, with a reject."""
+    if not length:
         rejects.append((tar, "empty file"))
         return
-    place, extra = 0, dict[str, str]()
-    while header := window.at(place, _BLOCK):
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            if not header.strip(b"\0") and len(header) == _BLOCK:
-                return  # the mark of the end
-            if place == 0:
-                raise SettingError(f"images={shown}: {_no_tar(header)}") from None
-            where = "is cut off" if len(header) < _BLOCK else f"is damaged ({error})"
-            rejects.append((f"{tar}!(byte {place})", f"the tar file {where} here"))
+    try:
+        archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+    except _DAMAGE:  # of the first entry
+        if (damage := _damage_at(file, 0)) != _DAMAGED:
+            raise SettingError(f"images={shown}: {_no_tar(file.at(0, _BLOCK))}") from None
+        rejects.append((f"{tar}!(byte 0)", damage))
+        return
+    start = 0  # of the entry, its extended headers first
+    while (info := _next(archive)) is not None:
+        archive.members.clear()  # it would keep every one of them
+        declared = info.pax_headers.get("size", "0")  # which tarfile reads as 0 where it is no number
+        if info.size < 0 or archive.offset <= start or not re.fullmatch("[0-9]{1,30}", declared):
+            rejects.append((f"{tar}!(byte {start})", _DAMAGED))
             return
-        data = place + _BLOCK
-        size = _size(info, extra)
-        if size is None:
-            rejects.append((f"{tar}!(byte {place})", "the tar file is damaged here"))
-            return
-        has_data = info.type not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, *_DEVICES)
-        place = data + (-(-size // _BLOCK) * _BLOCK if has_data else 0)
-        if info.type in _EXTRAS:
-            extra |= _extra(info.type, window.at(data, min(info.size, _LARGEST_EXTRA)))
-            continue
-        member = replace(_member(info, extra), offset=data, size=size)
-        if has_data and data + size > window.size:
+        member = Member(re.sub(r"^(\./)+", "", info.name), info.offset_data, info.size, _problem(info))
+        has_data = not (info.isdir() or info.islnk() or info.issym() or info.isdev())
+        if has_data and not info.issparse() and info.offset_data + info.size > length:
             yield replace(member, problem="the tar file ends inside it")
             return
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            place += _sparse_blocks(window, header, data)
-        extra = {}
-        if info.type != tarfile.DIRTYPE and not _HIDDEN.search(member.name):
+        start = archive.offset
+        if not info.isdir() and not _HIDDEN.search(member.name):
             yield member
+    if damage := _damage_at(file, start):
+        rejects.append((f"{tar}!(byte {start})", damage))
 
 
-def _size(info: tarfile.TarInfo, extra: dict[str, str]) -> int | None:
-    """Bytes of the data after a header, None where that is no number from 0 on: the next header is then nowhere."""
-    text = str(info.size) if info.type in _EXTRAS else extra.get("size", str(info.size))
-    return int(text) if re.fullmatch(r"[0-9]{1,30}", text) else None
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member; None at the end, and also at headers that cannot be read: `tarfile` tells some of them alike."""
+    try:
+        return archive.next()
+    except _DAMAGE:
+        return None
 
 
-def _member(info: tarfile.TarInfo, extra: dict[str, str]) -> Member:
-    problem = _KINDS.get(info.type, "")
-    if any(key.startswith("GNU.sparse.") for key in extra):
-        problem = _KINDS[tarfile.GNUTYPE_SPARSE]
-    name = extra.get("GNU.sparse.name") or extra.get("path") or info.name
-    return Member(re.sub(r"^(\./)+", "", name), 0, 0, problem)
+def _damage_at(file: _Reader, start: int) -> str | None:
+    """Why a tar file ends at `start`, None if it is the mark of the end or the end of the file."""
+    header = file.at(start, _BLOCK)
+    try:
+        if header:
+            tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.EOFHeaderError:
+        return None
+    except tarfile.TruncatedHeaderError:
+        return "the tar file is cut off here"
+    except tarfile.HeaderError as error:
+        return f"the tar file is damaged ({error}) here"
+    return _DAMAGED if header else None  # a header by itself, but not with what follows it
 
 
-def _extra(kind: bytes, content: bytes) -> dict[str, str]:
-    """What comes before a header that has no room for it: a long name, or records of the POSIX format."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    records: dict[str, str] = {}
-    while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and (found := re.match(rb"(\d{1,9}) ([^=]+)=", content)):
-        length = int(found[1])
-        value = content[found.end() : length - 1]
-        records[found[2].decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        if not length:
-            break
-        content = content[length:]
-    return records
-
-
-def _sparse_blocks(window: _Window, header: bytes, place: int) -> int:
-    """Bytes of the further headers of a sparse file in the old format, which come before its data."""
-    more, start = header[482:483] not in (b"", b"\0"), place
-    while more:
-        block = window.at(place, _BLOCK)
-        more = len(block) == _BLOCK and block[504:505] != b"\0"
-        place += _BLOCK
-    return place - start
+def _problem(info: tarfile.TarInfo) -> str:
+    """Why a member is no image that can be read, empty if it may be one."""
+    if info.issparse():
+        return "a sparse file inside the tar file"
+    if info.islnk() or info.issym():
+        return "a link inside the tar file"
+    return "not a regular file" if info.isdev() else ""
 
 
 def _no_tar(header: bytes) -> str:
