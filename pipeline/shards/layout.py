@@ -13,15 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pywt
 
-from pipeline.errors import StageError
+from pipeline.shards.errors import ShardError
 from wavemim.integer_haar import HaarSums
 from wavemim.wavelets import BANDS, MODE, bands_of, coefficient_bound, is_haar
 
 DIGEST_BYTES = 16  # xxh3_128
-
-
-class ShardError(StageError):
-    """A shard set is missing, damaged or of another format: one line."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Layout:
         return pa.schema([field.with_nullable(False) for field in fields])
 
     def empty(self, count: int) -> dict[int, np.ndarray]:
-        """Uninitialised arrays (n, C, K, h, w) of every level, for `Encoder.quantise` to fill."""
+        """Uninitialised arrays (n, C, K, h, w) of every level, for `PyramidEncoder.quantise` to fill."""
         return {level: np.empty((count, *self.shape(level)), self.dtype(level)) for level in self.steps}
 
     def decode(self, data: pa.RecordBatch | pa.Table, levels: Iterable[int] | None = None) -> dict[int, np.ndarray]:
@@ -94,7 +90,7 @@ class Layout:
         return values.reshape(len(column), *self.shape(level))
 
 
-class Encoder:
+class PyramidEncoder:
     """Pixels → stored integers, one image at a time; what it gives back is valid until the next call.
 
     Haar works on sums, integers that are 2^level times the coefficients; every other wavelet on float32 coefficients.
@@ -153,5 +149,5 @@ class Encoder:
 
 
 def band_names(layout: Layout, level: int) -> str:
-    """Names along axis K of what `Encoder.analyse` gives at a level."""
+    """Names along axis K of what `PyramidEncoder.analyse` gives at a level."""
     return bands_of(level, layout.levels) if layout.windows else BANDS

@@ -26,8 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.shards.batches import Batch, Group, Inverse, checked_levels, draw_windows, read_ahead, row_groups
-from pipeline.shards.shard_set import ShardSet, read_patiently, stored_bytes
+from pipeline.shards.batches import Batch, read_ahead
+from pipeline.shards.row_groups import Group, read_patiently, row_groups, stored_bytes
+from pipeline.shards.shard_set import ShardSet
+from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
 from wavemim.randomness import uniform
 
 Pick = tuple[Group, int, float]  # row group, row in it, weight
@@ -74,7 +76,7 @@ class Reader:
         self.ahead, self.threads, self.pin = ahead, threads, pin
         self.levels = checked_levels(shards, finest, window)
         assert not pixels or shards.layout.windows, shards.layout.wavelet
-        self._inverse = Inverse(shards, self.levels, window) if pixels else None
+        self._pixel_windows = PixelWindows(shards, self.levels, window) if pixels else None
         self.streams = world if streams is None else streams
         self.rows = shards.rows[split]
         assert 0 <= rank < world, (rank, world)
@@ -159,11 +161,11 @@ class Reader:
         corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
         mirrored = (draws[:, 2] < 0.5) & self.flip
         sources = [(group, i) for group, i, _ in picks]
-        pixels = self._inverse(sources, corners, mirrored) if self._inverse else None
+        pixels = self._pixel_windows(sources, corners, mirrored) if self._pixel_windows else None
         levels, crop = (
             ({}, None)
-            if self._inverse
-            else draw_windows(self.shards, sources, self.levels, corners, self.window, mirrored)
+            if self._pixel_windows
+            else cut_windows(self.shards, sources, self.levels, corners, self.window, mirrored)
         )
         weight = torch.tensor([weight for _, _, weight in picks], dtype=torch.float32)
         if self.pin:  # a GPU fetches from such memory by itself

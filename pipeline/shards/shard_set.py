@@ -7,25 +7,17 @@ could not be stored) and ``manifest.json``, written last: a folder without one i
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
-import os
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.shards.layout import Layout, ShardError
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import Layout
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import StorageError, reaching
 from wavemim.wavelets import bands_of
 
 FORMAT_VERSION = 2
@@ -202,103 +194,3 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
     if manifest.get("fingerprint") != manifest_fingerprint(manifest):
         raise ShardError(f"{path} was changed after it was written: its fingerprint does not fit its content")
     return manifest
-
-
-@functools.lru_cache(maxsize=512)
-def _footer(folder: Folder, name: str, sha256: str) -> pq.FileMetaData:
-    """A file's footer, read once: an object store would be asked twice for every row group otherwise."""
-    with reaching(folder.shown(name)), folder.open(name) as source, pq.ParquetFile(source) as parquet:
-        return parquet.metadata
-
-
-# (path, when it was written, row group, columns) that this process has read whole from a local disk.
-_sound: set[tuple[str, int, int, tuple[str, ...]]] = set()
-
-
-def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
-    """Some columns of one row group of a shard. Raises ShardError.
-
-    Checksums of pages cost a tenth of the reading. They are compared whenever bytes come over a network, and of a local
-    file when a process reads them for the first time: damage that is there when training starts is met in its first epoch.
-    """
-    local = shards.folder.local is not None
-    try:
-        path = shards.folder.place(name)
-        key = (path, os.stat(path).st_mtime_ns if local else 0, group, tuple(columns))
-        footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
-        with (
-            reaching(shards.folder.shown(name)),
-            shards.folder.open(name) as source,
-            pq.ParquetFile(
-                source,
-                metadata=footer,
-                page_checksum_verification=not (local and key in _sound),
-                pre_buffer=not local,  # a store is asked once for neighbouring columns
-            ) as parquet,
-        ):
-            table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
-        _sound.add(key)
-        return table
-    except FileNotFoundError:
-        raise ShardError(
-            f"{shards.folder.shown(name)} is missing (row group {group} was to be read); "
-            f"wavemim verify {shards.url} names all such files"
-        ) from None
-    except StorageError as error:  # of a store: away, or what it gave is damaged
-        raise ShardError(f"{error} (row group {group} was to be read)") from None
-    except (OSError, pa.ArrowException, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise ShardError(
-            f"{shards.folder.shown(name)} is damaged (row group {group}): {text}; "
-            f"wavemim verify {shards.url} names all such files"
-        ) from None
-
-
-def read_group(
-    shards: ShardSet, name: str, group: int, levels: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
-    """One row group: `row` (n,), `label` (n,) and the stored integers (n, C, K, h, w) of `levels`. Raises ShardError."""
-    table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
-    row, label = (table.column(column).to_numpy() for column in ("row", "label"))
-    return row, label, shards.layout.decode(table, levels)
-
-
-def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int]) -> int:
-    """What `read_group` takes from the disk or the network: its column chunks as they are stored, by the file's footer."""
-    columns = {"row", "label", *(f"level{level}" for level in levels)}
-    chunks = _footer(shards.folder, name, shards.checksums.get(name, "")).row_group(group)
-    found = (chunks.column(index) for index in range(chunks.num_columns))
-    return sum(chunk.total_compressed_size for chunk in found if chunk.path_in_schema in columns)
-
-
-PAUSES = (1.0, 4.0, 15.0)  # seconds before rows are read again
-
-_log = logging.getLogger(__name__)
-_warned: set[str] = set()  # files
-
-
-class UnreadableError(ShardError):
-    """Rows that could not be read, again and again: one line."""
-
-    def __init__(self, message: str, name: str, group: int, levels: Sequence[int]) -> None:
-        super().__init__(message, name, group, levels)  # so that it can be pickled
-        self.message = message
-        self.place = {"name": name, "group": group, "levels": list(levels)}
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def read_patiently(shards: ShardSet, name: str, group: int, levels: Sequence[int], ended: threading.Event) -> Any:
-    """`read_group`, tried again after pauses, unless `ended`. Raises UnreadableError."""
-    for pause in (*PAUSES, None):
-        try:
-            return read_group(shards, name, group, levels)
-        except ShardError as error:
-            if pause is None or ended.is_set():
-                raise UnreadableError(str(error), name, group, levels) from None
-            if name not in _warned:
-                _warned.add(name)
-                _log.warning("%s; it is tried again for %.0f s", error, sum(PAUSES))
-        ended.wait(pause)
-    raise AssertionError

@@ -41,7 +41,7 @@ class Moments:
                 self._squares[level] += squares
 
     def add_found(self, found: Mapping[int, np.ndarray], image: np.ndarray) -> None:
-        """Take in an image (C, H, W), uint8, and what `Encoder.analyse` found in it; other wavelets than Haar."""
+        """Take in an image (C, H, W), uint8, and what `PyramidEncoder.analyse` found in it; other wavelets than Haar."""
         self.images += 1
         for level, values in found.items():
             wide = values.astype(np.float64)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pipeline.errors import SettingError
-from pipeline.shards.layout import ShardError
+from pipeline.shards.errors import ShardError
 from pipeline.shards.shard_set import MANIFEST, REJECTED, SPLITS, ShardSet
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import reaching

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.shards.layout import DIGEST_BYTES, Encoder, Layout
+from pipeline.shards.layout import DIGEST_BYTES, Layout, PyramidEncoder
 from pipeline.shards.statistics import Moments
 
 # zstd halves the finest level, mostly small numbers, and takes its time; of the others it would save little.
@@ -28,7 +28,7 @@ class ShardWriter:
         """`folder` holds the file while it is written; `close` says where it is."""
         self.layout, self.rows = layout, 0
         self.moments = Moments(layout)
-        self._encoder = Encoder(layout)
+        self._encoder = PyramidEncoder(layout)
         self._group = layout.empty(rows_per_group)
         self._rows: list[tuple[int, str, int, bytes]] = []
         self._file = folder / f".{uuid.uuid4().hex}.tmp"
