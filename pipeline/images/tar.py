@@ -1,7 +1,7 @@
-"""Tar files of samples, as WebDataset reads them: ``KEY.jpg``, ``KEY.cls``; only their headers are read for a plan.
+"""Tar files of samples in the WebDataset format: ``KEY.jpg``, ``KEY.cls``. A plan reads only headers and labels.
 
-A sample is a run of members with the same key, the path up to the first dot of the base name. Members beside its image
-and its label are left alone.
+A sample is a run of members with the same key: the path up to the first dot of the base name. Members other than its
+image and label are ignored.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import SettingError
+from pipeline.images.columns import encode_labels
 from pipeline.images.decode import SUFFIXES
-from pipeline.images.files import LARGEST, fetch_ahead, too_large
+from pipeline.images.files import LARGEST, container_of, fetch_ahead, too_large
 from pipeline.images.plan import (
     ImagePlan,
-    Inputs,
     Origin,
     Paths,
-    encode_labels,
-    finish,
+    PlanOptions,
+    SourceInputs,
+    make_plan,
     split_codes,
     split_of_name,
-    without_doubles,
+    without_duplicates,
 )
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import StorageError, is_remote, reaching
+from pipeline.storage.object_stores import is_remote, reaching
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 LABEL_SUFFIX = "cls"
@@ -43,7 +44,7 @@ LABEL_SUFFIX = "cls"
 _HIDDEN = re.compile(r"(^|/)\.|(^|/)__[^/]*__$")
 _BLOCK = tarfile.BLOCKSIZE
 _BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
-_THREADS = {False: 2, True: 12}  # of listing tar files: local, remote
+_THREADS = {False: 2, True: 12}  # that list tar files: local, remote
 _LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
 _DAMAGED = "the tar file is damaged here"
 _DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
@@ -57,23 +58,23 @@ class Member:
     offset: int  # of the data, bytes
     size: int
     problem: str = ""  # why it cannot be read
-    text: str | None = None  # its content, of the label
+    text: str | None = None  # content of a label
 
     @property
     def key(self) -> str:
-        """What the members of a sample have in common."""
+        """The key of the sample that it belongs to."""
         folder, slash, base = self.name.rpartition("/")
         return folder + slash + base.partition(".")[0]
 
     @property
     def extension(self) -> str:
-        """The rest, lower case, without the first dot."""
+        """What follows the key and its dot, in lower case."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
 @dataclass
 class _Index:
-    """The samples of one tar file."""
+    """The samples of one tar file, as columns."""
 
     paths: Paths = field(default_factory=Paths)
     offsets: list[int] = field(default_factory=list)
@@ -83,45 +84,45 @@ class _Index:
 
 
 class _Reader(io.BufferedReader):
-    """A tar file as `tarfile` reads it: buffered, and no header is believed that claims to be huge."""
+    """A buffered reader for `tarfile` that refuses extended headers of huge size, which may be damage."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As io.BufferedReader; tarfile.InvalidHeaderError above the limit, or for everything at once."""
+        """Read `size` bytes. Raises tarfile.HeaderError if that is above the limit, or not a number of bytes."""
         if size is None or not 0 <= size <= _LARGEST_EXTRA:
-            raise tarfile.InvalidHeaderError(f"a header of {size} bytes")
+            raise tarfile.HeaderError(f"a header of {size} bytes")
         return super().read(size)
 
     def at(self, offset: int, size: int) -> bytes:
-        """Bytes from `offset`; fewer at the end of the file."""
+        """Up to `size` bytes from `offset`; fewer at the end of the file."""
         self.seek(offset)
         return self.read(size)
 
 
-def plan_tar(
-    folder: Folder,
-    names: list[str],
-    *,
-    val_share: float | None,
-    seed: int,
-    image_column: str | None,
-    label_column: str | None,
-    shown: str,
-) -> ImagePlan:
-    """The plan of tar files in `folder`; the columns are the extensions of image and label.
+def plan_tar(folder: Folder, names: list[str], options: PlanOptions) -> ImagePlan:
+    """Plan tar files of samples.
 
-    Raises SettingError, with `shown` as what `images` is.
+    Args:
+        folder: The folder that holds the files.
+        names: Paths of the files in it, in their order.
+        options: Options of the plan; the two columns are extensions of members, for the label "cls" by default.
+
+    Raises:
+        SettingError: A file cannot be read or is not a tar file, or no sample has the label that is asked for.
     """
-    split_of_file, words = split_codes([split_of_name(name) for name in names])
-    wanted = (image_column.lower().lstrip(".") if image_column else None, (label_column or LABEL_SUFFIX).lower())
+    split_of_file, splits_shown = split_codes([split_of_name(name) for name in names])
+    image = options.image_column.lower().lstrip(".") if options.image_column else None
+    label = (options.label_column or LABEL_SUFFIX).lower()
     with ThreadPoolExecutor(_THREADS[is_remote(folder.url)]) as pool:
-        found = list(pool.map(lambda name: _index(folder, name, *wanted), names))
+        found = list(pool.map(lambda name: _index(folder, name, image, label), names))
     columns = [index.paths.column() for index in found]
     counts = [len(column) for column in columns]
     labels = pa.chunked_array([pa.array(index.labels, pa.large_string()) for index in found], pa.large_string())
-    codes, classes = encode_labels(labels, None, f"images={shown}: the label '{wanted[1]}'")
-    if label_column and not any(label is not None for index in found for label in index.labels):
-        raise SettingError(f"images={shown}: no sample has a member .{wanted[1]} (label_column={label_column})")
-    inputs = Inputs(
+    codes, classes = encode_labels(labels, None, f"images={options.shown}: the label '{label}'")
+    if options.label_column and not any(text is not None for index in found for text in index.labels):
+        raise SettingError(
+            f"images={options.shown}: no sample has a member .{label} (label_column={options.label_column})"
+        )
+    inputs = SourceInputs(
         path=pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string()),
         label=codes,
         split=np.repeat(np.array(split_of_file, np.int8), counts),
@@ -130,16 +131,10 @@ def plan_tar(
         second=np.array([size for index in found for size in index.sizes], np.int64),
         rejects=[reject for index in found for reject in index.rejects],
     )
-    origin = Origin("tar", folder.url, tuple(names))
-    files_in_words = f"{len(names)} tar files" if len(names) > 1 else "a tar file"
-    return finish(
-        without_doubles(inputs, "a second time in the tar file"),
-        classes,
-        origin,
-        f"{files_in_words}, {words}",
-        shown=shown,
-        val_share=val_share,
-        seed=seed,
+    files_shown = f"{len(names)} tar files" if len(names) > 1 else "a tar file"
+    inputs = without_duplicates(inputs, "a second time in the tar file")
+    return make_plan(
+        inputs, classes, Origin("tar", folder.url, tuple(names)), f"{files_shown}, {splits_shown}", options
     )
 
 
@@ -150,7 +145,7 @@ def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
         sample: list[Member] = []
         for member in _members(file, source.size(), name, shown, found.rejects):
             if member.extension == label and not member.problem and member.size <= _LARGEST_EXTRA:
-                content = file.at(member.offset, member.size)  # now, while it is in the buffer
+                content = file.at(member.offset, member.size)  # now, since it is probably still in the buffer
                 member = replace(member, text=content.decode("utf-8", "replace").strip())
             if sample and member.key != sample[0].key:
                 _add(found, name, sample, image)
@@ -169,7 +164,7 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
 
 
 def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> None:
-    """One sample: its image among the inputs, or a reject."""
+    """Add the image of one sample to the inputs, or to the rejects."""
     images = [member for member in sample if _is_image(member, image)]
     plain = [member for member in images if "." not in member.extension]
     if not images:
@@ -180,7 +175,7 @@ def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> No
     for other in images:
         path = f"{tar}!{_shown(other.name)}"
         if other is not chosen:
-            found.rejects.append((path, "another image of the same sample; image_column names the extension to take"))
+            found.rejects.append((path, "another image of the same sample; set image_column to the extension to use"))
         elif other.problem:
             found.rejects.append((path, other.problem))
         elif path != f"{tar}!{other.name}":
@@ -206,7 +201,7 @@ def _shown(name: str) -> str:
 
 
 def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tuple[str, str]]) -> Iterator[Member]:
-    """The files of a tar file of `length` bytes, without hidden ones. At a cut or damage they end, with a reject."""
+    """Files in a tar file of `length` bytes, except hidden ones. Where it is truncated or damaged, a reject ends the list."""
     if not length:
         rejects.append((tar, "empty file"))
         return
@@ -217,10 +212,10 @@ def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tup
             raise SettingError(f"images={shown}: {_no_tar(file.at(0, _BLOCK))}") from None
         rejects.append((f"{tar}!(byte 0)", damage))
         return
-    start = 0  # of the entry, its extended headers first
+    start = 0  # where the entry begins, with its extended headers
     while (info := _next(archive)) is not None:
-        archive.members.clear()  # it would keep every one of them
-        declared = info.pax_headers.get("size", "0")  # which tarfile reads as 0 where it is no number
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+        declared = info.pax_headers.get("size", "0")  # what is not a number tarfile reads as 0
         if info.size < 0 or archive.offset <= start or not re.fullmatch("[0-9]{1,30}", declared):
             rejects.append((f"{tar}!(byte {start})", _DAMAGED))
             return
@@ -237,7 +232,7 @@ def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tup
 
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The next member; None at the end, and also at headers that cannot be read: `tarfile` tells some of them alike."""
+    """The next member; None at the end and at unreadable headers, which `tarfile` itself does not always tell apart."""
     try:
         return archive.next()
     except _DAMAGE:
@@ -245,22 +240,21 @@ def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _damage_at(file: _Reader, start: int) -> str | None:
-    """Why a tar file ends at `start`, None if it is the mark of the end or the end of the file."""
+    """What is wrong where the list of members ended; None at the end marker or the end of the file."""
     header = file.at(start, _BLOCK)
-    try:
-        if header:
-            tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:
+    if not header or header == tarfile.NUL * _BLOCK:
         return None
-    except tarfile.TruncatedHeaderError:
+    if len(header) < _BLOCK:
         return "the tar file is cut off here"
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"the tar file is damaged ({error}) here"
-    return _DAMAGED if header else None  # a header by itself, but not with what follows it
+    return _DAMAGED  # an intact header, but what belongs to it is damaged
 
 
 def _problem(info: tarfile.TarInfo) -> str:
-    """Why a member is no image that can be read, empty if it may be one."""
+    """Why a member cannot be read as an image; empty if it may be one."""
     if info.issparse():
         return "a sparse file inside the tar file"
     if info.islnk() or info.issym():
@@ -270,15 +264,15 @@ def _problem(info: tarfile.TarInfo) -> str:
 
 def _no_tar(header: bytes) -> str:
     if header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        return "a compressed tar file; its images cannot be read one by one, unpack it to .tar"
+        return "a compressed tar file, whose images cannot be read individually; decompress it to .tar"
     return "not a tar file"
 
 
-# Members of tar files
+# Reading images
 
 
 def fetch_tar(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str]]:
-    """Yield (row number, bytes or the reason why not) for rows that name members of tar files."""
+    """Yield (index into `rows`, encoded image or the reason why there is none), in the order of `rows`."""
     containers, offsets, sizes = (rows.column(name).to_pylist() for name in ("container", "first", "second"))
     root = Folder.at(origin.root)
     with contextlib.ExitStack() as stack:
@@ -304,7 +298,7 @@ def fetch_tar(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str
 
 
 class _Opened:
-    """The tar files of a task, each opened once, when it is first needed."""
+    """The tar files of a task, each opened when it is first needed. At most 64 local ones stay open."""
 
     def __init__(self, origin: Origin, root: Folder, stack: contextlib.ExitStack) -> None:
         self._origin, self._root, self._stack = origin, root, stack
@@ -313,7 +307,7 @@ class _Opened:
         self._lock = threading.Lock()
 
     def file(self, container: int) -> pa.NativeFile:
-        """The file; reads of several threads do not disturb each other."""
+        """An open file, for `read_at` from several threads."""
         with self._lock:
             found = self._files.get(container)
         if found is not None:
@@ -325,24 +319,8 @@ class _Opened:
             kept = self._files.setdefault(container, found)
             if kept is found and self._root.local is None:
                 self._stack.callback(found.close)
-            elif kept is found:  # a process may have a thousand files open, a source more
+            elif kept is found:  # the number of open files of a process is limited
                 self._order.append(container)
                 if len(self._order) > 64:
                     self._files.pop(self._order.popleft()).close()
         return kept
-
-
-@contextlib.contextmanager
-def container_of(root: Folder, name: str) -> Iterator[None]:
-    """A tar or Parquet file that is gone concerns all its inputs: no reject."""
-    try:
-        with reaching(root.shown(name)):
-            yield
-    except FileNotFoundError:
-        raise StorageError(f"{root.shown(name)}: no such file; it was there when the call began") from None
-    except PermissionError:
-        raise StorageError(f"{root.shown(name)}: no permission to read it") from None
-    except OSError as error:
-        if is_remote(root.url) or isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{root.shown(name)} cannot be read: {error}") from None
