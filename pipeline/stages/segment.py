@@ -120,7 +120,7 @@ def _result(
         "encoder": plan.subject.source,
         "titles": _titles(plan.subject),
         "images_seen": plan.subject.images_seen,
-        "layout": plan.pairs.words,
+        "layout": plan.pairs.layout,
         "image_size": plan.size,
         "blocks": list(plan.blocks),
         "classes": len(classes.values),
@@ -129,7 +129,7 @@ def _result(
         "val_images": len(encoded.rows["val"]),
         "inputs": plan.pairs.inputs,
         "rejected": len(encoded.rejects),
-        "left_out": plan.pairs.left_out,
+        "left_out": plan.pairs.skipped,
         "reasons": dict(Counter(reason.partition(" (")[0] for _, reason in encoded.rejects).most_common()),
         "interval": f"95 %, percentiles of {DRAWS} bootstrap draws of val images",
         "heads": {

@@ -226,12 +226,12 @@ def test_pairs_splits_and_rejects_are_complete(tmp_path):
     assert dict(found.rejects) == {
         "training/alone.png": "no mask",
         "training/notes.txt": "not an image (suffix .txt)",
-        "training/2.png": "of the same name as training/2.jpg",
+        "training/2.png": "the same name as training/2.jpg",
         "training/other.png": "mask without an image",
     }
     assert found.inputs == 3 + 4
     fewer = find_pairs(images, masks, max_images=1)
-    assert (len(fewer.splits["train"]), fewer.left_out, fewer.inputs) == (1, 1, 7)
+    assert (len(fewer.splits["train"]), fewer.skipped, fewer.inputs) == (1, 1, 7)
 
 
 def test_endings_and_a_held_out_share(tmp_path):
@@ -294,7 +294,7 @@ def test_a_masks_values_are_the_numbers_in_the_file():
         (png(few.astype(np.uint8), "RGB"), "colours"),
         (png(few.astype(np.uint8), "LA"), "colours"),
         (png(np.random.default_rng(0).integers(0, 9, (64, 64)).astype(np.uint8))[:900], "damaged"),
-        (b"GIF89a" + bytes(30), "no PNG"),
+        (b"GIF89a" + bytes(30), "not a PNG"),
         (b"", "empty"),
     ):
         with pytest.raises(RejectedImage, match=reason):
@@ -398,7 +398,7 @@ def test_mistakes_are_found_before_ray_starts(encoder, folders, tmp_path, change
 
 
 def test_images_in_the_masks_folder_and_too_many_rejects(encoder, folders, tmp_path):
-    with pytest.raises(SettingError, match="one holds the other"):
+    with pytest.raises(SettingError, match="one folder contains the other"):
         plan_segmentation(recipe_of(encoder, folders, tmp_path, masks=str(folders / "images" / "train")))
     for number in range(30):
         write_pair(tmp_path / "set", f"{number}", np.zeros((8, 8), np.uint8))

@@ -312,7 +312,7 @@ def test_mistakes_are_one_line(tmp_path):
             check(str(touch(tmp_path / "texts", "a.txt")))
     with pytest.raises(SettingError, match=r"'val' has a class that 'train' does not have \(c\)"):
         plan_of(touch(tmp_path / "two", "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"))
-    with pytest.raises(SettingError, match="'train' has a folder for each class and 'val' has not"):
+    with pytest.raises(SettingError, match="'train' has a folder for each class and 'val' does not"):
         plan_of(touch(tmp_path / "half", "train/a/1.jpg", "train/b/1.jpg", "val/1.jpg"))
     with pytest.raises(SettingError, match=r"no image in '.*/train' or its subfolders"):
         plan_of(touch(tmp_path / "empty", "train/a.txt", "val/1.jpg"))
@@ -510,7 +510,10 @@ def test_names_of_columns_but_for_case_and_spaces(tmp_path, suffix):
         ("path,split\na.jpg,train\nb.jpg,\n", "row 2 has the split ''"),
         ("path,split\na.jpg,val\n", "no row has the split train"),
         ("path,label\na.jpg,1\nb.jpg\n", "the list cannot be parsed"),
-        ("path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,val\n", "'val' has a class that 'train' does not have"),
+        (
+            "path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,val\n",
+            "'val' has a class that 'train' does not have",
+        ),
         ("path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,,val\n", "train has labels and val has none"),
     ],
 )
@@ -606,12 +609,15 @@ def test_mistakes_in_parquet_are_one_line(tmp_path):
     wrong("neither a column of images", pa.table({"x": [1]}))
     wrong("several columns may hold the images; set image_column to one of u, v", pa.table({"u": [b"1"], "v": [b"1"]}))
     wrong("did you mean 'photo'", pa.table({"photo": [b"1"]}), image_column="photos")
-    wrong("column of paths holds int64; it has to hold strings", pa.table({"photo": [b"1"], "n": [1]}), image_column="n")
+    wrong(
+        "column of paths holds int64; it has to hold strings", pa.table({"photo": [b"1"], "n": [1]}), image_column="n"
+    )
     wrong("no column label_column=kind", pa.table({"photo": [b"1"]}), label_column="kind")
     wrong("no rows", pa.table({"photo": pa.array([], pa.binary())}))
     wrong(r"holds list<.*>; allowed are integers and strings", pa.table({"photo": [b"1"], "label": [[1]]}))
     wrong(
-        "holds the label 7, but there are names for 3 classes", pa.table({"image": [{"bytes": b"", "path": ""}], "label": [7]}, hf_schema())
+        "holds the label 7, but there are names for 3 classes",
+        pa.table({"image": [{"bytes": b"", "path": ""}], "label": [7]}, hf_schema()),
     )
 
 
