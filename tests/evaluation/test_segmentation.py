@@ -381,12 +381,12 @@ def recipe_of(encoder, folders, out, **changes):
     [
         ({"masks": None}, SettingError, r"segment\.masks is not set.*segment\.masks=FOLDER"),
         ({"masks": "nowhere"}, SettingError, r"segment\.masks=nowhere: no such folder"),
-        ({"classes": "nowhere.txt"}, SettingError, r"segment\.classes=nowhere\.txt: No such file.*a name a line"),
+        ({"classes": "nowhere.txt"}, SettingError, r"segment\.classes=nowhere\.txt: No such file.*one name per line"),
         ({"blocks": [3]}, SettingError, r"block 3 does not exist, the encoder has blocks \(or stages\) 1 to 2"),
         (
             {"image_size": 30},
             SettingError,
-            r"segment\.image_size=30: no multiple of the 8 pixels of a token.*allowed: 24",
+            r"segment\.image_size=30: not a multiple of the 8 pixels of a token.*allowed: 24",
         ),
         ({"mask_ending": "x"}, SettingError, r"no image has a mask"),
     ],
