@@ -1,4 +1,4 @@
-"""From row groups of shards to batches: windows, read-ahead and sequential reading."""
+"""Batches of images: the type, reading in the order of the files, and reading ahead in a thread."""
 
 from __future__ import annotations
 
@@ -21,15 +21,25 @@ Item = TypeVar("Item")
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch. Rows of weight 0 only fill it up and count for nothing."""
+    """One rank's part of a global batch, with B rows. Rows of weight 0 are padding.
 
-    rows: torch.Tensor  # int64 (B,): the column `row`
-    weight: torch.Tensor  # float32 (B,)
-    total: float  # sum of the weights over all ranks
-    levels: dict[int, torch.Tensor]  # level -> stored integers (B, C, K, h, w): windows, or whole where crop is given
-    labels: torch.Tensor  # int64 (B,), -1 for none
-    crop: Crop | None = None  # windows still to be cut (wavelets other than Haar)
-    pixels: torch.Tensor | None = None  # uint8 (B, C, H, W), in place of levels, where the reader was asked for them
+    Attributes:
+        rows: The column `row` (B,), int64.
+        weight: Weights (B,), float32.
+        total: Sum of the weights over all ranks.
+        levels: Stored integers (B, C, K, h, w) of each level: windows, or whole levels if `crop` is set.
+        labels: Class indices (B,), int64, -1 for none.
+        crop: Windows still to be cut (wavelets other than Haar).
+        pixels: Pixels (B, C, H, W), uint8, instead of `levels`, if the reader was asked for them.
+    """
+
+    rows: torch.Tensor
+    weight: torch.Tensor
+    total: float
+    levels: dict[int, torch.Tensor]
+    labels: torch.Tensor
+    crop: Crop | None = None
+    pixels: torch.Tensor | None = None
 
 
 def sequential(
@@ -44,11 +54,22 @@ def sequential(
     part: tuple[int, int] = (0, 1),
     ahead: int = 4,
 ) -> Generator[Batch, None, None]:
-    """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
+    """Batches for evaluation: rows in the order of the files, central windows, no mirroring, a smaller last batch.
 
-    The corner of the middle window is the multiple of 2^levels nearest to the true one from below. `part`: (number,
-    parts), so that several workers share these rows, `max_rows` from all over the split, out among them, every row to
-    one of them.
+    Args:
+        shards: The shard set.
+        split: "train" or "val".
+        batch: Rows in a batch.
+        window: Side of the windows in pixels of the stored images. Their corner is rounded down to a multiple of
+            2^levels.
+        max_rows: Number of rows over all parts, taken from all over the split; None for all.
+        finest: The finest level to read.
+        pixels: Whether batches hold 8-bit pixels instead of coefficients (Haar only).
+        part: (index, number of parts), to divide the rows among workers.
+        ahead: Batches read ahead by a thread, which ends with the generator.
+
+    Raises:
+        ShardError: A row group cannot be read.
     """
     levels = checked_levels(shards, finest, window)
     inverse = PixelWindows(shards, levels, window) if pixels else None
@@ -57,7 +78,7 @@ def sequential(
 
 
 def positions_of_part(shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None = None) -> np.ndarray:
-    """Places, in the order of the files, of the rows that `sequential` gives of this part: int64, ascending."""
+    """Positions (n,), int64, ascending, of the rows that `sequential` reads for a part, in the order of the files."""
     groups = _some_groups(shards, split, max_rows)
     ends = np.cumsum([rows for _, _, rows in groups])
     places = [np.arange(end - rows, end) for end, (_, _, rows) in zip(ends, groups, strict=True)]
@@ -65,21 +86,23 @@ def positions_of_part(shards: ShardSet, split: str, part: tuple[int, int], max_r
 
 
 def chosen_evenly(places: np.ndarray, count: int, total: int) -> np.ndarray:
-    """Which of `places` are among `count` of `total` that lie evenly: bool. Such a place is the
-    `place * count // total`-th of them, from 0."""
+    """Which positions (n,) are among `count` evenly spaced ones of 0 … total - 1: (n,), bool.
+
+    A chosen position is number `position * count // total` of these, from 0.
+    """
     count = min(count, total)
     return np.asarray(places * count // total > (places - 1) * count // total)
 
 
 def _some_groups(shards: ShardSet, split: str, max_rows: int | None) -> list[tuple[str, int, int]]:
-    """As `row_groups`, of `max_rows` rows alone, from all over the split: the first ones may be of a few classes."""
+    """As `row_groups`, with `max_rows` rows from all over the split: the first ones may have only a few classes."""
     groups = row_groups(shards, split)
     if max_rows is None or max_rows >= shards.rows[split]:
         return groups
     enough = min(len(groups), -(-max_rows * len(groups) // shards.rows[split]))
     first = chosen_evenly(np.arange(len(groups)), enough, len(groups))
     kept, left = [], max_rows
-    for index in [*np.flatnonzero(first), *np.flatnonzero(~first)]:  # the others where a chosen one has few rows
+    for index in [*np.flatnonzero(first), *np.flatnonzero(~first)]:  # more groups, if some of the chosen ones are short
         if left <= 0:
             break
         file, number, rows = groups[index]
@@ -125,13 +148,13 @@ def _sequential(
 
 
 def split_bytes(shards: ShardSet, split: str, max_rows: int | None = None, *, finest: int = 1) -> int:
-    """What `sequential` takes from the disk or the network for so many rows: row groups as they are stored."""
+    """Bytes that `sequential` reads from the disk or the network for `max_rows` rows."""
     levels = range(finest, shards.levels + 1)
     return sum(stored_bytes(shards, file, number, levels) for file, number, _ in _some_groups(shards, split, max_rows))
 
 
 def read_ahead(items: Iterator[Item], ahead: int) -> Generator[Item, None, None]:
-    """Iterate `items` in a thread, at most `ahead` of them early. The thread ends when this generator is closed."""
+    """Iterate over `items` in a thread, up to `ahead` of them in advance. The thread ends when the generator is closed."""
     ready: queue.Queue[tuple[Any, BaseException | None, bool]] = queue.Queue(maxsize=max(ahead, 1))
     stop = threading.Event()
 
@@ -150,7 +173,7 @@ def read_ahead(items: Iterator[Item], ahead: int) -> Generator[Item, None, None]
                 if not put(item, None, True):
                     return
             put(None, None, False)
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # of any kind: the consumer raises it
             put(None, error, False)
         finally:
             close = getattr(items, "close", None)

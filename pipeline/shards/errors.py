@@ -1,4 +1,4 @@
-"""What goes wrong with a shard set, as errors of one line each."""
+"""Errors of shard sets, each with a message of one line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ class ShardError(StageError):
 
 
 class UnreadableError(ShardError):
-    """Rows that could not be read, again and again: one line."""
+    """A row group could not be read, even after several attempts.
+
+    Attributes:
+        message: The error of the last attempt.
+        place: `name` of the shard, number of the row `group` and `levels`: the arguments of `read_group`.
+    """
 
     def __init__(self, message: str, name: str, group: int, levels: Sequence[int]) -> None:
-        super().__init__(message, name, group, levels)  # so that it can be pickled
+        super().__init__(message, name, group, levels)  # all arguments, so that it can be pickled
         self.message = message
         self.place = {"name": name, "group": group, "levels": list(levels)}
 

@@ -1,6 +1,6 @@
-"""Reading row groups of shards: columns, stored integers, and again after a pause where that fails.
+"""Reading row groups of shards, with retries.
 
-Letters of shapes: n images, C channels, K bands, h × w cells.
+Dimensions: n images, C channels, K bands, h × w cells.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError, reaching
 
 Group = tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]  # row (n,), label (n,), level → (n, C, K, h, w)
-PAUSES = (1.0, 4.0, 15.0)  # seconds before rows are read again
+PAUSES = (1.0, 4.0, 15.0)  # seconds before each retry
 
 _log = logging.getLogger(__name__)
-_warned: set[str] = set()  # files
+_warned: set[str] = set()  # names of shards
 
 
 def row_groups(shards: ShardSet, split: str) -> list[tuple[str, int, int]]:
-    """(file, row group, rows) of every row group of a split, in the order of the files."""
+    """(name of the shard, number of the row group in it, rows) of each row group of a split, in the order of the files."""
     size = shards.rows_per_group
     return [
         (file, number, min(size, rows - number * size))
@@ -40,20 +40,29 @@ def row_groups(shards: ShardSet, split: str) -> list[tuple[str, int, int]]:
 
 @functools.lru_cache(maxsize=512)
 def _footer(folder: Folder, name: str, sha256: str) -> pq.FileMetaData:
-    """A file's footer, read once: an object store would be asked twice for every row group otherwise."""
+    """The footer of a shard, cached: otherwise every row group would need another request to an object store."""
     with reaching(folder.shown(name)), folder.open(name) as source, pq.ParquetFile(source) as parquet:
         return parquet.metadata
 
 
-# (path, when it was written, row group, columns) that this process has read whole from a local disk.
+# (path, modification time, row group, columns) that this process has read from a local disk without an error.
 _sound: set[tuple[str, int, int, tuple[str, ...]]] = set()
 
 
 def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
-    """Some columns of one row group of a shard. Raises ShardError.
+    """Read columns of one row group.
 
-    Checksums of pages cost a tenth of the reading. They are compared whenever bytes come over a network, and of a local
-    file when a process reads them for the first time: damage that is there when training starts is met in its first epoch.
+    Verifying checksums takes a tenth of the time. They are verified for remote files always, and for local files when a
+    process reads a row group for the first time, so that existing damage is found in the first epoch.
+
+    Args:
+        shards: The shard set.
+        name: Name of the shard.
+        group: Number of the row group.
+        columns: Names of the columns.
+
+    Raises:
+        ShardError: The file is missing, damaged, or cannot be reached.
     """
     local = shards.folder.local is not None
     try:
@@ -67,7 +76,7 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
                 source,
                 metadata=footer,
                 page_checksum_verification=not (local and key in _sound),
-                pre_buffer=not local,  # a store is asked once for neighbouring columns
+                pre_buffer=not local,  # one request for adjacent columns
             ) as parquet,
         ):
             table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
@@ -75,30 +84,43 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
         return table
     except FileNotFoundError:
         raise ShardError(
-            f"{shards.folder.shown(name)} is missing (row group {group} was to be read); "
-            f"wavemim verify {shards.url} names all such files"
+            f"{shards.folder.shown(name)} is missing (reading row group {group}); "
+            f"wavemim verify {shards.url} lists all such files"
         ) from None
-    except StorageError as error:  # of a store: away, or what it gave is damaged
-        raise ShardError(f"{error} (row group {group} was to be read)") from None
+    except StorageError as error:  # an object store does not answer, or returned damaged data
+        raise ShardError(f"{error} (reading row group {group})") from None
     except (OSError, pa.ArrowException, KeyError) as error:
         text = " ".join(str(error).split())
         raise ShardError(
             f"{shards.folder.shown(name)} is damaged (row group {group}): {text}; "
-            f"wavemim verify {shards.url} names all such files"
+            f"wavemim verify {shards.url} lists all such files"
         ) from None
 
 
 def read_group(
     shards: ShardSet, name: str, group: int, levels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
-    """One row group: `row` (n,), `label` (n,) and the stored integers (n, C, K, h, w) of `levels`. Raises ShardError."""
+    """Read one row group.
+
+    Args:
+        shards: The shard set.
+        name: Name of the shard.
+        group: Number of the row group.
+        levels: The levels to read.
+
+    Returns:
+        `row` (n,), `label` (n,), and the stored integers (n, C, K, h, w) of each level.
+
+    Raises:
+        ShardError: The file is missing, damaged, or cannot be reached.
+    """
     table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
     row, label = (table.column(column).to_numpy() for column in ("row", "label"))
     return row, label, shards.layout.decode(table, levels)
 
 
 def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int]) -> int:
-    """What `read_group` takes from the disk or the network: its column chunks as they are stored, by the file's footer."""
+    """Bytes that `read_group` reads from the disk or the network, according to the footer of the file."""
     columns = {"row", "label", *(f"level{level}" for level in levels)}
     chunks = _footer(shards.folder, name, shards.checksums.get(name, "")).row_group(group)
     found = (chunks.column(index) for index in range(chunks.num_columns))
@@ -106,7 +128,7 @@ def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int])
 
 
 def read_patiently(shards: ShardSet, name: str, group: int, levels: Sequence[int], ended: threading.Event) -> Any:
-    """`read_group`, tried again after pauses, unless `ended`. Raises UnreadableError."""
+    """As `read_group`, with retries after pauses until `ended` is set. Raises UnreadableError."""
     for pause in (*PAUSES, None):
         try:
             return read_group(shards, name, group, levels)
@@ -115,6 +137,6 @@ def read_patiently(shards: ShardSet, name: str, group: int, levels: Sequence[int
                 raise UnreadableError(str(error), name, group, levels) from None
             if name not in _warned:
                 _warned.add(name)
-                _log.warning("%s; it is tried again for %.0f s", error, sum(PAUSES))
+                _log.warning("%s; retrying for %.0f s", error, sum(PAUSES))
         ended.wait(pause)
     raise AssertionError

@@ -1,6 +1,6 @@
-"""Square windows of stored images: cut from the coefficients, or as 8-bit pixels.
+"""Square windows of stored images, as coefficients or as 8-bit pixels.
 
-Letters of shapes: B rows, C channels, K bands, h × w cells of a level's window, H × W pixels.
+Dimensions: B rows, C channels, K bands, h × w cells of a level's window, H × W pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from wavemim.wavelets import bands_of
 
 
 class PixelWindows:
-    """Windows as 8-bit images, straight from the row groups; one transform a thread, since it keeps its arrays."""
+    """Reconstructs windows of rows as 8-bit pixels (Haar only). Each thread has its own transform, which reuses memory."""
 
     def __init__(self, shards: ShardSet, levels: Sequence[int], window: int) -> None:
         self._channels, self._side = shards.channels, window >> (levels[0] - 1)
@@ -28,7 +28,16 @@ class PixelWindows:
         self._own = threading.local()
 
     def __call__(self, sources: list[tuple[Group, int]], corners: np.ndarray, mirrored: np.ndarray) -> torch.Tensor:
-        """uint8 (B, C, H, W) of the rows `sources`, with corners (B, 2) in pixels of level 0 and mirrored (B,)."""
+        """Reconstruct windows.
+
+        Args:
+            sources: (row group, row in it) of B rows.
+            corners: Top and left of each window (B, 2), in pixels of the stored image.
+            mirrored: Whether each window is mirrored horizontally (B,), bool.
+
+        Returns:
+            Pixels (B, C, H, W), uint8.
+        """
         if not hasattr(self._own, "transform"):
             self._own.transform = HaarPixels(self._channels, self._window, self._steps)
         images = np.empty((len(sources), self._channels, self._side, self._side), np.uint8)
@@ -52,11 +61,22 @@ def cut_windows(
     window: int,
     mirrored: np.ndarray,
 ) -> tuple[dict[int, torch.Tensor], Crop | None]:
-    """Windows (B, C, K, h, w) a level of the rows `sources`, with corners (B, 2) in pixels and mirrored (B,).
+    """Cut windows from the coefficients of rows.
 
-    As `wavemim.wavelets.window`, but straight into the batch's memory: mirroring reverses the columns and changes the
-    sign of V and D. Where the wavelet does not allow it: whole levels, and the windows that are to be cut. In numpy
-    alone: torch would start its own threads in each of the reader's, and they would wait for each other.
+    As `wavemim.wavelets.window`, but directly into the memory of the batch: mirroring reverses the columns and changes the
+    signs of V and D. For wavelets that do not allow this, whole levels are returned, and the windows to be cut. Only NumPy
+    is used, since torch would start its own threads in each thread of the reader.
+
+    Args:
+        shards: The shard set.
+        sources: (row group, row in it) of B rows.
+        levels: The levels.
+        corners: Top and left of each window (B, 2), in pixels of the stored image.
+        window: Side of the windows in pixels of the stored image.
+        mirrored: Whether each window is mirrored horizontally (B,), bool.
+
+    Returns:
+        Stored integers (B, C, K, h, w) of each level, and the windows still to be cut, None if they are cut.
     """
     whole = not shards.layout.windows
     out: dict[int, torch.Tensor] = {}
@@ -79,7 +99,7 @@ def cut_windows(
 
 
 def checked_levels(shards: ShardSet, finest: int, window: int) -> list[int]:
-    """Levels that are read from `finest` on; the window has to be an exact crop at all of them."""
+    """The levels from `finest` to the coarsest. The window has to be a whole number of cells at all of them."""
     assert 1 <= finest <= shards.levels, (finest, shards.levels)
     assert 0 < window <= shards.image_size and window % 2**shards.levels == 0, (window, shards.image_size)
     return list(range(finest, shards.levels + 1))
