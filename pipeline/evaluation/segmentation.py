@@ -1,7 +1,7 @@
 """Evaluation by semantic segmentation: plan, patch tokens in files, and fitting a head to them.
 
-The parts run in Ray's workers, but do not use Ray themselves: decoding (a function of a batch), encoding (an object for an
-actor), and fitting a head (a function).
+The parts run in Ray's workers, but do not use Ray themselves: decoding (a function of a batch), encoding (an object for
+an actor), and fitting a head (a function).
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class Encoding:
         """Write the tokens of the images of a batch that are not rejected.
 
         Returns:
-            For each row `row`, `reason`, the file `part` with its tokens (empty if rejected), its `place` in the file, and
-            the distinct `values` of its mask (JSON).
+            For each row `row`, `reason`, the file `part` with its tokens (empty if rejected), its `place` in the file,
+            and the distinct `values` of its mask (JSON).
         """
         kept = np.flatnonzero(batch["reason"] == "")
         part = uuid.uuid4().hex if len(kept) else ""
@@ -124,7 +124,7 @@ class Encoding:
         }
 
     def write(self, part: str, pixels: np.ndarray, values: np.ndarray) -> None:
-        """Write masks (B, S, S), and the tokens of images (B, C, S, S) by each encoder and block, to files of a part."""
+        """Write masks (B, S, S), and the tokens of pixels (B, C, S, S) by each encoder and block, to files."""
         np.save(self.folder / f"{part}.masks.npy", values)
         limit = torch.finfo(torch.float16).max
         images = (torch.from_numpy(pixels).to(self.device).float() - self.mean) / self.std
@@ -136,7 +136,7 @@ class Encoding:
 
 
 def sized(model: nn.Module, subject: Subject, size: int) -> nn.Module:
-    """Adapt a model to images of this size in pixels: models for a fixed size have their position embeddings resampled."""
+    """Adapt a model to images of this size in pixels: position embeddings for a fixed size are resampled."""
     if size != subject.image_size and hasattr(model, "set_input_size"):
         model.set_input_size((size, size))  # type: ignore[operator]
     return model
@@ -158,7 +158,7 @@ class Row:
 
 
 class StoredTokens:
-    """Tokens of one encoder in memory-mapped files, written by `Encoding`, so that the system can evict them from memory."""
+    """Tokens of one encoder in memory-mapped files, written by `Encoding`; the system can evict them from memory."""
 
     def __init__(self, folder: str, subject: str, rows: Sequence[Row], blocks: int, classes: Mapping[int, int]) -> None:
         """`classes` maps values of masks to class indices; all other values become IGNORED."""
@@ -325,7 +325,8 @@ def check_rejects(recipe: Recipe, rejects: list[tuple[str, str]], inputs: int) -
         shown = "; ".join(f"{path}: {reason}" for path, reason in rejects[:5])
         raise StageError(
             f"{len(rejects)} of {inputs} images and masks are rejected, segment.max_rejected="
-            f"{recipe.segment.max_rejected:g} allows {int(allowed)}; raise it to continue without them. The first: {shown}"
+            f"{recipe.segment.max_rejected:g} allows {int(allowed)}; raise it to continue without them. "
+            f"The first: {shown}"
         )
 
 
@@ -379,8 +380,8 @@ def _dry_run(recipe: Recipe, subject: Subject, size: int) -> tuple[tuple[int, ..
     coarsest = max(pixels[block - 1] for block in blocks)
     if size % coarsest:
         raise SettingError(
-            f"segment.image_size={size}: not a multiple of the {coarsest} pixels of a token, so that a margin would be ignored; "
-            f"nearest allowed: {max(1, size // coarsest) * coarsest}"
+            f"segment.image_size={size}: not a multiple of the {coarsest} pixels of a token, so that a margin would "
+            f"be ignored; nearest allowed: {max(1, size // coarsest) * coarsest}"
         )
     return blocks, sum(tokens[block - 1][0].numel() for block in blocks)
 
@@ -393,6 +394,6 @@ def check_disk(plan: SegmentPlan, folder: Path) -> None:
     if needed > 0.9 * free:
         raise StageError(
             f"the tokens of {images:,} images need {needed / 2**30:.1f} GiB in {folder} while heads are fitted, but "
-            f"{free / 2**30:.1f} GiB are free; set segment.max_images={max(1, int(images * 0.4 * free / needed))} or fewer "
-            "segment.blocks"
+            f"{free / 2**30:.1f} GiB are free; set segment.max_images={max(1, int(images * 0.4 * free / needed))} "
+            "or fewer segment.blocks"
         )

@@ -21,9 +21,9 @@ def write_tables(
 ) -> list[Path]:
     """Write per-class results and confusion matrices.
 
-    ``classes_PROTOCOL.csv`` has the accuracy within each class for every encoder, in percent with 95 % Wilson intervals.
-    ``confusion_PROTOCOL.csv`` and ``.png`` are the confusion matrix of the trained encoder, with true classes in rows and
-    predicted classes in columns.
+    ``classes_PROTOCOL.csv`` has the accuracy within each class for every encoder, in percent with 95 % Wilson
+    intervals. ``confusion_PROTOCOL.csv`` and ``.png`` are the confusion matrix of the trained encoder, with true
+    classes in rows and predicted classes in columns.
 
     Args:
         folder: Where the files are written.
@@ -102,8 +102,8 @@ def evaluation_tables(result: Mapping[str, Any]) -> str:
     ]
     if open_ended:
         parts.append(
-            f"The linear probe of {' and '.join(open_ended)} did not converge, so that its accuracy is an approximate lower "
-            "bound; raise evaluate.probe_iterations."
+            f"The linear probe of {' and '.join(open_ended)} did not converge, so that its accuracy is an "
+            "approximate lower bound; raise evaluate.probe_iterations."
         )
     return "\n\n".join(parts)
 

@@ -20,8 +20,8 @@ _JPEG = {7, 33007, 34892}
 _JPEG_2000 = {33003, 33004, 33005, 34712}
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
 _MOST_PAGES = 64  # searched for pages that are bands: there are up to 16, and thumbnails
-# Tags that hold one number: width, length, samples, rows per strip, tile sizes, depth. If one were a string, multiplying
-# it would repeat the string.
+# Tags that hold one number: width, length, samples, rows per strip, tile sizes, depth. If one were a string,
+# multiplying it would repeat the string.
 _SIZES = {256, 257, 277, 278, 322, 323, 32997, 32998}
 _TAG_TYPE_BYTES = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8)  # of one value, by the number of its type
 

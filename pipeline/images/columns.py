@@ -87,6 +87,7 @@ def _named(numbers: pa.ChunkedArray, names: list[str], what: str) -> np.ndarray:
     wrong = codes[(codes < -1) | (codes >= len(names))]
     if len(wrong):
         raise SettingError(
-            f"{what} holds the label {wrong[0]}, but there are names for {len(names)} classes; allowed are 0 to {len(names) - 1}"
+            f"{what} holds the label {wrong[0]}, but there are names for {len(names)} classes; "
+            f"allowed are 0 to {len(names) - 1}"
         )
     return codes.astype(np.int32)

@@ -70,8 +70,8 @@ _pillow_limit_lock = threading.Lock()
 def decode_image(data: bytes, name: str, wanted: Pixels) -> np.ndarray:
     """Decode an image, crop its central square and resize that with antialiasing.
 
-    The image is turned upright by its EXIF orientation, transparency becomes white, values of more than 8 bits are scaled
-    (or mapped by `wanted.value_range`), and of an animation the first frame is used.
+    The image is turned upright by its EXIF orientation, transparency becomes white, values of more than 8 bits are
+    scaled (or mapped by `wanted.value_range`), and of an animation the first frame is used.
 
     Args:
         data: The encoded image. The format is recognised by its content.
@@ -215,7 +215,7 @@ def _from_deep_png(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarra
 
 
 def _white_in_file(image: Image.Image) -> int | None:
-    """The value in the file that Pillow scales to white (255, or 65535 for 16 bits), if it scales. Call before decoding."""
+    """The value in the file that Pillow scales to white (255, or 65535 for 16 bits), if any. Call before decoding."""
     args = image.tile[0].args if getattr(image, "tile", None) else None  # type: ignore[attr-defined]
     first, *others = args if isinstance(args, tuple) else (args,)
     if image.format == "PPM":
@@ -231,7 +231,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_mode(image: Image.Image, mode: str, value_range: tuple[float, float] | None) -> Image.Image:
-    """Convert an 8-bit image to RGB or L: transparency becomes white, values are mapped by the range, if there is one."""
+    """Convert an 8-bit image to RGB or L: transparency becomes white, values are mapped by the range, if any."""
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     elif image.mode not in ("RGB", "L"):

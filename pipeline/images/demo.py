@@ -1,7 +1,7 @@
 """Demo images: a small labelled data set that is drawn rather than downloaded.
 
-A class is a shape filled with a texture ("disc-stripes"). Colours, position, size, rotation, brightness, clutter and noise
-are random and independent of the class: it cannot be recognised by the mean colour, and hardly by raw pixels. The
+A class is a shape filled with a texture ("disc-stripes"). Colours, position, size, rotation, brightness, clutter and
+noise are random and independent of the class: it cannot be recognised by the mean colour, and hardly by raw pixels. The
 textures have periods of 6 to 14 pixels, which the middle wavelet levels represent.
 """
 
@@ -141,7 +141,7 @@ def _shading(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def _clutter(image: np.ndarray, y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw a small plain or textured patch behind the shape, so that a texture or an edge by itself is not the class."""
+    """Draw a small plain or textured patch behind the shape: a texture or an edge by itself is not the class."""
     radius = rng.uniform(4, 9)
     centre_y, centre_x = rng.uniform(0, 64, 2)
     shape = list(SHAPES.values())[rng.integers(len(SHAPES))]

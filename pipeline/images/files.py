@@ -64,7 +64,7 @@ def fetch_files(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | s
 
 
 def _place(root: Folder, path: str) -> str:
-    """The full path or URL of an input; a path is relative to `root`, and a URL without options takes those of `root`."""
+    """The full path or URL of an input. Paths are relative to `root`; URLs without options take those of `root`."""
     if is_remote(path):
         address = Address.of(path)
         if not address.options and is_remote(root.url):
@@ -197,7 +197,7 @@ def _with_room(one: Callable[[int, Callable[[int], None]], bytes | str], index: 
 
 @contextlib.contextmanager
 def container_of(root: Folder, name: str) -> Iterator[None]:
-    """Raise StorageError if a tar or Parquet file cannot be reached: this affects all its inputs, so it is no reject."""
+    """Raise StorageError if a tar or Parquet file cannot be reached: this affects all its inputs, not one image."""
     try:
         with reaching(root.shown(name)):
             yield

@@ -157,7 +157,8 @@ def no_images(folder: Folder, below: str, others: list[str]) -> SettingError:
     """The error for a folder without images: `below` is where they were looked for, `others` what was found instead."""
     found = f"; the first of {len(others)} other files: {others[0]}" if others else ""
     return SettingError(
-        f"images={folder}: no image in '{folder.shown(below)}' or its subfolders (suffixes: .jpg, .png, .webp, …){found}"
+        f"images={folder}: no image in '{folder.shown(below)}' or its subfolders "
+        f"(suffixes: .jpg, .png, .webp, …){found}"
     )
 
 

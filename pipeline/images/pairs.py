@@ -54,7 +54,7 @@ class Pairs:
         return sum(map(len, self.splits.values())) + len(self.rejects) + self.skipped
 
     def digest(self, images: Folder, masks: Folder) -> str:
-        """SHA-256 of the names and splits of all pairs, and of sizes and times of local files, since masks get corrected."""
+        """SHA-256 of names and splits of all pairs, and of sizes and times of local files: masks may be corrected."""
         lines = (
             f"{split}\0{pair.image}\0{_version(images, pair.image)}\0{pair.mask}\0{_version(masks, pair.mask)}"
             for split, pairs in self.splits.items()
@@ -139,8 +139,8 @@ def _folders(images: str, masks: str) -> tuple[Folder, Folder]:
     first, second = (os.path.realpath(folder.url) if folder.local else folder.url for folder in folders)
     if f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/"):
         raise SettingError(
-            f"segment.images={images} and segment.masks={masks}: one folder contains the other, so masks would be recognised as "
-            "images; give two separate folders"
+            f"segment.images={images} and segment.masks={masks}: one folder contains the other, so masks would be "
+            "recognised as images; give two separate folders"
         )
     return folders[0], folders[1]
 
@@ -221,8 +221,8 @@ def _hold_out(found: Pairs, share: float, seed: int) -> None:
 def _nothing_paired(images: str, masks: str, found: Pairs) -> str:
     first = "; ".join(f"{path}: {reason}" for path, reason in (found.rejects[:1] + found.rejects[-1:]))
     return (
-        f"segment.images={images}, segment.masks={masks}: no image has a mask ({first or 'no file has the endings'}); a "
-        "mask is a PNG with the relative path of its image, apart from segment.image_ending and segment.mask_ending"
+        f"segment.images={images}, segment.masks={masks}: no image has a mask ({first or 'no file has the endings'}); "
+        "a mask is a PNG with the relative path of its image, apart from segment.image_ending and segment.mask_ending"
     )
 
 

@@ -38,8 +38,8 @@ SCHEMA = pa.schema(
 class Origin:
     """Where the inputs of a plan are stored. Small, and can be pickled.
 
-    In the tables of a plan, `container` is an index into `containers` (-1 for single files). `first` and `second` are the
-    offset and length of an image in bytes in a tar file, its row group and the row in it in a Parquet file.
+    In the tables of a plan, `container` is an index into `containers` (-1 for single files). `first` and `second` are
+    the offset and length of an image in bytes in a tar file, its row group and the row in it in a Parquet file.
 
     Attributes:
         kind: "files", "tar" or "parquet".
@@ -62,8 +62,8 @@ class ImagePlan:
         layout: A description of the source in one line.
         classes: Class names in the order of the labels; None if unlabelled.
         origin: Where the inputs are stored.
-        splits: A table for "train" and "val" each. `row` is the position in the split, `path` a unique name, `label` the
-            class index (-1 for none); `container`, `first` and `second` locate the input, see Origin.
+        splits: A table for "train" and "val" each. `row` is the position in the split, `path` a unique name, `label`
+            the class index (-1 for none); `container`, `first` and `second` locate the input, see Origin.
         rejects: (path, reason) of the inputs that the plan already knows cannot be stored.
         ignored: Number of files, rows or samples outside the two splits.
     """
@@ -152,8 +152,8 @@ def without_duplicates(inputs: SourceInputs, reason: str) -> SourceInputs:
 def split_of_name(path: str) -> str | None:
     """The split that the path of a tar or Parquet file names: ``train/0.tar``, ``data/train-00000-of-2.parquet``.
 
-    The innermost folder takes precedence over the file name, in which the split has to be a word of its own. None if the
-    path names no split.
+    The innermost folder takes precedence over the file name, in which the split has to be a word of its own. None if
+    the path names no split.
     """
     *folders, name = path.lower().split("/")
     for folder in reversed(folders):
@@ -164,7 +164,7 @@ def split_of_name(path: str) -> str | None:
 
 
 def split_codes(named: list[str | None]) -> tuple[list[int], str]:
-    """Codes of named splits, and a description. Without a train split nothing is split; with one, unnamed files are ignored."""
+    """Codes of named splits, and a description. Unnamed files are ignored, unless no file is named train."""
     if "train" not in named:
         return [NO_SPLIT] * len(named), "val held out"
     val = next((name for name in VAL_NAMES if name in named), None)

@@ -1,8 +1,8 @@
 """What `images=` is: recognising, planning and fetching the four kinds of source.
 
-A source is a folder tree of images (`pipeline.images.folders`), a list of paths (`pipeline.images.lists`), or one or more
-files that hold the images: Parquet (`pipeline.images.parquet`) or tar (`pipeline.images.tar`), given as a file, a folder
-or a pattern. All of them can be local or in an object store. Names that begin with a dot are ignored.
+A source is a folder tree of images (`pipeline.images.folders`), a list of paths (`pipeline.images.lists`), or one or
+more files that hold the images: Parquet (`pipeline.images.parquet`) or tar (`pipeline.images.tar`), given as a file, a
+folder or a pattern. All of them can be local or in an object store. Names that begin with a dot are ignored.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def plan_source(
     Args:
         images: A folder, list, file or pattern, local or a URL.
         val_share: Share of the images held out for val where the source names no val split. None: no splits, all images
-            are train whatever their names, with or without a label; a folder is ordered by path, anything else as it is.
+            are train whatever their names, with or without a label; a folder is ordered by path, anything else as it
+            is.
         seed: Decides which images are held out, and the order.
         image_column: Column of a list or of Parquet files, or extension of a sample's members in tar files.
         label_column: Likewise for the label.
@@ -129,7 +130,7 @@ def _plan_containers(folder: Folder, names: list[str], options: PlanOptions) -> 
 
 
 def _plan_folder(folder: Folder, options: PlanOptions) -> ImagePlan:
-    """A folder holds either images or tar and Parquet files, whichever are more; it may have a few of the other kind."""
+    """Plan the images or the tar or Parquet files in a folder, whichever are more."""
     tree = Tree(folder)
     images, containers = 0, []
     for path in tree.paths():

@@ -201,7 +201,7 @@ def _shown(name: str) -> str:
 
 
 def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tuple[str, str]]) -> Iterator[Member]:
-    """Files in a tar file of `length` bytes, except hidden ones. Where it is truncated or damaged, a reject ends the list."""
+    """Files in a tar file of `length` bytes, except hidden ones; then a reject if it is truncated or damaged."""
     if not length:
         rejects.append((tar, "empty file"))
         return

@@ -154,7 +154,7 @@ def split_bytes(shards: ShardSet, split: str, max_rows: int | None = None, *, fi
 
 
 def read_ahead(items: Iterator[Item], ahead: int) -> Generator[Item, None, None]:
-    """Iterate over `items` in a thread, up to `ahead` of them in advance. The thread ends when the generator is closed."""
+    """Iterate over `items` in a thread, up to `ahead` of them in advance. The thread ends with the generator."""
     ready: queue.Queue[tuple[Any, BaseException | None, bool]] = queue.Queue(maxsize=max(ahead, 1))
     stop = threading.Event()
 

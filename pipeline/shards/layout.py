@@ -115,7 +115,8 @@ class Layout:
 class PyramidEncoder:
     """Turns pixels into stored integers, one image at a time. Results are valid until the next call.
 
-    Haar works on sums, which are integers and 2^level times the coefficients; other wavelets work on float32 coefficients.
+    Haar works on sums, which are integers and 2^level times the coefficients; other wavelets work on float32
+    coefficients.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -141,7 +142,7 @@ class PyramidEncoder:
         return found
 
     def quantise(self, found: Mapping[int, np.ndarray], out: Mapping[int, np.ndarray]) -> None:
-        """Write round(coefficient / step), with halves towards zero, to `out`, which has (C, K, h, w) for each level."""
+        """Write round(coefficient / step), with halves towards zero, to `out`: (C, K, h, w) for each level."""
         for level, step in self.layout.steps.items():
             values = found[level][:, -len(bands_of(level, self.layout.levels)) :]
             self._divide(level, values, self.scale[level] * step, out[level])

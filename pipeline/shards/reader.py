@@ -1,16 +1,16 @@
 """The training reader: batches of random windows from a shard set, in a reproducible order. No Ray in here.
 
-The order of an epoch depends only on (seed, epoch, batch, streams). The row groups of the split are permuted, concatenated
-and divided into `streams` contiguous chunks. Within a chunk, the rows of a few row groups at a time are shuffled (a *mix*).
-A global batch takes the same number of rows from every chunk, and is divided among the ranks. Thus, with the same
-`streams`, any number of ranks sees the same global batches, and a run resumed in the middle of an epoch continues with
-the batches that it would have seen.
+The order of an epoch depends only on (seed, epoch, batch, streams). The row groups of the split are permuted,
+concatenated and divided into `streams` contiguous chunks. Within a chunk, the rows of a few row groups at a time are
+shuffled (a *mix*). A global batch takes the same number of rows from every chunk, and is divided among the ranks. Thus,
+with the same `streams`, any number of ranks sees the same global batches, and a run resumed in the middle of an epoch
+continues with the batches that it would have seen.
 
-Threads read row groups and cut batches ahead of the consumer, with bounded memory. For each stream of this rank they hold
-the current mix, the next one, and what unfinished batches still use of the previous one: at most
-3 · mix_groups · rows_per_group rows. Over all streams they hold `threads` + 1 unfinished batches and `ahead` + 2 finished
-ones. With the defaults (8 groups of 64 rows), a mix of 256-pixel images takes 98 MiB, thus at most 293 MiB per stream; a
-mix of 64-pixel images takes 18 MiB.
+Threads read row groups and cut batches ahead of the consumer, with bounded memory. For each stream of this rank they
+hold the current mix, the next one, and what unfinished batches still use of the previous one: at most 3 · mix_groups ·
+rows_per_group rows. Over all streams they hold `threads` + 1 unfinished batches and `ahead` + 2 finished ones. With the
+defaults (8 groups of 64 rows), a mix of 256-pixel images takes 98 MiB, thus at most 293 MiB per stream; a mix of
+64-pixel images takes 18 MiB.
 
 Dimensions: B rows, C channels, K bands, h × w cells of a level's window.
 """
@@ -84,7 +84,8 @@ class Reader:
             mix_groups: Row groups that are shuffled together.
             finest: The finest level to read. Images then have 1/2^(finest-1) of the window's side.
             pixels: Whether batches hold 8-bit pixels instead of coefficients (Haar only).
-            streams: Number of chunks of the order; by default one per rank. A run resumed with another `world` keeps it.
+            streams: Number of chunks of the order; by default one per rank. A run resumed with another `world` keeps
+                it.
             ahead: Finished batches read ahead.
             threads: Threads that read and cut.
             pin: Whether batches are in pinned memory, for a GPU.
@@ -223,7 +224,7 @@ class _Stream:
         self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
 
     def rows(self, first: int, count: int) -> list[Pick]:
-        """Rows at positions first … first + count - 1: (row group, row in it, weight); beyond the end the last row, weight 0."""
+        """(row group, row in it, weight) at positions from `first`; beyond the end, the last row with weight 0."""
         last = int(self._ends[-1]) - 1
         chosen = []
         for place in range(first, first + count):

@@ -29,7 +29,7 @@ _warned: set[str] = set()  # names of shards
 
 
 def row_groups(shards: ShardSet, split: str) -> list[tuple[str, int, int]]:
-    """(name of the shard, number of the row group in it, rows) of each row group of a split, in the order of the files."""
+    """(name of the shard, number of the row group, rows) of each row group of a split, in the order of the files."""
     size = shards.rows_per_group
     return [
         (file, number, min(size, rows - number * size))

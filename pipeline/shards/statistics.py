@@ -16,8 +16,8 @@ class Moments:
     """Sums and sums of squares of coefficients per level, band and channel, over any number of images.
 
     For Haar, they are exact sums of the stored integers. Since the transform is orthonormal, those of A at finer levels
-    and of the pixels follow: the energy is that of all coarser bands together, the mean that of the coarsest A. For other
-    wavelets, all four bands of each level, and the pixels, are summed in float64 before quantisation.
+    and of the pixels follow: the energy is that of all coarser bands together, the mean that of the coarsest A. For
+    other wavelets, all four bands of each level, and the pixels, are summed in float64 before quantisation.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -113,8 +113,8 @@ class Moments:
 def _exact_sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Exact sums and sums of squares (C, K), int64, of integers (C, K, h, w).
 
-    Computed by products of float32 blocks, so short that all sums are exact in float32. This is several times faster than
-    integer arithmetic in NumPy.
+    Computed by products of float32 blocks, so short that all sums are exact in float32. This is several times faster
+    than integer arithmetic in NumPy.
     """
     shape, cells = values.shape[:2], values.shape[-2] * values.shape[-1]
     block = cells

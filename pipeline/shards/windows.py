@@ -19,7 +19,7 @@ from wavemim.wavelets import bands_of
 
 
 class PixelWindows:
-    """Reconstructs windows of rows as 8-bit pixels (Haar only). Each thread has its own transform, which reuses memory."""
+    """Reconstructs windows of rows as 8-bit pixels (Haar only). Each thread has a transform, which reuses memory."""
 
     def __init__(self, shards: ShardSet, levels: Sequence[int], window: int) -> None:
         self._channels, self._side = shards.channels, window >> (levels[0] - 1)
@@ -63,9 +63,9 @@ def cut_windows(
 ) -> tuple[dict[int, torch.Tensor], Crop | None]:
     """Cut windows from the coefficients of rows.
 
-    As `wavemim.wavelets.window`, but directly into the memory of the batch: mirroring reverses the columns and changes the
-    signs of V and D. For wavelets that do not allow this, whole levels are returned, and the windows to be cut. Only NumPy
-    is used, since torch would start its own threads in each thread of the reader.
+    As `wavemim.wavelets.window`, but directly into the memory of the batch: mirroring reverses the columns and changes
+    the signs of V and D. For wavelets that do not allow this, whole levels are returned, and the windows to be cut.
+    Only NumPy is used, since torch would start its own threads in each thread of the reader.
 
     Args:
         shards: The shard set.

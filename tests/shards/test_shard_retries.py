@@ -38,7 +38,7 @@ def test_a_file_that_comes_back_costs_no_row_and_one_warning(shards, tmp_path, c
         assert rows_of(shards) == expected
     assert len(expected) == len(set(expected)) == 20
     (line,) = caplog.messages
-    assert f"{path} is missing" in line and "tried again" in line
+    assert f"{path} is missing" in line and "retrying for" in line
 
 
 def test_a_file_that_stays_away_is_an_error_that_names_it(shards, tmp_path):
@@ -86,7 +86,7 @@ def test_a_store_that_is_away_for_a_while_is_tried_again(shards, monkeypatch, ca
 
     monkeypatch.setattr(row_groups, "_footer", footer)
     assert rows_of(shards) == expected
-    assert "the store does not answer" in caplog.text and "tried again" in caplog.text
+    assert "the store does not answer" in caplog.text and "retrying for" in caplog.text
 
     monkeypatch.setattr(row_groups, "_footer", lambda *_: (_ for _ in ()).throw(StorageError("s3://b/set: away")))
     with pytest.raises(UnreadableError, match="away") as caught:

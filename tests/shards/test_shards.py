@@ -196,7 +196,7 @@ def test_what_is_no_shard_set_is_said(tmp_path):
     with pytest.raises(ShardError, match=r"no manifest\.json: wavemim prepare"):
         ShardSet.open(tmp_path / "nowhere")
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ShardError, match="not finished"):
+    with pytest.raises(ShardError, match="was interrupted"):
         ShardSet.open(tmp_path)
     for content in ("{", "[]", "{}", '{"format": "1"}'):
         (tmp_path / MANIFEST).write_text(content)
