@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from pipeline.shards.row_groups import Group, read_group, row_groups, stored_bytes
+from pipeline.shards.row_groups import Group, read_group, read_patiently, row_groups, stored_bytes
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
 from wavemim.inputs import Crop
@@ -53,6 +53,7 @@ def sequential(
     pixels: bool = False,
     part: tuple[int, int] = (0, 1),
     ahead: int = 4,
+    patiently: bool = False,
 ) -> Generator[Batch, None, None]:
     """Batches for evaluation: rows in the order of the files, central windows, no mirroring, a smaller last batch.
 
@@ -67,14 +68,15 @@ def sequential(
         pixels: Whether batches hold 8-bit pixels instead of coefficients (Haar only).
         part: (index, number of parts), to divide the rows among workers.
         ahead: Batches read ahead by a thread, which ends with the generator.
+        patiently: Whether reading a row group is retried for a while.
 
     Raises:
-        ShardError: A row group cannot be read.
+        ShardError: A row group cannot be read; with `patiently`, its subclass UnreadableError.
     """
     levels = checked_levels(shards, finest, window)
-    inverse = PixelWindows(shards, levels, window) if pixels else None
+    pixel_windows = PixelWindows(shards, levels, window) if pixels else None
     groups = _some_groups(shards, split, max_rows)[part[0] :: part[1]]
-    return read_ahead(_sequential(shards, groups, batch, window, None, levels, inverse), ahead)
+    return read_ahead(_sequential(shards, groups, batch, window, levels, pixel_windows, patiently), ahead)
 
 
 def positions_of_part(shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None = None) -> np.ndarray:
@@ -116,26 +118,27 @@ def _sequential(
     groups: list[tuple[str, int, int]],
     batch: int,
     window: int,
-    max_rows: int | None,
     levels: list[int],
-    inverse: PixelWindows | None,
+    pixel_windows: PixelWindows | None,
+    patiently: bool,
 ) -> Iterator[Batch]:
+    never = threading.Event()
     unit = 2**shards.levels
     corner = (shards.image_size - window) // 2 // unit * unit
-    rows_of_groups = sum(rows for _, _, rows in groups)
-    left = rows_of_groups if max_rows is None else min(max_rows, rows_of_groups)
+    left = sum(rows for _, _, rows in groups)
     pending: list[tuple[Group, int]] = []
     for file, number, rows in groups:
-        if left <= 0:
-            break
-        group = read_group(shards, file, number, levels)
-        pending += [(group, i) for i in range(min(rows, left))]
+        if patiently:
+            group = read_patiently(shards, file, number, levels, never)
+        else:
+            group = read_group(shards, file, number, levels)
+        pending += [(group, i) for i in range(rows)]
         left -= rows
         while len(pending) >= batch or (pending and left <= 0):
             chosen, pending = pending[:batch], pending[batch:]
             count = len(chosen)
             corners, mirrored = np.full((count, 2), corner), np.zeros(count, bool)
-            cut, crop = ({}, None) if inverse else cut_windows(shards, chosen, levels, corners, window, mirrored)
+            cut, crop = ({}, None) if pixel_windows else cut_windows(shards, chosen, levels, corners, window, mirrored)
             yield Batch(
                 rows=torch.tensor([int(source[0][i]) for source, i in chosen], dtype=torch.int64),
                 weight=torch.ones(count),
@@ -143,7 +146,7 @@ def _sequential(
                 levels=cut,
                 labels=torch.tensor([int(source[1][i]) for source, i in chosen], dtype=torch.int64),
                 crop=crop,
-                pixels=inverse(chosen, corners, mirrored) if inverse else None,
+                pixels=pixel_windows(chosen, corners, mirrored) if pixel_windows else None,
             )
 
 

@@ -9,6 +9,7 @@ import torch
 from tiny_shards import photos, write_set
 
 from pipeline.shards import row_groups
+from pipeline.shards.batches import sequential
 from pipeline.shards.errors import ShardError, UnreadableError
 from pipeline.shards.reader import Reader
 from pipeline.shards.row_groups import read_patiently
@@ -39,6 +40,21 @@ def test_a_file_that_comes_back_costs_no_row_and_one_warning(shards, tmp_path, c
     assert len(expected) == len(set(expected)) == 20
     (line,) = caplog.messages
     assert f"{path} is missing" in line and "retrying for" in line
+
+
+def test_reading_in_order_is_retried_where_that_is_asked_for(shards, tmp_path):
+    path, away = tmp_path / "set" / FILE, tmp_path / "away"
+    (expected,) = (batch.rows.tolist() for batch in sequential(shards, "train", 20, window=shards.image_size))
+    path.rename(away)
+    with pytest.raises(ShardError, match="is missing") as caught:
+        next(sequential(shards, "train", 5, window=shards.image_size))
+    assert not isinstance(caught.value, UnreadableError)
+    threading.Timer(0.1, lambda: away.rename(path)).start()
+    (found,) = (b.rows.tolist() for b in sequential(shards, "train", 20, window=shards.image_size, patiently=True))
+    assert found == expected
+    path.unlink()
+    with pytest.raises(UnreadableError, match="is missing"):
+        next(sequential(shards, "train", 5, window=shards.image_size, patiently=True))
 
 
 def test_a_file_that_stays_away_is_an_error_that_names_it(shards, tmp_path):
