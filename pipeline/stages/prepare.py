@@ -30,7 +30,8 @@ from pipeline.images.plan import ImagePlan
 from pipeline.images.sources import plan_source
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
-from pipeline.shards.layout import Layout, ShardError
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import MANIFEST, REJECTED, SPLITS, ShardSet, make_manifest
 from pipeline.shards.statistics import Moments
 from pipeline.shards.writer import write_rejected

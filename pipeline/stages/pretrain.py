@@ -25,7 +25,8 @@ from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo, check_room
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import spent_in
-from pipeline.shards.shard_set import ShardSet, UnreadableError
+from pipeline.shards.errors import UnreadableError
+from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.coordination import Minutes, Orders
 from pipeline.training.divergence import BlowUpError, keep_blow_up

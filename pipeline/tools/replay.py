@@ -16,7 +16,8 @@ from pipeline.errors import SettingError
 from pipeline.models.build import build_model
 from pipeline.shards.batches import Batch
 from pipeline.shards.reader import Reader
-from pipeline.shards.shard_set import ShardSet, read_columns
+from pipeline.shards.row_groups import read_columns
+from pipeline.shards.shard_set import ShardSet
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS
 from pipeline.training.schedule import Phase, TrainSchedule, TrainState, phases_of
 from pipeline.training.setup import precision_of, reader_of, views_of

@@ -20,7 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime.stage_folder import SETTINGS, write_json
-from pipeline.shards.shard_set import ShardSet, UnreadableError, read_group
+from pipeline.shards.errors import UnreadableError
+from pipeline.shards.row_groups import read_group
+from pipeline.shards.shard_set import ShardSet
 from pipeline.workers.heartbeat import Beat, Heart, Pulse, born
 from pipeline.workers.log_forwarding import passing_on
 from pipeline.workers.stragglers import BUFFERS_STAY

@@ -288,7 +288,7 @@ def test_what_is_written_must_not_become_input(photo_folder, tmp_path):
     ):
         with pytest.raises(SettingError, match=f"{key}=.*would be taken for images"):
             prepare(settings, progress=False)
-    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too fine"):
+    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too small"):
         prepare(recipe(photo_folder, tmp_path / "out", "data.steps=[1e-7]"), progress=False)
     assert list(tmp_path.iterdir()) == []
 
