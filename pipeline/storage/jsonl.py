@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
+
+from pipeline.retry import attempts
 
 _log = logging.getLogger(__name__)
 
@@ -111,16 +113,11 @@ class JsonLines:
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether this writer is alone with the file until it closes it. Some network file systems have no locks."""
-    for _ in range(_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(_PAUSE)
-        except OSError:
-            return False
-    return False
+    """Lock the file until it is closed. False where others keep it locked, or the file system has no locks."""
+    try:
+        return any(lock_descriptor(descriptor, blocking=False) for _ in attempts((_PAUSE,) * _TRIES))
+    except OSError:
+        return False
 
 
 def _cut_torn_line(descriptor: int) -> None:

@@ -10,15 +10,15 @@ itself. One process sends at a time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
@@ -376,22 +376,14 @@ def _groups(record: JsonLines, start: int, stop: int | None) -> Iterator[tuple[l
 @contextlib.contextmanager
 def _alone(folder: Path, wait: float) -> Iterator[None]:
     """Be the only process that sends from the folder. Raises Busy after `wait` seconds."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
-    except OSError:  # a disk that is full or read-only: sending twice does no harm
-        yield
-        return
-    with file:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise Busy(f"another process is sending from {folder}") from None
-                time.sleep(0.05)
-            except OSError:  # a network file system without locks
-                break
+    lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=wait)
+            stack.callback(lock.release)
+        except Timeout:
+            raise Busy(f"another process is sending from {folder}") from None
+        except OSError:  # a full or read-only disk, or one without locks: sending twice does no harm
+            pass
         yield
