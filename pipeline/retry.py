@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 
-def attempts(pauses: Sequence[float], wait: Callable[[float], object] = time.sleep) -> Iterator[bool]:
+def attempts(pauses: Sequence[float], wait: Callable[[float], object] = time.sleep) -> Iterator[int]:
     """Count the attempts at something that may fail: one at once, and one after each pause.
 
     Leave the loop when an attempt succeeds::
 
-        for last in attempts((1.0, 4.0)):
+        for attempt in attempts(PAUSES):
             try:
                 return read()
             except OSError:
-                if last:
+                if attempt == len(PAUSES):
                     raise
 
     Args:
@@ -23,9 +23,9 @@ def attempts(pauses: Sequence[float], wait: Callable[[float], object] = time.sle
         wait: Sleeps for so many seconds; `threading.Event.wait`, for example, may return early.
 
     Yields:
-        Whether this is the last attempt.
+        How many attempts came before this one.
     """
-    yield not pauses
-    for index, pause in enumerate(pauses, start=1):
+    yield 0
+    for number, pause in enumerate(pauses, start=1):
         wait(pause)
-        yield index == len(pauses)
+        yield number

@@ -8,8 +8,6 @@ pixels hardly can. The textures have periods of 6 to 14 pixels, which is what th
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.errors import SettingError
+from wavemim.atomic import new_folder
 
 VERSION = 1
 MARK = "demo-images.json"
@@ -65,16 +64,11 @@ def write_demo_images(
         if _settings_in(folder) == settings:
             return settings
         raise SettingError(f"{folder} exists and does not hold these demo images; remove it or give another out=")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(folder, replace=False) as partial:
         with tqdm(total=train + val, desc="demo images", unit=" images", disable=not progress) as bar:
             for split, count in zip(_SPLITS, (train, val), strict=True):
                 _write_split(partial / split, split, count, size, seed, bar)
         (partial / MARK).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return settings
 
 

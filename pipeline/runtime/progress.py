@@ -6,10 +6,10 @@ Both are fed by the metrics file that rank 0 writes, wherever it runs, and are f
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from pipeline.periodic import Periodic
 from pipeline.runtime.formatting import duration
 from pipeline.storage.jsonl import JsonLines
 
@@ -178,21 +179,17 @@ def following(
         yield
         return
     follower = Follower(path, total=total, seen=seen, name=name, seconds=seconds)
-    done = threading.Event()
 
-    def follow() -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            while not done.wait(POLL):
-                follower.look()
-            follower.close()
+    def showing(show: Callable[[], None]) -> bool:
+        try:
+            show()
+        except (OSError, ValueError):  # the terminal is gone
+            return False
+        return True
 
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
-    thread.start()
-    try:
+    last = functools.partial(showing, follower.close)
+    with Periodic(functools.partial(showing, follower.look), POLL, name="progress", last=last, join=5):
         yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
 
 
 def images_of_run(total_steps: int, batches_per_epoch: int, batch: int, rows: int) -> int:

@@ -12,21 +12,19 @@ import functools
 import logging
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pipeline.runtime.formatting import duration
+from pipeline.periodic import Periodic
+from pipeline.runtime.formatting import duration, scaled
 from pipeline.storage.jsonl import JsonLines
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-from pipeline.runtime.formatting import scaled
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -219,20 +217,16 @@ def measuring_tasks(folder: Path, log: Callable[[dict[str, float], int], None], 
 
     At the end, and every half minute by a thread, so that no more is lost when the stage is killed.
     """
-    meter, ended = TaskMeter(folder, before=spent_in(folder)), threading.Event()
+    meter = TaskMeter(folder, before=spent_in(folder))
 
     def record() -> None:
-        while not ended.wait(_EVERY):
-            log(meter.read().metrics(), images)
-
-    thread = threading.Thread(target=record, name="cost", daemon=True)
-    thread.start()
-    try:
-        yield meter
-    finally:
-        ended.set()
-        thread.join()
         log(meter.read().metrics(), images)
+
+    try:
+        with Periodic(record, _EVERY, name="cost"):
+            yield meter
+    finally:
+        record()
 
 
 class TrainingMeter:

@@ -1,4 +1,4 @@
-"""Object stores behind URLs: which client, with which options, and their errors in one line."""
+"""Object stores behind URLs: the client, its options, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pyarrow.fs as pafs
 
 from pipeline.errors import SettingError, StageError
 
-# Three tries of this many seconds each: a dead endpoint fails in about 30. On Linux, the second is how long a transfer
-# may stand still.
+# Three attempts of so many seconds each, so that a dead endpoint fails within about 30. On Linux, the second is for how
+# long a transfer may stall.
 CONNECT_TIMEOUT, REQUEST_TIMEOUT, TRIES = 4, 8, 3
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-# A `?` may also be part of a glob: options are name=value to the end.
+# A `?` may also belong to a glob: options are name=value up to the end.
 _OPTIONS = re.compile(r"\?([A-Za-z_]+=[^?&]*(?:&[A-Za-z_]+=[^?&]*)*)$")
 _S3_OPTIONS = ("endpoint_override", "scheme", "region", "anonymous", "force_virtual_addressing", "tls_ca_file_path")
 _SECRET = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
@@ -31,7 +31,7 @@ _DENIED = re.compile(
 
 
 class StorageError(StageError):
-    """An object store does not answer, or failed: one line. The same call may go well later."""
+    """An object store does not answer, or failed: one line. The same call may succeed later."""
 
 
 def is_remote(where: str) -> bool:
@@ -51,10 +51,10 @@ class Address:
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """Take a URL apart. Raises SettingError."""
+        """Parse a URL. Raises SettingError if it is malformed."""
         match = _URL.match(url)
         if match is None:
-            raise SettingError(f"'{url}' is no URL; write scheme://bucket/folder")
+            raise SettingError(f"'{url}' is not a URL; write scheme://bucket/folder")
         rest = match[2]
         found = _OPTIONS.search(rest)
         options = found[1] if found else ""
@@ -73,7 +73,7 @@ class Address:
 
 
 def masked(url: str) -> str:
-    """`url` as it may be shown: without credentials."""
+    """`url` as it may be shown, with credentials masked."""
     url = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+://)([^?]*:[^?]*|[^/@]+)@", r"\1***@", url)
     found = _OPTIONS.search(url)
     if found is None or not is_remote(url):
@@ -191,15 +191,15 @@ def _fsspec(scheme: str, url: str) -> pafs.FileSystem:
 
 @contextlib.contextmanager
 def reaching(shown: str) -> Iterator[None]:
-    """What goes wrong with a store inside becomes StorageError or SettingError, about `shown` (a masked URL).
+    """Turn a store's errors in the block into StorageError or SettingError, about `shown` (a masked URL).
 
-    FileNotFoundError stays what it is, and so does every error where `shown` is a local path.
+    A FileNotFoundError passes unchanged, and so do all errors if `shown` is a local path.
     """
     try:
         yield
     except (FileNotFoundError, SettingError, StageError, MemoryError):
         raise
-    except Exception as error:  # of whatever library is behind the scheme
+    except Exception as error:  # of the library behind the scheme
         if not is_remote(shown):
             raise
         raise explained(shown, error) from None

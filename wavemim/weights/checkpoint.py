@@ -12,8 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from wavemim.atomic import new_folder
 from wavemim.positions import fitted
 from wavemim.sharding import is_shared, shared_as, whole
 
@@ -32,7 +31,6 @@ _log = logging.getLogger(__name__)
 FORMAT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 AVERAGED = "averaged.safetensors"
-PARTIAL = ".partial"
 
 
 class CheckpointError(ValueError):
@@ -51,9 +49,7 @@ class Snapshot:
         """Write it into `folder`: made under another name and renamed, so that it is never there by half."""
         if self.copied is not None:
             self.copied.synchronize()
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-        partial.mkdir(parents=True)
-        try:
+        with new_folder(folder) as partial:
             for name, tensors in self.tensors.items():
                 save_file(tensors, partial / name)
                 _to_disk(partial / name)
@@ -64,10 +60,6 @@ class Snapshot:
             }
             (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _to_disk(partial / STATE)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass

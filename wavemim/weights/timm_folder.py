@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from wavemim.atomic import new_folder
 from wavemim.targets import STD_FLOOR
 from wavemim.weights.checkpoint import MODEL, checksum, plain_tensors
 
@@ -42,40 +41,36 @@ def export_timm(
     size = arguments.get("img_size", image_size)
     assert size is not None, "image_size is needed for a model that has none of its own"
     known: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(plain_tensors(encoder.state_dict()), partial / MODEL)
-    config = {
-        "architecture": architecture.partition(".")[0],  # without the name of the weights it started from
-        "num_classes": len(classes),
-        "num_features": int(encoder.num_features),  # type: ignore[arg-type]
-        "global_pool": arguments.get("global_pool", "avg"),
-        # transformers gives num_classes=0 itself; timm takes it from pretrained_cfg
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "pretrained_cfg": {
-            "input_size": [int(arguments["in_chans"]), int(size), int(size)],
-            "fixed_input_size": "img_size" in arguments,
-            "interpolation": "bicubic",
-            "crop_pct": crop_pct,
-            "crop_mode": "center",
-            "mean": [value / 255 for value in pixel_mean],
-            "std": [max(value, STD_FLOOR) / 255 for value in pixel_std],
+    with new_folder(folder) as partial:
+        save_file(plain_tensors(encoder.state_dict()), partial / MODEL)
+        config = {
+            "architecture": architecture.partition(".")[0],  # without the name of the weights it started from
             "num_classes": len(classes),
-            "pool_size": None,
-            "first_conv": known["first_conv"],
-            "classifier": known["classifier"],
-        },
-        **({"label_names": list(classes)} if classes else {}),
-        "sha256": checksum(partial / MODEL),
-        "wavemim": dict(about),
-    }
-    processor = {"image_processor_type": "TimmWrapperImageProcessor"}  # which asks timm for the transforms
-    processor |= {key: config[key] for key in ("architecture", "pretrained_cfg")}
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if card:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+            "num_features": int(encoder.num_features),  # type: ignore[arg-type]
+            "global_pool": arguments.get("global_pool", "avg"),
+            # transformers gives num_classes=0 itself; timm takes it from pretrained_cfg
+            "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+            "pretrained_cfg": {
+                "input_size": [int(arguments["in_chans"]), int(size), int(size)],
+                "fixed_input_size": "img_size" in arguments,
+                "interpolation": "bicubic",
+                "crop_pct": crop_pct,
+                "crop_mode": "center",
+                "mean": [value / 255 for value in pixel_mean],
+                "std": [max(value, STD_FLOOR) / 255 for value in pixel_std],
+                "num_classes": len(classes),
+                "pool_size": None,
+                "first_conv": known["first_conv"],
+                "classifier": known["classifier"],
+            },
+            **({"label_names": list(classes)} if classes else {}),
+            "sha256": checksum(partial / MODEL),
+            "wavemim": dict(about),
+        }
+        processor = {"image_processor_type": "TimmWrapperImageProcessor"}  # which asks timm for the transforms
+        processor |= {key: config[key] for key in ("architecture", "pretrained_cfg")}
+        for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return config
