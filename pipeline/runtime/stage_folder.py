@@ -21,8 +21,6 @@ from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
 from pipeline.storage.locks import owned
 
-__all__ = ["StageError", "StageFolder", "stage_folder", "write_json"]
-
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 PREFIX = "cost/"
 _FRACTIONS = ("wall_clock_s", "worker_hours", "gpu_hours")
+_PEAKS = ("peak_memory_bytes", "gpu_peak_memory_bytes")
 _METRICS, _TASKS = "metrics.jsonl", ".costs.jsonl"  # in a stage's folder
 _EVERY = 30.0  # seconds between records
 _TAIL = 1 << 20  # bytes at the end of a metrics file that are searched before all of it
@@ -67,16 +68,8 @@ class Spent:
     bytes_read: int = 0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            images_seen=self.images_seen + other.images_seen,
-            wall_clock_s=self.wall_clock_s + other.wall_clock_s,
-            worker_hours=self.worker_hours + other.worker_hours,
-            gpu_hours=self.gpu_hours + other.gpu_hours,
-            flops=self.flops + other.flops,
-            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
-            gpu_peak_memory_bytes=max(self.gpu_peak_memory_bytes, other.gpu_peak_memory_bytes),
-            bytes_read=self.bytes_read + other.bytes_read,
-        )
+        mine, others = asdict(self), asdict(other)
+        return Spent(**{n: max(mine[n], others[n]) if n in _PEAKS else mine[n] + others[n] for n in mine})
 
     def metrics(self) -> dict[str, float]:
         """The parts as metrics ``cost/…``; GPU memory only if there is a GPU."""

@@ -26,10 +26,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.storage.object_stores import Address, StorageError, client, is_remote, masked, reaching
+from pipeline.storage.object_stores import Address, client, is_remote, masked, reaching
 from wavemim.atomic import new_file
-
-__all__ = ["Folder", "StorageError", "is_remote", "masked", "reaching"]
 
 log = logging.getLogger(__name__)
 

@@ -189,10 +189,6 @@ class Tracker:
         inside = source.is_relative_to(self._folder)  # relative, so that the stage's folder can be moved
         self._note("file", path=str(source.relative_to(self._folder) if inside else source), into=folder)
 
-    def artifact_text(self, text: str, file: str) -> None:
-        """Log a text as the artifact `file`."""
-        self._note("text", text=text, file=file)
-
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
         self._note("tag", key=store.clean_key(key), value=str(value))

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import SettingError
-from pipeline.storage import folder as storage
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import Address, StorageError, explained, is_remote, masked
+from pipeline.storage.object_stores import Address, StorageError, explained, is_remote, masked, reaching
 
 pytest_plugins = ["s3_server"]
 
@@ -140,5 +139,5 @@ def test_a_silent_endpoint_fails_in_half_a_minute(monkeypatch):
 
 
 def test_arrow_errors_of_local_files_stay_what_they_are(tmp_path):
-    with pytest.raises(pa.ArrowInvalid), storage.reaching(str(tmp_path)):
+    with pytest.raises(pa.ArrowInvalid), reaching(str(tmp_path)):
         raise pa.ArrowInvalid("x")
