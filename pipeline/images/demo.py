@@ -8,8 +8,6 @@ textures have periods of 6 to 14 pixels, which the middle wavelet levels represe
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.errors import SettingError
+from wavemim.atomic import new_folder
 
 VERSION = 1
 MARK = "demo-images.json"
@@ -76,17 +75,12 @@ def write_demo_images(
     if folder.exists():
         if _settings_in(folder) == settings:
             return settings
-        raise SettingError(f"{folder} exists and does not hold these demo images; remove it, or give another out=")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+        raise SettingError(f"{folder} exists and does not hold these demo images; remove it or give another out=")
+    with new_folder(folder, replace=False) as partial:
         with tqdm(total=train + val, desc="demo images", unit=" images", disable=not progress) as bar:
             for split, count in zip(_SPLITS, (train, val), strict=True):
                 _write_split(partial / split, split, count, size, seed, bar)
         (partial / MARK).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return settings
 
 

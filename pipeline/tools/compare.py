@@ -271,7 +271,7 @@ def _cost_table(costs: Mapping[str, Mapping[str, float] | None], labels: Sequenc
 
 def _bare(words: str) -> str:
     """Without what the row's title says."""
-    for ending in (" images seen", " worker-hours", " GPU-hours", " a worker at most", " a GPU at most", " read"):
+    for ending in (" images seen", " worker-hours", " GPU-hours", " per worker at most", " per GPU at most", " read"):
         words = words.removesuffix(ending)
     return words
 

@@ -25,6 +25,7 @@ from pipeline.errors import SettingError
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.coordination import Minutes, Orders
 from pipeline.training.pretrain_loop import train
+from wavemim.atomic import PARTIAL
 from wavemim.weights import checkpoint
 
 
@@ -186,7 +187,7 @@ def test_the_end_waits_for_a_slow_disk_and_gives_signs_of_life(tmp_path, monkeyp
 
 
 def test_what_killed_workers_left_by_half_is_removed(tmp_path):
-    half = tmp_path / f".{name_of(10)}.0123{checkpoint.PARTIAL}"
+    half = tmp_path / f".{name_of(10)}.0123{PARTIAL}"
     half.mkdir()
     (half / checkpoint.STATE).write_text('{"format": 2, "files": {}, "images": 10}')
     assert checkpoint.latest(tmp_path) is None

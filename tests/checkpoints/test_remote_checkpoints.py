@@ -140,7 +140,7 @@ def test_a_damaged_newest_one_is_passed_over_and_replaced_by_the_next_of_its_nam
     shutil.rmtree(here)
     assert store.restore(here) == name_of(10)
     assert checkpoint.latest(here) == here / name_of(10)
-    warned = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
     assert len(warned) == (harm != "state.json is missing") and all(name_of(20) in line for line in warned)
     assert not list(here.glob(".*"))
     keeper = Keeper(
@@ -196,18 +196,18 @@ def test_a_store_that_is_away_ends_nothing_and_gets_the_last_one_later(tmp_path,
         keeper.wait()
         assert keeper.uploader._thread is None or not keeper.uploader._thread.join()
     assert not keeper.given_up
-    lines = [record for record in caplog.records if "training goes on" in record.getMessage()]
+    lines = [record for record in caplog.records if "training continues" in record.getMessage()]
     assert [record.levelno for record in lines] == [logging.ERROR]  # once, and clearly
-    assert f"{here} alone" in lines[0].getMessage()
+    assert f"only in {here} until" in lines[0].getMessage()
     assert keeper.finish() == ""
-    assert keeper.uncopied.startswith(f"the last checkpoint is in {here} alone")
+    assert keeper.uncopied.startswith(f"the last checkpoint is only in {here}, not in")
     assert kept(Folder.at(here)) == [10 + FAILURES, 11 + FAILURES]
 
     place.unlink()
     save(keeper, 90)
     assert keeper.finish() == keeper.uncopied == ""
     assert kept(store.folder) == [90]
-    assert caplog.records[-1].getMessage() == f"{store} takes checkpoints again; the last one is there"
+    assert caplog.records[-1].getMessage() == f"{store} takes checkpoints again, and has the last one"
     shutil.rmtree(place)
     Keeper(here, keep=2, uploader=Copier(store, here, keep=2, best=False)).uploader.finish()  # a new process
     assert kept(store.folder) == [90]
@@ -257,7 +257,7 @@ def test_other_settings_are_refused_before_anything_is_written(bucket, shards, t
     with pytest.raises(SettingError, match=r"of other settings \(encoder\.depth: 2 → 3; .*restart=true$") as refused:
         check_store(other)
     assert "force=true" not in str(refused.value) and "train.checkpoints_at=" in str(refused.value)
-    with pytest.raises(SettingError, match=r"train\.lr.*go on with them with force=true"):
+    with pytest.raises(SettingError, match=r"train\.lr.*resume from them with force=true"):
         check_store(recipe_of(new, shards, bucket, **{"train.lr": 1e-3}))
     check_store(recipe_of(new, shards, bucket, **{"train.workers": 2}))
     assert not new.exists()

@@ -356,7 +356,9 @@ def test_shards_that_cannot_be_learnt_from_are_refused(recipe, shards):
     with pytest.raises(SettingError, match="has no val images"):
         check_labels(other(splits={**shards.manifest["splits"], "val": {"rows": 0, "files": []}}))
     subject, with_policy = subject_of(recipe, shards), with_overrides(recipe, {"finetune.rand_augment": "rand-m9"})
-    with pytest.raises(SettingError, match=r"rand_augment=rand-m9: RandAugment needs images of 1 or 3 channels.*stores 4"):
+    with pytest.raises(
+        SettingError, match=r"rand_augment=rand-m9: RandAugment needs images of 1 or 3 channels.*stores 4"
+    ):
         build_classifier(with_policy.finetune, replace(subject, channels=4), shards)
 
 
@@ -366,7 +368,10 @@ def test_settings_that_do_not_go_together_are_refused(recipe):
         ({"finetune.accumulate": 20}, r"finetune\.accumulate=20: .* 8 images"),
         ({"finetune.warmup_epochs": 10}, r"finetune\.warmup_epochs=10: must be less than finetune\.epochs=10"),
         ({"finetune.crop_scale": [1, 0.5]}, r"finetune\.crop_scale=\[1\.0, 0\.5\]"),
-        ({"finetune.rand_augment": "augmix-m3"}, r"finetune\.rand_augment=augmix-m3: must be a policy that timm calls rand-"),
+        (
+            {"finetune.rand_augment": "augmix-m3"},
+            r"finetune\.rand_augment=augmix-m3: must be a policy that timm calls rand-",
+        ),
     ):
         with pytest.raises(SettingError, match=words):
             with_overrides(recipe, changes)

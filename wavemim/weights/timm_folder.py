@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from wavemim.atomic import new_folder
 from wavemim.data_statistics import STD_FLOOR
 from wavemim.weights.checkpoint import MODEL, checksum, plain_tensors
 
@@ -51,30 +50,26 @@ def export_timm(
     Returns:
         The content of ``config.json``.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(plain_tensors(encoder.state_dict()), partial / MODEL)
-    config = {
-        "architecture": architecture.partition(".")[0],  # without the tag of the initial weights
-        "num_classes": len(classes),
-        "num_features": int(encoder.num_features),  # type: ignore[arg-type]
-        "global_pool": arguments.get("global_pool", "avg"),
-        # transformers passes num_classes=0 itself; timm reads it from pretrained_cfg
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
-        "pretrained_cfg": _pretrained_cfg(encoder, arguments, pixel_mean, pixel_std, image_size, classes, crop_pct),
-        **({"label_names": list(classes)} if classes else {}),
-        "sha256": checksum(partial / MODEL),
-        "wavemim": dict(about),
-    }
-    processor = {key: config[key] for key in ("architecture", "pretrained_cfg")}
-    processor |= {"image_processor_type": "TimmWrapperImageProcessor"}  # which gets the transforms from timm
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if card:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with new_folder(folder) as partial:
+        save_file(plain_tensors(encoder.state_dict()), partial / MODEL)
+        config = {
+            "architecture": architecture.partition(".")[0],  # without the tag of the initial weights
+            "num_classes": len(classes),
+            "num_features": int(encoder.num_features),  # type: ignore[arg-type]
+            "global_pool": arguments.get("global_pool", "avg"),
+            # transformers passes num_classes=0 itself; timm reads it from pretrained_cfg
+            "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+            "pretrained_cfg": _pretrained_cfg(encoder, arguments, pixel_mean, pixel_std, image_size, classes, crop_pct),
+            **({"label_names": list(classes)} if classes else {}),
+            "sha256": checksum(partial / MODEL),
+            "wavemim": dict(about),
+        }
+        processor = {key: config[key] for key in ("architecture", "pretrained_cfg")}
+        processor |= {"image_processor_type": "TimmWrapperImageProcessor"}  # which gets the transforms from timm
+        for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return config
 
 
