@@ -29,6 +29,7 @@ from wavemim.augment import resized_crop
 from wavemim.encoders.base import create, is_plain_vit
 from wavemim.inputs import Inputs
 from wavemim.optim import NO_DECAY, Average
+from wavemim.step import StepResult
 
 MIDDLE = 7 / 8  # of a stored image's side, what is judged: 224 of 256 pixels
 # Of ViTs: the mean of the patch tokens, normalised after pooling by a norm that is new (MAE); or the class token.
@@ -140,14 +141,6 @@ class Mixing:
         return images, targets
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a step measured; tensors stay on the device, so that nothing waits for them."""
-
-    loss: torch.Tensor  # () of this worker's share of the batch, scaled so that the mean over workers is the loss
-    grad_norm: torch.Tensor  # () before clipping; not finite where the step was left out
-
-
 class FinetuneStep:
     """Normalised images and labels in, one optimiser step done. One without a finite gradient changes nothing."""
 
@@ -178,7 +171,7 @@ class FinetuneStep:
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int
-    ) -> FinetuneResult:
+    ) -> StepResult:
         """Do step number `step` (from 0) on images (B, C, H, W) on the device, and labels and weights (B,) on the host."""
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         loss = self.backward(images, labels, weight, total, step=step)
@@ -188,7 +181,7 @@ class FinetuneStep:
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged is not None:
             self.averaged.update(self.model)
-        return FinetuneResult(loss, grad_norm.detach())
+        return StepResult(loss[None], grad_norm.detach())
 
     def backward(
         self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int

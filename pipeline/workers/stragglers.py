@@ -34,7 +34,7 @@ BUFFERS_STAY = {"forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS els
 
 
 @dataclass
-class OwnTime:
+class StragglerDetector:
     """Measures this worker's own time, step by step, and compares it with the others' now and then."""
 
     device: torch.device

@@ -258,7 +258,7 @@ def test_a_step_is_what_it_says():
     images, labels, weight = batch_of(7)
     result = step(images, labels, weight, 7.0, step=0)
     expected = nn.functional.cross_entropy(plain.train()(images), labels, label_smoothing=0.2)
-    torch.testing.assert_close(result.loss, expected.detach())
+    torch.testing.assert_close(result.losses, expected.detach()[None])
     expected.backward()
     norm = torch.stack([value.grad.norm() for value in plain.parameters()]).norm()
     torch.testing.assert_close(result.grad_norm, norm)
@@ -318,8 +318,8 @@ def test_an_easy_label_is_learnt_and_every_val_row_is_counted_once(recipe, shard
     assert done.counts.sum() == shards.rows["val"] == 32
     assert done.counts.sum(1).tolist() == [11, 11, 10] or sorted(done.counts.sum(1).tolist()) == [10, 11, 11]
     assert top1_of(done.counts) > 90  # a third is chance
-    assert [line["epoch"] for line in done.progress.history] == [5, 10]
-    assert done.progress.history[-1][TOP1] == top1_of(done.counts)
+    assert [line["epoch"] for line in done.position.history] == [5, 10]
+    assert done.position.history[-1][TOP1] == top1_of(done.counts)
     assert [images for images, metrics in logged if TOP1 in metrics] == [5 * 64, 10 * 64]
     losses = [metrics["train/loss"] for _, metrics in logged if "train/loss" in metrics]
     assert losses[0] > 0.7 * np.log(3) > losses[-1] / 0.8
@@ -337,10 +337,10 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(recipe, shards, tmp_path):
             return False, self.left == 0
 
     whole = tuned(short, shards)
-    stopped = tuned(short, shards, orders=Stop(6), on_checkpoint=lambda saver: saver(tmp_path / "last"))
-    assert stopped.stopped and stopped.progress.step == 6 and stopped.counts is None
+    stopped = tuned(short, shards, coordinator=Stop(6), on_checkpoint=lambda saver, state: saver(tmp_path / "last"))
+    assert stopped.stopped and stopped.position.step == 6 and stopped.counts is None
     on = tuned(short, shards, resume=tmp_path / "last")
-    assert on.progress == whole.progress
+    assert on.position == whole.position
     for key, value in whole.model.state_dict().items():
         torch.testing.assert_close(on.model.state_dict()[key], value, msg=key)
 
@@ -379,7 +379,7 @@ def test_other_wavelets_give_the_same_pictures_to_learn_from(recipe, tmp_path):
         recipe, {"finetune.epochs": 2, "finetune.rand_augment": "rand-m5", "finetune.batch": 5, "finetune.workers": 1}
     )
     done = tuned(short, smooth)
-    assert done.counts.sum() == 4 and done.progress.images == 16
+    assert done.counts.sum() == 4 and done.position.images == 16
 
 
 # The stage.

@@ -18,7 +18,7 @@ from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.pretrain_loop import train
 from pipeline.workers import stragglers
-from pipeline.workers.stragglers import BUFFERS_STAY, WINDOWS, OwnTime
+from pipeline.workers.stragglers import BUFFERS_STAY, WINDOWS, StragglerDetector
 
 SETTINGS = {
     "encoder.width": 32,
@@ -103,7 +103,7 @@ def test_the_slow_one_of_two_is_named(tmp_path):
 
 
 def test_it_is_named_after_windows_in_a_row_and_once(caplog):
-    own = OwnTime(torch.device("cpu"), 0, 4, hosts=["a", "b", "c", "d"])
+    own = StragglerDetector(torch.device("cpu"), 0, 4, hosts=["a", "b", "c", "d"])
     even, slow = [[0.1, 1.0]] * 4, [[0.1, 1.0], [0.1, 1.1], [4.0, 1.5], [0.1, 0.9]]
     with caplog.at_level(logging.WARNING):
         for times in [slow, even] * 3:  # now and then: a checkpoint, a pause of the machine
@@ -120,7 +120,7 @@ def test_it_is_named_after_windows_in_a_row_and_once(caplog):
 
 
 def test_one_worker_has_nobody_to_be_compared_with():
-    own = OwnTime(torch.device("cpu"), 0, 1)
+    own = StragglerDetector(torch.device("cpu"), 0, 1)
     own.follow(torch.nn.Linear(2, 2))
     own.begin(3.0)
     assert own.read() == {}
