@@ -25,11 +25,12 @@ RAY_IMPORTERS = {
         "pipeline.stages.evaluate",
         "pipeline.stages.prepare",
         "pipeline.stages.pretrain",
+        "pipeline.runtime.ray_internals",
         "pipeline.runtime.ray_session",
         "pipeline.stages.tune",
     ),
     *(
-        "pipeline.workers.process",
+        "pipeline.workers.worker",
         "pipeline.workers.group",
         "pipeline.stages.segment",
         "pipeline.stages.finetune",

@@ -1,6 +1,6 @@
 """A second place for a run's checkpoints, an object store or another folder: copied there beside training, found again.
 
-The place of a run is URL/NAME/pretrain. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in
+The place of a stage is URL/NAME/STAGE, of pretraining URL/NAME/pretrain. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in
 the stage's folder, and ``best.json``. A checkpoint's ``state.json`` is uploaded last and names the other files with their
 SHA-256: a folder without it, or with files of other checksums, is half-written or damaged, and is passed over.
 
@@ -39,10 +39,10 @@ class CheckpointStore:
     owner: str = ""  # id of the mark under which this run owns it; "": a local folder, which has a lock
 
     @classmethod
-    def of(cls, recipe: Recipe) -> CheckpointStore | None:
+    def of(cls, recipe: Recipe, stage: str = "pretrain") -> CheckpointStore | None:
         """As train.checkpoints_at says; None without. Raises SettingError for a malformed URL."""
         where = recipe.train.checkpoints_at
-        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/pretrain"))
+        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/{stage}"))
 
     def __str__(self) -> str:
         return str(self.folder)

@@ -15,10 +15,9 @@ from typing import Any
 from pipeline.checkpoints.find import BEST, best_of, folders, images_of, seen
 from pipeline.checkpoints.remote import CheckpointStore, lease_mark, log
 from pipeline.checkpoints.writer import FAILURES
-from pipeline.config.recipe import Recipe, identity
+from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime.stage_folder import SETTINGS, StageFolder, as_json
-from pipeline.shards.shard_set import ShardSet
 from pipeline.storage import locks
 from pipeline.storage.folder import OWNER, Folder
 from pipeline.storage.locks import owned
@@ -30,12 +29,11 @@ _LOOK = 5.0  # seconds between looks at another owner's mark
 _RETRIES = (2.0, 10.0, 30.0)  # seconds before the last checkpoint of a run is copied again
 
 
-def check_store(recipe: Recipe) -> None:
-    """Raise SettingError or StorageError where pretraining by `recipe` cannot use its train.checkpoints_at."""
-    store = CheckpointStore.of(recipe)
-    finished = (recipe.stage_dir("pretrain") / "result.json").is_file() and not (recipe.restart or recipe.force)
+def check_store(recipe: Recipe, stage: str, same: Mapping[str, Any]) -> None:
+    """Raise SettingError or StorageError where a stage, with the identity `same`, cannot use train.checkpoints_at."""
+    store = CheckpointStore.of(recipe, stage)
+    finished = (recipe.stage_dir(stage) / "result.json").is_file() and not (recipe.restart or recipe.force)
     if store is not None and not finished:
-        same = {**identity(recipe, "pretrain"), "shards": ShardSet.open(recipe.shards_at).fingerprint}
         store.check(same, restart=recipe.restart, force=recipe.force)
 
 
@@ -46,7 +44,7 @@ def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Itera
     None where none is set, and for a run that is finished: then only what the store lacks is copied. Raises SettingError
     for checkpoints of other settings, StageError where another run writes there or the store does not answer.
     """
-    store = CheckpointStore.of(recipe)
+    store = CheckpointStore.of(recipe, stage.path.name)
     if store is None:
         yield None
         return

@@ -196,5 +196,7 @@ def save_diverged(
             return
     else:
         saver.take_part()
-    advice = f"wavemim replay {place} examines these steps" if stage == "pretrain" else f"the model and rows are in {place}"
+    advice = (
+        f"wavemim replay {place} examines these steps" if stage == "pretrain" else f"the model and rows are in {place}"
+    )
     error.args = (f"{error}; {advice}",)

@@ -82,14 +82,14 @@ def finetune(recipe: Recipe, subject: Subject, shards: ShardSet, **options: Any)
         spent=known,
     )
     harness.heartbeat(MODEL)
-    task = FinetuneTask(recipe, subject, shards, schedule, state, harness, telemetry)
+    task = FinetuneTask(recipe, subject, shards, schedule, state, harness, telemetry.cost.spent)
     if loop.run(task, schedule.total_steps, state, schedule, telemetry, harness):
         return Finetuned(task.trained, state, None, stopped=True)
     return Finetuned(task.trained, state, task.counts if task.counts is not None else task.evaluate())
 
 
 class FinetuneTask:
-    """A classifier in training, as one worker has it (a `pipeline.training.loop.Task`)."""
+    """A classifier in training, as one worker has it (a `pipeline.training.task.Task`)."""
 
     stage = "finetune"
 
@@ -101,9 +101,9 @@ class FinetuneTask:
         schedule: TrainSchedule,
         state: FinetuneState,
         harness: Harness,
-        telemetry: Telemetry,
+        spent: Callable[[], Spent],
     ) -> None:
-        """Build it from the settings and, when resuming, the harness's checkpoint."""
+        """Build it from the settings and, when resuming, the harness's checkpoint; `spent` is asked for checkpoints."""
         self.settings, self.shards, self.schedule, self.state = recipe.finetune, shards, schedule, state
         self.harness, self.device, self.rank, self.world = harness, harness.device, harness.rank, harness.world
         self.size, self.seed = subject.image_size, recipe.seed
@@ -131,12 +131,14 @@ class FinetuneTask:
         )
         state.streams = self.reader.streams
         self._augment = self._make_augment(subject)
+        forward = forward_flops(self.model, shards.channels, self.size)
+        self.image_flops = forward if self.settings.freeze else (1 + BACKWARD) * forward  # backwards only in the head
         about = {"recipe": recipe.dump(), "shards": shards.fingerprint, "encoder": subject.fingerprint}
         self.saver = checkpoint.Saver(
             self.model,
             self._step.optimizer,
             self.averaged.module if self.averaged is not None else None,
-            lambda: {**state.state(), **about, "cost": telemetry.cost.spent().record()},
+            lambda: {**state.state(), **about, "cost": spent().record()},
         )
 
     def _make_step(self) -> FinetuneStep:
@@ -187,12 +189,6 @@ class FinetuneTask:
         """The model that is evaluated and exported: the average of the weights where there is one."""
         return self.model if self.averaged is None else self.averaged.module
 
-    @property
-    def image_flops(self) -> int:
-        """FLOPs of a forward and a backward pass of one image; a frozen encoder has no backward pass."""
-        forward = forward_flops(self.model, self.shards.channels, self.size)
-        return forward if self.settings.freeze else (1 + BACKWARD) * forward
-
     def batches(self, epoch: int, start: int) -> Generator[Batch]:
         """Batches of an epoch from batch `start` on, their images in pixel values (B, C, H, W).
 
@@ -236,13 +232,12 @@ class FinetuneTask:
     def note_cost(self, spent: Spent) -> None:
         """Only a checkpoint remembers it."""
 
-    def end_epoch(self, telemetry: Telemetry, *, finished: bool) -> dict[str, float]:
+    def end_epoch(self, losses: list[float], *, finished: bool) -> dict[str, float]:
         """Measure the accuracy on val, every finetune.eval_every epochs and at the end."""
         state = self.state
         if not finished and (state.epoch + 1) % self.settings.eval_every:
             return {}
-        with telemetry.paused():
-            self.counts = self.evaluate()
+        self.counts = self.evaluate()
         measured = {TOP1: top1_of(self.counts)}
         epochs = state.step / self.schedule.batches_per_epoch
         state.history.append({"epoch": epochs, "images": state.images, **measured})
@@ -251,7 +246,9 @@ class FinetuneTask:
     def evaluate(self) -> torch.Tensor:
         """Val images of all workers by true and predicted class, int64 (K, K) on the CPU: every row once."""
         if self.world > 1:
-            for buffer in self.trained.buffers():  # each worker has its own statistics of batch norm; rank 0's are saved
+            for (
+                buffer
+            ) in self.trained.buffers():  # each worker has its own statistics of batch norm; rank 0's are saved
                 dist.broadcast(buffer, 0)
         mine = sequential(
             self.shards,

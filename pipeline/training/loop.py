@@ -9,56 +9,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
-from typing import Protocol
 
-from torch import nn
-
-from pipeline.runtime.usage import Spent
 from pipeline.shards.batches import Batch
-from pipeline.shards.reader import Reader
-from pipeline.shards.shard_set import ShardSet
 from pipeline.training.divergence import DivergedError, save_diverged
 from pipeline.training.metrics import Telemetry
 from pipeline.training.schedule import TrainSchedule, TrainState
+from pipeline.training.task import Task
 from pipeline.workers.harness import Harness
 from pipeline.workers.heartbeat import BATCH, STEP
-from wavemim.step import StepResult
-from wavemim.weights import checkpoint
-
-
-class Task(Protocol):
-    """A model in training, with its data. Workers each have one and call the same methods after the same steps."""
-
-    stage: str  # name of the stage
-    shards: ShardSet
-    wrapped: nn.Module  # the model, behind DDP where there are several workers
-    reader: Reader
-    saver: checkpoint.Saver
-    image_flops: int  # of a forward and a backward pass of one image
-
-    def batches(self, epoch: int, start: int) -> Generator[Batch]:
-        """Batches of an epoch from batch `start` on; closing the generator ends its threads."""
-        ...
-
-    def step(self, batch: Batch, *, epoch: int, step: int) -> StepResult:
-        """Do step number `step`, from 0 on."""
-        ...
-
-    def learning_rate(self) -> float:
-        """The learning rate of the last step."""
-        ...
-
-    def metrics(self, losses: list[float]) -> dict[str, float]:
-        """Metrics to log, of the mean parts of the loss among others; there are none if all steps were skipped."""
-        ...
-
-    def note_cost(self, spent: Spent) -> None:
-        """Remember what training has cost so far."""
-        ...
-
-    def end_epoch(self, telemetry: Telemetry, *, finished: bool) -> dict[str, float]:
-        """An epoch, or with `finished` training, has ended; the state still counts this epoch. Returns metrics to log."""
-        ...
 
 
 def run(
@@ -93,7 +51,9 @@ def run(
                 if state.step % schedule.log_steps == 0 or state.step == end:
                     harness.log(telemetry.read(task), state.images)
                 if epoch_done or finished:
-                    harness.log(task.end_epoch(telemetry, finished=finished), state.images)
+                    with telemetry.paused():
+                        measured = task.end_epoch(telemetry.losses.read_epoch(), finished=finished)
+                    harness.log(measured, state.images)
                 if epoch_done:
                     state.epoch, state.batch = state.epoch + 1, 0
                 save, stop = (True, False) if finished else harness.decide()
@@ -105,16 +65,12 @@ def run(
     except DivergedError as error:
         if harness.folder is not None:
             place, rank, world = task.shards.folder.url, harness.rank, harness.world
-            save_diverged(
-                harness.folder, task.saver, error, shards=place, stage=task.stage, rank=rank, world=world
-            )
+            save_diverged(harness.folder, task.saver, error, shards=place, stage=task.stage, rank=rank, world=world)
         raise
     return False
 
 
-def _batches(
-    task: Task, end: int, state: TrainState, harness: Harness
-) -> Generator[tuple[Batch, float]]:
+def _batches(task: Task, end: int, state: TrainState, harness: Harness) -> Generator[tuple[Batch, float]]:
     """Batches up to step `end`, epoch after epoch, each with the seconds that this worker waited for it.
 
     The caller moves `state` on, by one step for each.

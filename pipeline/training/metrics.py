@@ -9,7 +9,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,13 +18,11 @@ from pipeline.runtime.usage import Spent, TrainingMeter
 from pipeline.shards.batches import Batch
 from pipeline.training.divergence import DivergenceWatch
 from pipeline.training.schedule import TrainSchedule, TrainState
+from pipeline.training.task import Task
 from pipeline.workers.harness import Harness
 from pipeline.workers.heartbeat import OTHERS
 from pipeline.workers.stragglers import StragglerDetector
 from wavemim.step import StepResult
-
-if TYPE_CHECKING:
-    from pipeline.training.loop import Task
 
 _log = logging.getLogger(__name__)
 

@@ -86,7 +86,7 @@ def train(recipe: Recipe, shards: ShardSet, **options: Any) -> Trained:
 
 
 class PretrainTask:
-    """A masked image model in training, for as long as images have one size (a `pipeline.training.loop.Task`)."""
+    """A masked image model in training, for as long as images have one size (a `pipeline.training.task.Task`)."""
 
     stage = "pretrain"
 
@@ -129,8 +129,7 @@ class PretrainTask:
         """Remember what images of this size have cost so far."""
         self.state.parts[self.phase.number :] = [self._cost.read(spent)]
 
-    def end_epoch(self, telemetry: Telemetry, *, finished: bool) -> dict[str, float]:
+    def end_epoch(self, losses: list[float], *, finished: bool) -> dict[str, float]:
         """Note the mean losses of the epoch."""
-        losses = dict(zip(self._names, telemetry.losses.read_epoch(), strict=True))
-        self.state.history.append({"epoch": self.state.epoch + 1, **losses})
+        self.state.history.append({"epoch": self.state.epoch + 1, **dict(zip(self._names, losses, strict=True))})
         return {}

@@ -30,7 +30,7 @@ _NAME = 64  # bytes of a host's name
 # Of DDP, under its name in this torch: buffers are not sent before every step, which would make workers wait for rank 0
 # unseen. They are fixed, or statistics that training does not use and of which rank 0's are saved.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
-BUFFERS_STAY = {"forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False}
+KEEP_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False}
 
 
 @dataclass

@@ -11,7 +11,17 @@ import time
 import pytest
 
 from pipeline.workers import heartbeat
-from pipeline.workers.heartbeat import BATCH, FOLDER, OTHERS, STEP, WorkerStatus, Heartbeat, HangMonitor, start_time_of, ending_hung_workers
+from pipeline.workers.heartbeat import (
+    BATCH,
+    FOLDER,
+    OTHERS,
+    STEP,
+    HangMonitor,
+    Heartbeat,
+    WorkerStatus,
+    ending_hung_workers,
+    start_time_of,
+)
 
 LIMIT = 1.0  # seconds
 

@@ -18,7 +18,7 @@ from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.pretrain_loop import train
 from pipeline.workers import stragglers
-from pipeline.workers.stragglers import BUFFERS_STAY, WINDOWS, StragglerDetector
+from pipeline.workers.stragglers import KEEP_BUFFERS, WINDOWS, StragglerDetector
 
 SETTINGS = {
     "encoder.width": 32,
@@ -70,7 +70,7 @@ def one_of_two(rank, port, shards, folder):
         device=torch.device("cpu"),
         rank=rank,
         world=2,
-        wrap=lambda model: DistributedDataParallel(slow_to_compute(model) if rank else model, **BUFFERS_STAY),
+        wrap=lambda model: DistributedDataParallel(slow_to_compute(model) if rank else model, **KEEP_BUFFERS),
         on_log=lambda metrics, images: logged.append(metrics),
     )
     if rank == 0:
