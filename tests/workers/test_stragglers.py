@@ -107,16 +107,16 @@ def test_it_is_named_after_windows_in_a_row_and_once(caplog):
     even, slow = [[0.1, 1.0]] * 4, [[0.1, 1.0], [0.1, 1.1], [4.0, 1.5], [0.1, 0.9]]
     with caplog.at_level(logging.WARNING):
         for times in [slow, even] * 3:  # now and then: a checkpoint, a pause of the machine
-            metrics = own._judge(times)
+            metrics = own._compare(times)
         assert not caplog.messages
         assert metrics["perf/slowest_ratio"] == 1
         for _ in range(WINDOWS + 3):
-            metrics = own._judge(slow)
+            metrics = own._compare(slow)
     assert metrics["perf/slowest_rank"] == 2
     assert metrics["perf/slowest_ratio"] == pytest.approx(5.0)
     assert metrics["perf/slowest_data_share"] == pytest.approx(4 / 5.5)
     (line,) = caplog.messages
-    assert "rank 2 on c is slow: it needs 5.5 s a step" in line and "waits 4 s for data and computes 1.5 s" in line
+    assert "rank 2 on c is slow: it takes 5.5 s per step" in line and "waits 4 s for data and computes for 1.5 s" in line
 
 
 def test_one_worker_has_nobody_to_be_compared_with():
