@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint lock clean
+.PHONY: install demo test test-faults lint docs lock clean
 
 install: $(READY)
 
@@ -20,12 +20,22 @@ demo: $(READY)
 	$(BIN)/wavemim demo out=wavemim-demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+# Kills Rays, workers, nodes and servers in the middle of their work; minutes each.
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The documentation site, into site/; fails on broken links and where docs/settings.md is not current.
+docs: $(READY)
+	$(BIN)/python docs/generate_settings.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Chooses every version anew, for each supported Python, from the ranges in pyproject.toml.
 lock: $(READY)
@@ -34,4 +44,4 @@ lock: $(READY)
 		--no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) wavemim-demo dist build
+	rm -rf $(VENV) wavemim-demo dist build site

@@ -30,7 +30,7 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 # Files that start a Ray; each line is one process's work, so that there are two of them at a time. They come first,
 # since they take longest.
 _WITH_RAY = (
-    ("test_stages.py", "test_prepare.py"),  # they share one
+    ("test_stages.py", "test_prepare.py", "test_specimens.py"),  # they share one
     ("test_pretrain.py", "test_job_submit.py", "test_ray_session.py", "test_finetune.py", "test_segmentation.py"),
 )
 

@@ -150,7 +150,7 @@ class ShardSet:
 
     @cached_property
     def statistics(self) -> dict[int, dict[str, dict[str, list[float]]]]:
-        """statistics[level][band]["mean" or "std"]: a number per channel, in units of coefficients."""
+        """``statistics[level][band]["mean" or "std"]``: a number per channel, in units of coefficients."""
         return {int(level): bands for level, bands in self.manifest["statistics"]["levels"].items()}
 
     @property

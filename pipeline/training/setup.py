@@ -143,7 +143,7 @@ def precision_of(settings: Train | Finetune, device: torch.device) -> torch.dtyp
 
 def views_of(phase: Phase, model: MaskedImageModel, shards: ShardSet, device: torch.device) -> Views:
     """What the network sees of a batch that comes from `reader_of`."""
-    deepest = max(phase.recipe.target.taps) if phase.recipe.target.kind == "wavelet" else None
+    deepest = max(phase.recipe.target.taps) if phase.recipe.target.predicts_bands else None
     return build_views(phase.recipe, model, build_inputs(shards, depth=deepest).to(device), augment=True)
 
 

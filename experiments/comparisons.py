@@ -1,0 +1,69 @@
+"""benchmarks/evidence.py with the comparisons of published tables whose variants it no longer has by itself.
+
+    python experiments/comparisons.py --shards SHARDS --compare half_budget [options of benchmarks/evidence.py]
+
+The experiments call it; results have the form of evidence.py. The settings are those of the published runs, written out
+in full where a default has changed since.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from harness import ROOT
+
+FOUR_LEVELS, THREE_LEVELS = {1: 2, 2: 4, 3: 6, 4: 8}, {2: 4, 3: 6, 4: 8}
+ALL_BANDS, DETAILS = {3: "AHVD", 4: "AHVD"}, {3: "HVD", 4: "HVD"}
+
+
+def _wavelet(normalise: str, **target: Any) -> tuple[str, dict[str, Any]]:
+    settings = {"target.normalise": normalise} | {f"target.{key}": value for key, value in target.items()}
+    return "small_wavelet", settings
+
+
+# Variant -> (recipe, settings). The first one's untrained encoder begins every curve.
+COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "half_budget": {
+        "pixels": ("small_pixels", {}),
+        "HOG": ("small_hog", {}),
+        "data set": _wavelet("dataset"),
+        "data set, L1": _wavelet("dataset", loss="l1"),
+        "patch": _wavelet("patch"),
+        "patch, A at both levels": _wavelet("patch", bands=ALL_BANDS),
+        "patch, both at block 8": _wavelet("patch", taps={3: 8, 4: 8}),
+        "patch, levels 2 to 4": _wavelet("patch", taps=THREE_LEVELS),
+        "patch, levels 2 to 4, weights": _wavelet("patch", taps=THREE_LEVELS, weights={2: 0.3, 3: 1, 4: 3}),
+        "patch, levels 1 to 4": _wavelet("patch", taps=FOUR_LEVELS),
+        "contrast": _wavelet("contrast"),
+        "contrast, A at both levels": _wavelet("contrast", bands=ALL_BANDS),
+        "contrast, details alone": _wavelet("contrast", bands=DETAILS),
+        "contrast, levels 2 to 4": _wavelet("contrast", taps=THREE_LEVELS),
+        "contrast, levels 1 to 4": _wavelet("contrast", taps=FOUR_LEVELS),
+        "contrast, levels 1 to 4, weights": _wavelet(
+            "contrast", taps=FOUR_LEVELS, weights={1: 0.1, 2: 0.3, 3: 1, 4: 3}
+        ),
+        "contrast, level 3 alone": _wavelet("contrast", taps={3: 8}),  # with A: a single tap is the coarsest
+    },
+    "decoders_by_data_set": {
+        "self, 1 block a tap": ("small_wavelet", {"target.normalise": "dataset"}),
+        "self, shared": ("small_wavelet", {"target.normalise": "dataset", "decoder.shared": True}),
+        "self, a quarter predicted": ("small_wavelet", {"target.normalise": "dataset", "decoder.predict": 0.25}),
+    },
+}
+
+
+def main() -> None:
+    """Call evidence.py with these comparisons added to its own."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import evidence
+
+    evidence.COMPARISONS.update(COMPARISONS)
+    try:
+        evidence.main()
+    except evidence.BenchmarkError as error:
+        raise SystemExit(f"comparisons: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Table: the second one under "Shards" in benchmarks/RESULTS.md: loaders of images that were resized before.
+
+    pip install --target LIBRARIES webdataset==1.0.2 mosaicml-streaming==0.13.0 litdata==0.2.76
+    python experiments/public_loaders.py --images PHOTOS --libraries LIBRARIES
+
+PHOTOS: 600 ImageNet photos of full size, as JPEG. Published on one core of an Intel Xeon (AVX-512, no GPU), 24 GiB,
+2026-11-23, commit c171174. About 15 minutes there, 10 GB of disk; --quick takes three. Speeds depend on the machine and
+are shown; judged are bytes an image and the ratio of speeds, which changes by a fifth from run to run. A loader that
+cannot be imported is reported by the benchmark as left out.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from harness import Call, Expected, Experiment, benchmark, main
+
+
+def commands(call: Call) -> list[list[str]]:
+    """One call of the benchmark: every loader, and this project's reader."""
+    return [
+        benchmark(
+            *("shards", "--images", call.images, "--libraries", call.libraries, "--work", call.out),
+            *("--json", call.out / "result.json"),
+            *call.either(("--repeats", 2), ("--repeats", 1, "--rows", 1024, "--seconds", 1)),
+            *("--only", "bytes_vs_jpeg", "read_vs_best_public", "read_vs_best_public_jpeg"),
+        )
+    ]
+
+
+def _loader(name: str, key: str, size: int, rate: int) -> tuple[Expected, Expected]:
+    return (
+        Expected(f"{name}: bytes an image", size, ("numbers", f"bytes_per_image {key}"), 0.02 * size, f"{size:,}"),
+        Expected(f"{name}: images/s", rate, ("images_per_second", key)),
+    )
+
+
+EXPERIMENT = Experiment(
+    tables=(("Shards: `benchmarks/shards.py`", "loader of pre-resized images"),),
+    inputs=("images", "libraries"),
+    commands=commands,
+    expected=(
+        Expected("wavemim: bytes an image", 92741, ("numbers", "shard_bytes_per_image"), 1900, "92,741"),
+        Expected("wavemim: images/s", 2311, ("images_per_second", "reader")),
+        *_loader("litdata, JPEG", "litdata jpeg", 22325, 1610),
+        *_loader("webdataset, JPEG", "webdataset jpeg", 24115, 1101),
+        *_loader("mosaicml-streaming, JPEG", "streaming jpeg", 22325, 887),
+        *_loader("litdata, raw", "litdata raw", 196636, 5090),
+        *_loader("webdataset, raw", "webdataset raw", 198150, 2889),
+        *_loader("mosaicml-streaming, raw", "streaming raw", 196625, 2248),
+        *_loader("numpy.memmap, raw", "memmap raw", 196608, 14255),
+        Expected("read_vs_best_public", 0.45, ("numbers", "read_vs_best_public"), tolerance=0.12),
+        Expected("read_vs_best_public_jpeg", 1.44, ("numbers", "read_vs_best_public_jpeg"), tolerance=0.36),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT, __doc__))
