@@ -52,5 +52,5 @@ def seed_thread(*key: object) -> None:
     _own.numpy.seed(seed)
 
 
-auto_augment.random = _Random()
-auto_augment.np = _Numpy()
+auto_augment.random = _Random()  # type: ignore[assignment]  # stand-ins for modules
+auto_augment.np = _Numpy()  # type: ignore[assignment]
