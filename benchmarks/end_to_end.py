@@ -236,7 +236,7 @@ def ray_crew(job: Job, folder: Path) -> Iterator[Callable[[str, int], list[dict[
         name = f"{kind}-{next(numbers)}"
         recipe = job.recipe_for(steps, name=name, out=str(folder / "out"), shards=job.shards)
         with mock.patch.object(pretrain, "_worker", worker_of(kind)):
-            pretrain.pretrain(recipe, session, progress=False)
+            pretrain.run(recipe, session, pretrain.check(recipe), progress=False)
         return [from_metrics(recipe.stage_dir("pretrain") / "metrics.jsonl", job.warm // job.log_every)]
 
     recipe = job.recipe_for(1)

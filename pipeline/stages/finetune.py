@@ -40,7 +40,10 @@ MODEL, CONFUSION, CLASSES = "model", "confusion.csv", "classes.csv"  # in the st
 _KEPT = 2  # checkpoints
 
 
-def check_finetune(recipe: Recipe) -> tuple[Subject, ShardSet]:
+CHECKS = ()
+
+
+def check(recipe: Recipe) -> tuple[Subject, ShardSet]:
     """The encoder and the shard set of `recipe`, which fit together. Raises SettingError and StageError."""
     shards = ShardSet.open(recipe.shards_at)
     subject = subject_of(recipe, shards)
@@ -49,9 +52,11 @@ def check_finetune(recipe: Recipe) -> tuple[Subject, ShardSet]:
     return subject, shards
 
 
-def finetune_stage(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
+def run(
+    recipe: Recipe, session: SessionInfo, checked: tuple[Subject, ShardSet], *, progress: bool = True
+) -> dict[str, Any]:
     """Fine-tune the encoder that `checkpoint=` names; gives the summary that is also the stage's finishing mark."""
-    subject, shards = check_finetune(recipe)
+    subject, shards = checked
     check_room(recipe, session, recipe.finetune.workers, "finetune")
     same = {**identity(recipe, "finetune"), "encoder": subject.fingerprint, "shards": shards.fingerprint}
     with stage_folder(recipe.stage_dir("finetune"), same, restart=recipe.restart) as folder:
@@ -191,7 +196,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     return {"failed": failed, "stopped": tuned is not None and tuned.stopped, "counts": counts}
 
 
-def finetune_line(recipe: Recipe, result: Mapping[str, Any]) -> str:
+def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What fine-tuning reached, and where it is."""
     values = result["measured"]
     named = [values[f"eval/finetune_top1{end}"] for end in ("", "_low", "_high")]

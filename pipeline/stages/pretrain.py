@@ -54,14 +54,22 @@ _LEAVING = 10 / 60  # minutes between checkpoints once a node is known to go awa
 log = logging.getLogger(__name__)
 
 
-def pretrain(recipe: Recipe, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
-    """Pretrain by `recipe` on its shard set; gives the summary that is also the stage's finishing mark."""
-    check_model(recipe)
+CHECKS = (check_model,)
+
+
+def check(recipe: Recipe) -> ShardSet:
+    """The shard set, which the recipe can train on. Raises SettingError and StageError."""
     shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
-    check_room(recipe, session, recipe.cluster.min_workers or recipe.train.workers)
     TrainSchedule.of(recipe, shards.rows["train"])
     check_store(recipe)
+    return shards
+
+
+def run(recipe: Recipe, session: SessionInfo, checked: ShardSet, *, progress: bool = True) -> dict[str, Any]:
+    """Pretrain by `recipe` on its shard set; gives the summary that is also the stage's finishing mark."""
+    shards = checked
+    check_room(recipe, session, recipe.cluster.min_workers or recipe.train.workers)
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
     with (
         stage_folder(
@@ -240,7 +248,7 @@ def _node_goes_away() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
-def pretrain_line(recipe: Recipe, result: Mapping[str, Any]) -> str:
+def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What pretrain wrote where."""
     folder = recipe.stage_dir("pretrain")
     return (

@@ -1,4 +1,4 @@
-"""The steps of a run that blew up, once more (`wavemim replay`): which level, which weights, which images. No Ray in here."""
+"""`wavemim replay`: repeat the steps that ended a run with non-finite gradients: which level, weights and images. No Ray."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from torch import nn
 
@@ -24,26 +25,47 @@ from wavemim.optim import make_optimizer
 from wavemim.step import Part, TrainStep
 from wavemim.weights import checkpoint
 
-SHOWN = 10  # images named of a step
+SHOWN = 10  # images that are named per step
+
+
+@click.command("replay")
+@click.argument("folder")
+@click.option("--shards", metavar="FOLDER|URL", help="where the shard set is now  [default: where it was]")
+def command(folder: str, shards: str | None) -> None:
+    """Repeat the last steps of a run that ended with non-finite gradients, and report losses per level, gradients and
+    the images that cause it.
+
+    FOLDER is the folder blow-up that such a run leaves, or that of the run (OUT/runs/NAME). Nothing is trained.
+    """
+    replay(folder, shards=shards, say=click.echo)
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step gives with the weights of the checkpoint."""
+    """What a step yields with the weights of the checkpoint."""
 
     step: int
     losses: dict[int, float]  # by level
     grad_norm: float
-    parameter: str | None  # the first one whose gradient is not finite
+    parameter: str | None  # the first one with a non-finite gradient
     count: int  # images of the step
-    images: list[str]  # those that by themselves give a loss or gradient that is not finite: names in the shard set
+    images: list[str]  # those with a non-finite loss or gradient of their own: paths in the shard set
 
 
 def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] = print) -> list[Replayed]:
-    """Run the steps that ended a run again through its model, and say what is found, a line a step.
+    """Repeat the steps that ended a run. Nothing is trained.
 
-    `where` is the folder ``blow-up``, or that of the stage or the run. `shards` stands for the place where the shard set
-    was. Nothing is trained. Raises SettingError where there is no such folder, CheckpointError for a damaged one.
+    Args:
+        where: The folder ``blow-up``, or that of the stage or the run.
+        shards: Where the shard set is now; None: where it was.
+        say: Called with a line per step, and with the conclusion.
+
+    Returns:
+        The steps.
+
+    Raises:
+        SettingError: There is nothing to replay, or the shard set is another one.
+        CheckpointError: The checkpoint is damaged.
     """
     folder = _find(Path(where))
     about = json.loads((folder / STEPS).read_bytes())
@@ -51,7 +73,7 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     recipe, position = validate(state["recipe"]), TrainState.of(state)
     data = ShardSet.open(shards or about["shards"])
     if data.fingerprint != state["shards"]:
-        raise SettingError(f"{data.url} is another shard set than the one that was trained on; give it with --shards")
+        raise SettingError(f"{data.url} is not the shard set that the run was trained on; name that one with --shards")
     plan = TrainSchedule.of(recipe, data.rows["train"], position.streams)
     phase = next(phase for phase in phases_of(recipe, data, plan.total_steps) if position.step <= phase.end)
     step = _step(phase, plan, data, folder, parts=recipe.train.accumulate * about["workers"])
@@ -71,13 +93,13 @@ def _find(where: Path) -> Path:
         if (folder / STEPS).is_file():
             return folder
     raise SettingError(
-        f"{where}: nothing to replay; give the folder {FOLDER}, which a run leaves that ended for steps without a finite "
-        "gradient, or that of the run (OUT/runs/NAME)"
+        f"{where}: nothing to replay; give the folder {FOLDER} of a run that ended with non-finite gradients, or that of the "
+        "run (OUT/runs/NAME)"
     )
 
 
 def _step(phase: Phase, plan: TrainSchedule, data: ShardSet, folder: Path, parts: int) -> TrainStep:
-    """The step of training, with the weights that it had."""
+    """The training step, with the weights of the checkpoint."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = phase.recipe
     model = build_model(recipe, data).to(device)
@@ -96,7 +118,7 @@ def _step(phase: Phase, plan: TrainSchedule, data: ShardSet, folder: Path, parts
 
 
 def _batches(reader: Reader, plan: TrainSchedule, numbers: list[int]) -> Iterator[tuple[int, int, Batch]]:
-    """(step from 1, epoch, global batch) of each step."""
+    """Yields (step from 1, epoch, global batch) of each step."""
     batches, expected = None, None
     for number in numbers:
         epoch, place = divmod(number - 1, plan.batches_per_epoch)
@@ -116,7 +138,7 @@ def _replay(step: TrainStep, data: ShardSet, batch: Batch, number: int, epoch: i
     broken = next((name for name, gradient in gradients if not gradient.isfinite().all()), None)
     images: list[int] = []
     if not (losses.isfinite().all() and norm.isfinite()):
-        images = batch.rows[_guilty(step, batch, 0, int(batch.weight.sum()), number, epoch)].tolist()
+        images = batch.rows[_culprits(step, batch, 0, int(batch.weight.sum()), number, epoch)].tolist()
     names = _names(data, images)
     return Replayed(
         number,
@@ -131,7 +153,7 @@ def _replay(step: TrainStep, data: ShardSet, batch: Batch, number: int, epoch: i
 def _backward(
     step: TrainStep, batch: Batch, first: int, end: int, number: int, epoch: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (T,) and gradient norm () of some images of a batch: as in training where it is all of them."""
+    """Losses (T,) and gradient norm () of some images of a batch; for all of its images, those of training."""
     part = Part(batch.levels, batch.rows, batch.weight, batch.crop)[first:end]
     step.optimizer.zero_grad(set_to_none=True)
     losses = step.backward(
@@ -147,15 +169,17 @@ def _backward(
     return losses, nn.utils.get_total_norm(gradients)
 
 
-def _guilty(step: TrainStep, batch: Batch, first: int, end: int, number: int, epoch: int) -> list[int]:
-    """Places of the images that alone give what is not finite, by halving."""
+def _culprits(step: TrainStep, batch: Batch, first: int, end: int, number: int, epoch: int) -> list[int]:
+    """Places of the images with a non-finite loss or gradient of their own, by bisection."""
     losses, norm = _backward(step, batch, first, end, number, epoch)
     if losses.isfinite().all() and norm.isfinite():
         return []
     if end - first == 1:
         return [first]
     middle = (first + end) // 2
-    return [i for low, high in ((first, middle), (middle, end)) for i in _guilty(step, batch, low, high, number, epoch)]
+    return [
+        i for low, high in ((first, middle), (middle, end)) for i in _culprits(step, batch, low, high, number, epoch)
+    ]
 
 
 def _names(data: ShardSet, rows: list[int]) -> dict[int, str]:
@@ -174,7 +198,7 @@ def _line(replayed: Replayed) -> str:
     losses = ", ".join(f"level {level} {loss:.4g}" for level, loss in replayed.losses.items())
     line = f"step {replayed.step}: loss {losses}; gradient norm {replayed.grad_norm:.4g}"
     if replayed.parameter is not None:
-        line += f", not finite from {replayed.parameter} on"
+        line += f", first non-finite gradient: {replayed.parameter}"
     if replayed.images:
         more = f" and {len(replayed.images) - SHOWN} more" if len(replayed.images) > SHOWN else ""
         line += f"; images: {', '.join(replayed.images[:SHOWN])}{more}"
@@ -184,10 +208,10 @@ def _line(replayed: Replayed) -> str:
 def _verdict(found: list[Replayed]) -> str:
     broken = [replayed for replayed in found if replayed.parameter is not None]
     if not broken:
-        return "All of it is finite here: it came from arithmetic that this machine does otherwise, or from a device's fault."
+        return "All of it is finite here: the cause was arithmetic that differs on this machine, or a faulty device."
     if all(len(replayed.images) == replayed.count for replayed in broken):
-        return f"{len(broken)} of {len(found)} steps are not finite, with every image: it is the weights."
+        return f"{len(broken)} of {len(found)} steps are not finite, with every image: the weights are the cause."
     images = {name for replayed in broken for name in replayed.images}
     if not images:
-        return f"{len(broken)} of {len(found)} steps are not finite, though each image by itself is."
-    return f"{len(broken)} of {len(found)} steps are not finite, for {len(images)} images that are so by themselves."
+        return f"{len(broken)} of {len(found)} steps are not finite, although each image is on its own."
+    return f"{len(broken)} of {len(found)} steps are not finite, because of {len(images)} images that are not finite on their own."

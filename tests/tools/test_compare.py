@@ -105,7 +105,7 @@ def test_side_by_side(runs, tmp_path):
     )
     assert training["images seen"] == ["400", "400"]
     assert training["wall-clock"] == ["3 min 20 s", "1 min 40 s"]
-    assert training["arithmetic"] == ["400 GFLOP", "400 GFLOP"]
+    assert training["compute"] == ["400 GFLOP", "400 GFLOP"]
     assert training["CPU core-hours"] == ["0.111", "0.0556"]
     assert training["bytes read"] == ["400 KiB", "400 KiB"]
     assert evaluation["images seen"] == ["50", "–"]

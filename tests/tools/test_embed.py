@@ -9,7 +9,9 @@ from pipeline.cli import _group
 from pipeline.errors import SettingError
 from pipeline.images.sources import fetch
 from pipeline.models.encoder_source import Subject
-from pipeline.tools.embed import Writer, check_out, plan_images, units_of
+from pipeline.tools.embed import check_out, plan_images
+from pipeline.tools.embed_file import Writer
+from pipeline.tools.embed_task import units_of
 
 SUBJECT = Subject("/m", "folder", "f" * 64, 8, 3, (1.0,) * 3, (2.0,) * 3, None, None)
 

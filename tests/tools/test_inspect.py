@@ -194,7 +194,7 @@ def test_copies_and_leaks_are_counted(tmp_path):
         ["train: 2.jpg", "train: 4.jpg"],
     ]
     text = describe(facts)
-    assert "6  rows that are copies" in text and "3  val images that are in train too" in text
+    assert "6  rows that duplicate" in text and "3  val images that are also in train" in text
     assert "train: 9.jpg  =  val: 10.jpg" in text
 
 

@@ -85,7 +85,7 @@ def test_weights_that_are_gone_are_named_with_every_step(shards, tmp_path, monke
         assert math.isfinite(step.losses[2]) and not math.isfinite(step.losses[3])
         assert step.parameter is not None
         assert len(step.images) == 10  # all of them
-    assert said[-1] == "2 of 2 steps are not finite, with every image: it is the weights."
+    assert said[-1] == "2 of 2 steps are not finite, with every image: the weights are the cause."
 
 
 def test_the_image_is_named_that_alone_does_it(shards, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_image_is_named_that_alone_does_it(shards, tmp_path, monkeypatch):
     said = []
     found = replay(str(tmp_path / FOLDER), say=said.append)
     assert [step.images for step in found] == [[path], [path]]
-    assert said[-1] == "2 of 2 steps are not finite, for 1 images that are so by themselves."
+    assert said[-1] == "2 of 2 steps are not finite, because of 1 images that are not finite on their own."
     assert found[0].parameter is not None
     monkeypatch.undo()
     found = replay(str(tmp_path), say=said.append)  # with images that are whole

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from stage_calls import run_stage
 from timm.optim import param_groups_layer_decay
 from tiny_shards import LAYOUT, photos, write_set
 from torch import nn
@@ -386,10 +387,10 @@ def test_other_wavelets_give_the_same_pictures_to_learn_from(recipe, tmp_path):
 @pytest.mark.ray
 @pytest.mark.timeout(800)
 def test_the_stage_with_two_workers(ray_local, recipe, shards):
-    from pipeline.stages.finetune import finetune_stage
+    from pipeline.stages import finetune
 
     two = with_overrides(recipe, {"name": "two", "finetune.workers": 2, "finetune.epochs": 6})
-    result = finetune_stage(two, ray_local, progress=False)
+    result = run_stage(finetune, two, ray_local)
     folder = two.stage_dir("finetune")
     written = json.loads((folder / "result.json").read_text())
     assert written["measured"] == result["measured"] and result["state"] == "new"
@@ -404,7 +405,7 @@ def test_the_stage_with_two_workers(ray_local, recipe, shards):
     model = timm.create_model(f"local-dir:{result['model']}", pretrained=True).eval()
     assert model.num_classes == 3 and model.pretrained_cfg["label_names"] == ["a", "b", "c"]
     assert predicted(model, ShardSet.open(two.shards_at)) == counts.tolist()
-    assert finetune_stage(two, ray_local, progress=False) == {**written, "state": "finished already"}
+    assert run_stage(finetune, two, ray_local) == {**written, "state": "finished already"}
 
 
 def predicted(model, shards):
