@@ -7,26 +7,21 @@ with the number of images.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
-from pipeline.images.decode import SUFFIXES
-from pipeline.images.plan import SCHEMA, ImagePlan, Origin
-from pipeline.images.sources import plan_source
-from pipeline.models.encoder_source import Subject, subject_of
 from pipeline.runtime.ray_session import SessionInfo, ray_session
-from pipeline.storage.object_stores import is_remote
 from pipeline.tools.embed_file import Writer, parent_of, rejected_of
-from pipeline.tools.embed_task import Source, features_of, units_of
+from pipeline.tools.embed_sources import Source, plan_images, units_of
+
+if TYPE_CHECKING:
+    from pipeline.models.encoder_source import Subject
 
 
 @click.command("embed")
@@ -92,6 +87,8 @@ def embed(
     Raises:
         StageError: No image could be read, or a task failed.
     """
+    from pipeline.tools.embed_task import features_of  # loads Ray and torch, which mistakes need not wait for
+
     units = [unit for source in sources for unit in units_of(source)]
     rejects = [(source.name, *reject) for source in sources for reject in source.plan.rejects]
     done = features_of(subject, units, session, batch)
@@ -125,51 +122,9 @@ def check_out(out: str, *, overwrite: bool) -> None:
 
 def subject_named(checkpoint: str) -> Subject:
     """The encoder of a checkpoint or a run, ``timm:NAME``, or a folder in timm's format. Raises SettingError."""
+    from pipeline.models.encoder_source import subject_of
+
     place = Path(checkpoint)
     with_pretrain = place / "pretrain"  # a run's folder
     named = str(with_pretrain) if with_pretrain.is_dir() and not (place / "config.json").is_file() else checkpoint
     return subject_of(with_overrides(load("small"), {"checkpoint": named}), None)
-
-
-def plan_images(
-    images: Sequence[str], *, image_column: str | None = None, label_column: str | None = None
-) -> list[Source]:
-    """Find the images that arguments name.
-
-    Args:
-        images: Whatever `images=` takes, and single image files.
-        image_column: Column of a list or of Parquet that names or holds the image.
-        label_column: Column of a list or of Parquet that holds the label.
-
-    Returns:
-        The sources, in order; consecutive single files are one source.
-
-    Raises:
-        SettingError: A source does not exist or holds no images.
-    """
-    sources: list[Source] = []
-    single: list[str] = []
-    for argument in images:
-        if os.path.splitext(argument)[1].lower() in SUFFIXES and (is_remote(argument) or not Path(argument).is_dir()):
-            if not is_remote(argument) and not Path(argument).is_file():
-                raise SettingError(f"{argument}: no such file")
-            single.append(argument)
-            continue
-        sources += _singles(single)
-        plan = plan_source(argument, val_share=None, seed=0, image_column=image_column, label_column=label_column)
-        if not plan.rejects and not any(len(rows) for rows in plan.splits.values()):
-            raise SettingError(f"{argument}: contains no images")
-        sources.append(Source(argument, plan))
-        single = []
-    return sources + _singles(single)
-
-
-def _singles(files: Sequence[str]) -> list[Source]:
-    """Single files, as one source: a pattern of the shell may name thousands."""
-    if not files:
-        return []
-    count = len(files)
-    none, nowhere = np.full(count, -1, np.int32), np.full(count, -1, np.int64)
-    rows = pa.table([np.arange(count), list(files), none, none, nowhere, nowhere], schema=SCHEMA)
-    plan = ImagePlan("files", None, Origin("files", os.getcwd()), {"train": rows, "val": SCHEMA.empty_table()}, [], 0)
-    return [Source("", plan)]

@@ -8,15 +8,18 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.models.encoder_source import Subject
 from pipeline.storage.folder import Folder
-from pipeline.tools.embed_task import Unit
+from pipeline.tools.embed_sources import Unit
 from wavemim import __version__
+
+if TYPE_CHECKING:
+    from pipeline.models.encoder_source import Subject
 
 ROW_GROUP = 8192  # images per row group, about
 METADATA = b"wavemim"  # key of the file's metadata: JSON that names the encoder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,50 +17,11 @@ from pipeline.config.load import load
 from pipeline.errors import StageError
 from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.decode import decode_image
-from pipeline.images.plan import ImagePlan, Origin
+from pipeline.images.plan import Origin
 from pipeline.images.sources import fetch
 from pipeline.models.encoder_source import Subject
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data, root_cause
-
-UNIT, SMALL_UNIT, UNITS = 256, 32, 16  # images per task at most; few images are cut so that UNITS tasks have work
-
-
-@dataclass(frozen=True)
-class Source:
-    """An argument of the command, and the images that it names, in order."""
-
-    name: str  # as it was typed
-    plan: ImagePlan
-
-    @property
-    def rows(self) -> pa.Table:
-        """One row per image, as in `ImagePlan.splits`."""
-        return self.plan.splits["train"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Images that one task decodes."""
-
-    source: str
-    classes: list[str] | None
-    origin: Origin
-    rows: pa.Table
-
-    def as_item(self) -> dict[str, bytes | str]:
-        """As a row of Ray Data."""
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, self.rows.schema) as writer:
-            writer.write_table(self.rows.combine_chunks())
-        return {"origin": json.dumps(asdict(self.origin)), "rows": sink.getvalue().to_pybytes()}
-
-
-def units_of(source: Source) -> Iterator[Unit]:
-    """Cut a source into the work of tasks."""
-    rows = source.rows
-    size = min(UNIT, max(SMALL_UNIT, -(-len(rows) // UNITS)))
-    for start in range(0, len(rows), size):
-        yield Unit(source.name, source.plan.classes, source.plan.origin, rows.slice(start, size))
+from pipeline.tools.embed_sources import UNIT, Unit
 
 
 def _decode(item: dict[str, np.ndarray], wanted: Pixels) -> dict[str, np.ndarray]:

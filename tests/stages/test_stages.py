@@ -22,7 +22,8 @@ from pipeline.runtime.ray_session import check_room
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages import evaluate, export, prepare, pretrain, tune
 from pipeline.stages.tune_trial import PROBE, RANK
-from pipeline.tools.embed import embed, plan_images, subject_named
+from pipeline.tools.embed import embed, subject_named
+from pipeline.tools.embed_sources import plan_images
 from wavemim.weights import checkpoint
 
 TINY = {

@@ -283,9 +283,9 @@ def test_inspect_as_a_command(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.png").write_text("not a picture")
     for picture, word in (
-        ("notes.png", "is no PNG"),
+        ("notes.png", "is not a PNG"),
         ("a.jpg", "ends with .png"),
-        ("x/a.png", "its folder is not there"),
+        ("x/a.png", "its folder does not exist"),
     ):
         code, out, err = wavemim(monkeypatch, capsys, "inspect", folder, "-q", "--picture", picture)
         assert (code, out, err.count("\n")) == (2, "", 1) and word in err

@@ -12,7 +12,7 @@ from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import read_columns
-from pipeline.tools.replay import replay
+from pipeline.tools.replay_steps import replay
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, BlowUpError, keep_blow_up
 from pipeline.training.pretrain_loop import train
 from wavemim.model import MaskedImageModel
@@ -133,7 +133,7 @@ def test_nothing_to_replay_is_said(tmp_path):
 
 def test_the_command(shards, tmp_path, monkeypatch):
     from pipeline.cli import _group
-    from pipeline.tools import replay as module
+    from pipeline.tools import replay_steps as module
 
     monkeypatch.setattr(module, "replay", lambda where, shards, say: say(f"{where} {shards}"))
     done = CliRunner().invoke(_group, ["replay", "here", "--shards", "there"])

@@ -303,7 +303,7 @@ def test_a_store_that_lost_the_run_gets_all_of_it(tmp_path: Path, store: str) ->
         log_some(second, 0, 3)
     client_of(other).delete_run(second.handle.run_id)
     JsonLines(tmp_path / "q" / "metrics.jsonl").append({"step": 4, "time": 1.0, "metrics": {"a": 1.0}})
-    with pytest.raises(StageError, match=r"q: its run \w+ was deleted; it is kept"):
+    with pytest.raises(StageError, match=r"q: its run \w+ was deleted; the logs are kept"):
         sync(tmp_path / "q")
     # The other store is asked for a run it never had.
     JsonLines(tmp_path / "p" / "metrics.jsonl").append({"step": 10, "time": 1.0, "metrics": {"a": 1.0}})
@@ -445,9 +445,9 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     for arguments, code, words in (
         ([str(tmp_path / "none")], 2, "none is not a folder; give OUT"),
-        ([str(tmp_path / "empty")], 2, "empty has nothing that was logged"),
-        ([str(tmp_path / "x"), "train.lr=1"], 2, "train.lr=1: sync knows no setting but tracking.uri=URI"),
-        ([str(tmp_path / "x")], 1, "does not answer (Connection refused); what is left stays in"),
+        ([str(tmp_path / "empty")], 2, "empty holds no logs of a stage"),
+        ([str(tmp_path / "x"), "train.lr=1"], 2, "train.lr=1: sync takes no setting except tracking.uri=URI"),
+        ([str(tmp_path / "x")], 1, "does not answer (Connection refused); unsent logs stay in"),
     ):
         monkeypatch.setattr(sys, "argv", ["wavemim", "sync", *arguments])
         with pytest.raises(SystemExit) as ended:
