@@ -56,10 +56,10 @@ class PrepareRuns:
         try:
             from pipeline.config.load import load
             from pipeline.runtime.ray_session import ray_session
-            from pipeline.stages.prepare import prepare
+            from pipeline.stages import prepare
         except ImportError as error:
             raise Missing(str(error)) from None
-        self._stack.enter_context(ray_session(load(RECIPE).cluster))
+        self._session = self._stack.enter_context(ray_session(load(RECIPE).cluster))
         self._load, self._prepare, self._ready = load, prepare, True
 
     def run(self) -> float:
@@ -70,7 +70,7 @@ class PrepareRuns:
         recipe = self._load(RECIPE, [f"images={self.images}", f"out={out}", "data.max_rejected=1"])
         began = time.perf_counter()
         try:
-            summary = self._prepare(recipe, progress=False)
+            summary = self._prepare.run(recipe, self._session, self._prepare.check(recipe), progress=False)
         except Exception as error:  # the other measurements go on, whatever it is
             raise BenchmarkError(f"prepare: {' '.join(str(error).split())[:300]}") from error
         self.wall.append(time.perf_counter() - began)

@@ -1,38 +1,74 @@
-"""The `wavemim` command: stages, their settings, and what is said to the person who runs them."""
+"""The `wavemim` command: tables of stages and tools, their help, and how errors become one line and an exit code.
+
+The modules of stages and tools are imported when their command runs, so that help and mistakes in settings are quick.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-import yaml
 
-from pipeline.config.load import DEFAULT_RECIPE, load, names_of, settings_of
-from pipeline.config.recipe import STAGE_SECTIONS, Recipe
 from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, SettingError, StageError
-from pipeline.tools.commands import TOOLS
 from wavemim import __version__
 
-ABOUT = {
-    "run": "Do all stages on a folder of images: prepare, pretrain, evaluate, tune, export; then a report.",
-    "demo": "Write a small labelled set of images and run all stages on it.",
-    "prepare": "Decode a folder of images once, into a shard set of wavelet pyramids.",
-    "pretrain": "Pretrain an encoder on a shard set.",
-    "evaluate": "Judge the frozen encoder, or one of timm's, beside the untrained encoder and raw pixels.",
-    "finetune": "Fine-tune the encoder as a classifier, with labels, and measure it on val.",
-    "segment": "Judge the encoder by segmentation: mean IoU of a linear head on its patch tokens, beside the untrained one.",
-    "tune": "Sweep over the settings of a file in tune_spaces/, by an objective that they cannot move by themselves.",
-    "export": "Write the encoder as a folder that timm.create_model loads.",
+if TYPE_CHECKING:
+    from pipeline.config.recipe import Recipe
+
+
+class Entry(NamedTuple):
+    """A command: the module it lives in, and its description."""
+
+    module: str
+    about: str
+
+
+SEQUENCES = {
+    "run": Entry(
+        "pipeline.stages.run",
+        "Run all stages on a folder of images (prepare, pretrain, evaluate, tune, export) and write a report.",
+    ),
+    "demo": Entry("pipeline.stages.run", "Generate a small labelled set of images and run all stages on it."),
+}
+STAGES = {
+    "prepare": Entry("pipeline.stages.prepare", "Decode images once, into a shard set of wavelet pyramids."),
+    "pretrain": Entry("pipeline.stages.pretrain", "Pretrain an encoder on a shard set."),
+    "evaluate": Entry(
+        "pipeline.stages.evaluate",
+        "Evaluate the frozen encoder, or one of timm's, compared with the untrained encoder and raw pixels.",
+    ),
+    "finetune": Entry(
+        "pipeline.stages.finetune", "Fine-tune the encoder as a classifier on labelled images and test it on val."
+    ),
+    "segment": Entry(
+        "pipeline.stages.segment",
+        "Evaluate the encoder on segmentation: mean IoU of a linear head on its frozen patch tokens.",
+    ),
+    "tune": Entry(
+        "pipeline.stages.tune",
+        "Sweep over the settings of a file in tune_spaces/, by an objective that does not depend on the loss.",
+    ),
+    "export": Entry("pipeline.stages.export", "Export the encoder as a folder that timm.create_model loads."),
+}
+TOOLS = {
+    "verify": Entry("pipeline.tools.verify", "Compare every file of a shard set with its checksum."),
+    "inspect": Entry("pipeline.tools.inspect_shards", "Describe the contents of a shard set, and draw them."),
+    "show": Entry("pipeline.tools.show", "Draw a trained model's predictions for your own images."),
+    "replay": Entry("pipeline.tools.replay", "Analyse the steps of a run that ended with non-finite gradients."),
+    "sync": Entry("pipeline.tools.sync", "Send MLflow what it missed while it was unreachable."),
+    "compare": Entry("pipeline.tools.compare", "Compare runs: settings that differ, metrics, cost; with a plot."),
+    "embed": Entry("pipeline.tools.embed", "Write features of images to a Parquet file."),
+    "import": Entry("pipeline.tools.import_weights", "Convert published ViT weights (MAE, DeiT) to a timm folder."),
 }
 
-
-_asked_to_end: list[bool] = []  # by SIGTERM: an exception of its own would not survive libraries that catch interrupts
+_terminated: list[bool] = []  # by SIGTERM: an exception of its own would not survive libraries that catch interrupts
 
 
 def main() -> None:
@@ -53,11 +89,33 @@ def main() -> None:
             raise
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
     except (KeyboardInterrupt, click.Abort):
-        what, code = ("ended by SIGTERM", EXIT_TERMINATED) if _asked_to_end else ("interrupted", EXIT_INTERRUPTED)
-        _fail(f"{what}; what is finished is kept, and the same command goes on", code)
+        what, code = ("terminated by SIGTERM", EXIT_TERMINATED) if _terminated else ("interrupted", EXIT_INTERRUPTED)
+        _fail(f"{what}; finished work is kept, and the same command resumes", code)
+
+
+class _Commands(click.Group):
+    """The commands of the tables, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context | None) -> list[str]:
+        """Names of all commands."""
+        return [*SEQUENCES, *STAGES, *TOOLS]
+
+    def get_command(self, ctx: click.Context | None, cmd_name: str) -> click.Command | None:
+        """The command of this name, or None."""
+        if cmd_name in TOOLS:
+            tool: click.Command = importlib.import_module(TOOLS[cmd_name].module).command
+            return tool
+        return _stage_command(cmd_name) if cmd_name in (SEQUENCES | STAGES) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing any."""
+        for title, entries in (("Stages", SEQUENCES | STAGES), ("Tools", TOOLS)):
+            with formatter.section(title):
+                formatter.write_dl([(name, entry.about) for name, entry in entries.items()])
 
 
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="wavemim STAGE --help lists the settings of a stage.",
 )
@@ -66,9 +124,14 @@ def _group() -> None:
     """Wavelet-driven masked image modelling on Ray: from a folder of images to a tracked, evaluated, exported encoder."""
 
 
-def _stage_command(stage: str, body: Callable[[Recipe, bool], None], default_recipe: str = DEFAULT_RECIPE) -> None:
-    @_group.command(stage, help=ABOUT[stage], short_help=ABOUT[stage], add_help_option=False)
-    @click.option("--recipe", "-r", default=default_recipe, show_default=True, metavar="NAME|FILE.yaml")
+def _stage_command(stage: str) -> click.Command:
+    """The command of a stage, or of a sequence of stages."""
+    from pipeline.config.load import DEFAULT_RECIPE, load
+
+    about, default = (SEQUENCES | STAGES)[stage].about, "demo" if stage == "demo" else DEFAULT_RECIPE
+
+    @click.command(stage, help=about, short_help=about, add_help_option=False)
+    @click.option("--recipe", "-r", default=default, show_default=True, metavar="NAME|FILE.yaml")
     @click.option("--quiet", "-q", is_flag=True, help="no progress bars")
     @click.option("--help", "-h", "show_help", is_flag=True, help="this page, with the recipe's values")
     @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
@@ -76,14 +139,33 @@ def _stage_command(stage: str, body: Callable[[Recipe, bool], None], default_rec
         chosen = load(recipe, settings, data_only=stage == "prepare")
         if show_help:
             click.echo(_help(stage, chosen, recipe))
-            return
-        body(chosen, not quiet)
+        else:
+            _run(stage, chosen, progress=not quiet)
+
+    return command
+
+
+def _run(stage: str, recipe: Recipe, *, progress: bool) -> None:
+    if stage in SEQUENCES:
+        from pipeline.stages.run import demo, run
+
+        (demo if stage == "demo" else run)(recipe, progress=progress, say=click.echo)
+        return
+    module: Any = importlib.import_module(STAGES[stage].module)
+    from pipeline.stages.sequence import run_stages
+
+    run_stages({stage: module}, recipe, progress=progress, say=click.echo)
 
 
 def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
     """Usage, recipes and spaces, and every setting of the stage with type, value in this recipe and meaning."""
+    import yaml
+
+    from pipeline.config.load import STAGE_SECTIONS, names_of, settings_of
+
     width = min(max(shutil.get_terminal_size().columns, 80), 140)
-    lines = [f"Usage: wavemim {stage} [--recipe NAME|FILE.yaml] [--quiet] [KEY=VALUE]...", "", ABOUT[stage], ""]
+    lines = [f"Usage: wavemim {stage} [--recipe NAME|FILE.yaml] [--quiet] [KEY=VALUE]...", ""]
+    lines += [(SEQUENCES | STAGES)[stage].about, ""]
     lines.append(f"Recipes: {', '.join(names_of('pipeline', 'recipes'))}; or a YAML file")
     if "tune" in STAGE_SECTIONS.get(stage, ()):
         lines.append(f"Tune spaces: {', '.join(names_of('tune_spaces'))}; or a YAML file")
@@ -100,124 +182,21 @@ def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def _session(recipe: Recipe) -> Iterator[Any]:
-    from pipeline.runtime.ray_session import ray_session
-
-    with ray_session(recipe.cluster) as session:
-        yield session
-
-
-def _shards(recipe: Recipe) -> None:
-    """Find out that the shard set is missing or damaged before Ray is started."""
-    from pipeline.shards.shard_set import ShardSet
-
-    ShardSet.open(recipe.shards_at)
-
-
-def _prepare(recipe: Recipe, progress: bool) -> None:
-    from pipeline.images.sources import check_source
-
-    check_source(recipe.images)
-    from pipeline.stages.prepare import prepare, prepare_line
-
-    with _session(recipe):
-        click.echo(prepare_line(prepare(recipe, progress=progress)))
-
-
-def _pretrain(recipe: Recipe, progress: bool) -> None:
-    from pipeline.stages import pretrain
-
-    for check in pretrain.CHECKS:
-        check(recipe)
-    checked = pretrain.check(recipe)
-    with _session(recipe) as session:
-        click.echo(pretrain.summary(recipe, pretrain.run(recipe, session, checked, progress=progress)))
-
-
-def _evaluate(recipe: Recipe, progress: bool) -> None:
-    from pipeline.checkpoints.find import checkpoint_of
-    from pipeline.models.encoder_source import subject_of
-    from pipeline.shards.shard_set import ShardSet
-    from pipeline.stages.evaluate import check_protocols, evaluate, evaluate_lines
-
-    if recipe.checkpoint is None:
-        checkpoint_of(recipe)  # without one, that is what to say first
-    shards = ShardSet.open(recipe.shards_at)
-    subject = subject_of(recipe, shards)
-    if shards.classes is not None:  # without labels those that need them are left out
-        check_protocols(recipe, subject)
-    with _session(recipe) as session:
-        click.echo(evaluate_lines(recipe, evaluate(recipe, session, progress=progress, subject=subject)))
-
-
-def _finetune(recipe: Recipe, progress: bool) -> None:
-    from pipeline.stages import finetune
-
-    checked = finetune.check(recipe)
-    with _session(recipe) as session:
-        click.echo(finetune.summary(recipe, finetune.run(recipe, session, checked, progress=progress)))
-
-
-def _segment(recipe: Recipe, progress: bool) -> None:
-    from pipeline.evaluation.segmentation import plan_segmentation
-
-    plan = plan_segmentation(recipe)
-    from pipeline.stages.segment import segment, segment_lines
-
-    with _session(recipe) as session:
-        click.echo(segment_lines(recipe, segment(recipe, plan, session, progress=progress)))
-
-
-def _tune(recipe: Recipe, progress: bool) -> None:
-    from pipeline.models.build import check_model
-    from pipeline.stages.tune import read_space, tune, tune_lines
-
-    check_model(recipe)
-    read_space(recipe)
-    _shards(recipe)
-    with _session(recipe) as session:
-        click.echo(tune_lines(tune(recipe, session, progress=progress)))
-
-
-def _export(recipe: Recipe, progress: bool) -> None:
-    from pipeline.stages.export import export, export_line
-
-    click.echo(export_line(export(recipe)))
-
-
-def _run(recipe: Recipe, progress: bool) -> None:
-    from pipeline.stages.run import run
-
-    click.echo(run(recipe, progress=progress))
-
-
-def _demo(recipe: Recipe, progress: bool) -> None:
-    from pathlib import Path
-
-    from pipeline.config.load import with_overrides
-    from pipeline.images.demo import write_demo_images
-
-    if recipe.images is None:
-        folder = Path(recipe.out) / "images"
-        write_demo_images(folder, progress=progress)
-        recipe = with_overrides(recipe, {"images": str(folder)})
-    _run(recipe, progress)
-
-
 def _checkpoint_error() -> type[Exception]:
-    """The method's own error; its module imports torch, which commands that end earlier need not wait for."""
+    """The method's own error, whose module imports torch: it cannot have been raised where that is not loaded."""
     module = sys.modules.get("wavemim.weights.checkpoint")
     return module.CheckpointError if module else StageError
 
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[None]:
-    def ended(*_: Any) -> None:
-        _asked_to_end.append(True)
+    """SIGTERM ends the command as Ctrl-C does, with another exit code."""
+
+    def terminate(*_: Any) -> None:
+        _terminated.append(True)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, ended)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
@@ -228,21 +207,6 @@ def _fail(message: str, code: int) -> None:
     click.echo(f"wavemim: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
-
-for _stage, _body in {
-    "run": _run,
-    "prepare": _prepare,
-    "pretrain": _pretrain,
-    "evaluate": _evaluate,
-    "finetune": _finetune,
-    "segment": _segment,
-    "tune": _tune,
-    "export": _export,
-}.items():
-    _stage_command(_stage, _body)
-_stage_command("demo", _demo, default_recipe="demo")
-for _tool in TOOLS:
-    _group.add_command(_tool)
 
 if __name__ == "__main__":
     main()

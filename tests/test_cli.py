@@ -1,6 +1,8 @@
 """The command as a person types it: help, mistakes, exit codes."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +44,10 @@ def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys):
 MISTAKES = [
     (["pretrain", "train.epoch=3"], "did you mean 'train.epochs'?"),
     (["pretrain", "target.taps={3: 6, 4: 9}"], "block 9 does not exist, vit_tiny_patch16_224 has blocks 1 to 8"),
-    (["run", "images=.", "target.taps={3: 6, 4: 7}"], "the last block, 8, has no tap"),
+    (
+        ["run", f"images={Path(__file__).parents[1] / 'docs'}", "target.taps={3: 6, 4: 7}"],
+        "the last block, 8, has no tap",
+    ),
     (["pretrain", "encoder.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
     (["pretrain", "encoder.name=resnet50"], "do not apply to 'resnet50'"),
     (["prepare"], "images"),
@@ -89,7 +94,7 @@ def test_a_stage_without_what_it_needs_says_what_to_run(monkeypatch, capsys, tmp
         ("space: {mask.ratio: {unifrom: [0.4, 0.9]}}", "mask.ratio needs one of uniform"),
         ("space: {mask.ratio: {uniform: [0.9, 0.4]}}", "uniform needs [low, high]"),
         ("space: {mask.ratio: {uniform: [0.4, 1.9]}}", "mask.ratio=1.9: input should be less than 1"),
-        ("space: {target.weights.1: {uniform: [0.4, 0.9]}}", "none of its levels is tapped"),
+        ("space: {target.weights.1: {uniform: [0.4, 0.9]}}", "the recipe taps none of its levels"),
         ("space: {target.weights.x: {uniform: [0, 1]}}", "'x' is not a level"),
         ("space: {3: {uniform: [0, 1]}}", "3 cannot be searched"),
         ("space: {mask.ratio: {uniform: [a, 0.5]}}", "uniform needs [low, high], got ['a', 0.5]"),
@@ -106,3 +111,52 @@ def test_a_broken_space_is_named_before_anything_starts(monkeypatch, capsys, tmp
     assert code == 2
     assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
+
+
+def loaded_by(code):
+    """Which large libraries a fresh interpreter has loaded after some code."""
+    heavy = ("torch", "ray", "pyarrow", "mlflow", "timm", "numpy", "pydantic")
+    code = f"{code}\nprint('loaded', *[name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rsplit("loaded", 1)[1].split())
+
+
+def test_the_list_of_commands_is_shown_without_loading_any():
+    call = "import sys\nfrom pipeline.cli import _group\n_group.main(['--help'], standalone_mode=False)"
+    assert loaded_by(call) == set()
+
+
+def test_help_of_tools_loads_neither_torch_nor_ray():
+    call = (
+        "import sys\nfrom pipeline.cli import TOOLS, _group\n"
+        "for tool in TOOLS: _group.main([tool, '--help'], standalone_mode=False)"
+    )
+    assert not loaded_by(call) & {"torch", "ray", "mlflow", "timm"}
+
+
+def test_a_mistake_in_the_settings_loads_neither_torch_nor_ray():
+    call = (
+        "import sys\nfrom pipeline.cli import _group\n"
+        "try: _group.main(['run', 'train.epoch=3'], standalone_mode=False)\nexcept ValueError as error: print(error)"
+    )
+    assert not loaded_by(call) & {"torch", "ray", "mlflow", "timm", "pyarrow"}
+
+
+def test_prepare_refuses_its_images_without_loading_ray():
+    call = (
+        "import sys\nfrom pipeline.cli import _group\n"
+        "try: _group.main(['prepare', 'images=nowhere'], standalone_mode=False)\nexcept ValueError as error: print(error)"
+    )
+    assert not loaded_by(call) & {"ray", "mlflow"}
+
+
+def test_every_command_is_listed_with_its_description(monkeypatch, capsys):
+    code, out, _ = wavemim(monkeypatch, capsys, "--help")
+    assert code == 0
+    for name, entry in {**cli.SEQUENCES, **cli.STAGES, **cli.TOOLS}.items():
+        assert f"  {name} " in out
+        assert entry.about.split()[0] in out
+        assert cli._group.get_command(None, name).name == name

@@ -161,7 +161,7 @@ def test_the_journal_is_synced_once(out, monkeypatch, capsys):
     logged = Counter((k, x["step"], round(1000 * x["time"]), v) for x in lines for k, v in x["metrics"].items())
     assert logged and f"{sum(logged.values()):,} values of" in said
     assert points(uri, "pretrain-old") == logged
-    assert "nothing left" in wavemim(monkeypatch, capsys, "sync", out / "runs" / "old", f"tracking.uri={uri}")
+    assert "nothing to send" in wavemim(monkeypatch, capsys, "sync", out / "runs" / "old", f"tracking.uri={uri}")
     assert points(uri, "pretrain-old") == logged
 
 

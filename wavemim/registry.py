@@ -55,9 +55,8 @@ def register_target(name: str) -> Callable[[T], T]:
         )
 
     def register(cls: T) -> T:
-        from wavemim.targets.base import Target
-
-        if not (isinstance(cls, type) and issubclass(cls, Target)):
+        target = importlib.import_module("wavemim.targets.base").Target  # by name: it registers its classes here
+        if not (isinstance(cls, type) and issubclass(cls, target)):
             raise TypeError(f"register_target({name!r}): {cls!r} is not a subclass of wavemim.targets.Target")
         origin = _origin(cls)
         file, qualified = _origins.setdefault(name, origin)

@@ -252,3 +252,20 @@ def root_cause(error: BaseException) -> str:
         inner = inner.cause
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(inner).__name__
+
+
+def quiet_ray_data(*, in_order: bool = False) -> None:
+    """Make Ray Data show no progress bars and start messages of its own in this process: the stages have bars.
+
+    Args:
+        in_order: Whether rows come out of data sets in the order in which they went in.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = in_order
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # This logger warns that Ray Data's own bars are off.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

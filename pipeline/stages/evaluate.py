@@ -1,26 +1,25 @@
-"""Evaluation of frozen features: the trained encoder beside the same encoder untrained and beside raw pixels.
+"""Evaluation of frozen features: the trained encoder compared with the same encoder untrained and with raw pixels.
 
-Ray tasks read a part of the shard set each and run an encoder over it once, for all protocols; further tasks judge what
-they gave, a protocol (and a block) each. So encoders, parts and protocols run at once where the cluster has room.
-Features travel through Ray's object store, which spills to disk where memory is short.
+Ray tasks read a part of the shard set each and run an encoder over it once, for all protocols; further tasks evaluate
+these features, one task per protocol (and block). So encoders, parts and protocols run in parallel where the cluster has
+room. Features travel through Ray's object store, which spills to disk where memory is short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 
-from pipeline.config.load import validate
+from pipeline.checkpoints.find import checkpoint_of
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
-from pipeline.evaluation.features import tapped_of, with_tokens
+from pipeline.evaluation.subjects import TITLES, titles_of
 from pipeline.evaluation.tables import evaluation_tables, write_tables
 from pipeline.models.encoder_source import Subject, subject_of
 from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
@@ -28,35 +27,65 @@ from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
 from pipeline.shards.batches import positions_of_part, split_bytes
 from pipeline.shards.shard_set import ShardSet
+from pipeline.stages.evaluate_task import evaluate_features, evaluate_tokens, read_part
 from pipeline.tracking.tracker import Tracker
-from wavemim.evaluation.features import Tapped, Taps, joined
-from wavemim.evaluation.metrics import confusion
-from wavemim.evaluation.protocols import (
-    Judgement,
-    best_block,
-    judge_attentive,
-    judge_block,
-    judge_few_labels,
-    judge_knn,
-    judge_linear,
-    judge_rank,
-)
+from wavemim.evaluation.features import Taps
+from wavemim.evaluation.protocols import best_block
 
-SUBJECTS = {"trained": "trained encoder", "untrained": "same encoder, untrained", "pixels": "raw pixels (32×32)"}
-PIXELS_SIDE = 32  # raw pixels are averaged to this side: a probe on more of them is slower and no better
-PART_ROWS, PART_ROWS_GPU = 1024, 8192  # images of a reading task: minutes of work, so that building a model is not felt
-OF_TOKENS = ("blocks", "attentive")  # protocols that need maps of blocks, which raw pixels have none of
+PART_ROWS, PART_ROWS_GPU = (
+    1024,
+    8192,
+)  # images per reading task: minutes of work, so that building a model is negligible
+OF_TOKENS = ("blocks", "attentive")  # protocols on the feature maps of blocks, which raw pixels do not have
 
-Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]  # float16 (n, T, E); labels (n,); places in the split (n,)
-Judged = tuple[dict[str, float], np.ndarray | None]  # values; confusion matrix
+CHECKS = ()
 
 
-def evaluate(
-    recipe: Recipe, session: SessionInfo, *, progress: bool = True, subject: Subject | None = None
-) -> dict[str, Any]:
-    """Judge the encoder that the recipe names; gives the summary that is also the stage's finishing mark."""
+@dataclass(frozen=True)
+class Checked:
+    """What is evaluated, and on what."""
+
+    shards: ShardSet
+    subject: Subject
+    labelled: bool  # whether there are labelled val images
+    protocols: tuple[str, ...]  # without those that need labels where there are none
+    blocks: int  # of the encoder, for protocols on feature maps; 0 where there is no such protocol
+
+
+def check(recipe: Recipe) -> Checked:
+    """Open the shard set and find the encoder.
+
+    Raises:
+        SettingError: The encoder does not fit the shard set or the protocols.
+        StageError: There is no checkpoint or no shard set, or timm's weights cannot be downloaded.
+    """
+    if recipe.checkpoint is None:  # a missing checkpoint is reported first
+        recipe = recipe.model_copy(update={"checkpoint": str(checkpoint_of(recipe))})
     shards = ShardSet.open(recipe.shards_at)
-    subject = subject or subject_of(recipe, shards)
+    subject = subject_of(recipe, shards)
+    labelled = shards.classes is not None and bool(shards.rows.get("val"))
+    asked = tuple(name for name in dict.fromkeys(recipe.evaluate.protocols) if labelled or name == "rank")
+    blocks = _count_blocks(recipe, subject) if labelled else 0
+    return Checked(shards, subject, labelled, asked or ("rank",), blocks)
+
+
+def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: bool = True) -> dict[str, Any]:
+    """Evaluate the encoder that the recipe names.
+
+    Args:
+        recipe: The settings.
+        session: The Ray session.
+        checked: What `check` returned.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        What was measured, which is also the stage's finishing mark.
+
+    Raises:
+        SettingError: The folder holds an evaluation with other settings.
+        StageError: A task failed.
+    """
+    shards, subject = checked.shards, checked.subject
     check_room(recipe, session, 1)
     same = {**identity(recipe, "evaluate"), "checkpoint": subject.fingerprint, "shards": shards.fingerprint}
     with stage_folder(recipe.stage_dir("evaluate"), same, restart=recipe.restart) as folder:
@@ -66,19 +95,18 @@ def evaluate(
         with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags) as tracker:
             images = subject.images_seen or 0
             with measuring_tasks(folder.path, tracker.log, images) as meter:
-                plan = _Plan(recipe, subject, shards, uses_gpu(recipe, session), meter)
-                measured, matrices = plan.run(progress)
+                measured, matrices = _Tasks(recipe, checked, uses_gpu(recipe, session), meter).run(progress)
             for which, values in measured.items():
                 ending = "" if which == "trained" else f"_{which}"
                 tracker.log({f"{name}{ending}": value for name, value in values.items()}, images)
-            titles = _titles(subject)
+            titles = titles_of(subject, pixels=True)
             files = write_tables(folder.path, matrices, shards.classes or [], titles)
             for path in files:
                 tracker.artifact(path)
             result = {
                 "checkpoint": subject.source,
                 "images_seen": subject.images_seen,
-                "labelled": plan.labelled,
+                "labelled": checked.labelled,
                 "classes": len(shards.classes or ()),
                 "train_images": min(shards.rows["train"], recipe.evaluate.max_images),
                 "val_images": shards.rows.get("val", 0),
@@ -91,8 +119,14 @@ def evaluate(
         return {**result, "state": folder.state}
 
 
-def check_protocols(recipe: Recipe, subject: Subject) -> int:
-    """How many blocks are judged; 0 where none is asked for. Raises SettingError where the encoder gives no maps."""
+def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """What evaluate measured, and its files."""
+    files = ", ".join(["result.json", *result["files"]])
+    return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"
+
+
+def _count_blocks(recipe: Recipe, subject: Subject) -> int:
+    """Blocks that are evaluated; 0 without such a protocol. Raises SettingError where the encoder has no feature maps."""
     asked = [name for name in OF_TOKENS if name in recipe.evaluate.protocols]
     if not asked:
         return 0
@@ -100,55 +134,42 @@ def check_protocols(recipe: Recipe, subject: Subject) -> int:
     _, blocks, _ = taps(torch.zeros(1, subject.channels, subject.image_size, subject.image_size))
     if not blocks:
         raise SettingError(
-            f"evaluate.protocols={list(recipe.evaluate.protocols)}: timm gives no maps of the blocks of "
-            f"{subject.source}; leave out {' and '.join(asked)}"
+            f"evaluate.protocols={list(recipe.evaluate.protocols)}: timm offers no feature maps of the blocks of "
+            f"{subject.source}; remove {' and '.join(asked)}"
         )
     return len(blocks)
 
 
-def _titles(subject: Subject) -> dict[str, str]:
-    titles = dict(SUBJECTS)
-    if subject.kind != "checkpoint":
-        titles["trained"] = subject.source
-    if subject.starts_pretrained:
-        titles["untrained"] = "same encoder, as training began"
-    return titles
+class _Tasks:
+    """The Ray tasks of a call: who reads which part, and what is then evaluated."""
 
-
-class _Plan:
-    """The tasks of a call: who reads what, and what is then judged."""
-
-    def __init__(self, recipe: Recipe, subject: Subject, shards: ShardSet, use_gpu: bool, meter: TaskMeter) -> None:
-        self.recipe, self.subject, self.shards, self.use_gpu, self.meter = recipe, subject, shards, use_gpu, meter
-        self.labelled = shards.classes is not None and bool(shards.rows.get("val"))
-        asked: list[str] = [
-            name for name in dict.fromkeys(recipe.evaluate.protocols) if self.labelled or name == "rank"
-        ]
-        self.protocols = asked or ["rank"]  # of an unlabelled set nothing else can be said
-        self.blocks = check_protocols(recipe, subject) if self.labelled else 0
-        self.splits = ("train", "val") if self.labelled else ("train",)
+    def __init__(self, recipe: Recipe, checked: Checked, use_gpu: bool, meter: TaskMeter) -> None:
+        self.recipe, self.use_gpu, self.meter = recipe, use_gpu, meter
+        self.subject, self.shards = checked.subject, checked.shards
+        self.protocols, self.blocks = checked.protocols, checked.blocks
+        self.splits = ("train", "val") if checked.labelled else ("train",)
 
     def run(self, progress: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, np.ndarray]]]:
-        """{encoder: values} and {protocol: {encoder: confusion matrix}}. Raises StageError."""
+        """Returns {encoder: metrics} and {protocol: {encoder: confusion matrix}}. Raises StageError."""
         model = self.subject.model(trained=False)
         flops = flops_of(model, self.subject.channels, self.subject.image_size)
         reading: list[ray.ObjectRef] = []
-        judging: dict[ray.ObjectRef, tuple[str, str]] = {}
-        for which in SUBJECTS:
+        evaluating: dict[ray.ObjectRef, tuple[str, str]] = {}
+        for which in TITLES:
             pooled, tokens = self._read(which)
             reading += [ref for refs in pooled.values() for ref in refs]
             self._count(0 if which == "pixels" else flops)
-            judging |= {ref: (which, protocol) for protocol, ref in self._judge(which, pooled, tokens)}
-        measured: dict[str, dict[str, float]] = {which: {} for which in SUBJECTS}
+            evaluating |= {ref: (which, protocol) for protocol, ref in self._evaluate(which, pooled, tokens)}
+        measured: dict[str, dict[str, float]] = {which: {} for which in TITLES}
         matrices: dict[str, dict[str, np.ndarray]] = {}
-        pending = [*reading, *judging]
+        pending = [*reading, *evaluating]
         with tqdm(total=len(pending), desc="evaluate", unit=" task", disable=not progress) as bar:
             while pending:
                 (ready,), pending = ray.wait(pending, fetch_local=False)
                 bar.update()
-                if ready not in judging:
-                    continue  # what went wrong in reading is raised by what judges it
-                which, protocol = judging[ready]
+                if ready not in evaluating:
+                    continue  # errors of reading are raised by the tasks that take its features
+                which, protocol = evaluating[ready]
                 try:
                     values, matrix = ray.get(ready)
                 except ray.exceptions.RayError as error:
@@ -160,7 +181,7 @@ class _Plan:
         return {which: values | best_block(values) for which, values in measured.items()}, ordered
 
     def _count(self, flops: int) -> None:
-        """What an encoder has to do, with FLOPs an image."""
+        """Add the work of one encoder, at `flops` per image, to the meter."""
         for split in self.splits:
             rows = min(self.shards.rows[split], self._rows(split) or self.shards.rows[split])
             read = split_bytes(self.shards, split, self._rows(split))
@@ -174,14 +195,14 @@ class _Plan:
         return self.recipe.evaluate.max_images if split == "train" else None
 
     def _parts(self, split: str) -> int:
-        """Parts that a split is read in: some row groups each."""
+        """Number of parts in which a split is read: some row groups each."""
         rows = min(self.shards.rows[split], self._rows(split) or self.shards.rows[split])
-        groups = max(1, rows // self.shards.rows_per_group)  # rounded down: no part without one
+        groups = max(1, rows // self.shards.rows_per_group)  # rounded down: no part is empty
         return max(1, min(groups, -(-rows // (PART_ROWS_GPU if self.use_gpu else PART_ROWS))))
 
     def _read(self, which: str) -> tuple[dict[str, list[ray.ObjectRef]], dict[str, list[ray.ObjectRef]]]:
-        """{split: parts} of an encoder's features and of its tokens, as tasks that are on their way."""
-        task = self._remote(_read_part, num_gpus=int(self.use_gpu), num_returns=2)
+        """Start to read: returns {split: parts} of an encoder's features and of its tokens."""
+        task = self._remote(read_part, num_gpus=int(self.use_gpu), num_returns=2)
         wanted = which != "pixels" and "attentive" in self.protocols
         pooled: dict[str, list[ray.ObjectRef]] = {}
         tokens: dict[str, list[ray.ObjectRef]] = {}
@@ -206,10 +227,10 @@ class _Plan:
             pooled[split], tokens[split] = [ref for ref, _ in refs], [ref for _, ref in refs]
         return pooled, tokens
 
-    def _judge(
+    def _evaluate(
         self, which: str, pooled: dict[str, list[ray.ObjectRef]], tokens: dict[str, list[ray.ObjectRef]]
     ) -> Iterator[tuple[str, ray.ObjectRef]]:
-        """(protocol, its task) for all that is asked of an encoder."""
+        """Start to evaluate an encoder: yields (protocol, its task)."""
         parts = [ref for split in self.splits for ref in pooled[split]]
         places = {
             split: [
@@ -219,13 +240,13 @@ class _Plan:
             for split in self.splits
         }
         settings, classes = self.recipe.dump(), len(self.shards.classes or ())
-        task = self._remote(_judge_features)
+        task = self._remote(evaluate_features)
         for protocol in self.protocols:
             if protocol in OF_TOKENS and which == "pixels":
                 continue
             if protocol == "attentive":
-                on_device = self._remote(_judge_tokens, num_gpus=int(self.use_gpu))
-                # Parts are given to be waited for, or the task would hold the GPU that they are made on.
+                on_device = self._remote(evaluate_tokens, num_gpus=int(self.use_gpu))
+                # Parts are arguments so that they are waited for, or the task would hold the GPU that they need.
                 yield (
                     protocol,
                     on_device.remote(settings, classes, self.use_gpu, tokens["train"], tokens["val"], *parts),
@@ -235,142 +256,3 @@ class _Plan:
                     yield protocol, task.remote(protocol, number, settings, classes, places, *parts)
             else:
                 yield protocol, task.remote(protocol, 0, settings, classes, places, *parts)
-
-
-def _read_part(
-    which: str,
-    subject: Subject,
-    settings: dict[str, Any],
-    shards_at: str,
-    split: str,
-    part: tuple[int, int],
-    max_rows: int | None,
-    *,
-    blocks: bool,
-    token_rows: int,
-    use_gpu: bool,
-) -> tuple[Tapped, Tokens | None]:
-    """Features of a part of a split, and its patch tokens with labels and places, where they are asked for."""
-    torch.set_num_threads(1)
-    shards, device = ShardSet.open(shards_at, check_files=False), torch.device("cuda" if use_gpu else "cpu")
-    found = tapped_of(
-        Taps(_encoder(which, subject, device), blocks=blocks, tokens=token_rows > 0),
-        subject.inputs(shards).to(device),
-        shards,
-        split,
-        window=subject.image_size,
-        batch=validate(settings).evaluate.batch,
-        max_rows=max_rows,
-        part=part,
-        token_rows=token_rows,
-    )
-    if found.tokens is None:
-        return found, None
-    kept, places = with_tokens(shards, split, part, max_rows, token_rows)
-    return replace(found, tokens=None), (found.tokens, found.labels[kept], places)
-
-
-_last: dict[tuple[str, str, str], Any] = {}  # the encoder of this worker's last task: it may read several parts
-
-
-def _encoder(which: str, subject: Subject, device: torch.device) -> Any:
-    if which == "pixels":
-        side = min(PIXELS_SIDE, subject.image_size)
-        return lambda images: functional.interpolate(images, size=(side, side), mode="area")
-    key = (which, f"{subject.source} {subject.fingerprint} {subject.image_size} {subject.channels}", str(device))
-    if key not in _last:
-        _last.clear()
-        model = subject.model() if which == "trained" else subject.beginning()
-        _last[key] = model.to(device).eval()
-    return _last[key]
-
-
-def _judge_features(
-    protocol: str,
-    block: int,
-    settings: dict[str, Any],
-    classes: int,
-    places: dict[str, list[np.ndarray]],
-    *parts: Tapped,
-) -> Judged:
-    """One protocol on all parts of train, then of val."""
-    recipe, cut = validate(settings), len(places["train"])
-    train = joined(parts[:cut], places["train"])
-    if protocol == "rank":
-        return judge_rank(train.final).values, None
-    test = joined(parts[cut:], places["val"])
-    own = recipe.evaluate
-    fitted: dict[str, Any] = {
-        "strengths": own.probe_strengths,
-        "seed": recipe.seed,
-        "max_iterations": own.probe_iterations,
-    }
-    judged: Judgement
-    if protocol == "linear":
-        judged = judge_linear(train.set, test.set, **fitted)
-    elif protocol == "blocks":
-        judged = judge_block(train.block(block), test.block(block), number=block, **fitted)
-    elif protocol == "knn":
-        judged = judge_knn(train.set, test.set, k=own.knn_k)
-    else:
-        assert protocol == "few_labels", protocol
-        judged = judge_few_labels(train.set, test.set, shares=own.few_shares, draws=own.few_draws, **fitted)
-    if judged.predicted is None or protocol == "blocks":
-        return judged.values, None
-    return judged.values, confusion(test.labels, judged.predicted, classes)
-
-
-def _judge_tokens(
-    settings: dict[str, Any],
-    classes: int,
-    use_gpu: bool,
-    train: list[ray.ObjectRef],
-    val: list[ray.ObjectRef],
-    *_: Tapped,
-) -> Judged:
-    """The attentive probe on kept tokens: those of train together in memory, those of val part by part."""
-    torch.set_num_threads(1)
-    recipe, labels = validate(settings), []
-    own = recipe.evaluate
-    tokens, fitted = _gathered(train, own.attentive_images)
-
-    def test() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ref in val:
-            part, theirs, _ = ray.get(ref)
-            labels.append(theirs)
-            yield part, theirs
-
-    judged = judge_attentive(
-        tokens,
-        fitted,
-        test(),
-        lrs=own.attentive_lrs,
-        epochs=own.attentive_epochs,
-        batch=own.attentive_batch,
-        seed=recipe.seed,
-        device=torch.device("cuda" if use_gpu else "cpu"),
-    )
-    assert judged.predicted is not None
-    return judged.values, confusion(np.concatenate(labels), judged.predicted, classes)
-
-
-def _gathered(refs: list[ray.ObjectRef], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and labels of at most `most` images out of all parts, each image at its place; one part at a time is held."""
-    tokens, labels = np.zeros((0, 0, 0), np.float16), np.zeros(most, np.int64)
-    count = 0
-    for ref in refs:
-        part = ray.get(ref)
-        if part is None:
-            continue
-        values, theirs, places = part
-        if not len(tokens):
-            tokens = np.empty((most, *values.shape[1:]), np.float16)
-        tokens[places], labels[places] = values, theirs
-        count += len(places)
-    return tokens[:count], labels[:count]
-
-
-def evaluate_lines(recipe: Recipe, result: Mapping[str, Any]) -> str:
-    """What evaluate measured and where it is."""
-    files = ", ".join(["result.json", *result["files"]])
-    return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"

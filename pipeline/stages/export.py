@@ -1,14 +1,16 @@
-"""The encoder on its way to other tools: a folder for timm and transformers, ONNX, MLflow's model registry."""
+"""Export of the encoder: a folder for timm and transformers, ONNX, MLflow's model registry."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.find import checkpoint_of, recipe_of
+from pipeline.checkpoints.find import checkpoint_of
+from pipeline.config.load import validate
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_blank_model
@@ -26,8 +28,8 @@ from wavemim.weights.timm_folder import export_timm
 ENCODER, ONNX = "encoder", "onnx"  # folders of the stage
 
 
-def check_export(recipe: Recipe) -> None:
-    """Raise SettingError where what `export.…` asks for is not installed."""
+def check_packages(recipe: Recipe) -> None:
+    """Raise SettingError where packages that `export.onnx` or `export.registry` need are not installed."""
     asked = {
         "export.onnx=true": recipe.export.onnx,
         f"export.registry={recipe.export.registry}": recipe.export.registry,
@@ -40,16 +42,52 @@ def check_export(recipe: Recipe) -> None:
         )
 
 
-def export(recipe: Recipe) -> dict[str, Any]:
-    """Write the trained encoder to the run's ``export/encoder``; gives the stage's summary.
+CHECKS = (check_packages,)
 
-    With `export.onnx` also to ``export/onnx``; with `export.registry` that is a version of a registered model too. A
-    finished export is done again where something was asked for since, or the run was evaluated: the card names it.
+
+@dataclass(frozen=True)
+class Checked:
+    """The checkpoint that is exported."""
+
+    path: Path
+    trained: Recipe  # the settings with which it was trained
+    state: Mapping[str, Any]
+
+
+def check(recipe: Recipe) -> Checked:
+    """Find the checkpoint and verify its files.
+
+    Raises:
+        SettingError: `checkpoint=` names no checkpoint.
+        StageError: The run has no checkpoint.
+        CheckpointError: The checkpoint is damaged.
     """
-    check_export(recipe)
     path = checkpoint_of(recipe)
-    trained = recipe_of(path)
     state = checkpoint.read_state(path)
+    return Checked(path, validate(state["recipe"]), state)
+
+
+def run(recipe: Recipe, session: None, checked: Checked, *, progress: bool = True) -> dict[str, Any]:
+    """Write the trained encoder to the run's ``export/encoder``.
+
+    With `export.onnx` also to ``export/onnx``; with `export.registry` that file becomes a version of a registered model.
+    A finished export is renewed where more is asked for than before, or where the run was evaluated since: the model
+    card shows the evaluation.
+
+    Args:
+        recipe: The settings.
+        session: None: no Ray is needed.
+        checked: What `check` returned.
+        progress: Not used: there is no progress bar.
+
+    Returns:
+        The files and how to load them, which is also the stage's finishing mark.
+
+    Raises:
+        SettingError: The folder holds an export with other settings.
+        StageError: The ONNX model differs from PyTorch, or MLflow does not register it.
+    """
+    path, trained, state = checked.path, checked.trained, checked.state
     same = {**identity(recipe, "export"), "checkpoint": state["files"][checkpoint.MODEL], "version": __version__}
     with stage_folder(recipe.stage_dir("export"), same, restart=recipe.restart) as folder:
         evaluation = evaluation_of(recipe, state)
@@ -75,6 +113,18 @@ def export(recipe: Recipe) -> dict[str, Any]:
         return {**result, "state": word}
 
 
+def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """What export wrote where."""
+    parts = [result["encoder"]]
+    if "onnx" in result:
+        parts.append(result["onnx"]["path"])
+    if "registered" in result:
+        parts.append(
+            f"version {result['registered']['version']} of the registered model {result['registered']['name']}"
+        )
+    return f"export: encoder → {', '.join(parts)} ({result['state']})"
+
+
 def _write(
     recipe: Recipe,
     trained: Recipe,
@@ -95,7 +145,7 @@ def _write(
             "recipe": trained.name,
             "images_seen": state["images"],
             "shards": state["shards"],
-            "value_range": trained.data.value_range,  # what its images were scaled by, for wavemim embed
+            "value_range": trained.data.value_range,  # how its images were scaled, for wavemim embed
         }
         features = int(encoder.model.num_features)  # type: ignore[arg-type]
         config = export_timm(
@@ -139,21 +189,31 @@ def _write_onnx(target: Path, encoder: Encoder, state: Mapping[str, Any], about:
     return {"path": str(target / FILE), **found}
 
 
-_LIMIT = 1800.0  # seconds: a large model over a slow line
+_LIMIT = 1800.0  # seconds: a large model over a slow network
 
 
 def register(
     recipe: Recipe, folder: Path, onnx: Mapping[str, Any], *, name: str, about: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Make the ONNX file a version of the registered model `name`; gives name, version and how to load it.
+    """Register the ONNX file as a version of a model in MLflow.
 
-    `folder` is that of the export, whose MLflow run keeps the files. `onnx` is what `export_onnx` gave, with its path;
-    `about` become tags of the version. Raises StageError where MLflow does not take it.
+    Args:
+        recipe: The settings.
+        folder: The folder of the export, whose MLflow run holds the files.
+        onnx: What `export_onnx` returned, with "path", the file.
+        name: Name of the registered model.
+        about: Tags of the version.
+
+    Returns:
+        "name", "version", and "load", a Python expression that loads it.
+
+    Raises:
+        StageError: MLflow does not answer, or refuses.
     """
     uri = store_uri(recipe)
     run_id = SendOffset.of(folder).run_id
     where = store.without_password(uri)
-    again = f"the encoder is in {folder}, and the same call tries again"
+    again = f"the encoder is in {folder}; the same command tries again"
     if not run_id:
         raise StageError(f"export.registry={name}: MLflow at {where} does not answer; {again}")
 
@@ -169,15 +229,3 @@ def register(
     except Exception as error:  # of MLflow's many kinds
         raise StageError(f"export.registry={name}: MLflow at {where}: {store.reason(error)}; {again}") from error
     return {"name": name, "version": version, "load": f"mlflow.pyfunc.load_model('models:/{name}/{version}')"}
-
-
-def export_line(result: Mapping[str, Any]) -> str:
-    """What export wrote where."""
-    parts = [result["encoder"]]
-    if "onnx" in result:
-        parts.append(result["onnx"]["path"])
-    if "registered" in result:
-        parts.append(
-            f"version {result['registered']['version']} of the registered model {result['registered']['name']}"
-        )
-    return f"export: encoder → {', '.join(parts)} ({result['state']})"

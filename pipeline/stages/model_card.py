@@ -1,4 +1,4 @@
-"""The model card of an exported encoder: what it is, what it was made from, what it is worth, how to use it."""
+"""The model card of an exported encoder: its architecture, training, evaluation and use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pipeline.config.behaviour import values_of
 from pipeline.config.recipe import BEHAVIOURS, Recipe
 from wavemim import __version__
 
-_NO_MEASURES = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
+# Settings that determine the encoder; the others name folders of the machine where it was trained.
+_SECTIONS = ("data", "encoder", "target", "decoder", "mask", "train")
+_NO_RESULTS = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
 _USE = """\
 ```python
 import timm, torch
@@ -48,7 +50,17 @@ with torch.inference_mode():
 
 
 def model_card(trained: Recipe, state: Mapping[str, Any], evaluation: Mapping[str, Any] | None, features: int) -> str:
-    """The card as Markdown, from the settings and state of a checkpoint and what `wavemim evaluate` measured of it."""
+    """Write the card.
+
+    Args:
+        trained: The settings with which the encoder was trained.
+        state: The state of its checkpoint.
+        evaluation: What `wavemim evaluate` measured of it, if it did.
+        features: Number of features.
+
+    Returns:
+        The card as Markdown.
+    """
     encoder, channels = trained.encoder, trained.data.channels
     about = {
         "library_name": "timm",
@@ -65,7 +77,7 @@ def model_card(trained: Recipe, state: Mapping[str, Any], evaluation: Mapping[st
     parts = [
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---",
         f"# {trained.name}",
-        "A vision encoder, pretrained by masked image modelling without labels. It has no classifier: it gives features.",
+        "A vision encoder, pretrained by masked image modelling without labels. It has no classifier: it returns features.",
         "\n".join(f"- {key}: {value}" for key, value in facts.items()),
         "## Use",
         (_USE if channels == 3 else _USE_CHANNELS)
@@ -73,7 +85,7 @@ def model_card(trained: Recipe, state: Mapping[str, Any], evaluation: Mapping[st
         .replace("{channels}", str(channels))
         .replace("{size}", str(encoder.image_size))
         .rstrip(),
-        "## Measured",
+        "## Evaluation",
         _measured(evaluation),
         "## Recipe",
         f"```yaml\n{_recipe(trained)}```",
@@ -82,7 +94,7 @@ def model_card(trained: Recipe, state: Mapping[str, Any], evaluation: Mapping[st
 
 
 def evaluation_of(recipe: Recipe, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the run's `evaluate` measured of the checkpoint with this state; None where it did not, or of another one."""
+    """What the run's `evaluate` measured of the checkpoint with this state; None if it has not evaluated this one."""
     folder = recipe.stage_dir("evaluate")
     settings, result = _json(folder / "settings.json"), _json(folder / "result.json")
     if result is None or settings is None or settings.get("checkpoint") not in state["files"].values():
@@ -111,7 +123,7 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
     others = [name for name in subjects if name != "trained" and isinstance(subjects[name], dict)]
     lines = []
     for name, value in trained.items():
-        if not isinstance(value, int | float) or name.endswith(_NO_MEASURES):
+        if not isinstance(value, int | float) or name.endswith(_NO_RESULTS):
             continue
         low, high = trained.get(f"{name}_low"), trained.get(f"{name}_high")
         interval = f"{low:.1f} to {high:.1f}" if low is not None and high is not None else ""

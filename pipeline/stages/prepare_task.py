@@ -29,22 +29,22 @@ from pipeline.shards.writer import ShardWriter
 from pipeline.storage.folder import Folder
 
 UNITS = "units"
-PLAN = "plan.parquet"  # in UNITS: all inputs, a row group a unit
-# A small set is cut finer than rows_per_shard says, so that more than one core has work: about this many images a unit.
+PLAN = "plan.parquet"  # in UNITS: all inputs, one row group per unit
+# A small set is cut finer than rows_per_shard, so that several cores have work: about SMALL_UNIT images per unit.
 SMALL_UNIT, SMALL_SET_UNITS = 50, 8
-MAX_TRIES = 4  # of a unit in one call; Ray Data by itself repeats a task for ever whose worker is lost
+MAX_TRIES = 4  # of a unit in one call; by default Ray Data retries a task whose worker is lost for ever
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One shard to be made: a run of rows of a split's plan."""
+    """One shard to be made, from consecutive rows of a split's plan."""
 
     name: str  # of the file, without suffix
     split: str
     number: int  # its row group in the plan
     start: int
     stop: int
-    digest: str  # of its inputs: a report with another digest is one of another folder of images
+    digest: str  # of its inputs: a report with another digest belongs to other images
 
     @property
     def inputs(self) -> int:
@@ -54,7 +54,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Task:
-    """What all units of a call share."""
+    """What all units of a call have in common."""
 
     folder: Folder
     origin: Origin
@@ -64,7 +64,15 @@ class Task:
 
 
 def make_units(plan: ImagePlan, rows_per_shard: int) -> list[Unit]:
-    """Cut every split into units of nearly equal size, at most `rows_per_shard` inputs each."""
+    """Cut every split into units of nearly equal size.
+
+    Args:
+        plan: The inputs.
+        rows_per_shard: Inputs of a unit at most.
+
+    Returns:
+        The units of all splits, in order.
+    """
     units: list[Unit] = []
     for split in SPLITS:
         inputs = plan.splits[split]
@@ -84,7 +92,15 @@ def _digest(inputs: pa.Table) -> str:
 
 
 def make_shard(item: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The task of one unit (Ray Data hands over and takes back a row): {"report": JSON} or {"error": text}."""
+    """Make one unit: a task of Ray Data, which passes rows in and out.
+
+    Args:
+        item: The unit as JSON, under "unit".
+        task: What all units have in common.
+
+    Returns:
+        The report as JSON under "report", or one line under "error"; the other one is empty.
+    """
     unit = Unit(**json.loads(item["unit"]))
     try:
         if _count_try(task.folder, unit) > MAX_TRIES:
@@ -93,12 +109,12 @@ def make_shard(item: dict[str, Any], task: Task) -> dict[str, Any]:
             inputs = plan.read_row_group(unit.number)
         report = _write_shard(unit, inputs, task)
         task.folder.write(f"{UNITS}/{unit.name}.json", as_json(report))
-    except Exception as error:  # those of reading an image are rejects; no other is worth a second try by Ray
-        return {"report": "", "error": f"{unit.name}: {_in_words(error)}"}
+    except Exception as error:  # unreadable images are rejects; no other error would go away if Ray tried again
+        return {"report": "", "error": f"{unit.name}: {_one_line(error)}"}
     return {"report": json.dumps(report), "error": ""}
 
 
-def _in_words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     text = " ".join(str(error).split())
@@ -114,7 +130,7 @@ def _count_try(folder: Folder, unit: Unit) -> int:
 
 @contextlib.contextmanager
 def scratch(folder: Folder) -> Iterator[Path]:
-    """Where to write a file that goes into `folder`: in it, so that it only needs its name; or a passing local one."""
+    """Where to write a file before it goes into `folder`: in the folder itself if it is local, else a temporary one."""
     if folder.local is not None:
         yield folder.local
         return

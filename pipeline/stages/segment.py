@@ -1,13 +1,12 @@
-"""Segmentation by a linear head on frozen patch tokens: mean IoU of the trained encoder beside the same one untrained.
+"""Segmentation by a linear head on frozen patch tokens: mean IoU of the trained encoder and of the same one untrained.
 
-Ray Data decodes images and masks and runs the encoders; then one Ray task an encoder fits and scores its head.
+Ray Data decodes images and masks and runs the encoders; then one Ray task per encoder fits and scores its head.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,14 +32,14 @@ from pipeline.evaluation.segmentation import (
     check_disk,
     check_rejects,
     fit_head,
+    plan_segmentation,
     sized,
     table_of,
 )
+from pipeline.evaluation.subjects import titles_of
 from pipeline.images.pairs import Pair, read_pair
-from pipeline.models.encoder_source import Subject
-from pipeline.runtime.formatting import table as _table
-from pipeline.runtime.ray_internals import silence_data_progress
-from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
+from pipeline.runtime.formatting import table
+from pipeline.runtime.ray_session import SessionInfo, check_room, quiet_ray_data, root_cause, uses_gpu
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
 from pipeline.tracking.tracker import Tracker
@@ -55,7 +54,7 @@ PICTURES = 4  # val images in the picture
 
 @dataclass
 class Encoded:
-    """What became of the pairs: rows of train and val with their pairs, and the values that their masks hold."""
+    """Encoded pairs: rows of train and val with their pairs, and the values in their masks."""
 
     rows: dict[str, list[Row]]
     pairs: dict[str, list[Pair]]
@@ -69,16 +68,44 @@ class Classes:
 
     values: tuple[int, ...]  # in the masks
     names: tuple[str, ...]
-    only_in_val: tuple[str, ...]  # names of those that train lacks: they count, and cannot be predicted
+    only_in_val: tuple[str, ...]  # names of classes that train lacks: they count, but cannot be predicted
 
     @property
     def numbers(self) -> dict[int, int]:
-        """Numbers by value."""
+        """Numbers of the classes by their values."""
         return {value: number for number, value in enumerate(self.values)}
 
 
-def segment(recipe: Recipe, plan: SegmentPlan, session: SessionInfo, *, progress: bool = True) -> dict[str, Any]:
-    """Carry out a plan; gives the summary that is also the stage's finishing mark. Raises SettingError and StageError."""
+CHECKS = ()
+
+
+def check(recipe: Recipe) -> SegmentPlan:
+    """Find the encoder and the pairs of images and masks, and try the encoder on a blank image.
+
+    Raises:
+        SettingError: The settings, the images or the masks cannot be used.
+        StageError: There is no checkpoint, or too many pairs are rejected.
+    """
+    return plan_segmentation(recipe)
+
+
+def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress: bool = True) -> dict[str, Any]:
+    """Fit and evaluate segmentation heads.
+
+    Args:
+        recipe: The settings.
+        session: The Ray session.
+        checked: What `check` returned.
+        progress: Whether progress bars are shown.
+
+    Returns:
+        What was measured, which is also the stage's finishing mark.
+
+    Raises:
+        SettingError: The folder holds results of other settings.
+        StageError: A task failed, the disk is too small, or the masks hold too few or too many classes.
+    """
+    plan = checked
     check_room(recipe, session, 1)
     with stage_folder(recipe.stage_dir("segment"), plan.identity(recipe), restart=recipe.restart) as folder:
         if folder.finished:
@@ -95,31 +122,54 @@ def segment(recipe: Recipe, plan: SegmentPlan, session: SessionInfo, *, progress
                 try:
                     encoded = _encode(recipe, plan, session, tokens, meter, progress)
                     classes = _classes(recipe, plan, encoded)
-                    judged = _judge(recipe, plan, session, tokens, encoded, classes, meter, progress)
+                    found = _fit_heads(recipe, plan, session, tokens, encoded, classes, meter, progress)
                 finally:
                     shutil.rmtree(tokens, ignore_errors=True)
-            measured = {name: dict(measures(found.scores, recipe.seed)) for name, found in judged.items()}
+            measured = {name: dict(measures(head.scores, recipe.seed)) for name, head in found.items()}
             tracker.log(measured["trained"], images)
             tracker.log({f"{name}_untrained": value for name, value in measured["untrained"].items()}, images)
-            _write_tables(folder.path, recipe, encoded, classes, judged)
-            _draw(folder.path / PICTURE, plan, encoded, classes, judged)
+            _write_tables(folder.path, recipe, encoded, classes, found)
+            _draw(folder.path / PICTURE, plan, encoded, classes, found)
             for name in (CLASSES, CONFUSION, REJECTED, PICTURE):
                 tracker.artifact(folder.path / name)
-            result = {**_result(plan, encoded, classes, judged, measured), "cost": meter.read().record()}
+            result = {**_result(plan, encoded, classes, found, measured), "cost": meter.read().record()}
             folder.finish(result)
         return {**result, "state": folder.state}
+
+
+def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
+    """What segment measured, on what, and its files."""
+    rows = []
+    for subject, title in result["titles"].items():
+        values = result["measured"][subject]
+        cells = (
+            f"{values[name]:.1f} ({values[f'{name}_low']:.1f} to {values[f'{name}_high']:.1f})"
+            for name in ("eval/segment_miou", "eval/segment_pixel_accuracy")
+        )
+        rows.append((title, *cells))
+    shown = table(("", "mIoU % (95 % interval)", "pixel accuracy %"), rows)
+    rejected = f", {result['rejected']} rejected (see rejected.csv)" if result["rejected"] else ""
+    skipped = f", {result['left_out']:,} skipped (segment.max_images)" if result["left_out"] else ""
+    unseen = result["classes_only_in_val"]
+    lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, but counted." if unseen else ""
+    return (
+        f"{shown}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and evaluated on "
+        f"{result['val_images']:,} ({result['layout']}{rejected}{skipped}).{lacking}\n"
+        f"segment: → {recipe.stage_dir('segment')}: result.json, classes.csv, confusion.csv, segmentation.png "
+        f"({result['state']})"
+    )
 
 
 def _result(
     plan: SegmentPlan,
     encoded: Encoded,
     classes: Classes,
-    judged: Mapping[str, FittedHead],
+    found: Mapping[str, FittedHead],
     measured: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     return {
         "encoder": plan.subject.source,
-        "titles": _titles(plan.subject),
+        "titles": titles_of(plan.subject),
         "images_seen": plan.subject.images_seen,
         "layout": plan.pairs.layout,
         "image_size": plan.size,
@@ -134,26 +184,17 @@ def _result(
         "reasons": dict(Counter(reason.partition(" (")[0] for _, reason in encoded.rejects).most_common()),
         "interval": f"95 %, percentiles of {DRAWS} bootstrap draws of val images",
         "heads": {
-            name: {"lr": found.lr, "weight_decay": found.weight_decay, "tried": found.tried}
-            for name, found in judged.items()
+            name: {"lr": head.lr, "weight_decay": head.weight_decay, "tried": head.tried}
+            for name, head in found.items()
         },
         "measured": {name: dict(values) for name, values in measured.items()},
     }
 
 
-def _titles(subject: Subject) -> dict[str, str]:
-    titles = dict(SUBJECTS)
-    if subject.kind != "checkpoint":
-        titles["trained"] = subject.source
-    if subject.starts_pretrained:
-        titles["untrained"] = "same encoder, as training began"
-    return titles
-
-
 def _encode(
     recipe: Recipe, plan: SegmentPlan, session: SessionInfo, tokens: Path, meter: TaskMeter, progress: bool
 ) -> Encoded:
-    """Tokens of all pairs, in files; pairs in the plan's order, but for those that cannot be decoded."""
+    """Write tokens of all pairs to files; rows are in the plan's order, without pairs that cannot be decoded."""
     order = [(split, pair) for split, pairs in plan.pairs.splits.items() for pair in pairs]
     rejects = list(plan.pairs.rejects)
     found: dict[int, tuple[Row, set[int]]] = {}
@@ -193,15 +234,11 @@ def _results(
     order: Sequence[tuple[str, Pair]],
     meter: TaskMeter,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each pair, in any order."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    silence_data_progress()
+    """Decode and encode: yields a row for each pair, in any order."""
+    quiet_ray_data()
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     batches = -(-len(order) // settings.batch)
-    # of CPUs one is left for decoding: actors that held all of them would wait for ever
+    # One CPU is left for decoding: actors that hold all of them would wait for ever.
     room = int(session.gpus) if use_gpu else int(session.cpus) - 1
     items = [{"row": number, "image": pair.image, "mask": pair.mask} for number, (_, pair) in enumerate(order)]
     decoding = Decoding(plan.images, plan.masks, plan.wanted, plan.allowed(settings.ignore))
@@ -233,7 +270,7 @@ def _results(
 
 
 def _classes(recipe: Recipe, plan: SegmentPlan, encoded: Encoded) -> Classes:
-    """Named ones, or the values of train and then those of val alone. Raises StageError where there are too few or many."""
+    """Classes as named, or else all values of train, then those only in val. Raises StageError for too few or too many."""
     ignored = set(recipe.segment.ignore)
     train, val = (sorted(encoded.values[split] - ignored) for split in ("train", "val"))
     if plan.names is not None:
@@ -242,22 +279,22 @@ def _classes(recipe: Recipe, plan: SegmentPlan, encoded: Encoded) -> Classes:
         values = train + [value for value in val if value not in train]
     if len(values) < 2 or len(train) < 2:
         raise StageError(
-            f"the masks of train hold {len(train)} class(es) (values {train}) beside segment.ignore={sorted(ignored)}; at "
-            "least two are needed: set segment.ignore=[] where an ignored value is a class"
+            f"the masks of train hold {len(train)} class(es) (values {train}) besides segment.ignore={sorted(ignored)}; "
+            "at least two are needed: set segment.ignore=[] if an ignored value is a class"
         )
     if len(values) > MOST_CLASSES:
         raise StageError(
-            f"the masks hold {len(values)} values, {MOST_CLASSES} classes at most are fitted: are they pictures or numbers "
-            "of objects? A pixel of a mask has to be its class; set segment.classes to reject others"
+            f"the masks hold {len(values)} values, but at most {MOST_CLASSES} classes are supported: are they photos, or "
+            "instance numbers? A mask's pixel has to be its class; set segment.classes to reject other values"
         )
     if not val:
-        raise StageError(f"no pixel of val counts: its masks hold nothing but segment.ignore={sorted(ignored)}")
+        raise StageError(f"no pixel of val counts: its masks hold only segment.ignore={sorted(ignored)}")
     names = plan.names or {value: str(value) for value in values}
     only_in_val = tuple(names[value] for value in val if value not in train)
     return Classes(tuple(values), tuple(names[value] for value in values), only_in_val)
 
 
-def _judge(
+def _fit_heads(
     recipe: Recipe,
     plan: SegmentPlan,
     session: SessionInfo,
@@ -267,7 +304,7 @@ def _judge(
     meter: TaskMeter,
     progress: bool,
 ) -> dict[str, FittedHead]:
-    """A head for each encoder, each in a task of its own."""
+    """Fit and score a head for each encoder, each in its own task."""
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     how = Fitting(
         classes=len(classes.values),
@@ -286,31 +323,31 @@ def _judge(
             for split in ("train", "val")
         )
         pending[task.remote(train, val, how, tried, _shown(encoded))] = name
-    judged: dict[str, FittedHead] = {}
+    found: dict[str, FittedHead] = {}
     with tqdm(total=len(pending), desc="heads", unit=" encoder", disable=not progress) as bar:
         while pending:
             (ready,), _ = ray.wait(list(pending))
             try:
-                judged[pending.pop(ready)] = ray.get(ready)
+                found[pending.pop(ready)] = ray.get(ready)
             except ray.exceptions.RayError as error:
                 raise StageError(f"segmentation failed: {root_cause(error)}") from error
             bar.update()
-    return {name: judged[name] for name in SUBJECTS}
+    return {name: found[name] for name in SUBJECTS}
 
 
 def _shown(encoded: Encoded) -> list[int]:
-    """Val images of the picture: evenly over all of them."""
+    """Numbers of the val images in the picture, spread evenly."""
     count = len(encoded.rows["val"])
     return sorted({int(place) for place in np.linspace(0, count - 1, min(PICTURES, count))})
 
 
 def _write_tables(
-    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, judged: Mapping[str, FittedHead]
+    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, found: Mapping[str, FittedHead]
 ) -> None:
-    """Classes, the trained encoder's confusion matrix in pixels (rows: true, columns: predicted), and rejects."""
-    scores = judged["trained"].scores
+    """Write classes, the trained encoder's confusion matrix in pixels (rows: ground truth, columns: predicted), rejects."""
+    scores = found["trained"].scores
     low, high = interval(scores.resampled(recipe.seed)[0])
-    table = zip(classes.values, classes.names, scores.iou(), low, high, judged["untrained"].scores.iou(), strict=True)
+    table = zip(classes.values, classes.names, scores.iou(), low, high, found["untrained"].scores.iou(), strict=True)
     truth, predicted, hits = (counts.sum(0) for counts in (scores.truth, scores.predicted, scores.hits))
     rows: list[Sequence[Any]] = []
     for number, (value, name, *ious) in enumerate(table):
@@ -331,7 +368,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
         writer.writerows(rows)
 
 
-def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, judged: Mapping[str, FittedHead]) -> None:
+def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, found: Mapping[str, FittedHead]) -> None:
     chosen = [encoded.pairs["val"][number] for number in _shown(encoded)]
     pairs = [read_pair(plan.images, plan.masks, pair, plan.wanted) for pair in chosen]
     table = table_of(classes.numbers)
@@ -339,31 +376,8 @@ def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, jud
         path,
         images=[pixels for pixels, _ in pairs],
         truths=[table[values] for _, values in pairs],
-        predictions={"trained": list(judged["trained"].shown), "untrained": list(judged["untrained"].shown)},
+        predictions={name: list(head.shown) for name, head in found.items()},
         titles=[Path(pair.image).name for pair in chosen],
         values=classes.values,
         names=classes.names,
-    )
-
-
-def segment_lines(recipe: Recipe, result: Mapping[str, Any]) -> str:
-    """What segmentation measured, on what, and where it is."""
-    rows = []
-    for subject, title in result["titles"].items():
-        values = result["measured"][subject]
-        cells = (
-            f"{values[name]:.1f} ({values[f'{name}_low']:.1f} to {values[f'{name}_high']:.1f})"
-            for name in ("eval/segment_miou", "eval/segment_pixel_accuracy")
-        )
-        rows.append((title, *cells))
-    table = _table(("", "mIoU % (95 % interval)", "pixel accuracy %"), rows)
-    rejected = f", {result['rejected']} rejected (see rejected.csv)" if result["rejected"] else ""
-    left_out = f", {result['left_out']:,} left out (segment.max_images)" if result["left_out"] else ""
-    unseen = result["classes_only_in_val"]
-    lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, and counted." if unseen else ""
-    return (
-        f"{table}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and judged on "
-        f"{result['val_images']:,} ({result['layout']}{rejected}{left_out}).{lacking}\n"
-        f"segment: → {recipe.stage_dir('segment')}: result.json, classes.csv, confusion.csv, segmentation.png "
-        f"({result['state']})"
     )

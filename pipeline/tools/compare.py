@@ -1,4 +1,4 @@
-"""`wavemim compare`: runs side by side, by what MLflow knows of them. No Ray in here."""
+"""`wavemim compare`: runs side by side, as recorded in MLflow. No Ray in here."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from pipeline.config.recipe import STAGE_SECTIONS, behaviour_of
 from pipeline.errors import SettingError, StageError
-from pipeline.runtime.formatting import table
-from pipeline.runtime.usage import PREFIX, Spent, said
+from pipeline.runtime.formatting import duration, scaled, table
+from pipeline.runtime.usage import PREFIX, Spent
+from pipeline.tools.arguments import tracking_uri
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.runs import Run, find
 from wavemim.figures.curves import Point, compare_figure
 
-LIMIT = 300.0  # seconds that MLflow has for everything
+LIMIT = 300.0  # seconds for all requests to MLflow
 TRAINING = "pretrain"
 CLOCK = f"{PREFIX}wall_clock_s"
 NONE = "–"
+# A run's folder and how it is tracked do not affect its results.
+_NOT_COMPARED = ("name", "out", "restart", "force", "tracking")
 _TAGS = {
     "wavemim.shards": "shard set (fingerprint)",
     "mlflow.source.git.commit": "commit",
@@ -29,6 +33,36 @@ _TAGS = {
 }
 _ACCURACIES = ("eval/linear_top1", "eval/finetune_top1", "monitor/linear_top1", "eval/rankme")
 _LOSS = "train/loss"
+_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # title and format
+    "images_seen": ("images seen", lambda value: f"{int(value):,}"),
+    "wall_clock_s": ("wall-clock", duration),
+    "worker_hours": ("CPU core-hours", lambda value: f"{value:.3g}"),
+    "gpu_hours": ("GPU-hours", lambda value: f"{value:.3g}"),
+    "flops": ("compute", lambda value: f"{scaled(value, 1000)}FLOP"),
+    "peak_memory_bytes": ("peak memory per worker", lambda value: f"{scaled(value, 1024)}B"),
+    "gpu_peak_memory_bytes": ("peak memory per GPU", lambda value: f"{scaled(value, 1024)}B"),
+    "bytes_read": ("bytes read", lambda value: f"{scaled(value, 1024)}B"),
+}
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN... [tracking.uri=URI]")
+@click.option("--plot", default="compare.png", show_default=True, metavar="FILE.png", help="the plot")
+@click.option("--json", "numbers", metavar="FILE", help="write the numbers there too")
+@click.option("--metric", multiple=True, metavar="NAME", help="metric to plot  [default: an accuracy and the loss]")
+def command(runs: tuple[str, ...], plot: str, numbers: str | None, metric: tuple[str, ...]) -> None:
+    """Compare runs: the settings that differ, metrics with intervals, and cost; all read from MLflow.
+
+    RUN is a run's name (name=), its folder (OUT/runs/NAME), or the name or id of an MLflow run. Without tracking.uri=
+    MLflow's address is that of the folder, MLFLOW_TRACKING_URI, or wavemim-out/mlflow.db. Exit code 1 if MLflow does
+    not answer.
+    """
+    names = [run for run in runs if not run.startswith("tracking.")]
+    uri = tracking_uri([run for run in runs if run.startswith("tracking.")], "compare")
+    if not names:
+        raise SettingError("compare needs one or more runs: names, folders (OUT/runs/NAME) or ids of MLflow runs")
+    file = Path(numbers) if numbers else None
+    click.echo(compare(names, uri=uri, plot=Path(plot), numbers=file, metrics=metric))
 
 
 def compare(
@@ -39,13 +73,25 @@ def compare(
     numbers: Path | None = None,
     metrics: Sequence[str] = (),
 ) -> str:
-    """The comparison as text; also drawn to `plot`, and written to `numbers` as JSON. `metrics` are what is drawn.
+    """Compare runs.
 
-    Raises SettingError for runs and metrics that are unknown, StageError where MLflow does not answer.
+    Args:
+        names: Names, folders or ids of runs.
+        uri: MLflow's address; None: that of the folder, MLFLOW_TRACKING_URI, or wavemim-out/mlflow.db.
+        plot: A PNG that curves are drawn to, if not None.
+        numbers: A JSON file that the numbers are written to, if not None.
+        metrics: Metrics to plot; empty: an accuracy and the loss.
+
+    Returns:
+        The comparison as Markdown.
+
+    Raises:
+        SettingError: A run or a metric is unknown.
+        StageError: MLflow does not answer, or refuses.
     """
     for path in (plot, numbers):
         if path is not None and not path.absolute().parent.is_dir():
-            raise SettingError(f"{path}: there is no folder {path.absolute().parent}; give another place")
+            raise SettingError(f"{path}: the folder {path.absolute().parent} does not exist; use another one")
     store.import_mlflow()
     try:
         runs, curves = store.within(LIMIT, lambda: _read(names, uri, metrics, drawn=plot is not None))
@@ -64,9 +110,9 @@ def compare(
         if any(points for of_runs in curves.values() for points in of_runs.values()):
             other = any(key.startswith("target.") for key in content["settings"])
             compare_figure(plot, curves, {_LOSS: f"{_LOSS}\n(targets differ: not comparable)"} if other else None)
-            lines.append(f"Picture: {plot}")
+            lines.append(f"Plot: {plot}")
         else:
-            lines.append("No picture: none of the runs has a loss or an accuracy")
+            lines.append("No plot: none of the runs has a loss or an accuracy")
     return "\n".join(lines)
 
 
@@ -94,7 +140,7 @@ def _read(
 
 
 def _clock(client: Any, run: Run) -> Callable[[int], float | None]:
-    """Seconds of pretraining that so many images took: as was measured, else by the times of its losses."""
+    """Seconds of pretraining by images seen: as measured, or else from the times at which losses were logged."""
     stored = run.stages.get(TRAINING)
     if stored is None:
         return lambda images: None
@@ -127,12 +173,12 @@ def _curve(client: Any, run: Run, name: str, clock: Callable[[int], float | None
 
 
 def _by_rank(run: Run) -> list[str]:
-    """Its stages; where two have a setting or a metric of the same name, the first one's counts."""
+    """Its stages, by precedence where two have a setting or a metric of the same name."""
     return sorted(run.stages, key=lambda stage: (stage != TRAINING, list(run.stages).index(stage)))
 
 
 def _bounds(name: str, metrics: Mapping[str, float]) -> tuple[str, str] | None:
-    """Names of the ends of a metric's interval, if it has one: NAME_low, or of NAME_SUBJECT NAME_low_SUBJECT."""
+    """Names of the bounds of a metric's interval, if it has one: NAME_low, or NAME_low_SUBJECT for NAME_SUBJECT."""
     for at in [len(name), *(index for index in range(len(name) - 1, 0, -1) if name[index] == "_")]:
         low, high = (f"{name[:at]}_{end}{name[at:]}" for end in ("low", "high"))
         if low in metrics and high in metrics:
@@ -141,9 +187,9 @@ def _bounds(name: str, metrics: Mapping[str, float]) -> tuple[str, str] | None:
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything that is said, as JSON."""
+    """Everything in the comparison, as JSON values."""
     settings = {run.label: _settings(run) for run in runs}
-    # Settings of a stage that one of them has not been through yet would differ, all of them.
+    # Settings of a stage that one of the runs has not reached yet would all differ.
     sections = set.intersection(*({_section(key) for key in of_run} for of_run in settings.values()))
     keys = sorted({k for of_run in settings.values() for k in of_run if _section(k) in sections}, key=_setting_order)
     differing = {}
@@ -168,7 +214,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _settings(run: Run) -> dict[str, str]:
-    """Settings of the stages that were run, each by the first stage that has it; and what identifies data and code."""
+    """Settings of the stages that were run, by the first stage that has them, and what identifies data and code."""
     settings: dict[str, str] = {}
     for stage in _by_rank(run):
         sections = STAGE_SECTIONS.get("tune" if stage == "trial" else stage)
@@ -178,9 +224,9 @@ def _settings(run: Run) -> dict[str, str]:
                 settings.setdefault(key, value)
     for stage in _by_rank(run):
         tags = run.stages[stage].data.tags
-        for tag, words in _TAGS.items():
+        for tag, title in _TAGS.items():
             if tag in tags:
-                settings.setdefault(words, tags[tag])
+                settings.setdefault(title, tags[tag])
     return settings
 
 
@@ -194,7 +240,7 @@ def _setting_order(key: str) -> tuple[bool, bool, str]:
 
 
 def _metrics(run: Run) -> dict[str, dict[str, float]]:
-    """Last values by name, with the ends of their intervals."""
+    """Last values by name, with the bounds of their intervals."""
     found: dict[str, dict[str, float]] = {}
     for stage in _by_rank(run):
         metrics = run.stages[stage].data.metrics
@@ -209,7 +255,7 @@ def _metrics(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _shown(name: str) -> bool:
-    """Whether a metric says what came out: not how a run went, nor what it cost."""
+    """Whether a metric is a result: not about the progress of a run, nor its cost."""
     if name.startswith("train/"):
         return name.startswith(_LOSS)
     return not name.startswith((PREFIX, "system/", "prepare/", "perf/", "monitor/cpu"))
@@ -226,54 +272,30 @@ def _text(content: Mapping[str, Any], labels: Sequence[str]) -> str:
     if any(states.values()):
         parts.append(table(("", *labels), [("not finished", *(states[label] or NONE for label in labels))]))
     rows = [(key, *(_short(values[label]) for label in labels)) for key, values in content["settings"].items()]
-    alone = "One run: there is nothing that it could differ from." if len(labels) == 1 else "No setting differs."
-    parts += ["## Settings that differ", table(("setting", *labels), rows) if rows else alone]
+    same = "One run: nothing to compare it with." if len(labels) == 1 else "No setting differs."
+    parts += ["## Settings that differ", table(("setting", *labels), rows) if rows else same]
     metrics = content["metrics"]
     names = sorted({name for label in labels for name in metrics[label]}, key=_metric_order)
     rows = [(name, *(_with_interval(metrics[label].get(name)) for label in labels)) for name in names]
     parts += [
-        "## Metrics (with 95 % intervals, where they have any)",
+        "## Metrics (with 95 % intervals where available)",
         table(("metric", *labels), rows) if rows else "None.",
     ]
     for stage, costs in content["cost"].items():
         if any(costs.values()):
             parts += [f"## Cost of {stage}", _cost_table(costs, labels)]
     lacking = [label for label in labels if not any(costs[label] for costs in content["cost"].values())]
-    notes = [*content["notes"], *(f"{label}: its cost is not known, it was not measured" for label in lacking)]
+    notes = [*content["notes"], *(f"{label}: its cost is unknown, it was not measured" for label in lacking)]
     return "\n\n".join([*parts, *(f"Note: {note}" for note in notes)])
 
 
 def _cost_table(costs: Mapping[str, Mapping[str, float] | None], labels: Sequence[str]) -> str:
-    words = {label: said(Spent.of(cost)) if (cost := costs[label]) else {} for label in labels}
-    titles = {
-        "images_seen": "images seen",
-        "wall_clock_s": "wall-clock",
-        "worker_hours": "CPU core-hours",
-        "gpu_hours": "GPU-hours",
-        "flops": "arithmetic",
-        "peak_memory_bytes": "memory of a worker",
-        "gpu_peak_memory_bytes": "memory of a GPU",
-        "bytes_read": "bytes read",
-    }
-    rows = [
-        (
-            title,
-            *(
-                _bare(words[label][name]) if words[label].get(name) else "0" if words[label] else NONE
-                for label in labels
-            ),
-        )
-        for name, title in titles.items()
-        if any(words[label].get(name) for label in labels)
-    ]
+    rows = []
+    for name, (title, shown) in _COSTS.items():
+        values = [cost[name] if (cost := costs[label]) else None for label in labels]
+        if any(values):
+            rows.append((title, *(NONE if value is None else shown(value) if value else "0" for value in values)))
     return table(("", *labels), rows)
-
-
-def _bare(words: str) -> str:
-    """Without what the row's title says."""
-    for ending in (" images seen", " worker-hours", " GPU-hours", " per worker at most", " per GPU at most", " read"):
-        words = words.removesuffix(ending)
-    return words
 
 
 def _state(stages: Mapping[str, Mapping[str, str]]) -> str:

@@ -1,8 +1,7 @@
-"""Looking at a finished shard set: is it whole (`wavemim verify`), and what is in it (`wavemim inspect`). No Ray in here.
+"""`wavemim inspect`: describe the contents of a finished shard set. No Ray in here.
 
-Of the shards only footers and narrow columns are read (to hash them, `verify` also streams every file), a file at a time,
-and nothing is kept per row but numbers: for a million rows 60 MB beside what Python and its libraries take, 120 MB if
-nearly all are copies. The picture reads one row group for each of its images.
+Only footers and narrow columns of the shards are read, a file at a time, and only numbers are kept per row: a million
+rows take 60 MB, or 120 MB if nearly all are duplicates. The picture reads one row group for each of its images.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,17 +24,40 @@ from pipeline.shards.layout import DIGEST_BYTES
 from pipeline.shards.row_groups import read_columns, read_group
 from pipeline.shards.shard_set import SPLITS, ShardSet
 from pipeline.shards.verify import label_problem, opened, read_rows, rejected_rows
-from pipeline.tools.commands import check_target
+from pipeline.tools.arguments import check_output
 from wavemim.wavelets import bands_of, reconstruct
 
 EXAMPLES = 3
 
 
+@click.command("inspect")
+@click.argument("shards")
+@click.option("--picture", default="inspect.png", show_default=True, metavar="FILE.png", help="the picture")
+@click.option("--images", default=4, show_default=True, type=click.IntRange(1, 8), help="images in the picture")
+@click.option("--json", "numbers", metavar="FILE", help="write the numbers there too")
+@click.option("--quiet", "-q", is_flag=True, help="no progress bar")
+def command(shards: str, picture: str, images: int, numbers: str | None, quiet: bool) -> None:
+    """Describe a shard set (folder or URL): classes, bytes, statistics, rejects, duplicates; and draw some images."""
+    show(shards, picture=picture, images=images, numbers=numbers, progress=not quiet)
+
+
 def inspect(where: str, *, progress: bool = True) -> tuple[ShardSet, dict[str, Any]]:
-    """A shard set and what there is to say about it, as JSON values. Raises SettingError, ShardError."""
+    """Read what describes a shard set.
+
+    Args:
+        where: Its folder or URL.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The shard set, and the facts about it as JSON values.
+
+    Raises:
+        SettingError: There is no such folder.
+        ShardError: There is no shard set, or it is damaged.
+    """
     shards = opened(where, check_files=True)
     manifest = shards.manifest
-    labels = {split: np.zeros(len(shards.classes or ()) + 1, np.int64) for split in SPLITS}  # [0]: of no class
+    labels = {split: np.zeros(len(shards.classes or ()) + 1, np.int64) for split in SPLITS}  # [0]: unlabelled
     digests = np.empty((sum(shards.rows.values()), DIGEST_BYTES // 8), np.uint64)
     columns: dict[str, list[int]] = {}
     place = 0
@@ -94,7 +117,7 @@ def _bytes(shards: ShardSet, columns: dict[str, list[int]]) -> dict[str, Any]:
 
 
 def _classes(names: list[str] | None, labels: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """Smallest and largest class of every split and the rows of none; None for a set without classes."""
+    """Smallest and largest class of every split, and unlabelled rows; None for a set without classes."""
     if not names:
         return None
     found: dict[str, Any] = {"count": len(names), "unlabelled": {s: int(counts[0]) for s, counts in labels.items()}}
@@ -107,9 +130,9 @@ def _classes(names: list[str] | None, labels: dict[str, np.ndarray]) -> dict[str
 
 
 def energy_shares(shards: ShardSet) -> dict[str, float]:
-    """Share of the variance in the coarsest A ("level 5 A") and in the details of each level ("level 5" …).
+    """Share of the variance in the coarsest A ("level 5 A") and in the details of each level ("level 5", …).
 
-    For orthogonal wavelets these are shares of the variance of the pixels; for others of the sum over all bands.
+    For orthogonal wavelets these are shares of the variance of the pixels; for others, of the sum over all bands.
     """
     energies = {}
     for level in range(shards.levels, 0, -1):
@@ -132,11 +155,11 @@ def _reasons(rejected: pa.Table) -> list[dict[str, Any]]:
 
 
 def _duplicates(shards: ShardSet, digests: np.ndarray) -> dict[str, Any]:
-    """Images whose decoded pixels are those of an earlier one; `digests` (n, 2) has train first."""
+    """Images with the same decoded pixels as an earlier one; `digests` is (n, 2), those of train first."""
     first, own = _copies(digests)  # places in that order
     leaked = (own >= shards.rows["train"]) & (first < shards.rows["train"])
     pairs: list[tuple[int, int]] = []
-    for wanted in (leaked, ~leaked):  # leaks are what matters; of each image one copy is enough
+    for wanted in (leaked, ~leaked):  # leaks matter most; one copy of each image is enough
         chosen = np.unique(first[wanted], return_index=True)[1][: EXAMPLES - len(pairs)]
         pairs += zip(first[wanted][chosen].tolist(), own[wanted][chosen].tolist(), strict=True)
     return {
@@ -148,7 +171,7 @@ def _duplicates(shards: ShardSet, digests: np.ndarray) -> dict[str, Any]:
 
 
 def _copies(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first, own): where every row that is a copy of an earlier one has its first, and where it is itself."""
+    """For every row that is a copy of an earlier one: places (n,) of that first one, and of the copy."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones stay in their order
     same = np.zeros(len(order), bool)
     same[1:] = (digests[order[1:]] == digests[order[:-1]]).all(1)
@@ -157,7 +180,7 @@ def _copies(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _located(shards: ShardSet, place: int) -> tuple[str, int, int]:
-    """File, row group and row in it of the row at a place in the order of splits and files."""
+    """File, row group and row in the group, by the place of a row in the order of splits and files."""
     for split in SPLITS:
         for name, rows in shards.files(split):
             if place < rows:
@@ -172,11 +195,21 @@ def _path(shards: ShardSet, place: int) -> str:
 
 
 def write_picture(shards: ShardSet, facts: dict[str, Any], path: Path, count: int) -> str:
-    """Draw some images, their pyramids and the energy per level; gives back what is shown, in words."""
+    """Draw some images, their pyramids and the energy per level.
+
+    Args:
+        shards: The shard set.
+        facts: What `inspect` returned about it.
+        path: The PNG.
+        count: Images in the picture, or fewer where there are not so many.
+
+    Returns:
+        A description of what is shown.
+    """
     from wavemim.figures.plots import pyramid_figure, shown_channels
 
     images, pyramids, titles = [], [], []
-    split = "train" if shards.rows["train"] else "val"  # what comes first in the order of places
+    split = "train" if shards.rows["train"] else "val"  # the first rows in the order of places
     rows = shards.rows[split]
     count, levels = min(count, rows), list(shards.layout.steps)
     for number in range(count):
@@ -193,10 +226,18 @@ def write_picture(shards: ShardSet, facts: dict[str, Any], path: Path, count: in
 
 
 def show(where: str, *, picture: str, images: int, numbers: str | None, progress: bool = True) -> None:
-    """Print what is in a shard set, draw the picture, and with `numbers` write the facts there as JSON."""
-    check_target(Path(picture), picture=True)
+    """Print a description of a shard set and draw it.
+
+    Args:
+        where: Its folder or URL.
+        picture: The picture, a PNG.
+        images: Images in the picture.
+        numbers: A JSON file that the facts are written to, if not None.
+        progress: Whether a progress bar is shown.
+    """
+    check_output(Path(picture), picture=True)
     if numbers:
-        check_target(Path(numbers), picture=False)
+        check_output(Path(numbers), picture=False)
     shards, facts = inspect(where, progress=progress)
     print(describe(facts), end="\n\n")
     print(f"picture: {write_picture(shards, facts, Path(picture), images)} → {picture}")
@@ -206,7 +247,7 @@ def show(where: str, *, picture: str, images: int, numbers: str | None, progress
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """All facts as aligned text."""
+    """The facts that `inspect` returned, as aligned text."""
     side, rows, counts, size, pixels = (facts[key] for key in ("image_size", "rows", "counts", "bytes", "pixels"))
     head = [
         ("shard set", facts["where"]),
@@ -233,7 +274,7 @@ def _class_lines(classes: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _level_table(facts: dict[str, Any]) -> str:
-    """Bytes are those of the columns in Parquet: what is left are other columns, headers and footers."""
+    """Bytes per level are those of its Parquet column; the rest is other columns, headers and footers."""
     table = [("level", "step", "dtype", "bands", "grid", "bytes per image", "of raw", "share")]
     rest = 1.0
     for level, entry in facts["levels"].items():
@@ -248,7 +289,7 @@ def _level_table(facts: dict[str, Any]) -> str:
 
 
 def _band_table(facts: dict[str, Any]) -> str:
-    """Mean and deviation of the stored bands, a number a channel where there are few."""
+    """Mean and standard deviation of the stored bands, per channel where there are few channels."""
     few, levels = facts["channels"] <= 4, len(facts["levels"])
     table = [("level", "band", "mean", "std", f"share of {facts['energy_of']}")]
     for level in range(levels, 0, -1):
@@ -268,7 +309,7 @@ def _reject_lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"rejected: {facts['counts']['rejected']:,}"]
     lines += [f"  {entry['count']:,} {entry['reason']}, as {entry['example']}" for entry in facts["rejected"]]
     lines += ["", "images with the same pixels:"]
-    words = ("distinct images", "rows that are copies of an earlier one", "val images that are in train too")
+    words = ("distinct images", "rows that duplicate an earlier one", "val images that are also in train")
     keys = ("distinct", "copies", "val_in_train")
     lines.append(_aligned([(f"  {double[key]:,}", text) for key, text in zip(keys, words, strict=True)], "><"))
     return lines + [f"  {first}  =  {second}" for first, second in double["examples"]]

@@ -1,4 +1,4 @@
-"""What a trained model makes of a user's own pictures (`wavemim show`). No Ray in here."""
+"""`wavemim show`: draw what a trained model predicts for a user's own images. No Ray in here."""
 
 from __future__ import annotations
 
@@ -6,33 +6,65 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
-from pipeline.checkpoints.find import found_at
 from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError
 from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.decode import decode_image
-from pipeline.tools.commands import check_target
+from pipeline.tools.arguments import check_output
 
 MOST = 16  # images of one figure
+
+
+@click.command("show")
+@click.argument("checkpoint")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--out", default="show.png", show_default=True, metavar="FILE.png", help="the figure")
+@click.option(
+    "--mask-ratio",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="share of each image that is masked  [default: the recipe's]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="seed of the mask  [default: the recipe's]")
+def command(checkpoint: str, images: tuple[str, ...], out: str, mask_ratio: float | None, seed: int | None) -> None:
+    """Mask a part of each image and draw what the model predicts: every level next to the ground truth, and the
+    reconstructed image.
+
+    CHECKPOINT is the folder of a checkpoint or of a run (OUT/runs/NAME), or a URL of either, which is copied to
+    wavemim-out/fetched. Up to 16 images; each is cropped to its central square.
+    """
+    click.echo(show(checkpoint, images, out=out, mask_ratio=mask_ratio, seed=seed))
 
 
 def show(
     where: str, images: Sequence[str], *, out: str, mask_ratio: float | None = None, seed: int | None = None
 ) -> str:
-    """Write the figure of what a checkpoint makes of image files to `out`; gives a line with the errors per level.
+    """Draw what a checkpoint predicts for image files.
 
-    Each image is its middle square, resized to the encoder's image size. `mask_ratio` and `seed` stand for those of
-    the recipe. Errors are means over the images; those of each are in the figure. Raises SettingError for what the user
-    can mend, CheckpointError for a damaged checkpoint.
+    Each image is cropped to its central square and resized to the encoder's image size.
+
+    Args:
+        where: Folder or URL of a checkpoint or run.
+        images: Image files, 16 at most.
+        out: The figure, a PNG.
+        mask_ratio: Share of each image that is masked, in (0, 1); None: as in the recipe.
+        seed: Seed of the mask; None: as in the recipe.
+
+    Returns:
+        A line with the error of each level, averaged over the images; the figure has the errors of each image.
+
+    Raises:
+        SettingError: The checkpoint does not exist, or an image cannot be read.
+        CheckpointError: The checkpoint is damaged.
     """
     if len(images) > MOST:
-        raise SettingError(f"{len(images)} images are too many for one figure, which holds {MOST}; give fewer")
-    check_target(Path(out), picture=True)
+        raise SettingError(f"{len(images)} images are too many for one figure, which holds {MOST}; name fewer")
+    check_output(Path(out), picture=True)
     files = [_content(name) for name in images]
-    from pipeline.checkpoints.find import local_copy
+    from pipeline.checkpoints.find import found_at, local_copy
 
     path = found_at(local_copy(where, Path.cwd() / "wavemim-out"))
 
@@ -59,7 +91,7 @@ def show(
 def _content(name: str) -> bytes:
     path = Path(name)
     if path.is_dir():
-        raise SettingError(f"{path}: a folder; give image files")
+        raise SettingError(f"{path}: a folder; name image files")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -67,7 +99,7 @@ def _content(name: str) -> bytes:
 
 
 def _decoded(names: Sequence[str], files: Sequence[bytes], recipe: Recipe) -> np.ndarray:
-    """Images (B, C, H, W), uint8, as `prepare` would decode them, at the encoder's size."""
+    """Images (B, C, H, W), uint8, decoded as `prepare` does, at the encoder's size."""
     data = recipe.data
     wanted = Pixels(recipe.encoder.image_size, data.channels, data.max_pixels, data.min_side, data.value_range)
     images = []
@@ -82,14 +114,14 @@ def _decoded(names: Sequence[str], files: Sequence[bytes], recipe: Recipe) -> np
 def _with_mask(recipe: Recipe, ratio: float | None, seed: int | None) -> Recipe:
     if ratio is not None and recipe.mask.kind == "frequency":
         raise SettingError(
-            f"--mask-ratio {ratio}: this model was trained with mask.kind=frequency, which hides no share"
+            f"--mask-ratio {ratio}: this model was trained with mask.kind=frequency, which masks no share of the image"
         )
     changes: Mapping[str, Any] = {"mask.ratio": ratio, "seed": seed}
     return with_overrides(recipe, {key: value for key, value in changes.items() if value is not None})
 
 
 def _views(recipe: Recipe, model: Any, inputs: Any) -> Any:
-    """Views under the recipe's mask, which may hide another share than the one that the model was built with."""
+    """Views under the recipe's mask, whose ratio may differ from the one that the model was built with."""
     from pipeline.models.build import build_views
 
     try:
@@ -101,7 +133,7 @@ def _views(recipe: Recipe, model: Any, inputs: Any) -> Any:
 
 
 def _pyramid(pixels: Any, recipe: Recipe, wavelet: str) -> dict[int, Any]:
-    """Coefficients of pixels (B, C, H, W), of as many levels as are stored, or as the image's size allows."""
+    """Coefficients of pixels (B, C, H, W): as many levels as the shard set stores, or as the image's size allows."""
     from wavemim.wavelets import decompose
 
     side, levels = pixels.shape[-1], max(recipe.data.levels, *recipe.target.taps)

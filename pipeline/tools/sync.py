@@ -1,4 +1,4 @@
-"""`wavemim sync`: send what MLflow did not get while the stages ran."""
+"""`wavemim sync`: send what MLflow missed while the stages ran."""
 
 from __future__ import annotations
 
@@ -8,23 +8,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
+
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
+from pipeline.tools.arguments import tracking_uri
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.journal import OUTBOX, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
 from pipeline.tracking.runs import recorded_address, stored_uri
 from pipeline.tracking.sender import Sender
 
-# Seconds: for a stage that is sending itself; for a call, which nobody's training waits for.
+# Seconds: to wait for a stage that is sending itself; for one request, since no training waits for it.
 _WAIT, _LIMIT = 30.0, 120.0
 
 
-def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], object] = print) -> None:
-    """Send what is left in an out folder, a run (OUT/runs/NAME) or a stage's folder; `say` gets a line a stage.
+@click.command("sync")
+@click.argument("run")
+@click.argument("settings", nargs=-1, metavar="[tracking.uri=URI]")
+def command(run: str, settings: tuple[str, ...]) -> None:
+    """Send the metrics, files and run states that MLflow has not received; nothing is sent twice.
 
-    `uri`: the store, where it is not the one of the stages. Raises SettingError where there is nothing of a stage, and
-    StageError where the store does not answer or refuses.
+    RUN is a run's folder (OUT/runs/NAME), the folder of a stage in it, or OUT for all runs. Exit code 1 if MLflow does
+    not answer.
+    """
+    sync(run, uri=tracking_uri(settings, "sync"), say=click.echo)
+
+
+def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], object] = print) -> None:
+    """Send what has not been sent yet.
+
+    Args:
+        where: An out folder, a run's folder (OUT/runs/NAME) or a stage's folder.
+        uri: MLflow's address; None: the one that the stages used.
+        say: Called with a line for each stage.
+
+    Raises:
+        SettingError: No stage has logged anything there.
+        StageError: MLflow does not answer, or refuses.
     """
     root = Path(where).expanduser().absolute()
     if not root.is_dir():
@@ -32,16 +53,14 @@ def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], obje
     below = root / "runs" if (root / "runs").is_dir() else root
     folders = _folders(below)
     if not folders:
-        raise SettingError(
-            f"{where} has nothing that was logged; give OUT, OUT/runs/NAME or the folder of a stage in it"
-        )
+        raise SettingError(f"{where} holds no logs of a stage; give OUT, OUT/runs/NAME or the folder of a stage in it")
     for folder in folders:
         name = folder.name if folder == below else str(folder.relative_to(below))
         say(f"{name}: {_send(folder, uri)}")
 
 
 def _folders(below: Path) -> list[Path]:
-    """Folders with an outbox, parents before those nested in them."""
+    """Folders with an outbox, parents before the folders in them."""
     found = []
     for place, names, files in os.walk(below):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -51,7 +70,7 @@ def _folders(below: Path) -> list[Path]:
 
 
 def _send(folder: Path, uri: str | None) -> str:
-    """Send what is left of one folder, and say what that was."""
+    """Send what is left of one folder; returns what that was, as text."""
     outbox = JsonLines(folder / OUTBOX)
     chosen = uri is not None
     if uri is not None:
@@ -65,14 +84,14 @@ def _send(folder: Path, uri: str | None) -> str:
     try:
         sender.send(wait=_WAIT)
     except (RunGone, Busy) as error:
-        raise StageError(f"{folder}: {error}; it is kept, and sent when that is mended") from None
+        raise StageError(f"{folder}: {error}; the logs are kept, and sent once that is fixed") from None
     except Exception as error:
         verb = "refuses" if store.refused(error) else "does not answer"
         raise StageError(
-            f"MLflow at {store.without_password(uri)} {verb} ({store.reason(error)}); what is left stays in {folder}"
+            f"MLflow at {store.without_password(uri)} {verb} ({store.reason(error)}); unsent logs stay in {folder}"
         ) from error
     if sender.held:
-        raise StageError(f"{folder}: MLflow does not take {_count(sender.held, 'file')} ({sender.trouble})")
+        raise StageError(f"{folder}: MLflow does not accept {_count(sender.held, 'file')} ({sender.trouble})")
     return _said(sender)
 
 
@@ -88,8 +107,8 @@ def _said(sender: Sender) -> str:
     if tally.refused:
         parts.append(f"{_count(tally.refused, 'value')} refused")
     if tally.missing:
-        parts.append(f"{_count(len(tally.missing), 'file')} no longer there")
-    return f"{', '.join(parts) or 'nothing left'}; run {sender.run_id}"
+        parts.append(f"{_count(len(tally.missing), 'file')} no longer exist")
+    return f"{', '.join(parts) or 'nothing to send'}; run {sender.run_id}"
 
 
 def _count(number: int, word: str) -> str:
@@ -97,7 +116,7 @@ def _count(number: int, word: str) -> str:
 
 
 def _end_with_parent(folder: Path, outbox: JsonLines) -> None:
-    """A trial that was stopped wrote no end; when its sweep is over, so is the trial."""
+    """A trial that was stopped logged no end: it ends with its sweep."""
     entries = _runs(outbox)
     if not entries or entries[-1]["do"] == "end" or not entries[-1]["parent"]:
         return

@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
+from stage_calls import run_stage
 
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
@@ -411,10 +412,10 @@ def test_images_in_the_masks_folder_and_too_many_rejects(encoder, folders, tmp_p
 
 @pytest.mark.ray
 def test_the_stage_on_made_up_images(ray_local, encoder, folders, tmp_path):
-    from pipeline.stages.segment import segment, segment_lines
+    from pipeline.stages import segment
 
     recipe = recipe_of(encoder, folders, tmp_path, blocks=[1, 2])
-    result = segment(recipe, plan_segmentation(recipe), ray_local, progress=False)
+    result = run_stage(segment, recipe, ray_local)
     assert (result["train_images"], result["val_images"], result["classes"]) == (16, 6, 5)
     assert result["inputs"] == 16 + 6 + result["rejected"] == 25
     assert result["classes_only_in_val"] == ["77"]
@@ -439,5 +440,5 @@ def test_the_stage_on_made_up_images(ray_local, encoder, folders, tmp_path):
     assert not (folder / ".tokens").exists()
     logged = [json.loads(line)["metrics"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("eval/segment_miou_untrained" in metrics for metrics in logged)
-    again = segment(recipe, plan_segmentation(recipe), ray_local, progress=False)
-    assert again["state"] == "finished already" and "rejected.csv" in segment_lines(recipe, again)
+    again = run_stage(segment, recipe, ray_local)
+    assert again["state"] == "finished already" and "rejected.csv" in segment.summary(recipe, again)

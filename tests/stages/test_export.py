@@ -10,13 +10,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from stage_calls import run_stage
 from tiny_checkpoint import SIDE, SMALL, write_checkpoint
 from tiny_images import images_of
 
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
 from pipeline.stages import export as export_stage
-from pipeline.stages.export import export, export_line, register
+from pipeline.stages.export import register, summary
 from pipeline.stages.model_card import model_card
 from wavemim.weights import onnx_export
 from wavemim.weights.onnx_export import NormalisedEncoder, export_onnx
@@ -45,7 +46,7 @@ def exported(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     recipe = recipe_for(out, "export.registry=cats")
     model, statistics = write_checkpoint(recipe.stage_dir("pretrain") / "images-000000000008")
-    return out, recipe, model, statistics, export(recipe)
+    return out, recipe, model, statistics, run_stage(export_stage, recipe)
 
 
 def pixels_of(count=3):
@@ -139,21 +140,21 @@ def test_the_card_gets_what_evaluation_measured_and_nothing_is_done_twice(export
     _, recipe, _, _, result = exported
     card = (recipe.stage_dir("export") / "encoder" / "README.md").read_text()
     assert "Not evaluated." in card and "shard set abc" in card and "8 images seen" in card
-    assert export(recipe)["state"] == "finished already"
+    assert run_stage(export_stage, recipe)["state"] == "finished already"
     state = json.loads((recipe.stage_dir("pretrain") / "images-000000000008" / "state.json").read_text())
     evaluated(recipe, "of another checkpoint")
-    assert export(recipe)["state"] == "finished already"
+    assert run_stage(export_stage, recipe)["state"] == "finished already"
     (recipe.stage_dir("evaluate") / "settings.json").write_text(
         json.dumps({"checkpoint": state["files"]["model.safetensors"]})
     )
-    again = export(recipe)
+    again = run_stage(export_stage, recipe)
     assert again["state"] == "renewed"
     assert again["registered"] == result["registered"] and again["sha256"] == result["sha256"]
     card = (recipe.stage_dir("export") / "encoder" / "README.md").read_text()
     assert "| `eval/linear_top1` | 61.2 | 58.0 to 64.4 | 40.0 |" in card and "1,234 val images" in card
     assert str(recipe.out) not in card
-    assert export(recipe)["state"] == "finished already"
-    assert "cats" in export_line(again) and "encoder.onnx" in export_line(again)
+    assert run_stage(export_stage, recipe)["state"] == "finished already"
+    assert "cats" in summary(recipe, again) and "encoder.onnx" in summary(recipe, again)
 
 
 def test_a_hierarchy_of_other_channels_is_the_same_in_onnx_for_any_batch(tmp_path):
@@ -185,7 +186,7 @@ def test_missing_packages_are_named_before_anything_is_written(tmp_path, monkeyp
             SettingError,
             match=rf"^{re.escape(setting)} needs .* onnxscript cannot be imported; pip install 'wavemim\[onnx\]'$",
         ):
-            export(recipe_for(tmp_path, setting))
+            run_stage(export_stage, recipe_for(tmp_path, setting))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "no_such_package"))
     assert onnx_export.missing_packages() == ["no_such_package"]
@@ -195,12 +196,12 @@ def test_a_store_that_is_away_costs_the_registration_alone(exported, tmp_path):
     out, _, _, _, result = exported
     away = recipe_for(out, "export.registry=dogs", "tracking.uri=http://127.0.0.1:9")
     with pytest.raises(StageError, match=r"export\.registry=dogs: MLflow at http://127\.0\.0\.1:9.*tries again"):
-        export(away)
+        run_stage(export_stage, away)
     with pytest.raises(StageError, match="does not answer"):  # the run has never reached it
         register(away, tmp_path, result["onnx"], name="dogs", about={})
     kept = json.loads((away.stage_dir("export") / "result.json").read_text())
     assert kept["registered"] == result["registered"]
-    again = export(recipe_for(out, "export.registry=dogs"))["registered"]
+    again = run_stage(export_stage, recipe_for(out, "export.registry=dogs"))["registered"]
     assert (again["name"], again["version"]) == ("dogs", "1")
 
 

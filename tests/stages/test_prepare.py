@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from s3_server import bucket, new_bucket, s3, s3_server  # noqa: F401 — two are fixtures
+from stage_calls import run_stage
 from tiny_shards import smooth_texture
 
 from pipeline.config.load import load
@@ -33,6 +34,7 @@ from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import MANIFEST, ShardSet
 from pipeline.shards.verify import verify
 from pipeline.shards.writer import ShardWriter
+from pipeline.stages import prepare
 from pipeline.storage.folder import Folder
 from wavemim.wavelets import reconstruct
 
@@ -119,10 +121,8 @@ def broken_inputs(folder: Path) -> dict[str, str]:
 
 @pytest.mark.ray
 def test_a_labelled_folder_becomes_a_shard_set(ray_local, photo_folder, tmp_path, capfd):
-    from pipeline.stages.prepare import prepare
-
     seen: list[dict] = []
-    summary = prepare(recipe(photo_folder, tmp_path / "one"), progress=False, on_unit=seen.append)
+    summary = run_stage(prepare, recipe(photo_folder, tmp_path / "one"), on_unit=seen.append)
     assert summary["state"] == "new" and summary["rows"] == {"train": 108, "val": 12} and summary["classes"] == 3
     assert summary["counts"] == {"inputs": 120, "kept": 120, "rejected": 0, "ignored": 0}
     assert [unit["done"] for unit in seen] == [1, 2, 3] and {unit["total"] for unit in seen} == {3}
@@ -143,9 +143,9 @@ def test_a_labelled_folder_becomes_a_shard_set(ray_local, photo_folder, tmp_path
         pixels = reconstruct({n: v.astype(float) * shards.steps[n] for n, v in stored.items()})
         image = decode_image((photo_folder / path).read_bytes(), path, Pixels(SIZE))
         assert np.abs(pixels - image).mean() < 2
-    again = prepare(recipe(photo_folder, tmp_path / "one"), progress=False)
+    again = run_stage(prepare, recipe(photo_folder, tmp_path / "one"))
     assert again["state"] == "finished already" and again["fingerprint"] == summary["fingerprint"]
-    prepare(recipe(photo_folder, tmp_path / "two"), progress=False)
+    run_stage(prepare, recipe(photo_folder, tmp_path / "two"))
     other = tmp_path / "two" / "shards"
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
@@ -155,8 +155,6 @@ def test_a_labelled_folder_becomes_a_shard_set(ray_local, photo_folder, tmp_path
 
 @pytest.mark.ray
 def test_every_input_is_kept_or_rejected(ray_local, photo_folder, tmp_path):
-    from pipeline.stages.prepare import prepare
-
     images = tmp_path / "images"
     reasons = broken_inputs(images)
     assert len(reasons) >= 15
@@ -166,7 +164,7 @@ def test_every_input_is_kept_or_rejected(ray_local, photo_folder, tmp_path):
     # What does not matter: a wrong suffix, damaged EXIF.
     _saved(photo(7), images / "png.jpg", format="PNG")
     (images / "exif.jpg").write_bytes(_with_bad_exif(good[0].read_bytes()))
-    summary = prepare(recipe(images, tmp_path / "out", "data.max_rejected=1"), progress=False)
+    summary = run_stage(prepare, recipe(images, tmp_path / "out", "data.max_rejected=1"))
     folder = tmp_path / "out" / "shards"
     rejected = {row["path"]: row["reason"] for row in pq.read_table(folder / "rejected.parquet").to_pylist()}
     assert rejected.keys() == reasons.keys()
@@ -186,8 +184,6 @@ def _with_bad_exif(jpeg: bytes) -> bytes:
 
 @pytest.mark.ray
 def test_too_many_rejects_end_the_stage_and_can_be_allowed(ray_local, photo_folder, tmp_path):
-    from pipeline.stages.prepare import prepare
-
     images = tmp_path / "images"
     images.mkdir()
     for number, path in enumerate(sorted(photo_folder.glob("*/*"))[:8]):
@@ -195,27 +191,27 @@ def test_too_many_rejects_end_the_stage_and_can_be_allowed(ray_local, photo_fold
     for number in range(11):
         (images / f"bad{number}.jpg").write_bytes(b"")
     with pytest.raises(StageError, match=r"11 of 19 inputs are rejected.*max_rejected=0\.01.*bad0\.jpg: empty file"):
-        prepare(recipe(images, tmp_path / "out"), progress=False)
+        run_stage(prepare, recipe(images, tmp_path / "out"))
     assert not (tmp_path / "out" / "shards" / MANIFEST).exists()
-    summary = prepare(recipe(images, tmp_path / "out", "data.max_rejected=0.9"), progress=False)
+    summary = run_stage(prepare, recipe(images, tmp_path / "out", "data.max_rejected=0.9"))
     assert summary["state"] == "continued" and summary["units"]["reused"] >= 1
     for path in images.glob("good*"):
         path.unlink()
     with pytest.raises(StageError, match=r"no image of .* could be stored"):
-        prepare(recipe(images, tmp_path / "none", "data.max_rejected=1"), progress=False)
+        run_stage(prepare, recipe(images, tmp_path / "none", "data.max_rejected=1"))
 
 
 def one_task(photo_folder: Path, out: Path | Folder):
     """The task of the val split, ready to be called without Ray."""
-    from pipeline.stages.prepare import _write_plan
     from pipeline.stages.prepare_task import Task, make_units
+    from pipeline.stages.prepare_units import write_plan
 
     plan = plan_source(str(photo_folder), val_share=0.1, seed=0)
     units = make_units(plan, 1024)
     task = Task(
         out if isinstance(out, Folder) else Folder.at(out), plan.origin, Layout(SIZE, 3, {1: 4, 2: 4}), Pixels(SIZE), 8
     )
-    _write_plan(task.folder, plan, units)
+    write_plan(task.folder, plan, units)
     [unit] = [unit for unit in units if unit.split == "val"]
     return {"unit": json.dumps(vars(unit))}, task
 
@@ -247,8 +243,6 @@ def test_a_failing_disk_leaves_no_shard_and_no_report(photo_folder, tmp_path, mo
 
 @pytest.mark.ray
 def test_a_full_disk_is_said_and_the_call_goes_on_when_there_is_room(ray_local, photo_folder, tmp_path):
-    from pipeline.stages.prepare import prepare
-
     disk = tmp_path / "disk"
     disk.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "none", disk], capture_output=True, text=True)
@@ -257,10 +251,10 @@ def test_a_full_disk_is_said_and_the_call_goes_on_when_there_is_room(ray_local, 
     try:
         settings = recipe(photo_folder, tmp_path / "out", f"shards={disk}/set", "data.rows_per_shard=12")
         with pytest.raises((StageError, OSError), match="No space left"):
-            prepare(settings, progress=False)
+            run_stage(prepare, settings)
         assert not (disk / "set" / MANIFEST).exists() and (disk / "set" / "settings.json").exists()
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        summary = prepare(settings, progress=False)
+        summary = run_stage(prepare, settings)
         assert summary["state"] == "continued" and summary["rows"] == {"train": 108, "val": 12}
         assert not any(problem for _, problem in verify(ShardSet.open(disk / "set")))
     finally:
@@ -269,27 +263,23 @@ def test_a_full_disk_is_said_and_the_call_goes_on_when_there_is_room(ray_local, 
 
 @pytest.mark.ray
 def test_a_second_prepare_into_the_same_folder_is_refused(ray_local, photo_folder, tmp_path):
-    from pipeline.stages.prepare import prepare
-
     settings = recipe(photo_folder, tmp_path / "out")
     with (
         stage_folder(tmp_path / "out" / "shards", {"a": 1}),
         pytest.raises(StageError, match=f"shards is being written by process {os.getpid()}"),
     ):
-        prepare(settings, progress=False)
+        run_stage(prepare, settings)
 
 
 def test_what_is_written_must_not_become_input(photo_folder, tmp_path):
-    from pipeline.stages.prepare import prepare
-
     for settings, key in (
         (recipe(photo_folder, photo_folder / "out"), "out"),
         (recipe(photo_folder, tmp_path / "out", f"shards={photo_folder}/set"), "shards"),
     ):
-        with pytest.raises(SettingError, match=f"{key}=.*would be taken for images"):
-            prepare(settings, progress=False)
-    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too small"):
-        prepare(recipe(photo_folder, tmp_path / "out", "data.steps=[1e-7]"), progress=False)
+        with pytest.raises(SettingError, match=f"{key}=.*would be read as images"):
+            run_stage(prepare, settings)
+    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too fine"):
+        run_stage(prepare, recipe(photo_folder, tmp_path / "out", "data.steps=[1e-7]"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -318,8 +308,6 @@ def write_parquet(path: Path, seeds: range) -> None:
 
 @pytest.mark.ray
 def test_lists_tars_and_parquet_files_give_the_same_images(ray_local, tmp_path):
-    from pipeline.stages.prepare import prepare
-
     (tmp_path / "files").mkdir()
     for seed in range(30):
         (tmp_path / "files" / f"{seed}.jpg").write_bytes(jpeg(seed))
@@ -334,7 +322,7 @@ def test_lists_tars_and_parquet_files_give_the_same_images(ray_local, tmp_path):
     found = {}
     for source in ("list.csv", "tars", "parquet"):
         out = tmp_path / f"out-{source}"
-        summary = prepare(recipe(tmp_path / source, out), progress=False)
+        summary = run_stage(prepare, recipe(tmp_path / source, out))
         assert summary["classes"] == 2 and summary["rows"] == {"train": 27, "val": 3}
         rows = shard_rows(out / "shards")
         found[source] = sorted(values[2:] for split in rows.values() for values in split.values())
@@ -343,21 +331,19 @@ def test_lists_tars_and_parquet_files_give_the_same_images(ray_local, tmp_path):
 
 @pytest.mark.ray
 def test_from_and_to_an_object_store(ray_local, photo_folder, tmp_path, bucket):  # noqa: F811
-    from pipeline.stages.prepare import prepare
-
-    local = prepare(recipe(photo_folder, tmp_path / "local", "data.rows_per_shard=40"), progress=False)
+    local = run_stage(prepare, recipe(photo_folder, tmp_path / "local", "data.rows_per_shard=40"))
     source, target = bucket.sub("photos"), bucket.sub("sets/one")
     for path in sorted(photo_folder.glob("*/*")):
         source.write(str(path.relative_to(photo_folder)), path.read_bytes())
     settings = recipe(source.url, tmp_path / "out", f"shards={target.url}", "data.rows_per_shard=40")
-    summary = prepare(settings, progress=False)
+    summary = run_stage(prepare, settings)
     assert summary["fingerprint"] == local["fingerprint"] and summary["rows"] == local["rows"]
     shards = ShardSet.open(target.url)
     assert not any(problem for _, problem in verify(shards))
     assert target.sub("units").names() == []
     batches = Reader(shards, "train", batch=40, window=SIZE, flip=True).epoch(0)
     assert sum(len(batch.rows) for batch in batches) == 120  # 108, the last batch filled up
-    assert prepare(settings, progress=False)["state"] == "finished already"
+    assert run_stage(prepare, settings)["state"] == "finished already"
     target.write("train-00000.parquet", b"other bytes")
     with pytest.raises(StageError, match=r"train-00000\.parquet.* has 11 bytes"):
         ShardSet.open(target.url)
@@ -380,11 +366,12 @@ def test_a_lost_connection_is_said_and_leaves_no_manifest(photo_folder, tmp_path
 KILLED = """
 import os, sys
 import ray
-from pipeline.config import load
-from pipeline.stages.prepare import prepare
+from pipeline.config.load import load
+from pipeline.stages import prepare
 ray.init(address=sys.argv[1], log_to_driver=False)
 print("begins", flush=True)
-prepare(load("small", sys.argv[2:]), progress=False, on_unit=lambda unit: print(unit["unit"], flush=True))
+recipe = load("small", sys.argv[2:])
+prepare.run(recipe, None, prepare.check(recipe), progress=False, on_unit=lambda unit: print(unit["unit"], flush=True))
 """
 
 
@@ -414,8 +401,6 @@ def kill_workers() -> int:
 def test_ten_kills_at_random_moments_change_nothing(ray_local, tmp_path):
     """Drivers and workers in turn; what was finished is not done again, and the set is that of an undisturbed call."""
     import ray
-
-    from pipeline.stages.prepare import prepare
 
     images = tmp_path / "images"
     images.mkdir()
@@ -461,10 +446,10 @@ def test_ten_kills_at_random_moments_change_nothing(ray_local, tmp_path):
     (folder / ".0123.tmp").write_bytes(b"half")
     broken = folder / f"{sorted(finished)[0]}.parquet"
     broken.write_bytes(broken.read_bytes()[:100])
-    summary = prepare(settings, progress=False)
+    summary = run_stage(prepare, settings)
     assert summary["state"] == "continued" and summary["units"]["reused"] >= len(finished) - 1
     whole = recipe(images, tmp_path / "whole", *overrides)
-    assert prepare(whole, progress=False)["fingerprint"] == summary["fingerprint"]
+    assert run_stage(prepare, whole)["fingerprint"] == summary["fingerprint"]
     assert shard_rows(folder) == shard_rows(Path(whole.shards_at))
     names = [sorted(path.name for path in Path(one.shards_at).iterdir()) for one in (settings, whole)]
     assert names[0] == names[1]

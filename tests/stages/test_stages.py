@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from stage_calls import run_stage
 from tiny_images import images_of
 
 from pipeline.config.load import load, with_overrides
@@ -19,12 +20,10 @@ from pipeline.errors import SettingError
 from pipeline.models.build import build_model, model_of_checkpoint
 from pipeline.runtime.ray_session import check_room
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages import pretrain
-from pipeline.stages.evaluate import evaluate
-from pipeline.stages.export import export
-from pipeline.stages.prepare import prepare
-from pipeline.stages.tune import PROBE, RANK, tune
-from pipeline.tools.embed import embed, plan_images, subject_named
+from pipeline.stages import evaluate, export, prepare, pretrain, tune
+from pipeline.stages.tune_trial import PROBE, RANK
+from pipeline.tools.embed import embed, subject_named
+from pipeline.tools.embed_sources import plan_images
 from wavemim.weights import checkpoint
 
 TINY = {
@@ -66,11 +65,11 @@ def whole(ray_local, photo_folder, tmp_path_factory):
     """All stages once, on labelled photos, pretraining with two workers."""
     out = tmp_path_factory.mktemp("whole")
     recipe = recipe_for(out, photo_folder)
-    results = {"prepare": prepare(recipe, progress=False)}
-    results["pretrain"] = pretrain.run(recipe, ray_local, pretrain.check(recipe), progress=False)
-    results["evaluate"] = evaluate(recipe, ray_local, progress=False)
-    results["tune"] = tune(recipe, ray_local, progress=False)
-    results["export"] = export(recipe)
+    results = {"prepare": run_stage(prepare, recipe, ray_local)}
+    results["pretrain"] = run_stage(pretrain, recipe, ray_local)
+    results["evaluate"] = run_stage(evaluate, recipe, ray_local)
+    results["tune"] = run_stage(tune, recipe, ray_local)
+    results["export"] = run_stage(export, recipe)
     return out, recipe, results
 
 
@@ -214,17 +213,15 @@ def test_the_same_call_again_does_nothing_and_says_so(whole, ray_local):
         return {path: path.stat().st_mtime_ns for path in files}
 
     before = written()
-    assert prepare(recipe, progress=False)["state"] == "finished already"
-    for stage in (pretrain, evaluate, tune):
-        assert stage(recipe, ray_local, progress=False)["state"] == "finished already"
-    assert export(recipe)["state"] == "finished already"
+    for stage in (prepare, pretrain, evaluate, tune, export):
+        assert run_stage(stage, recipe, ray_local)["state"] == "finished already"
     assert written() == before
 
 
 def test_other_settings_in_the_same_place_are_refused(whole, ray_local):
     _, recipe, _ = whole
     with pytest.raises(SettingError, match=r"train\.epochs: 4\.0 → 5\.0.*restart=true"):
-        pretrain.run(with_overrides(recipe, {"train.epochs": 5}), ray_local, pretrain.check(recipe), progress=False)
+        run_stage(pretrain, with_overrides(recipe, {"train.epochs": 5}), ray_local)
 
 
 def test_workers_that_never_fit_are_refused_at_once(whole, ray_local):
@@ -236,7 +233,7 @@ def test_workers_that_never_fit_are_refused_at_once(whole, ray_local):
         check_room(many, replace(ray_local, private=True, gpus=0), 20)
 
 
-def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp_path):
+def test_without_labels_what_needs_them_is_skipped(ray_local, photo_folder, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for number, path in enumerate(sorted(photo_folder.rglob("*.jpg"))[:20]):
@@ -244,11 +241,11 @@ def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp
     (flat / "notes.txt").write_text("not a picture")
     (flat / "broken.jpg").write_bytes((flat / "0.jpg").read_bytes()[:200])
     recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.trials": 2})
-    summary = prepare(recipe, progress=False)
+    summary = run_stage(prepare, recipe, ray_local)
     assert summary["counts"]["kept"] == 20
     assert summary["counts"]["rejected"] == 2
-    pretrain.run(recipe, ray_local, pretrain.check(recipe), progress=False)
-    measured = evaluate(recipe, ray_local, progress=False)
+    run_stage(pretrain, recipe, ray_local)
+    measured = run_stage(evaluate, recipe, ray_local)
     assert not measured["labelled"]
     assert set(measured["measured"]["trained"]) == {"eval/rankme", "eval/alpha_req"}
-    assert tune(recipe, ray_local, progress=False)["objective"] == RANK
+    assert run_stage(tune, recipe, ray_local)["objective"] == RANK

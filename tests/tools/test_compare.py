@@ -105,7 +105,7 @@ def test_side_by_side(runs, tmp_path):
     )
     assert training["images seen"] == ["400", "400"]
     assert training["wall-clock"] == ["3 min 20 s", "1 min 40 s"]
-    assert training["arithmetic"] == ["400 GFLOP", "400 GFLOP"]
+    assert training["compute"] == ["400 GFLOP", "400 GFLOP"]
     assert training["CPU core-hours"] == ["0.111", "0.0556"]
     assert training["bytes read"] == ["400 KiB", "400 KiB"]
     assert evaluation["images seen"] == ["50", "–"]
@@ -185,13 +185,13 @@ def test_mistakes_are_one_line(runs, tmp_path, monkeypatch, capsys):
             "--metric",
             "eval/knn",
         ): "--metric eval/knn: none of the runs has it; they have eval/linear_top1",
-        ("first", here, "--plot", "none/c.png"): "none/c.png: there is no folder",
-        ("first", "tracking.experiment=x"): "compare knows no setting but tracking.uri=URI",
+        ("first", here, "--plot", "none/c.png"): "none/c.png: the folder",
+        ("first", "tracking.experiment=x"): "compare takes no setting except tracking.uri=URI",
         ("first",): "it is not known where MLflow keeps the runs: give tracking.uri=URI",
         (out,): "holds runs; give one or more of them",
         (tmp_path,): "has nothing that was logged",
-        ("no/such", here): "no/such is not a folder",
-        (here,): "compare needs one run or more",
+        ("no/such", here): "no/such is no folder",
+        (here,): "compare needs one or more runs",
     }.items():
         code, lines = said_by_command(monkeypatch, capsys, *arguments)
         assert (code, len(lines)) == (2, 1), (arguments, lines)
@@ -234,8 +234,8 @@ def test_old_doubled_and_ambiguous_runs_are_told_apart(runs, tmp_path):
     client.delete_tag(evaluated, "wavemim.run")
     text = compare(["r"], uri=here, plot=tmp_path / "c.png")
     assert "Note: r: made by an earlier version, without the tag wavemim.run; put together by wavemim.recipe" in text
-    assert "Note: r: its cost is not known, it was not measured" in text
-    assert "One run: there is nothing" in text
+    assert "Note: r: its cost is unknown, it was not measured" in text
+    assert "One run: nothing to compare" in text
     _, curves = module._read(["r"], here, ("train/loss",), drawn=True)
     assert [point.images for point in curves["train/loss"]["r"]] == [10, 20]
     assert all(0 <= point.seconds < 600 for point in curves["train/loss"]["r"])  # by the times of the values

@@ -9,7 +9,9 @@ from pipeline.cli import _group
 from pipeline.errors import SettingError
 from pipeline.images.sources import fetch
 from pipeline.models.encoder_source import Subject
-from pipeline.tools.embed import Writer, check_out, plan_images, units_of
+from pipeline.tools.embed import check_out
+from pipeline.tools.embed_file import Writer
+from pipeline.tools.embed_sources import plan_images, units_of
 
 SUBJECT = Subject("/m", "folder", "f" * 64, 8, 3, (1.0,) * 3, (2.0,) * 3, None, None)
 
@@ -111,9 +113,9 @@ def test_mistakes_are_found_before_ray_starts(tmp_path, monkeypatch):
     (tmp_path / "folder.parquet").mkdir()
     for out, message in (
         ("there.parquet", r"--out there\.parquet: .*is there already; --overwrite replaces it"),
-        ("folder.parquet", "is a folder; give another name"),
-        ("features.csv", r"a name that ends in \.parquet is needed"),
-        ("absent/f.parquet", "no folder '.*absent'"),
+        ("folder.parquet", "is a folder; use another name"),
+        ("features.csv", r"the name has to end in \.parquet"),
+        ("absent/f.parquet", "the folder '.*absent' does not exist"),
     ):
         with pytest.raises(SettingError, match=message):
             _group.main(["embed", "timm:resnet18", "x.png", "--out", out], standalone_mode=False)
@@ -122,7 +124,7 @@ def test_mistakes_are_found_before_ray_starts(tmp_path, monkeypatch):
         with pytest.raises(SettingError, match=message):
             plan_images([images])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SettingError, match="empty: holds no images"):
+    with pytest.raises(SettingError, match="empty: contains no images"):
         plan_images(["empty"])
     picture(tmp_path / "x.png")
     with pytest.raises(SettingError, match="checkpoint=nowhere"):

@@ -197,7 +197,7 @@ def test_copies_and_leaks_are_counted(tmp_path):
         ["train: 2.jpg", "train: 4.jpg"],
     ]
     text = describe(facts)
-    assert "6  rows that are copies" in text and "3  val images that are in train too" in text
+    assert "6  rows that duplicate" in text and "3  val images that are also in train" in text
     assert "train: 9.jpg  =  val: 10.jpg" in text
 
 
@@ -286,9 +286,9 @@ def test_inspect_as_a_command(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.png").write_text("not a picture")
     for picture, word in (
-        ("notes.png", "is no PNG"),
+        ("notes.png", "is not a PNG"),
         ("a.jpg", "ends with .png"),
-        ("x/a.png", "its folder is not there"),
+        ("x/a.png", "its folder does not exist"),
     ):
         code, out, err = wavemim(monkeypatch, capsys, "inspect", folder, "-q", "--picture", picture)
         assert (code, out, err.count("\n")) == (2, "", 1) and word in err

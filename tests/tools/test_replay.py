@@ -11,8 +11,8 @@ from tiny_shards import photos, write_set
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.shards.reader import Reader
-from pipeline.shards.row_groups import read_columns
-from pipeline.tools.replay import replay
+from pipeline.shards.shard_set import read_columns
+from pipeline.tools.replay_steps import replay
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, DivergedError
 from pipeline.training.pretrain_loop import train
 from wavemim.model import MaskedImageModel
@@ -85,7 +85,7 @@ def test_weights_that_are_gone_are_named_with_every_step(shards, tmp_path, monke
         assert math.isfinite(step.losses[2]) and not math.isfinite(step.losses[3])
         assert step.parameter is not None
         assert len(step.images) == 10  # all of them
-    assert said[-1] == "2 of 2 steps are not finite, with every image: it is the weights."
+    assert said[-1] == "2 of 2 steps are not finite, with every image: the weights are the cause."
 
 
 def test_the_image_is_named_that_alone_does_it(shards, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_image_is_named_that_alone_does_it(shards, tmp_path, monkeypatch):
     said = []
     found = replay(str(tmp_path / FOLDER), say=said.append)
     assert [step.images for step in found] == [[path], [path]]
-    assert said[-1] == "2 of 2 steps are not finite, for 1 images that are so by themselves."
+    assert said[-1] == "2 of 2 steps are not finite, because of 1 images that are not finite on their own."
     assert found[0].parameter is not None
     monkeypatch.undo()
     found = replay(str(tmp_path), say=said.append)  # with images that are whole
@@ -133,7 +133,7 @@ def test_nothing_to_replay_is_said(tmp_path):
 
 def test_the_command(shards, tmp_path, monkeypatch):
     from pipeline.cli import _group
-    from pipeline.tools import replay as module
+    from pipeline.tools import replay_steps as module
 
     monkeypatch.setattr(module, "replay", lambda where, shards, say: say(f"{where} {shards}"))
     done = CliRunner().invoke(_group, ["replay", "here", "--shards", "there"])

@@ -166,14 +166,14 @@ def test_a_server_is_killed_and_restarted(
         ids = [run_of(folder) for folder in folders]
         assert capfd.readouterr().out.splitlines() == [
             f"mini/ended: 2,980 values of 2 metrics, 1 file; run {ids[0]}",
-            f"mini/going_on: nothing left; run {ids[1]}",
+            f"mini/going_on: nothing to send; run {ids[1]}",
             f"mini/late: 40 values of 2 metrics; run {ids[2]}",
         ]
         for _ in range(2):
             for folder, run_id in zip(folders, ids, strict=True):
                 assert in_store(url, run_id) == in_file(folder)
             assert [line.partition(": ")[2] for line in said_by_sync(tmp_path)] == [
-                f"nothing left; run {i}" for i in ids
+                f"nothing to send; run {i}" for i in ids
             ]
         client = client_of(url)
         infos = [client.get_run(run_id).info for run_id in ids]
@@ -234,9 +234,9 @@ def test_a_writer_is_killed_before_and_after_sending_and_after_creating_its_run(
     for point in points:
         folder = tmp_path / point
         if point != "created":
-            left = "40 values of 2 metrics" if point == "before" else "nothing left"
+            left = "40 values of 2 metrics" if point == "before" else "nothing to send"
             assert said_by_sync(folder) == [f"{point}: {left}; run {marked[point].run_id}"]
-            assert said_by_sync(folder) == [f"{point}: nothing left; run {marked[point].run_id}"]
+            assert said_by_sync(folder) == [f"{point}: nothing to send; run {marked[point].run_id}"]
             assert in_store(store, marked[point].run_id) == in_file(folder)
         with Tracker.start(recipe_in(folder, store), "pretrain", log_dir=folder) as again:
             log_some(again, 30, 40)
@@ -270,7 +270,7 @@ def test_a_sweep_that_nobody_heard_of_is_sent_with_its_trials(
         "mini/tune/trials/0: 10 values of 2 metrics",
         "mini/tune/trials/1: 10 values of 2 metrics",
     ]
-    assert all("nothing left" in line for line in said_by_sync(tmp_path))  # and knows the store now
+    assert all("nothing to send" in line for line in said_by_sync(tmp_path))  # and knows the store now
     client = client_of(store)
     children = [client.get_run(run_of(folder / "trials" / str(number))) for number in range(2)]
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {run_of(folder)}
@@ -300,12 +300,12 @@ def test_a_store_that_lost_the_run_gets_all_of_it(tmp_path: Path, store: str) ->
         log_some(tracker, 0, 10)
         tracker.tag("a", "b")
     other = f"sqlite:///{tmp_path}/other.db"
-    assert said_by_sync(tmp_path / "p", uri=other)[0].startswith("p: nothing left")
+    assert said_by_sync(tmp_path / "p", uri=other)[0].startswith("p: nothing to send")
     with Tracker.start(recipe_in(tmp_path, other), "pretrain", log_dir=tmp_path / "q") as second:
         log_some(second, 0, 3)
     client_of(other).delete_run(second.handle.run_id)
     JsonLines(tmp_path / "q" / "metrics.jsonl").append({"step": 4, "time": 1.0, "metrics": {"a": 1.0}})
-    with pytest.raises(StageError, match=r"q: its run \w+ was deleted; it is kept"):
+    with pytest.raises(StageError, match=r"q: its run \w+ was deleted; the logs are kept"):
         sync(tmp_path / "q")
     # The other store is asked for a run it never had.
     JsonLines(tmp_path / "p" / "metrics.jsonl").append({"step": 10, "time": 1.0, "metrics": {"a": 1.0}})
@@ -330,14 +330,14 @@ def test_a_file_that_cannot_be_stored_now_waits(
             tracker.artifact(tmp_path / "a.png")
             tracker.artifact(tmp_path / "gone.png")
             log_some(tracker, 0, 5)
-        with pytest.raises(StageError, match=r"does not take 2 files \(No space left on device\)"):
+        with pytest.raises(StageError, match=r"does not accept 2 files \(No space left on device\)"):
             sync(tmp_path)
     (tmp_path / "gone.png").unlink()
     assert "a.png for now (No space left on device)" in caplog.text
     run = client_of(store).get_run(tracker.handle.run_id)
     assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 0.2)
-    assert said_by_sync(tmp_path)[0].split(": ", 1)[1].startswith("1 file, 1 file no longer there; run ")
-    assert "nothing left" in said_by_sync(tmp_path)[0]
+    assert said_by_sync(tmp_path)[0].split(": ", 1)[1].startswith("1 file, 1 file no longer exist; run ")
+    assert "nothing to send" in said_by_sync(tmp_path)[0]
     assert {f.path for f in client_of(store).list_artifacts(run.info.run_id)} == {"a.png", "recipe.yaml"}
 
 
@@ -447,9 +447,9 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     for arguments, code, words in (
         ([str(tmp_path / "none")], 2, "none is not a folder; give OUT"),
-        ([str(tmp_path / "empty")], 2, "empty has nothing that was logged"),
-        ([str(tmp_path / "x"), "train.lr=1"], 2, "train.lr=1: sync knows no setting but tracking.uri=URI"),
-        ([str(tmp_path / "x")], 1, "does not answer (Connection refused); what is left stays in"),
+        ([str(tmp_path / "empty")], 2, "empty holds no logs of a stage"),
+        ([str(tmp_path / "x"), "train.lr=1"], 2, "train.lr=1: sync takes no setting except tracking.uri=URI"),
+        ([str(tmp_path / "x")], 1, "does not answer (Connection refused); unsent logs stay in"),
     ):
         monkeypatch.setattr(sys, "argv", ["wavemim", "sync", *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -487,7 +487,7 @@ def test_a_place_for_files_that_fails_holds_up_no_metrics(
         with Tracker.start(recipe_in(tmp_path, store), "x", log_dir=tmp_path) as tracker:
             log_some(tracker, 0, 5)
         assert in_store(store, tracker.handle.run_id) == in_file(tmp_path)
-        with pytest.raises(StageError, match=r"does not take 1 file \(Permission denied\)"):
+        with pytest.raises(StageError, match=r"does not accept 1 file \(Permission denied\)"):
             sync(tmp_path)
     sync(tmp_path, say=lambda _: None)
     assert {f.path for f in client_of(store).list_artifacts(tracker.handle.run_id)} == {"recipe.yaml"}

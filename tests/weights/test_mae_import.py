@@ -187,12 +187,12 @@ def test_the_command(tmp_path, capsys):
     run(file, out, "--heads", "4")
     said = capsys.readouterr().out
     assert said == f"import: vit_base_patch16_224, width 64, 3 blocks, 4 heads, patches of 8 in 32 pixels → {out}\n"
-    with pytest.raises(SettingError, match="is there already; --overwrite replaces it"):
+    with pytest.raises(SettingError, match="exists already; --overwrite replaces it"):
         run(file, out, "--heads", "4")
     run(file, out, "--heads", "4", "--overwrite")
-    with pytest.raises(SettingError, match="is none that import wrote"):
+    with pytest.raises(SettingError, match="was not written by import"):
         run(file, str(tmp_path), "--overwrite")
-    with pytest.raises(SettingError, match="--mean a,b: give a number for each channel"):
+    with pytest.raises(SettingError, match="--mean a,b: give one number per channel"):
         run(file, str(tmp_path / "new"), "--mean", "a,b")
     with pytest.raises(SettingError, match="no such file"):
         run(str(tmp_path / "absent.pth"), str(tmp_path / "new"))

@@ -1,0 +1,94 @@
+"""Carries out stages one after another: every check of the settings first, then check, run and summary of each stage."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pipeline.config.recipe import Recipe
+from pipeline.runtime.ray_session import ray_session
+
+WITHOUT_RAY = frozenset({"export"})
+
+
+class Stage(Protocol):
+    """What the module of a stage offers."""
+
+    @property
+    def CHECKS(self) -> Sequence[Callable[[Recipe], object]]:
+        """Checks of the settings only; each raises SettingError."""
+
+    def check(self, recipe: Recipe) -> Any:
+        """Check the inputs on disk, before Ray is started; returns what `run` takes as `checked`."""
+
+    def run(self, recipe: Recipe, session: Any, checked: Any, *, progress: bool = True) -> dict[str, Any]:
+        """Do the work, or recognise that it is finished already."""
+
+    def summary(self, recipe: Recipe, result: Mapping[str, Any]) -> str:
+        """What a person reads at the end."""
+
+
+@dataclass
+class Outcome:
+    """What the stages returned, and how long each of them took."""
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # "start" is the start of Ray
+
+
+def check_settings(stages: Iterable[Stage], recipe: Recipe) -> None:
+    """Call every check that one of the stages names, once each.
+
+    Args:
+        stages: The stages that are going to run.
+        recipe: The settings.
+
+    Raises:
+        SettingError: The settings cannot be used.
+    """
+    for check in dict.fromkeys(check for stage in stages for check in stage.CHECKS):
+        check(recipe)
+
+
+def run_stages(
+    stages: Mapping[str, Stage], recipe: Recipe, *, progress: bool = True, say: Callable[[str], object] = print
+) -> Outcome:
+    """Run stages in their order.
+
+    Ray is started after the first stage's inputs have been checked, and shut down before a stage that needs no Ray.
+
+    Args:
+        stages: Modules of stages by name, in order.
+        recipe: The settings.
+        progress: Whether progress bars are shown.
+        say: Called with the summary of each stage.
+
+    Returns:
+        The results of the stages and their durations.
+
+    Raises:
+        SettingError: The settings or the inputs cannot be used.
+        StageError: A stage could not finish.
+    """
+    check_settings(stages.values(), recipe)
+    outcome = Outcome()
+    with contextlib.ExitStack() as stack:
+        session = None
+        for name, stage in stages.items():
+            began = time.perf_counter()
+            checked = stage.check(recipe)
+            starting = time.perf_counter()
+            if name in WITHOUT_RAY:
+                stack.close()
+                session = None
+            elif session is None:
+                session = stack.enter_context(ray_session(recipe.cluster))
+                outcome.seconds["start"] = time.perf_counter() - starting
+                began += outcome.seconds["start"]
+            outcome.results[name] = stage.run(recipe, session, checked, progress=progress)
+            outcome.seconds[name] = time.perf_counter() - began
+            say(stage.summary(recipe, outcome.results[name]))
+    return outcome
