@@ -12,6 +12,7 @@ and returns the same type.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -64,14 +65,7 @@ def decompose(images: Array, levels: int, wavelet: str = "haar") -> dict[int, Ar
     Raises:
         ValueError: If H or W is not a multiple of 2^levels.
     """
-    check_levels(images.shape[-2], images.shape[-1], levels)
-    pyramid: dict[int, Any] = {}
-    approximation: Any = images
-    for level in range(1, levels + 1):
-        approximation, details = _analyse(approximation, wavelet)
-        pyramid[level] = details
-    pyramid[levels] = _concatenate([approximation[..., None, :, :], pyramid[levels]])
-    return pyramid
+    return _pyramid(images, levels, functools.partial(_analyse, wavelet=wavelet))
 
 
 def haar_sums(images: Array, levels: int) -> dict[int, Array]:
@@ -87,14 +81,7 @@ def haar_sums(images: Array, levels: int) -> dict[int, Array]:
     Raises:
         ValueError: If H or W is not a multiple of 2^levels.
     """
-    check_levels(images.shape[-2], images.shape[-1], levels)
-    pyramid: dict[int, Any] = {}
-    approximation: Any = images
-    for level in range(1, levels + 1):
-        approximation, details = _haar_step(approximation)
-        pyramid[level] = details
-    pyramid[levels] = _concatenate([approximation[..., None, :, :], pyramid[levels]])
-    return pyramid
+    return _pyramid(images, levels, _haar_step)
 
 
 def reconstruct(pyramid: dict[int, Array], wavelet: str = "haar", to: int = 0) -> Array:
@@ -168,6 +155,18 @@ def coefficient_bound(level: int, band: str, wavelet: str = "haar", peak: float 
         return peak * low ** (2 * level)
     last = low * high if band in "HV" else high * high
     return peak / 2 * low ** (2 * (level - 1)) * last  # details do not depend on the mean: half of the range counts
+
+
+def _pyramid(images: Array, levels: int, step: Callable[[Any], tuple[Any, Any]]) -> dict[int, Array]:
+    """The pyramid of images (..., H, W) by a transform of one level into A and the details."""
+    check_levels(images.shape[-2], images.shape[-1], levels)
+    pyramid: dict[int, Any] = {}
+    approximation: Any = images
+    for level in range(1, levels + 1):
+        approximation, details = step(approximation)
+        pyramid[level] = details
+    pyramid[levels] = _concatenate([approximation[..., None, :, :], pyramid[levels]])
+    return pyramid
 
 
 def _analyse(images: Any, wavelet: str) -> tuple[Any, Any]:
