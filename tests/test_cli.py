@@ -91,11 +91,11 @@ def test_a_stage_without_what_it_needs_says_what_to_run(monkeypatch, capsys, tmp
         ("space: {mask.ratio: {uniform: [0.4, 1.9]}}", "mask.ratio=1.9: input should be less than 1"),
         ("space: {target.weights.1: {uniform: [0.4, 0.9]}}", "none of its levels is tapped"),
         ("space: {target.weights.x: {uniform: [0, 1]}}", "'x' is not a level"),
-        ("space: {3: {uniform: [0, 1]}}", "3 is not searched"),
+        ("space: {3: {uniform: [0, 1]}}", "3 cannot be searched"),
         ("space: {mask.ratio: {uniform: [a, 0.5]}}", "uniform needs [low, high], got ['a', 0.5]"),
         ("space: {target.weights.3: {log_uniform: [0, 1]}}", "log_uniform needs [low, high] above 0"),
         ("space: {train.batch: {uniform: [32, 64]}}", "train.batch=43.84: input should be a valid integer"),
-        ("space: {evaluate.knn_k: {int_uniform: [1, 5]}}", "evaluate.knn_k is not searched"),
+        ("space: {evaluate.knn_k: {int_uniform: [1, 5]}}", "evaluate.knn_k cannot be searched"),
         ("spaces: {}", "the file needs a mapping 'space'"),
     ],
 )

@@ -14,6 +14,7 @@ from timm.layers import LayerNorm, Mlp  # this LayerNorm has MAE's eps, 1e-6
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from wavemim.constraints import check_decoder_depth, check_decoder_width
 from wavemim.positions import sincos
 
 Attention = Literal["self", "cross"]
@@ -63,15 +64,8 @@ class Trunk(nn.Module):
             ValueError: If `depth` is 0, or `width` is not a multiple of `heads` and of 4.
         """
         super().__init__()
-        if depth < 1:
-            raise ValueError(
-                f"decoder.depth={depth}: a linear decoder has no blocks that taps could share; set decoder.shared=false "
-                "or decoder.depth=1 or more"
-            )
-        if width % heads:
-            raise ValueError(f"decoder.width={width}: not a multiple of decoder.heads={heads}; change one of them")
-        if width % 4:
-            raise ValueError(f"decoder.width={width}: sine-cosine positions need a multiple of 4; change decoder.width")
+        check_decoder_depth(depth, attention=attention, shared=True)
+        check_decoder_width(width, heads)
         self.attention = attention
         self.made_for = (width, depth, heads, drops, attention)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if drops or attention == "cross" else None
@@ -139,11 +133,7 @@ class TapDecoder(nn.Module):
         """
         super().__init__()
         assert tokens % positions == 0, (tokens, positions)
-        if depth == 0 and drops:
-            raise ValueError(
-                "decoder.depth=0: a linear decoder predicts from tokens of hidden patches, which this encoder drops; "
-                "set encoder.sees=masked or decoder.depth=1 or more"
-            )
+        check_decoder_depth(depth, drops=drops)
         self.tokens, self.prefix, self.positions, self.pool = tokens, prefix, positions, tokens // positions
         self.depth, self.drops, self.attention = depth, drops, attention
         self.norm_in = nn.Identity() if normalised else LayerNorm(encoder_width)

@@ -16,13 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from wavemim.constraints import check_blocks, check_frequencies, check_ratio, hidden_count
 from wavemim.randomness import uniform
 from wavemim.wavelets import DETAILS
-
-
-def hidden_count(tokens: int, ratio: float) -> int:
-    """Return how many of `tokens` tokens a mask ratio hides, the same number in every image."""
-    return round(tokens * ratio)
 
 
 def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int, unit: int = 1) -> torch.Tensor:
@@ -144,19 +140,8 @@ class Masking:
         """Check the settings."""
         if self.kind == "frequency":
             return
-        if self.unit < 1 or self.grid % self.unit:
-            allowed = ", ".join(str(unit) for unit in range(1, self.grid + 1) if self.grid % unit == 0)
-            raise ValueError(
-                f"mask.unit: blocks of {self.unit} cells per side do not divide a grid of {self.grid} cells per side; "
-                f"{allowed} cells do: change mask.unit (in pixels) or the image size"
-            )
-        blocks = (self.grid // self.unit) ** 2
-        hidden = hidden_count(blocks, self.ratio)
-        if not 0 < hidden < blocks:
-            raise ValueError(
-                f"mask.ratio={self.ratio}: hides {hidden} of {blocks} blocks (grid of {self.grid} cells per side, mask.unit "
-                f"of {self.unit}); at least one has to be hidden and one visible: change mask.ratio or mask.unit"
-            )
+        check_blocks(self.grid, self.unit)
+        check_ratio((self.grid // self.unit) ** 2, self.ratio)
 
     @property
     def hidden(self) -> int:
@@ -307,13 +292,7 @@ def hidden_frequencies(
     Raises:
         ValueError: If the circle is empty or wider than the spectrum, or the probability is not in [0, 1].
     """
-    if not 0 < radius <= size / 2:
-        raise ValueError(
-            f"mask.radius={radius}: the circle has to lie within the spectrum of images of {size} pixels: "
-            f"above 0, at most {size // 2}"
-        )
-    if not 0 <= low_pass_share <= 1:
-        raise ValueError(f"mask.low_pass_share={low_pass_share}: a probability has to be between 0 and 1")
+    check_frequencies(radius, low_pass_share, size)
     squares = frequency_numbers(size, rows.device).square()
     inside = (squares[:, None] + squares[None, :]) < radius**2
     low_pass = uniform(seed, "frequencies", epoch, rows, 1) < low_pass_share

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from wavemim.constraints import check_tapped
 from wavemim.decoders import TapDecoder, Trunk
 from wavemim.encoders.base import Encoder
 from wavemim.level_weights import LevelWeights
@@ -193,22 +194,5 @@ class MaskedImageModel(nn.Module):
 
 
 def check_taps(encoder: Encoder, taps: Iterable[Tap]) -> None:
-    """Check the blocks of taps.
-
-    Raises:
-        ValueError: If a tap names a block that does not exist, or the last block has no tap.
-    """
-    word, depth, taps = encoder.word, encoder.depth, list(taps)
-    for tap in taps:
-        if not 1 <= tap.block <= depth:
-            raise ValueError(
-                f"target.taps.{tap.level}={tap.block}: {word} {tap.block} does not exist, "
-                f"{encoder.name} has {word}s 1 to {depth} here"
-            )
-    if depth not in {tap.block for tap in taps}:
-        last = max(tap.block for tap in taps)
-        shorter = f" or set encoder.depth={last}" if word == "block" else ""
-        raise ValueError(
-            f"target.taps: the last {word}, {depth}, has no tap, so {word}s after {last} would never be "
-            f"trained; give a level to {word} {depth}{shorter}"
-        )
+    """Raise ValueError where a tap names a block that does not exist, or the last block has no tap."""
+    check_tapped({tap.level: tap.block for tap in taps}, encoder.depth, word=encoder.word, name=encoder.name)

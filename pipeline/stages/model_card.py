@@ -9,11 +9,10 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.recipe import Recipe
+from pipeline.config.behaviour import values_of
+from pipeline.config.recipe import BEHAVIOURS, Recipe
 from wavemim import __version__
 
-# Settings that make the encoder what it is; the others name places on the machine where it was made.
-_SECTIONS = ("data", "encoder", "target", "decoder", "mask", "train")
 _NO_MEASURES = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
 _USE = """\
 ```python
@@ -138,11 +137,11 @@ def _number(value: float) -> str:
 
 
 def _recipe(trained: Recipe) -> str:
-    settings = {section: trained.dump()[section] for section in _SECTIONS}
-    settings["train"] = {key: value for key, value in settings["train"].items() if key != "checkpoints_at"}
-    start = settings["encoder"]["pretrained"]
-    if isinstance(start, str):
-        settings["encoder"]["pretrained"] = Path(start).name
-    if settings["target"]["module"]:
-        settings["target"]["module"] = Path(settings["target"]["module"]).name
+    settings: dict[str, Any] = {}
+    for key, value in values_of(trained).items():
+        if BEHAVIOURS[key].in_card:
+            section, _, name = key.rpartition(".")
+            # Places on the machine where it was made are shown without their folders.
+            shown = Path(value).name if BEHAVIOURS[key].place and isinstance(value, str) else value
+            settings.setdefault(section, {})[name] = shown
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

@@ -26,19 +26,20 @@ from pipeline.evaluation.segmentation import (
     SUBJECTS,
     Decoding,
     Encoding,
-    Judged,
+    FittedHead,
     Row,
     SegmentPlan,
     StoredTokens,
     check_disk,
     check_rejects,
-    judge_tokens,
+    fit_head,
     sized,
     table_of,
 )
 from pipeline.images.pairs import Pair, read_pair
 from pipeline.models.encoder_source import Subject
 from pipeline.runtime.formatting import table as _table
+from pipeline.runtime.ray_internals import silence_data_progress
 from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
@@ -113,14 +114,14 @@ def _result(
     plan: SegmentPlan,
     encoded: Encoded,
     classes: Classes,
-    judged: Mapping[str, Judged],
+    judged: Mapping[str, FittedHead],
     measured: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     return {
         "encoder": plan.subject.source,
         "titles": _titles(plan.subject),
         "images_seen": plan.subject.images_seen,
-        "layout": plan.pairs.words,
+        "layout": plan.pairs.layout,
         "image_size": plan.size,
         "blocks": list(plan.blocks),
         "classes": len(classes.values),
@@ -129,7 +130,7 @@ def _result(
         "val_images": len(encoded.rows["val"]),
         "inputs": plan.pairs.inputs,
         "rejected": len(encoded.rejects),
-        "left_out": plan.pairs.left_out,
+        "left_out": plan.pairs.skipped,
         "reasons": dict(Counter(reason.partition(" (")[0] for _, reason in encoded.rejects).most_common()),
         "interval": f"95 %, percentiles of {DRAWS} bootstrap draws of val images",
         "heads": {
@@ -197,7 +198,7 @@ def _results(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    silence_data_progress()
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     batches = -(-len(order) // settings.batch)
     # of CPUs one is left for decoding: actors that held all of them would wait for ever
@@ -265,7 +266,7 @@ def _judge(
     classes: Classes,
     meter: TaskMeter,
     progress: bool,
-) -> dict[str, Judged]:
+) -> dict[str, FittedHead]:
     """A head for each encoder, each in a task of its own."""
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     how = Fitting(
@@ -276,7 +277,7 @@ def _judge(
         seed=recipe.seed,
         device="cuda" if use_gpu else "cpu",
     )
-    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(meter.around(judge_tokens, gpus=float(use_gpu)))
+    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(meter.around(fit_head, gpus=float(use_gpu)))
     tried = {"lrs": settings.lrs, "weight_decays": settings.weight_decays}
     pending = {}
     for name in SUBJECTS:
@@ -285,7 +286,7 @@ def _judge(
             for split in ("train", "val")
         )
         pending[task.remote(train, val, how, tried, _shown(encoded))] = name
-    judged: dict[str, Judged] = {}
+    judged: dict[str, FittedHead] = {}
     with tqdm(total=len(pending), desc="heads", unit=" encoder", disable=not progress) as bar:
         while pending:
             (ready,), _ = ray.wait(list(pending))
@@ -304,7 +305,7 @@ def _shown(encoded: Encoded) -> list[int]:
 
 
 def _write_tables(
-    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, judged: Mapping[str, Judged]
+    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, judged: Mapping[str, FittedHead]
 ) -> None:
     """Classes, the trained encoder's confusion matrix in pixels (rows: true, columns: predicted), and rejects."""
     scores = judged["trained"].scores
@@ -330,7 +331,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
         writer.writerows(rows)
 
 
-def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, judged: Mapping[str, Judged]) -> None:
+def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, judged: Mapping[str, FittedHead]) -> None:
     chosen = [encoded.pairs["val"][number] for number in _shown(encoded)]
     pairs = [read_pair(plan.images, plan.masks, pair, plan.wanted) for pair in chosen]
     table = table_of(classes.numbers)

@@ -21,6 +21,7 @@ import yaml
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from tqdm import tqdm
 
+from pipeline.config.checks import check_searchable
 from pipeline.config.load import read_yaml, validate, with_overrides
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
@@ -40,7 +41,6 @@ from wavemim.figures.plots import sweep_figure
 from wavemim.flops import forward_flops
 
 PROBE, RANK = "eval/linear_top1_heldout", "eval/rankme"
-SEARCHABLE = ("encoder", "target", "decoder", "mask", "train")  # what evaluates a trial must not be searched
 TRIALS = "trials"  # in the stage's folder: what each of them logged
 KINDS = ("uniform", "log_uniform", "choice", "int_uniform")
 
@@ -108,8 +108,7 @@ def read_space(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def _check_entry(recipe: Recipe, key: str, entry: Any) -> None:
     """Raise SettingError unless `entry` is a range of values that a trial of `recipe` can have for setting `key`."""
     where = f"tune.space={recipe.tune.space}: {key}"
-    if key.partition(".")[0] not in SEARCHABLE:
-        raise SettingError(f"{where} is not searched; allowed are settings of {', '.join(SEARCHABLE)}")
+    check_searchable(key, where)
     if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in KINDS:
         raise SettingError(f"{where} needs one of {', '.join(KINDS)}, for example {{uniform: [0.4, 0.9]}}")
     kind, values = next(iter(entry.items()))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.recipe import STAGE_SECTIONS
+from pipeline.config.recipe import STAGE_SECTIONS, behaviour_of
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime.formatting import table
 from pipeline.runtime.usage import PREFIX, Spent, said
@@ -22,8 +22,6 @@ LIMIT = 300.0  # seconds that MLflow has for everything
 TRAINING = "pretrain"
 CLOCK = f"{PREFIX}wall_clock_s"
 NONE = "–"
-# Where a run lies and how it is tracked is no part of what it computes.
-_NOT_COMPARED = ("name", "out", "restart", "force", "tracking")
 _TAGS = {
     "wavemim.shards": "shard set (fingerprint)",
     "mlflow.source.git.commit": "commit",
@@ -176,7 +174,7 @@ def _settings(run: Run) -> dict[str, str]:
         sections = STAGE_SECTIONS.get("tune" if stage == "trial" else stage)
         for key, value in run.stages[stage].data.params.items():
             section, dot, _ = key.partition(".")
-            if section not in _NOT_COMPARED and (not dot or sections is None or section in sections):
+            if behaviour_of(key).compared and (not dot or sections is None or section in sections):
                 settings.setdefault(key, value)
     for stage in _by_rank(run):
         tags = run.stages[stage].data.tags
@@ -273,7 +271,7 @@ def _cost_table(costs: Mapping[str, Mapping[str, float] | None], labels: Sequenc
 
 def _bare(words: str) -> str:
     """Without what the row's title says."""
-    for ending in (" images seen", " worker-hours", " GPU-hours", " a worker at most", " a GPU at most", " read"):
+    for ending in (" images seen", " worker-hours", " GPU-hours", " per worker at most", " per GPU at most", " read"):
         words = words.removesuffix(ending)
     return words
 

@@ -15,12 +15,13 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import SETTLED as VIT_SETTLED
 from wavemim.encoders.base import Encoder, check_name, check_options, create
 from wavemim.encoders.pretrained import fill, one_line
 
 REDUCTIONS = (4, 8, 16, 32)  # pixels per side of the tokens of stages 1 to 4
-SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # options here
+SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # these are options here
 HierarchicalSees = Literal["masked", "whole"]
 
 
@@ -67,8 +68,7 @@ class HierarchicalEncoder(Encoder):
         self.name, self.image_size = name, image_size
         self.depth, self.cell, self.drops, self.prefix = len(REDUCTIONS), REDUCTIONS[0], False, 0
         self.default_unit = REDUCTIONS[-1]
-        if image_size % self.default_unit:
-            raise ValueError(f"encoder.image_size={image_size}: '{name}' needs a multiple of {self.default_unit}")
+        check_image_size(image_size, self.default_unit)
         self.grid = image_size // self.cell
         plan = _plan(name, image_size, {"in_chans": channels, "num_classes": 0, **options})
         self.arguments, self._plan = dict(plan.arguments), plan
@@ -147,7 +147,7 @@ class _Plan:
 
     arguments: dict[str, Any]  # of timm.create_model
     first: int  # index of stage 1 among timm's feature maps
-    norm: bool  # whether timm can be asked for the final norm
+    norm: bool  # whether timm can apply the final norm to feature maps
     normalised: bool  # whether there is one
     widths: list[int]
     used: set[str]  # names of the parameters that the last stage depends on
@@ -213,7 +213,7 @@ def _first_stage(model: nn.Module, name: str) -> int:
     if tuple(reductions[-4:]) != REDUCTIONS or not hasattr(model, "forward_intermediates"):
         found = ", ".join(map(str, reductions)) if len(reductions) < 8 else f"{len(reductions)} × {reductions[-1]}"
         raise ValueError(
-            f"encoder.name: '{name}' has feature maps of reductions {found or 'unknown'}; needed is a plain vision "
+            f"encoder.name: '{name}' has feature maps of reductions {found or 'unknown'}; use a plain vision "
             "transformer (vit_base_patch16_224) or a backbone with stages of 4, 8, 16, 32 (swin_tiny_patch4_window7_224)"
         )
     return len(reductions) - len(REDUCTIONS)

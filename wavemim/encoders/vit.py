@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, check_options, create
 from wavemim.encoders.pretrained import fill
 from wavemim.positions import sincos
@@ -71,8 +72,9 @@ class ViTEncoder(Encoder):
         self.arguments = {"img_size": image_size, **given, "in_chans": channels, **pooling, **options}
         self.model = model = _plain_vit(create(name, self.arguments), name)
         patch = int(model.patch_embed.patch_size[0])
-        if image_size % patch or len(set(model.patch_embed.patch_size)) > 1:
-            raise ValueError(f"encoder.image_size={image_size} is not a multiple of encoder.patch_size={patch}")
+        check_image_size(image_size, patch)
+        if len(set(model.patch_embed.patch_size)) > 1:
+            raise ValueError(f"patches of '{name}' are not square")
         filled = fill(model, name, self.arguments, pretrained)
         if positions == "sincos" and not filled:
             if model.embed_dim % 4:
@@ -106,7 +108,10 @@ class ViTEncoder(Encoder):
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:
-        """Return the tokens after each of `blocks`; those of the last one are normalised. See `Encoder.forward`."""
+        """Return the tokens after each of `blocks`; those of the last one are normalised.
+
+        Arguments and result as for `Encoder.forward`.
+        """
         model, wanted = self.model, set(blocks)
         tokens = model.patch_embed(images)
         if self.mask_token is not None:

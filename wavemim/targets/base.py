@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from wavemim.constraints import check_cells
 from wavemim.data_statistics import STD_FLOOR, Statistics
 
 Normalise = Literal["dataset", "patch", "contrast", "none"]  # contrast: targets that predict bands only
@@ -82,12 +83,7 @@ class Target(nn.Module):
         self.normalise, self.loss = normalise, loss
         self.channels = len(statistics.pixel_mean)
         for tap in self.taps:
-            token, cell = self.token_sizes[tap.level], self.cell_size(tap.level)
-            if max(token, cell) % min(token, cell) or image_size % max(token, cell):
-                raise ValueError(
-                    f"target.taps.{tap.level}: cells of {cell} pixels, tokens of {token} and images of {image_size} "
-                    "do not divide each other"
-                )
+            check_cells(tap.level, self.token_sizes[tap.level], image_size)
         self.register_buffer("pixel_mean", torch.tensor(statistics.pixel_mean).float(), persistent=False)
         self.register_buffer(
             "pixel_std", torch.tensor(statistics.pixel_std).float().clamp_min(STD_FLOOR), persistent=False

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from wavemim.constraints import check_level
 from wavemim.data_statistics import Statistics
 from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, to_positions
@@ -73,10 +74,8 @@ class HOGTarget(Target):
         )
         if bins < 2:
             raise ValueError(f"target.bins={bins}: a histogram has at least 2 (published: 9, or 18 signed ones)")
-        if any(tap.level < 1 for tap in self.taps):
-            raise ValueError(
-                "target.taps.0: histograms need cells of 2 pixels or more; every level has to be 1 or more"
-            )
+        for tap in self.taps:
+            check_level(tap.level, 1)
         self.bins = bins
         self.period = 2 * math.pi if (bins >= 18 if signed is None else signed) else math.pi
         finest = min(statistics.std)
