@@ -19,16 +19,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from wavemim.targets.base import Target
+T = TypeVar("T", bound=type)
 
-    T = TypeVar("T", bound=type[Target])
+# name → module that registers it, imported when the class is asked for
+BUILT_IN = {name: f"wavemim.targets.{name}" for name in ("wavelet", "pixels", "hog", "fourier")}
 
-BUILT_IN = ("wavelet", "pixels", "hog", "fourier")
-
-_classes: dict[str, type[Target]] = {}
+_classes: dict[str, type] = {}
 _origins: dict[str, tuple[str, str]] = {}  # name → file (or module, where that has none) and name of the class
 
 
@@ -55,8 +53,7 @@ def register_target(name: str) -> Callable[[T], T]:
         )
 
     def register(cls: T) -> T:
-        target = importlib.import_module("wavemim.targets.base").Target  # by name: it registers its classes here
-        if not (isinstance(cls, type) and issubclass(cls, target)):
+        if not _is_target(cls):
             raise TypeError(f"register_target({name!r}): {cls!r} is not a subclass of wavemim.targets.Target")
         origin = _origin(cls)
         file, qualified = _origins.setdefault(name, origin)
@@ -75,8 +72,8 @@ def known_targets() -> list[str]:
     return [*BUILT_IN, *sorted(set(_classes) - set(BUILT_IN))]
 
 
-def target_class(name: str, module: str | None = None) -> type[Target]:
-    """The class of a target.
+def target_class(name: str, module: str | None = None) -> type[Any]:
+    """The class of a target, a subclass of `wavemim.targets.Target`.
 
     Args:
         name: A registered name.
@@ -85,8 +82,9 @@ def target_class(name: str, module: str | None = None) -> type[Target]:
     Raises:
         ValueError: If the module cannot be imported, or no target has the name.
     """
-    importlib.import_module("wavemim.targets")
-    if module is not None:
+    if name in BUILT_IN:
+        importlib.import_module(BUILT_IN[name])
+    elif module is not None:
         load_module(module)
     if name not in _classes:
         raise ValueError(f"target.kind={name}: not registered; known are {', '.join(known_targets())}")
@@ -103,7 +101,7 @@ def predicts_bands(name: str, module: str | None = None) -> bool:
         return name == "wavelet"
     if module is not None:
         load_module(module)
-    return name in _classes and _classes[name].predicts_bands
+    return bool(getattr(_classes.get(name), "predicts_bands", False))
 
 
 def is_file(module: str) -> bool:
@@ -128,6 +126,12 @@ def load_module(module: str) -> None:
     except Exception as error:  # whatever the module raises
         text = " ".join(str(error).split())
         raise ValueError(f"target.module={module}: cannot be imported: {type(error).__name__}: {text}") from error
+
+
+def _is_target(cls: object) -> bool:
+    """Whether a class derives from `Target`, told by name: importing it here would load torch, in a circle."""
+    bases = cls.__mro__ if isinstance(cls, type) else ()
+    return any((base.__module__, base.__qualname__) == ("wavemim.targets.base", "Target") for base in bases)
 
 
 def _load_file(path: Path) -> None:

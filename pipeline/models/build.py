@@ -162,7 +162,7 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         "gamma": settings.gamma,
         "focal": settings.focal,
     }
-    cls = target_class(settings.kind, settings.module)
+    cls: type[Target] = target_class(settings.kind, settings.module)
     takes = arguments_of(cls)
     for key in settings.options:
         if key in common or key in offered:
