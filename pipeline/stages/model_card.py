@@ -13,8 +13,6 @@ from pipeline.config.behaviour import values_of
 from pipeline.config.recipe import BEHAVIOURS, Recipe
 from wavemim import __version__
 
-# Settings that determine the encoder; the others name folders of the machine where it was trained.
-_SECTIONS = ("data", "encoder", "target", "decoder", "mask", "train")
 _NO_RESULTS = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
 _USE = """\
 ```python

@@ -24,8 +24,6 @@ LIMIT = 300.0  # seconds for all requests to MLflow
 TRAINING = "pretrain"
 CLOCK = f"{PREFIX}wall_clock_s"
 NONE = "–"
-# A run's folder and how it is tracked do not affect its results.
-_NOT_COMPARED = ("name", "out", "restart", "force", "tracking")
 _TAGS = {
     "wavemim.shards": "shard set (fingerprint)",
     "mlflow.source.git.commit": "commit",
