@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def files_in_docs(tmp_path, monkeypatch):
     for name in ("mine.yaml", "wavemim-out/runs/small/tune/best.yaml"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("base: small\n")
+    shutil.copytree(ROOT / "examples", "examples")
 
 
 @pytest.mark.parametrize("words", sorted(set(commands())), ids=" ".join)
@@ -151,7 +153,7 @@ def test_every_setting_that_is_named_exists():
     sections = "|".join({key.partition(".")[0] for key in known if "." in key})
     mappings = {key for key in known if isinstance(field_of(Recipe, key), dict)}
     for page in PAGES:
-        for name in re.findall(rf"`((?:{sections})\.(?!(?:yaml|parquet|tar)\b)[a-z_]+)", text_of(page)):
+        for name in re.findall(rf"`((?:{sections})\.(?!(?:yaml|parquet|tar)\b)[a-z_]+)(?![a-z_(])", text_of(page)):
             assert name in known or name.rpartition(".")[0] in mappings, f"{page.name}: {name}"
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, with_overrides
-from pipeline.models.encoder_source import subject_of
+from pipeline.models.encoder_source import find_encoder
 from pipeline.training.finetune_loop import finetune
 from wavemim.weights.timm_folder import export_timm
 
@@ -54,4 +54,4 @@ def recipe_for(shards, folder, **changes):
 
 def tuned(recipe, shards, **options):
     """Fine-tune in this process."""
-    return finetune(recipe, subject_of(recipe, shards), shards, device=torch.device("cpu"), **options)
+    return finetune(recipe, find_encoder(recipe, shards), shards, device=torch.device("cpu"), **options)

@@ -23,7 +23,7 @@ from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.pairs import Pair, Pairs, find_pairs, read_pair
-from pipeline.models.encoder_source import Subject, subject_of
+from pipeline.models.encoder_source import EncoderSource, find_encoder
 from pipeline.storage.folder import Folder
 from wavemim.encoders.pretrained import one_line
 from wavemim.evaluation.segmentation import IGNORED, Fitting, Scores, choose, fit, predict, score, tokens_of
@@ -78,7 +78,7 @@ class Encoding:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: EncoderSource,
         folder: str,
         size: int,
         blocks: Sequence[int],
@@ -135,7 +135,7 @@ class Encoding:
                     np.save(self.folder / f"{part}.{name}-{i}.npy", half.cpu().numpy())
 
 
-def sized(model: nn.Module, subject: Subject, size: int) -> nn.Module:
+def sized(model: nn.Module, subject: EncoderSource, size: int) -> nn.Module:
     """Adapt a model to images of this size in pixels: position embeddings for a fixed size are resampled."""
     if size != subject.image_size and hasattr(model, "set_input_size"):
         model.set_input_size((size, size))  # type: ignore[operator]
@@ -244,7 +244,7 @@ _UNSUITABLE = (
 class SegmentPlan:
     """Everything that is decided before anything is decoded."""
 
-    subject: Subject
+    subject: EncoderSource
     pairs: Pairs
     images: Folder
     masks: Folder
@@ -301,7 +301,7 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
         seed=recipe.seed,
     )
     check_rejects(recipe, pairs.rejects, pairs.inputs)
-    subject = subject_of(recipe, None)
+    subject = find_encoder(recipe, None)
     size = settings.image_size or subject.image_size
     blocks, count = _dry_run(recipe, subject, size)
     # An encoder of this project expects values in the range that it was pretrained with.
@@ -355,7 +355,7 @@ def _names(classes: int | str | None) -> tuple[str, ...] | None:
     return tuple(line.strip() for line in lines)
 
 
-def _dry_run(recipe: Recipe, subject: Subject, size: int) -> tuple[tuple[int, ...], int]:
+def _dry_run(recipe: Recipe, subject: EncoderSource, size: int) -> tuple[tuple[int, ...], int]:
     """The blocks to use, from 1, and the number of values in their tokens of one image. Raises SettingError."""
     try:
         model = sized(subject.model(trained=False), subject, size).eval()

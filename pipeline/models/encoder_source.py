@@ -337,8 +337,3 @@ def _described(origin: EncoderSource, encoder: nn.Module) -> tuple[str, dict[str
         own = json.loads((Path(origin.source) / CONFIG).read_text(encoding="utf-8")).get("model_args")
         arguments = {**(own or {}), **arguments}
     return str(config["architecture"]), arguments
-
-
-# Former names, until all callers use the new ones.
-Subject = EncoderSource
-subject_of = find_encoder

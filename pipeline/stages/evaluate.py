@@ -21,7 +21,7 @@ from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.subjects import TITLES, titles_of
 from pipeline.evaluation.tables import evaluation_tables, write_tables
-from pipeline.models.encoder_source import Subject, subject_of
+from pipeline.models.encoder_source import EncoderSource, find_encoder
 from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
@@ -46,7 +46,7 @@ class Checked:
     """What is evaluated, and on what."""
 
     shards: ShardSet
-    subject: Subject
+    subject: EncoderSource
     labelled: bool  # whether there are labelled val images
     protocols: tuple[str, ...]  # without those that need labels where there are none
     blocks: int  # of the encoder, for protocols on feature maps; 0 where there is no such protocol
@@ -62,7 +62,7 @@ def check(recipe: Recipe) -> Checked:
     if recipe.checkpoint is None:  # a missing checkpoint is reported first
         recipe = recipe.model_copy(update={"checkpoint": str(checkpoint_of(recipe))})
     shards = ShardSet.open(recipe.shards_at)
-    subject = subject_of(recipe, shards)
+    subject = find_encoder(recipe, shards)
     labelled = shards.classes is not None and bool(shards.rows.get("val"))
     asked = tuple(name for name in dict.fromkeys(recipe.evaluate.protocols) if labelled or name == "rank")
     blocks = _count_blocks(recipe, subject) if labelled else 0
@@ -125,7 +125,7 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"
 
 
-def _count_blocks(recipe: Recipe, subject: Subject) -> int:
+def _count_blocks(recipe: Recipe, subject: EncoderSource) -> int:
     """Blocks that are evaluated; 0 without such a protocol. Raises SettingError where the encoder has no feature maps."""
     asked = [name for name in OF_TOKENS if name in recipe.evaluate.protocols]
     if not asked:

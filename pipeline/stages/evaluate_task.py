@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pipeline.config.load import validate
 from pipeline.evaluation.features import tapped_of, with_tokens
-from pipeline.models.encoder_source import Subject
+from pipeline.models.encoder_source import EncoderSource
 from pipeline.shards.shard_set import ShardSet
 from wavemim.evaluation.features import Tapped, Taps, joined
 from wavemim.evaluation.metrics import confusion
@@ -35,7 +35,7 @@ Evaluated = tuple[dict[str, float], np.ndarray | None]  # metrics; confusion mat
 
 def read_part(
     which: str,
-    subject: Subject,
+    subject: EncoderSource,
     settings: dict[str, Any],
     shards_at: str,
     split: str,
@@ -69,7 +69,7 @@ def read_part(
 _last: dict[tuple[str, str, str], Any] = {}  # the encoder of this worker's last task, which may read several parts
 
 
-def _encoder(which: str, subject: Subject, device: torch.device) -> Any:
+def _encoder(which: str, subject: EncoderSource, device: torch.device) -> Any:
     if which == "pixels":
         side = min(PIXELS_SIDE, subject.image_size)
         return lambda images: functional.interpolate(images, size=(side, side), mode="area")

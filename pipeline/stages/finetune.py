@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
-from pipeline.models.encoder_source import Subject, build_classifier, subject_of
+from pipeline.models.encoder_source import EncoderSource, build_classifier, find_encoder
 from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo, check_room
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
@@ -40,7 +40,7 @@ MODEL, CONFUSION, CLASSES = "model", "confusion.csv", "classes.csv"  # in the st
 class Checked:
     """What `check` has opened."""
 
-    subject: Subject
+    subject: EncoderSource
     shards: ShardSet
 
 
@@ -52,7 +52,7 @@ def check(recipe: Recipe) -> Checked:
         StageError: The encoder or the shard set is missing or damaged, or a store does not respond.
     """
     shards = ShardSet.open(recipe.shards_at)
-    subject = subject_of(recipe, shards)
+    subject = find_encoder(recipe, shards)
     build_classifier(recipe.finetune, subject, shards)
     TrainSchedule.of_finetuning(recipe, shards.rows["train"])
     check_store(recipe, "finetune", _identity(recipe, subject, shards))
@@ -117,7 +117,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         return {**result, "state": "new" if last is None else f"continued from {last.name}"}
 
 
-def _identity(recipe: Recipe, subject: Subject, shards: ShardSet) -> dict[str, Any]:
+def _identity(recipe: Recipe, subject: EncoderSource, shards: ShardSet) -> dict[str, Any]:
     """What decides the content of the stage's folder."""
     return {**identity(recipe, "finetune"), "encoder": subject.fingerprint, "shards": shards.fingerprint}
 
@@ -129,7 +129,7 @@ def _loop(recipe: Recipe, harness: Harness, config: Mapping[str, Any]) -> LoopRe
 
 
 def _result(
-    recipe: Recipe, subject: Subject, shards: ShardSet, folder: StageFolder, tracker: Tracker, counts: np.ndarray
+    recipe: Recipe, subject: EncoderSource, shards: ShardSet, folder: StageFolder, tracker: Tracker, counts: np.ndarray
 ) -> dict[str, Any]:
     """Export the model, write what was measured of it; returns the result."""
     final = checkpoint.latest(folder.path)
@@ -175,7 +175,7 @@ def _write_csv(path: Path, lines: list[list[Any]]) -> None:
 
 
 def _export(
-    recipe: Recipe, subject: Subject, shards: ShardSet, final: Path, target: Path, measured: dict[str, Any]
+    recipe: Recipe, subject: EncoderSource, shards: ShardSet, final: Path, target: Path, measured: dict[str, Any]
 ) -> None:
     """The fine-tuned model as a folder that timm loads, with the names of its classes."""
     model, name, arguments = build_classifier(recipe.finetune, subject, shards)

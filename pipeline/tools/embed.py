@@ -21,7 +21,7 @@ from pipeline.tools.embed_file import Writer, parent_of, rejected_of
 from pipeline.tools.embed_sources import Source, plan_images, units_of
 
 if TYPE_CHECKING:
-    from pipeline.models.encoder_source import Subject
+    from pipeline.models.encoder_source import EncoderSource
 
 
 @click.command("embed")
@@ -60,7 +60,7 @@ def command(
 
 
 def embed(
-    subject: Subject,
+    subject: EncoderSource,
     sources: Sequence[Source],
     out: str,
     session: SessionInfo,
@@ -120,11 +120,11 @@ def check_out(out: str, *, overwrite: bool) -> None:
         raise SettingError(f"--out {out}: the folder '{folder.local}' does not exist")
 
 
-def subject_named(checkpoint: str) -> Subject:
+def subject_named(checkpoint: str) -> EncoderSource:
     """The encoder of a checkpoint or a run, ``timm:NAME``, or a folder in timm's format. Raises SettingError."""
-    from pipeline.models.encoder_source import subject_of
+    from pipeline.models.encoder_source import find_encoder
 
     place = Path(checkpoint)
     with_pretrain = place / "pretrain"  # a run's folder
     named = str(with_pretrain) if with_pretrain.is_dir() and not (place / "config.json").is_file() else checkpoint
-    return subject_of(with_overrides(load("small"), {"checkpoint": named}), None)
+    return find_encoder(with_overrides(load("small"), {"checkpoint": named}), None)

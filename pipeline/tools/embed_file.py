@@ -19,7 +19,7 @@ from pipeline.tools.embed_sources import Unit
 from wavemim import __version__
 
 if TYPE_CHECKING:
-    from pipeline.models.encoder_source import Subject
+    from pipeline.models.encoder_source import EncoderSource
 
 ROW_GROUP = 8192  # images per row group, about
 METADATA = b"wavemim"  # key of the file's metadata: JSON that names the encoder
@@ -40,7 +40,7 @@ def rejected_of(name: str) -> str:
 class Writer:
     """Writes the features under a temporary name, and renames the file when it is complete."""
 
-    def __init__(self, folder: Folder, name: str, subject: Subject) -> None:
+    def __init__(self, folder: Folder, name: str, subject: EncoderSource) -> None:
         self.rows = 0
         self._folder, self._name, self._subject = folder, name, subject
         self._waiting: list[pa.Table] = []

@@ -19,7 +19,7 @@ from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.decode import decode_image
 from pipeline.images.plan import Origin
 from pipeline.images.sources import fetch
-from pipeline.models.encoder_source import Subject
+from pipeline.models.encoder_source import EncoderSource
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data, root_cause
 from pipeline.tools.embed_sources import UNIT, Unit
 
@@ -42,7 +42,9 @@ def _decode(item: dict[str, np.ndarray], wanted: Pixels) -> dict[str, np.ndarray
     return {"pixels": pixels, "reason": np.array(reasons, object)}
 
 
-def _encode(part: dict[str, np.ndarray], *, subject: Subject, batch: int, device: str = "cpu") -> dict[str, np.ndarray]:
+def _encode(
+    part: dict[str, np.ndarray], *, subject: EncoderSource, batch: int, device: str = "cpu"
+) -> dict[str, np.ndarray]:
     """Pixels → "features" (n, F), float32, of the images that could be read."""
     if device == "cpu":
         torch.set_num_threads(1)
@@ -63,7 +65,7 @@ def _encode(part: dict[str, np.ndarray], *, subject: Subject, batch: int, device
 class _OnGPU:
     """`_encode` in an actor: after a task on a GPU Ray ends the process, and with it the encoder."""
 
-    def __init__(self, subject: Subject, batch: int) -> None:
+    def __init__(self, subject: EncoderSource, batch: int) -> None:
         self._encode = functools.partial(_encode, subject=subject, batch=batch, device="cuda")
 
     def __call__(self, part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -74,7 +76,7 @@ class _OnGPU:
 _models: dict[tuple[str, str], tuple[Any, int]] = {}  # the last encoder of this process, and its number of features
 
 
-def _model_of(subject: Subject, device: torch.device) -> tuple[Any, int]:
+def _model_of(subject: EncoderSource, device: torch.device) -> tuple[Any, int]:
     key = (subject.source, subject.fingerprint)
     if key not in _models:
         _models.clear()
@@ -87,7 +89,7 @@ def _model_of(subject: Subject, device: torch.device) -> tuple[Any, int]:
 
 
 def features_of(
-    subject: Subject, units: Sequence[Unit], session: SessionInfo, batch: int
+    subject: EncoderSource, units: Sequence[Unit], session: SessionInfo, batch: int
 ) -> Iterator[tuple[np.ndarray, str]]:
     """Compute features with Ray Data.
 

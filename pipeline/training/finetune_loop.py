@@ -33,7 +33,7 @@ from wavemim.step import StepResult
 from wavemim.weights import checkpoint
 
 if TYPE_CHECKING:
-    from pipeline.models.encoder_source import Subject  # which loads Ray
+    from pipeline.models.encoder_source import EncoderSource  # which loads Ray
 
 TOP1 = "eval/finetune_top1"
 
@@ -48,7 +48,7 @@ class Finetuned:
     stopped: bool = False  # before its end, as asked
 
 
-def finetune(recipe: Recipe, subject: Subject, shards: ShardSet, **options: Any) -> Finetuned:
+def finetune(recipe: Recipe, subject: EncoderSource, shards: ShardSet, **options: Any) -> Finetuned:
     """Fine-tune an encoder on the train split of a shard set, or resume. To be called by every worker.
 
     Args:
@@ -84,7 +84,7 @@ class FinetuneTask:
     def __init__(
         self,
         recipe: Recipe,
-        subject: Subject,
+        subject: EncoderSource,
         shards: ShardSet,
         schedule: TrainSchedule,
         state: FinetuneState,
@@ -159,7 +159,7 @@ class FinetuneTask:
             rank=self.rank,
         )
 
-    def _make_augment(self, subject: Subject) -> RandAugment | None:
+    def _make_augment(self, subject: EncoderSource) -> RandAugment | None:
         settings = self.settings
         if not settings.rand_augment:
             return None

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 # All that is imported of the project.
 from pipeline.config.load import load, names_of, with_overrides
 from pipeline.config.recipe import Recipe
-from pipeline.models.encoder_source import subject_of
+from pipeline.models.encoder_source import find_encoder
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.finetune_loop import finetune
@@ -128,7 +128,7 @@ class Runs:
         assert case.encoder is not None
         recipe = with_overrides(recipe, {"checkpoint": str(self.place(case.encoder) / "first" / str(STEPS))})
         shards = self.shards(recipe)
-        subject = subject_of(recipe, shards)
+        subject = find_encoder(recipe, shards)
 
         def go(folder: Path, resume: Path | None, log: Callable[[dict[str, float], int], None]) -> None:
             finetune(

@@ -8,12 +8,12 @@ from PIL import Image
 from pipeline.cli import _group
 from pipeline.errors import SettingError
 from pipeline.images.sources import fetch
-from pipeline.models.encoder_source import Subject
+from pipeline.models.encoder_source import EncoderSource
 from pipeline.tools.embed import check_out
 from pipeline.tools.embed_file import Writer
 from pipeline.tools.embed_sources import plan_images, units_of
 
-SUBJECT = Subject("/m", "folder", "f" * 64, 8, 3, (1.0,) * 3, (2.0,) * 3, None, None)
+SUBJECT = EncoderSource("/m", "folder", "f" * 64, 8, 3, (1.0,) * 3, (2.0,) * 3, None, None)
 
 
 def picture(path):

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.config.load import with_overrides
 from pipeline.errors import SettingError
-from pipeline.models.encoder_source import build_classifier, check_labels, subject_of
+from pipeline.models.encoder_source import build_classifier, check_labels, find_encoder
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.finetune_loop import TOP1
 from wavemim.augment import RandAugment, random_resized_crop
@@ -300,7 +300,7 @@ def test_shards_that_cannot_be_learnt_from_are_refused(recipe, shards):
         check_labels(other(classes=["a"]))
     with pytest.raises(SettingError, match="has no val images"):
         check_labels(other(splits={**shards.manifest["splits"], "val": {"rows": 0, "files": []}}))
-    subject, with_policy = subject_of(recipe, shards), with_overrides(recipe, {"finetune.rand_augment": "rand-m9"})
+    subject, with_policy = find_encoder(recipe, shards), with_overrides(recipe, {"finetune.rand_augment": "rand-m9"})
     with pytest.raises(
         SettingError, match=r"rand_augment=rand-m9: RandAugment needs images of 1 or 3 channels.*stores 4"
     ):

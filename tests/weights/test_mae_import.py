@@ -13,7 +13,7 @@ from pipeline.cli import _group
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.models.build import build_encoder
-from pipeline.models.encoder_source import subject_of
+from pipeline.models.encoder_source import find_encoder
 from wavemim.weights.mae_import import IMAGENET_MEAN, import_vit
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
@@ -61,7 +61,7 @@ def test_an_encoder_of_maes_pretraining_is_the_same_bit_for_bit_everywhere(tmp_p
     images = torch.randn(3, 3, 32, 32)
     expected = features(model, images)
     assert torch.equal(features(timm.create_model(f"local-dir:{out}", pretrained=True), images), expected)
-    subject = subject_of(with_overrides(load("small"), {"checkpoint": out}), None)
+    subject = find_encoder(with_overrides(load("small"), {"checkpoint": out}), None)
     assert torch.equal(features(subject.model(), images), expected)
     assert subject.pixel_mean == pytest.approx([255 * value for value in IMAGENET_MEAN])
     own = {"name": config["architecture"], "pretrained": out, "width": 64, "heads": 4, "depth": 3, "patch_size": 8}
