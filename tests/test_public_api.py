@@ -50,6 +50,12 @@ def test_public_names_and_their_arguments(package, offered):
         _ = package.load_model
 
 
+def test_the_training_loop_takes_these_options():
+    from pipeline.workers.harness import Harness
+
+    assert {"device", "threads", "resume", "on_log", "on_checkpoint"} <= set(inspect.signature(Harness).parameters)
+
+
 def test_shard_sets_and_encoders_offer_what_is_documented():
     from pipeline import ShardSet
     from wavemim import ImageEncoder
