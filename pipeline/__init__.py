@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.models.build import build_inputs, build_model, build_views
     from pipeline.shards.batches import Batch
     from pipeline.shards.batches import sequential as read_batches
-    from pipeline.shards.layout import ShardError
+    from pipeline.shards.errors import ShardError
     from pipeline.shards.reader import Reader
     from pipeline.shards.shard_set import ShardSet
     from pipeline.training.pretrain_loop import train
@@ -50,7 +50,7 @@ _HOMES = {
     "Reader": ("pipeline.shards.reader", "Reader"),
     "Recipe": ("pipeline.config.recipe", "Recipe"),
     "SettingError": ("pipeline.errors", "SettingError"),
-    "ShardError": ("pipeline.shards.layout", "ShardError"),
+    "ShardError": ("pipeline.shards.errors", "ShardError"),
     "ShardSet": ("pipeline.shards.shard_set", "ShardSet"),
     "build_inputs": ("pipeline.models.build", "build_inputs"),
     "build_model": ("pipeline.models.build", "build_model"),

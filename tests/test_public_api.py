@@ -31,7 +31,7 @@ PIPELINE = {
     "build_views": ["recipe", "model", "inputs", "augment"],
     "load_recipe": ["recipe", "overrides", "data_only"],
     "read_batches": ["shards", "split", "batch", "window", "max_rows", "finest", "pixels"],
-    "train": ["recipe", "shards", "device", "threads", "resume", "on_log", "on_checkpoint"],
+    "train": ["recipe", "shards", "options"],
     "with_overrides": ["recipe", "overrides"],
 }
 
@@ -52,6 +52,12 @@ def test_public_names_and_their_arguments(package, offered):
             assert set(arguments) <= taken, name
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'load_model'"):
         _ = package.load_model
+
+
+def test_the_training_loop_takes_these_options():
+    from pipeline.workers.harness import Harness
+
+    assert {"device", "threads", "resume", "on_log", "on_checkpoint"} <= set(inspect.signature(Harness).parameters)
 
 
 def test_shard_sets_and_encoders_offer_what_is_documented():

@@ -135,7 +135,7 @@ def test_a_recipe_names_a_file_and_its_options(module, monkeypatch):
     ("settings", "message"),
     [
         (["target.kind=mean"], "target.kind=mean: no target of this name.*; allowed are .*, mean_colour; .* does not register it"),
-        (["target.bands.3=HV"], "target.bands: bands are of wavelets, not of target.kind=mean_colour"),
+        (["target.bands.3=HV"], "target.bands: target.kind=mean_colour has no bands"),
         (["target.normalise=contrast"], "target.normalise=contrast"),
         (["target.options.size=3"], "target.options.size: target.kind=mean_colour takes factor"),
         (["target.options.loss=l1"], "target.options.loss: cannot be set here"),
