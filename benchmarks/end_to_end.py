@@ -220,23 +220,23 @@ def ray_crew(job: Job, folder: Path) -> Iterator[Callable[[str, int], list[dict[
     from pipeline.runtime.ray_session import ray_session
     from pipeline.stages import pretrain
 
-    def worker_of(kind: str) -> Callable[[dict[str, Any]], Any]:
-        def worker(config: dict[str, Any]) -> Any:
+    def loop_of(kind: str) -> Callable[..., Any]:
+        def loop(*arguments: Any) -> Any:
             from pipeline.stages import pretrain as theirs
             from pipeline.training import setup as training
 
             with mock.patch.object(training, "Reader", reader_of(kind, Measured())):
-                return theirs._worker(config)
+                return theirs._loop(*arguments)
 
-        return worker
+        return loop
 
     numbers = itertools.count()
 
     def call(kind: str, steps: int) -> list[dict[str, float]]:
         name = f"{kind}-{next(numbers)}"
         recipe = job.recipe_for(steps, name=name, out=str(folder / "out"), shards=job.shards)
-        with mock.patch.object(pretrain, "_worker", worker_of(kind)):
-            pretrain.pretrain(recipe, session, progress=False)
+        with mock.patch.object(pretrain, "_loop", loop_of(kind)):
+            pretrain.run(recipe, session, pretrain.check(recipe), progress=False)
         return [from_metrics(recipe.stage_dir("pretrain") / "metrics.jsonl", job.warm // job.log_every)]
 
     recipe = job.recipe_for(1)

@@ -126,16 +126,13 @@ def _prepare(recipe: Recipe, progress: bool) -> None:
 
 
 def _pretrain(recipe: Recipe, progress: bool) -> None:
-    from pipeline.models.build import check_model
+    from pipeline.stages import pretrain
 
-    check_model(recipe)
-    from pipeline.checkpoints.uploader import check_store
-    from pipeline.stages.pretrain import pretrain, pretrain_line
-
-    _shards(recipe)
-    check_store(recipe)
+    for check in pretrain.CHECKS:
+        check(recipe)
+    checked = pretrain.check(recipe)
     with _session(recipe) as session:
-        click.echo(pretrain_line(recipe, pretrain(recipe, session, progress=progress)))
+        click.echo(pretrain.summary(recipe, pretrain.run(recipe, session, checked, progress=progress)))
 
 
 def _evaluate(recipe: Recipe, progress: bool) -> None:
@@ -155,11 +152,11 @@ def _evaluate(recipe: Recipe, progress: bool) -> None:
 
 
 def _finetune(recipe: Recipe, progress: bool) -> None:
-    from pipeline.stages.finetune import check_finetune, finetune_line, finetune_stage
+    from pipeline.stages import finetune
 
-    check_finetune(recipe)
+    checked = finetune.check(recipe)
     with _session(recipe) as session:
-        click.echo(finetune_line(recipe, finetune_stage(recipe, session, progress=progress)))
+        click.echo(finetune.summary(recipe, finetune.run(recipe, session, checked, progress=progress)))
 
 
 def _segment(recipe: Recipe, progress: bool) -> None:

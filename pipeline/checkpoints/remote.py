@@ -1,6 +1,6 @@
 """A second place for a run's checkpoints (`train.checkpoints_at`): an object store or another folder.
 
-For a run it is URL/NAME/pretrain. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
+For a stage it is URL/NAME/STAGE. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
 stage's folder, and ``best.json``. A checkpoint's ``state.json`` is uploaded last and names the other files with their
 SHA-256: a folder without it, or with files of other checksums, is half-written or damaged, and is skipped.
 
@@ -38,10 +38,10 @@ class CheckpointStore:
     owner: str = ""  # id of the mark with which this run owns it; "" for a local folder, which has a lock
 
     @classmethod
-    def of(cls, recipe: Recipe) -> CheckpointStore | None:
-        """That of train.checkpoints_at; None if it is not set. Raises SettingError if the URL is malformed."""
+    def of(cls, recipe: Recipe, stage: str = "pretrain") -> CheckpointStore | None:
+        """That of train.checkpoints_at for a stage; None if it is not set. Raises SettingError if the URL is malformed."""
         where = recipe.train.checkpoints_at
-        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/pretrain"))
+        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/{stage}"))
 
     def __str__(self) -> str:
         return str(self.folder)

@@ -15,11 +15,10 @@ from typing import Any
 from pipeline.checkpoints.find import BEST, best_of, folders, images_of, seen
 from pipeline.checkpoints.remote import CheckpointStore, lease_mark, log
 from pipeline.checkpoints.writer import FAILURES
-from pipeline.config.recipe import Recipe, identity
+from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.retry import attempts
 from pipeline.runtime.stage_folder import SETTINGS, StageFolder, as_json
-from pipeline.shards.shard_set import ShardSet
 from pipeline.storage import locks
 from pipeline.storage.folder import OWNER, Folder
 from pipeline.storage.locks import owned
@@ -31,17 +30,21 @@ _LOOK = 5.0  # seconds between looks at another owner's mark
 _RETRIES = (2.0, 10.0, 30.0)  # seconds before further attempts to copy the last checkpoint of a run
 
 
-def check_store(recipe: Recipe) -> None:
-    """Check, before training, whether a recipe can use its train.checkpoints_at.
+def check_store(recipe: Recipe, stage: str, same: Mapping[str, Any]) -> None:
+    """Check, before training, whether a stage can use train.checkpoints_at.
+
+    Args:
+        recipe: The settings.
+        stage: Name of the stage.
+        same: The settings that its checkpoints must have been trained with.
 
     Raises:
         SettingError: It holds checkpoints of other settings, or denies access.
         StorageError: It does not answer.
     """
-    store = CheckpointStore.of(recipe)
-    finished = (recipe.stage_dir("pretrain") / "result.json").is_file() and not (recipe.restart or recipe.force)
+    store = CheckpointStore.of(recipe, stage)
+    finished = (recipe.stage_dir(stage) / "result.json").is_file() and not (recipe.restart or recipe.force)
     if store is not None and not finished:
-        same = {**identity(recipe, "pretrain"), "shards": ShardSet.open(recipe.shards_at).fingerprint}
         store.check(same, restart=recipe.restart, force=recipe.force)
 
 
@@ -61,7 +64,7 @@ def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Itera
         SettingError: It holds checkpoints of other settings.
         StageError: Another run writes there, or the store does not answer.
     """
-    store = CheckpointStore.of(recipe)
+    store = CheckpointStore.of(recipe, stage.path.name)
     if store is None:
         yield None
         return

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError, StageError
+from pipeline.runtime import ray_internals
 
 _log = logging.getLogger(__name__)
 
@@ -113,23 +114,17 @@ def _own_sigterm() -> Iterator[None]:
 
 def _connect(address: str, log_level: int) -> None:
     import ray
-    from ray._private import ray_constants
 
-    # Each retry takes 40 seconds, and by default there are 20: too long to find out about a wrong port or token.
-    retries, ray_constants.NUM_REDIS_GET_RETRIES = ray_constants.NUM_REDIS_GET_RETRIES, 1
     try:
-        ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
+        with ray_internals.connecting_once():  # else a wrong port or token would be found out after many minutes
+            ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
     finally:
-        ray_constants.NUM_REDIS_GET_RETRIES = retries
         _keep_sigterm()
 
 
 def _start(address: str, log_level: int) -> None:
     import ray
-    from ray._private import ray_constants
 
-    # The variable is read when Ray is imported, which may have been before.
-    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     start = functools.partial(
         ray.init,
         address=address,
@@ -140,16 +135,16 @@ def _start(address: str, log_level: int) -> None:
         log_to_driver=log_level <= logging.INFO,
     )
     try:
-        try:
-            start()
-        except Exception as error:  # a bare one
-            if "timed out" not in str(error):
-                raise
-            _log.warning("this machine is busy: Ray did not start in the time that it allows itself; trying once more")
-            ray.shutdown()
-            start()
+        with ray_internals.on_loopback():
+            try:
+                start()
+            except Exception as error:  # a bare one
+                if "timed out" not in str(error):
+                    raise
+                _log.warning("this machine is busy: Ray did not start in the time that it allows itself; trying once more")
+                ray.shutdown()
+                start()
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
         _keep_sigterm()
 
 
@@ -161,17 +156,13 @@ def _keep_sigterm() -> None:
 
 def _cpus() -> int:
     """CPUs that this process may use; at least two, which a worker and a task at the same time need."""
-    from ray._private.utils import get_num_cpus
-
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(allowed, int(get_num_cpus())))
+    return max(2, min(allowed, ray_internals.cpu_count()))
 
 
 def _object_store_bytes() -> int:
     """Size of the object store; small, because stages pass files to each other, not objects."""
-    from ray._common.utils import get_system_memory
-
-    wanted = min(_MAX_OBJECT_STORE, int(get_system_memory() * 0.3))
+    wanted = min(_MAX_OBJECT_STORE, int(ray_internals.memory_bytes() * 0.3))
     with contextlib.suppress(OSError):  # with less shared memory than this, Ray warns and uses the disk
         wanted = min(wanted, int(shutil.disk_usage("/dev/shm").free * 0.9))
     return max(_MIN_OBJECT_STORE, wanted)

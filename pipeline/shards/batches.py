@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from pipeline.shards.shard_set import ShardSet, read_group, stored_bytes
+from pipeline.shards.shard_set import ShardSet, read_group, read_patiently, stored_bytes
 from wavemim.inputs import Crop
 from wavemim.integer_haar import HaarPixels
 from wavemim.wavelets import bands_of
@@ -44,17 +44,18 @@ def sequential(
     pixels: bool = False,
     part: tuple[int, int] = (0, 1),
     ahead: int = 4,
+    patiently: bool = False,
 ) -> Generator[Batch, None, None]:
     """Batches for evaluation: rows in the order of the files, the middle window, no mirroring, a smaller last batch.
 
     The corner of the middle window is the multiple of 2^levels nearest to the true one from below. `part`: (number,
     parts), so that several workers share these rows, `max_rows` from all over the split, out among them, every row to
-    one of them.
+    one of them. `patiently`: rows that cannot be read are tried again for a while, then an UnreadableError is raised.
     """
     levels = checked_levels(shards, finest, window)
     inverse = Inverse(shards, levels, window) if pixels else None
     groups = _some_groups(shards, split, max_rows)[part[0] :: part[1]]
-    return read_ahead(_sequential(shards, groups, batch, window, None, levels, inverse), ahead)
+    return read_ahead(_sequential(shards, groups, batch, window, None, levels, inverse, patiently), ahead)
 
 
 def positions_of_part(shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None = None) -> np.ndarray:
@@ -97,7 +98,9 @@ def _sequential(
     max_rows: int | None,
     levels: list[int],
     inverse: Inverse | None,
+    patiently: bool = False,
 ) -> Iterator[Batch]:
+    never = threading.Event()
     unit = 2**shards.levels
     corner = (shards.image_size - window) // 2 // unit * unit
     rows_of_groups = sum(rows for _, _, rows in groups)
@@ -106,7 +109,10 @@ def _sequential(
     for file, number, rows in groups:
         if left <= 0:
             break
-        group = read_group(shards, file, number, levels)
+        if patiently:
+            group = read_patiently(shards, file, number, levels, never)
+        else:
+            group = read_group(shards, file, number, levels)
         pending += [(group, i) for i in range(min(rows, left))]
         left -= rows
         while len(pending) >= batch or (pending and left <= 0):

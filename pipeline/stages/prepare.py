@@ -28,6 +28,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels
 from pipeline.images.plan import ImagePlan
 from pipeline.images.sources import plan_source
+from pipeline.runtime.ray_internals import silence_data_progress
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.layout import Layout, ShardError
@@ -183,8 +184,7 @@ def _results(todo: list[Unit], task: Task) -> Iterator[dict[str, Any]]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # One bar is enough: this logger warns that Ray Data's own are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    silence_data_progress()
     items = [{"unit": json.dumps(vars(unit))} for unit in todo]
     # A block a unit: a task is one unit, and what it gives back arrives when it is done.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))

@@ -21,10 +21,10 @@ from pipeline.tracking.tracker import ui_command
 
 def run(recipe: Recipe, *, progress: bool = True) -> str:
     """Prepare, pretrain, evaluate, tune, export; write and return the"""
+    from pipeline.stages import pretrain as pretraining
     from pipeline.stages.evaluate import evaluate, evaluate_lines
     from pipeline.stages.export import check_export, export, export_line
     from pipeline.stages.prepare import prepare, prepare_line
-    from pipeline.stages.pretrain import pretrain, pretrain_line
     from pipeline.stages.tune import tune, tune_lines
 
     check_model(recipe)
@@ -44,8 +44,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> str:
         seconds["start"] = time.perf_counter() - began
         prepared = prepare(recipe, progress=progress)
         stage("prepare", prepared, prepare_line(prepared))
-        pretrained = pretrain(recipe, session, progress=progress)
-        stage("pretrain", pretrained, pretrain_line(recipe, pretrained))
+        pretrained = pretraining.run(recipe, session, pretraining.check(recipe), progress=progress)
+        stage("pretrain", pretrained, pretraining.summary(recipe, pretrained))
         evaluated = evaluate(recipe, session, progress=progress)
         stage("evaluate", evaluated, evaluate_lines(recipe, evaluated))
         tuned = tune(recipe, session, progress=progress)

@@ -39,6 +39,7 @@ from pipeline.evaluation.segmentation import (
 from pipeline.images.pairs import Pair, read_pair
 from pipeline.models.encoder_source import Subject
 from pipeline.runtime.formatting import table as _table
+from pipeline.runtime.ray_internals import silence_data_progress
 from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
@@ -197,7 +198,7 @@ def _results(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    silence_data_progress()
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     batches = -(-len(order) // settings.batch)
     # of CPUs one is left for decoding: actors that held all of them would wait for ever

@@ -34,6 +34,7 @@ from pipeline.images.decode import SUFFIXES, decode_image
 from pipeline.images.plan import SCHEMA, ImagePlan, Origin
 from pipeline.images.sources import fetch, plan_source
 from pipeline.models.encoder_source import Subject, subject_of
+from pipeline.runtime.ray_internals import silence_data_progress
 from pipeline.runtime.ray_session import SessionInfo, root_cause
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import is_remote
@@ -287,7 +288,7 @@ def _in_order() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that its own bars are off
+    silence_data_progress()
     context.execution_options.preserve_order = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Warnings of workers, wherever they run, as warnings of the command that started them; kept in the stage's folder."""
+"""Forwards the warnings of workers, wherever they run, to the command that started them, by a file. No Ray in here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Writer(logging.Handler):
-    """Adds each record to a file."""
+    """Appends each record to a file."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(logging.WARNING)
@@ -26,7 +26,7 @@ class _Writer(logging.Handler):
         self._busy = threading.local()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(self._busy, "writing", False):  # a warning that the file cannot be written
+        if getattr(self._busy, "writing", False):  # the warning that the file cannot be written
             return
         self._busy.writing = True
         try:
@@ -37,7 +37,7 @@ class _Writer(logging.Handler):
 
 @contextlib.contextmanager
 def passing_on(folder: Path, rank: int) -> Iterator[None]:
-    """While the block runs, write what this process warns of to the stage's `folder`."""
+    """Write the warnings of this process, a worker, to the stage's `folder` while the block runs."""
     handler = _Writer(folder / FILE, rank)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
@@ -51,7 +51,7 @@ def passing_on(folder: Path, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def showing(folder: Path) -> Iterator[None]:
-    """While the block runs, warn of what the workers of the stage in `folder` warn of."""
+    """Repeat the warnings of the workers of the stage in `folder` while the block runs."""
     lines, ended = JsonLines(folder / FILE), threading.Event()
     position = lines.size()
 

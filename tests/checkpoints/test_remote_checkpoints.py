@@ -234,6 +234,10 @@ def recipe_of(tmp_path, shards, place, **changes):
     return with_overrides(load("small"), {**SETTINGS_OF_RUN, **where, **changes})
 
 
+def checked(recipe, shards):
+    check_store(recipe, "pretrain", {**identity(recipe, "pretrain"), "shards": shards.fingerprint})
+
+
 def open_both(recipe, shards, stack):
     """The stage's folder and the store, as pretraining opens them."""
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
@@ -244,7 +248,7 @@ def open_both(recipe, shards, stack):
 
 def test_other_settings_are_refused_before_anything_is_written(bucket, shards, tmp_path, quick):
     recipe = recipe_of(tmp_path / "a", shards, bucket)
-    check_store(recipe)
+    checked(recipe, shards)
     with ExitStack() as stack:
         folder, store = open_both(recipe, shards, stack)
         keeper = Keeper(folder, keep=2, uploader=Copier(store, folder, keep=2, best=False))
@@ -255,15 +259,15 @@ def test_other_settings_are_refused_before_anything_is_written(bucket, shards, t
     new = tmp_path / "b"
     other = recipe_of(new, shards, bucket, **{"encoder.depth": 3, "target.taps": {2: 1, 3: 2, 4: 3}})
     with pytest.raises(SettingError, match=r"of other settings \(encoder\.depth: 2 → 3; .*restart=true$") as refused:
-        check_store(other)
+        checked(other, shards)
     assert "force=true" not in str(refused.value) and "train.checkpoints_at=" in str(refused.value)
     with pytest.raises(SettingError, match=r"train\.lr.*resume from them with force=true"):
-        check_store(recipe_of(new, shards, bucket, **{"train.lr": 1e-3}))
-    check_store(recipe_of(new, shards, bucket, **{"train.workers": 2}))
+        checked(recipe_of(new, shards, bucket, **{"train.lr": 1e-3}), shards)
+    checked(recipe_of(new, shards, bucket, **{"train.workers": 2}), shards)
     assert not new.exists()
 
     forced = recipe_of(new, shards, bucket, **{"train.lr": 1e-3, "force": True})
-    check_store(forced)
+    checked(forced, shards)
     with ExitStack() as stack:
         assert (open_both(forced, shards, stack)[0] / name_of(10)).is_dir()
     assert json.loads(bucket.read(f"run/pretrain/{SETTINGS}"))["train.lr"] == 1e-3
@@ -273,7 +277,7 @@ def test_other_settings_are_refused_before_anything_is_written(bucket, shards, t
     bucket.remove(f"run/pretrain/{SETTINGS}")
     bucket.write(f"run/pretrain/{name_of(10)}/{checkpoint.STATE}", b"{}")
     with pytest.raises(SettingError, match=f"no {SETTINGS}"):
-        check_store(recipe)
+        checked(recipe, shards)
 
 
 def test_a_second_run_is_refused_and_a_dead_one_is_succeeded(bucket, shards, tmp_path, quick):

@@ -12,7 +12,7 @@ from pipeline.shards import shard_set as shard_retries
 from pipeline.shards.layout import ShardError
 from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import UnreadableError, read_patiently
-from pipeline.workers.process import NOTE, forget, note, still_unreadable
+from pipeline.workers.unreadable import NOTE, forget, note, still_unreadable
 
 FILE = "train-00000.parquet"
 
@@ -55,7 +55,7 @@ def test_a_file_that_stays_away_is_an_error_that_names_it(shards, tmp_path):
     assert still_unreadable(stage, shards.folder.url) == ""
     note(stage, error)
     assert f"{path} is missing" in still_unreadable(stage, shards.folder.url)
-    assert "put the file back and call the same command again" in still_unreadable(stage, shards.folder.url)
+    assert "restore the file and run the same command again" in still_unreadable(stage, shards.folder.url)
     path.write_bytes(content)
     assert still_unreadable(stage, shards.folder.url) == ""
     assert not (stage / NOTE).exists()

@@ -19,10 +19,10 @@ from pipeline.errors import SettingError
 from pipeline.models.build import build_model, model_of_checkpoint
 from pipeline.runtime.ray_session import check_room
 from pipeline.shards.shard_set import ShardSet
+from pipeline.stages import pretrain
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import export
 from pipeline.stages.prepare import prepare
-from pipeline.stages.pretrain import pretrain
 from pipeline.stages.tune import PROBE, RANK, tune
 from pipeline.tools.embed import embed, plan_images, subject_named
 from wavemim.weights import checkpoint
@@ -67,7 +67,7 @@ def whole(ray_local, photo_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     recipe = recipe_for(out, photo_folder)
     results = {"prepare": prepare(recipe, progress=False)}
-    results["pretrain"] = pretrain(recipe, ray_local, progress=False)
+    results["pretrain"] = pretrain.run(recipe, ray_local, pretrain.check(recipe), progress=False)
     results["evaluate"] = evaluate(recipe, ray_local, progress=False)
     results["tune"] = tune(recipe, ray_local, progress=False)
     results["export"] = export(recipe)
@@ -224,7 +224,7 @@ def test_the_same_call_again_does_nothing_and_says_so(whole, ray_local):
 def test_other_settings_in_the_same_place_are_refused(whole, ray_local):
     _, recipe, _ = whole
     with pytest.raises(SettingError, match=r"train\.epochs: 4\.0 → 5\.0.*restart=true"):
-        pretrain(with_overrides(recipe, {"train.epochs": 5}), ray_local, progress=False)
+        pretrain.run(with_overrides(recipe, {"train.epochs": 5}), ray_local, pretrain.check(recipe), progress=False)
 
 
 def test_workers_that_never_fit_are_refused_at_once(whole, ray_local):
@@ -247,7 +247,7 @@ def test_without_labels_what_needs_them_is_left_out(ray_local, photo_folder, tmp
     summary = prepare(recipe, progress=False)
     assert summary["counts"]["kept"] == 20
     assert summary["counts"]["rejected"] == 2
-    pretrain(recipe, ray_local, progress=False)
+    pretrain.run(recipe, ray_local, pretrain.check(recipe), progress=False)
     measured = evaluate(recipe, ray_local, progress=False)
     assert not measured["labelled"]
     assert set(measured["measured"]["trained"]) == {"eval/rankme", "eval/alpha_req"}
