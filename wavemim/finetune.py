@@ -29,7 +29,7 @@ from wavemim.augment import resized_crop
 from wavemim.encoders.base import create, is_plain_vit
 from wavemim.inputs import Inputs
 from wavemim.optim import NO_DECAY, Average
-from wavemim.step import StepResult
+from wavemim.step import StepResult, apply_gradients
 
 MIDDLE = 7 / 8  # share of a stored image's side that is evaluated: 224 of 256 pixels
 # Pooling of ViTs: the mean of the patch tokens, normalised after pooling by a new norm (MAE); or the class token.
@@ -213,13 +213,7 @@ class FinetuneStep:
         """
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         loss = self.backward(images, labels, weight, total, step=step)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler sets it
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update(self.model)
-        return StepResult(loss[None], grad_norm.detach())
+        return StepResult(loss[None], apply_gradients(self.model, self.optimizer, self.clip_grad, self.averaged))
 
     def backward(
         self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int

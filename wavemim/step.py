@@ -28,6 +28,29 @@ class StepResult:
     grad_norm: torch.Tensor  # () before clipping; not finite if the step was skipped
 
 
+def apply_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float, averaged: Average | None
+) -> torch.Tensor:
+    """Clip the gradients and do an optimiser step, which is skipped on the device if the gradient is not finite.
+
+    Args:
+        model: The model, whose gradients are then deleted.
+        optimizer: A fused one.
+        clip_grad: Largest gradient norm; infinity: any.
+        averaged: Moving average of the weights, which is updated.
+
+    Returns:
+        The gradient norm () before clipping, on the device.
+    """
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip_grad))
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler sets it
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if averaged is not None:
+        averaged.update(model)
+    return grad_norm.detach()
+
+
 @dataclass(frozen=True)
 class Part:
     """What goes through the network at once: a batch, or with gradient accumulation a part of one.
@@ -185,13 +208,7 @@ class TrainStep:
         torch.manual_seed(zlib.crc32(f"{self.seed} {step} {self.rank}".encode()))
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         losses = self.backward(stored, rows, weight, total, epoch, self.progress(step), crop)
-        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad))
-        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler sets it
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update(self.model)
-        return StepResult(losses, grad_norm.detach())
+        return StepResult(losses, apply_gradients(self.model, self.optimizer, self.clip_grad, self.averaged))
 
     def progress(self, step: int) -> float:
         """Share of training that is done before `step`."""

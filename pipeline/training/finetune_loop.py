@@ -64,23 +64,11 @@ def finetune(recipe: Recipe, subject: Subject, shards: ShardSet, **options: Any)
         DivergedError: Too many steps in a row were skipped; on every worker after the same step.
     """
     harness = Harness(**options)
-    state, known = FinetuneState(mix_groups=recipe.train.mix_groups), [harness.spent]
-    if harness.resume is not None:
-        content = checkpoint.read_state(harness.resume)
-        state, known = FinetuneState.of(content), [harness.spent, Spent.of(content.get("cost"))]
+    state, spent = loop.starting_point(FinetuneState(mix_groups=recipe.train.mix_groups), harness)
     # The batch of the workers that began, however many there are now; of an elastic run as if all had.
     begin = recipe.finetune.workers if recipe.cluster.min_workers else harness.world
     schedule = TrainSchedule.of_finetuning(recipe, shards.rows["train"], state.streams or begin)
-    telemetry = Telemetry(
-        harness,
-        state,
-        schedule,
-        parts=[""],
-        section="finetune",
-        max_skipped=recipe.train.max_skipped,
-        cores=recipe.cluster.cpus_per_worker,
-        spent=known,
-    )
+    telemetry = Telemetry(recipe, harness, state, schedule, parts=[""], section="finetune", spent=spent)
     harness.heartbeat(MODEL)
     task = FinetuneTask(recipe, subject, shards, schedule, state, harness, telemetry.cost.spent)
     if loop.run(task, schedule.total_steps, state, schedule, telemetry, harness):
@@ -103,7 +91,7 @@ class FinetuneTask:
         harness: Harness,
         spent: Callable[[], Spent],
     ) -> None:
-        """Build it from the settings and, when resuming, the harness's checkpoint; `spent` is asked for checkpoints."""
+        """Build it from the settings and, when resuming, the harness's checkpoint; `spent` is called for checkpoints."""
         self.settings, self.shards, self.schedule, self.state = recipe.finetune, shards, schedule, state
         self.harness, self.device, self.rank, self.world = harness, harness.device, harness.rank, harness.world
         self.size, self.seed = subject.image_size, recipe.seed

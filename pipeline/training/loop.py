@@ -1,7 +1,7 @@
 """The training loop of pretraining and fine-tuning: in a Ray Train worker, in a trial of a sweep and in tests.
 
 It knows neither Ray nor MLflow. What differs between the two is a `Task`: where batches come from, how a batch becomes a
-step, and what is done at the end of an epoch. What is measured beside it is `Telemetry`.
+step, and what is done at the end of an epoch. What is measured meanwhile is gathered in `Telemetry`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
+from typing import TypeVar
 
+from pipeline.runtime.usage import Spent
 from pipeline.shards.batches import Batch
 from pipeline.training.divergence import DivergedError, save_diverged
 from pipeline.training.metrics import Telemetry
@@ -17,6 +19,25 @@ from pipeline.training.schedule import TrainSchedule, TrainState
 from pipeline.training.task import Task
 from pipeline.workers.harness import Harness
 from pipeline.workers.heartbeat import BATCH, STEP
+from wavemim.weights import checkpoint
+
+State = TypeVar("State", bound=TrainState)
+
+
+def starting_point(state: State, harness: Harness) -> tuple[State, list[Spent | None]]:
+    """Where a run begins.
+
+    Args:
+        state: That of a new run.
+        harness: The worker, with the checkpoint to resume from.
+
+    Returns:
+        The state, or that of the checkpoint; and the records of what earlier attempts have cost.
+    """
+    if harness.resume is None:
+        return state, [harness.spent]
+    content = checkpoint.read_state(harness.resume)
+    return state.of(content), [harness.spent, Spent.of(content.get("cost"))]
 
 
 def run(

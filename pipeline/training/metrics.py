@@ -1,4 +1,4 @@
-"""What is measured beside the training loop, gathered in one object: losses, waits, speed, cost, stragglers, divergence.
+"""What is measured while training runs, gathered in one object: losses, waits, speed, cost, stragglers, divergence.
 
 A step only adds to sums that stay on the device. They are read, and compared between workers, where metrics are logged.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from pipeline.config.recipe import Recipe
 from pipeline.runtime.progress import memory_metric
 from pipeline.runtime.usage import Spent, TrainingMeter
 from pipeline.shards.batches import Batch
@@ -95,34 +96,32 @@ class Telemetry:
 
     def __init__(
         self,
+        recipe: Recipe,
         harness: Harness,
         state: TrainState,
         schedule: TrainSchedule,
         *,
         parts: Sequence[str],
         section: str,
-        max_skipped: int,
-        cores: float,
         spent: Iterable[Spent | None],
     ) -> None:
         """Measure from `state` on.
 
         Args:
+            recipe: The settings.
             harness: The worker.
-            state: Where training is; it is kept, and read and written as training goes on.
+            state: Where training is; it is kept, read and written while training proceeds.
             schedule: Lengths of the run.
             parts: Names of the parts of the loss, for messages.
             section: Section of the settings that training follows, for messages.
-            max_skipped: Steps in a row that may be skipped.
-            cores: CPU cores of a worker.
             spent: Records of what earlier attempts have cost.
         """
         device, rank, world = harness.device, harness.rank, harness.world
         self._device, self._state, self._schedule = device, state, schedule
         self.losses = LossMeter(len(parts), device, world, state.epoch_sums, state.window)
-        self.cost = TrainingMeter(device, world=world, rank=rank, cores=cores, before=spent)
+        self.cost = TrainingMeter(device, world=world, rank=rank, cores=recipe.cluster.cpus_per_worker, before=spent)
         self.divergence = DivergenceWatch(
-            parts, device, world, every=schedule.log_steps, max_skipped=max_skipped, section=section
+            parts, device, world, every=schedule.log_steps, max_skipped=recipe.train.max_skipped, section=section
         )
         self.divergence.skipped = state.skipped
         self.stragglers = StragglerDetector(device, rank, world, ready=lambda: harness.heartbeat(OTHERS))

@@ -49,23 +49,12 @@ def train(recipe: Recipe, shards: ShardSet, **options: Any) -> Trained:
     """
     harness = Harness(**options)
     check_shards(recipe, shards)
-    state, known = TrainState(), [harness.spent]
-    if harness.resume is not None:
-        content = checkpoint.read_state(harness.resume)
-        state, known = TrainState.of(content), [harness.spent, Spent.of(content.get("cost"))]
+    state, spent = loop.starting_point(TrainState(), harness)
     # The batch of the workers that began, however many there are now; of an elastic run as if all had.
     begin = recipe.train.workers if recipe.cluster.min_workers else harness.world
     schedule = TrainSchedule.of(recipe, shards.rows["train"], state.streams or begin)
-    telemetry = Telemetry(
-        harness,
-        state,
-        schedule,
-        parts=[f"level {level}" for level in sorted(recipe.target.taps)],
-        section="train",
-        max_skipped=recipe.train.max_skipped,
-        cores=recipe.cluster.cpus_per_worker,
-        spent=known,
-    )
+    parts = [f"level {level}" for level in sorted(recipe.target.taps)]
+    telemetry = Telemetry(recipe, harness, state, schedule, parts=parts, section="train", spent=spent)
     before: Path | checkpoint.Snapshot | None = harness.resume
     for phase in phases_of(recipe, shards, schedule.total_steps):
         if state.step >= phase.end < schedule.total_steps:

@@ -39,7 +39,7 @@ class TrainState:
         self.images += round(batch.total)
 
     def state(self) -> dict[str, Any]:
-        """As JSON values: a copy, since it is written while training goes on."""
+        """As JSON values: a copy, since it is written while training proceeds."""
         return copy.deepcopy(vars(self))
 
     @classmethod

@@ -63,7 +63,7 @@ def set_up(
         shards: The shard set.
         harness: The worker.
         before: A checkpoint, or what the previous phase ended with; None at the start of training.
-        about: What else a checkpoint remembers, asked for when it is taken.
+        about: What else a checkpoint remembers; called when it is taken.
     """
     device, rank, world, wrap = harness.device, harness.rank, harness.world, harness.wrap
     settings = phase.recipe.train
@@ -87,27 +87,7 @@ def set_up(
     wrapped = wrap(model) if wrap and not sharded else model
     if settings.compile:
         wrapped.compile(dynamic=False)
-    views = views_of(phase, model, shards, device)
-    step = TrainStep(
-        model,
-        views,
-        optimizer,
-        make_schedule(
-            optimizer,
-            total_steps=schedule.total_steps,
-            warmup_steps=schedule.warmup_steps,
-            min_lr=peak_lr * settings.min_lr_share,
-        ),
-        seed=recipe.seed,
-        total_steps=schedule.total_steps,
-        clip_grad=settings.clip_grad,
-        precision=precision_of(settings, device),
-        accumulate=settings.accumulate,
-        averaged=averaged,
-        wrapped=wrapped,
-        world=world,
-        rank=rank,
-    )
+    step = _step(phase, schedule, shards, harness, model, optimizer, averaged, wrapped)
     reader = reader_of(phase, schedule, shards, rank=rank, world=world, threads=harness.threads, device=device)
     always = _about(recipe, shards)
     saver = checkpoint.Saver(
@@ -117,6 +97,40 @@ def set_up(
         lambda: {**state.state(), **always, **about()},
     )
     return Training(model, wrapped, optimizer, step, reader, saver, flops)
+
+
+def _step(
+    phase: Phase,
+    schedule: TrainSchedule,
+    shards: ShardSet,
+    harness: Harness,
+    model: MaskedImageModel,
+    optimizer: torch.optim.Optimizer,
+    averaged: Average | None,
+    wrapped: nn.Module,
+) -> TrainStep:
+    settings = phase.recipe.train
+    peak_lr = settings.lr * schedule.batch / 256
+    return TrainStep(
+        model,
+        views_of(phase, model, shards, harness.device),
+        optimizer,
+        make_schedule(
+            optimizer,
+            total_steps=schedule.total_steps,
+            warmup_steps=schedule.warmup_steps,
+            min_lr=peak_lr * settings.min_lr_share,
+        ),
+        seed=phase.recipe.seed,
+        total_steps=schedule.total_steps,
+        clip_grad=settings.clip_grad,
+        precision=precision_of(settings, harness.device),
+        accumulate=settings.accumulate,
+        averaged=averaged,
+        wrapped=wrapped,
+        world=harness.world,
+        rank=harness.rank,
+    )
 
 
 def precision_of(settings: Train | Finetune, device: torch.device) -> torch.dtype:

@@ -83,26 +83,28 @@ def train_on_workers(
         "reader_threads": reader_threads,
     }
     trainer = _trainer(config, recipe, session, folder, workers)
-    with (
-        ending_hung_workers(folder, recipe.train.hang_timeout, end_process),
-        sigterm_stops(folder),
-        showing(folder),
-    ):
-        try:
-            ended: dict[str, Any] = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
-        except SystemExit:
-            # Ray Train handles Ctrl-C itself, and would end the process with 1 and without a message
-            raise KeyboardInterrupt from None
-        except ray.train.TrainingFailedError as error:
-            raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
-        # before SIGTERM, if that is why they ended, is handled
-        if ended.get("uncopied"):
-            log.warning("%s; the same command copies it", ended["uncopied"])
-        if ended.get("failed"):
-            raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+    with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), sigterm_stops(folder), showing(folder):
+        ended = _fit(trainer, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     return ended.get("value")
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, folder: Path, what: str) -> dict[str, Any]:
+    """What `train_worker` returned on rank 0. Raises StageError if training has failed, and KeyboardInterrupt."""
+    try:
+        ended: dict[str, Any] = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
+    except SystemExit:
+        # Ray Train handles Ctrl-C itself, and would end the process with 1 and without a message
+        raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+    # before SIGTERM, if that is why they ended, is handled
+    if ended.get("uncopied"):
+        log.warning("%s; the same command copies it", ended["uncopied"])
+    if ended.get("failed"):
+        raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+    return ended
 
 
 def _trainer(
@@ -130,7 +132,7 @@ def _trainer(
 
 
 def least_workers(recipe: Recipe, workers: int) -> int:
-    """The fewest workers that a stage with so many goes on with (cluster.min_workers)."""
+    """The fewest workers that a stage with so many may continue with (cluster.min_workers)."""
     return min(recipe.cluster.min_workers or workers, workers)
 
 
