@@ -141,7 +141,9 @@ def _start(address: str, log_level: int) -> None:
             except Exception as error:  # a bare one
                 if "timed out" not in str(error):
                     raise
-                _log.warning("this machine is busy: Ray did not start in the time that it allows itself; trying once more")
+                _log.warning(
+                    "this machine is busy: Ray did not start in the time that it allows itself; trying once more"
+                )
                 ray.shutdown()
                 start()
     finally:

@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pipeline.periodic import Periodic
+from wavemim.atomic import new_file
+
 _log = logging.getLogger(__name__)
 
 FOLDER = ".beats"  # in the stage's folder
@@ -86,8 +89,8 @@ class Heartbeat:
         self.count, self.steps, self.activity = 0, 0, self.status.activity
         self._interval = interval_of(limit)
         self._training_thread = threading.get_ident()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._last = 0.0
+        self._thread = Periodic(self._beat, self._interval, name="heartbeat", join=5)
 
     def __call__(self, activity: str) -> None:
         """The training thread begins an activity."""
@@ -97,37 +100,37 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         self._write()
+        self._last = time.monotonic()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join(timeout=5)
+        self._thread.stop()
         with contextlib.suppress(OSError):
             self.path.unlink()
 
-    def _run(self) -> None:
-        last = time.monotonic()
-        while not self._ended.wait(self._interval):
-            now = time.monotonic()
-            passed, last = min(now - last, 2 * self._interval), now  # capped: this process may have been stopped
-            same = self.count == self.status.count
-            self.status = replace(
-                self.status,
-                count=self.count,
-                steps=self.steps,
-                activity=self.activity,
-                stalled=self.status.stalled + passed if same else 0.0,
-                where=_line_of(self._training_thread) if same else "",
-            )
-            self._write()
+    def _beat(self) -> None:
+        now = time.monotonic()
+        passed, self._last = (
+            min(now - self._last, 2 * self._interval),
+            now,
+        )  # capped: this process may have been stopped
+        same = self.count == self.status.count
+        self.status = replace(
+            self.status,
+            count=self.count,
+            steps=self.steps,
+            activity=self.activity,
+            stalled=self.status.stalled + passed if same else 0.0,
+            where=_line_of(self._training_thread) if same else "",
+        )
+        self._write()
 
     def _write(self) -> None:
         try:
             self.path.parent.mkdir(exist_ok=True)
-            new = self.path.with_name(f".{self.path.name}")
-            new.write_text(json.dumps(asdict(self.status)))
-            os.replace(new, self.path)  # without fsync: nobody needs it after a crash
+            with new_file(self.path) as partial:  # without fsync: nobody needs it after a crash
+                partial.write_text(json.dumps(asdict(self.status)))
         except OSError:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
@@ -261,19 +264,13 @@ def ending_hung_workers(folder: Path, limit: float | None, end: Callable[[Worker
     if limit is None:
         yield
         return
-    monitor, ended = HangMonitor(folder, limit, end), threading.Event()
+    monitor = HangMonitor(folder, limit, end)
 
-    def run() -> None:
-        while not ended.wait(monitor.interval):
-            try:
-                monitor.look()
-            except Exception as error:  # training must not end because nobody watches it
-                _log.warning("a worker that hangs could not be ended: %s", error)
+    def look() -> None:
+        try:
+            monitor.look()
+        except Exception as error:  # training must not end because nobody watches it
+            _log.warning("a worker that hangs could not be ended: %s", error)
 
-    thread = threading.Thread(target=run, name="hang monitor", daemon=True)
-    thread.start()
-    try:
+    with Periodic(look, monitor.interval, name="hang monitor", join=10):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=10)

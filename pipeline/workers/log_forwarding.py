@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.periodic import Periodic
 from pipeline.storage.jsonl import JsonLines
 
 FILE = "warnings.jsonl"
@@ -52,27 +53,19 @@ def passing_on(folder: Path, rank: int) -> Iterator[None]:
 @contextlib.contextmanager
 def showing(folder: Path) -> Iterator[None]:
     """Repeat the warnings of the workers of the stage in `folder` while the block runs."""
-    lines, ended = JsonLines(folder / FILE), threading.Event()
+    lines = JsonLines(folder / FILE)
     position = lines.size()
 
     def look() -> None:
         nonlocal position
-        for entry, end in lines.read(position):
-            position = end
-            if "warning" in entry:
-                _log.warning("%s", entry["warning"])
-
-    def run() -> None:
-        while not ended.wait(_POLL):
-            with contextlib.suppress(OSError):
-                look()
-
-    thread = threading.Thread(target=run, name="warnings", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=5)
         with contextlib.suppress(OSError):
-            look()
+            for entry, end in lines.read(position):
+                position = end
+                if "warning" in entry:
+                    _log.warning("%s", entry["warning"])
+
+    try:
+        with Periodic(look, _POLL, name="warnings", join=5):
+            yield
+    finally:
+        look()

@@ -212,7 +212,8 @@ def test_failures_give_one_warning_and_end(trained, stage, caplog):
     watching.newest = newest
     watching.clock.now += 100_000
     with caplog.at_level(logging.WARNING):
-        watching.run(pause=0)
+        while watching.attempt():
+            pass
     assert len(calls) == monitor.FAILURES
     assert [record.getMessage() for record in caplog.records] == [
         "online evaluation failed: the disk is gone; training continues"
