@@ -134,7 +134,7 @@ def local_copy(where: str, out: str | Path) -> Path:
             try:
                 return _cached(place, name, Path(out))
             except checkpoint.CheckpointError as error:
-                log.warning("%s is skipped, the checkpoint before it is used: %s", place.shown(name), error)
+                log.warning("%s is skipped, the checkpoint before it is tried: %s", place.shown(name), error)
                 damaged = damaged or error
     if damaged is not None:
         raise damaged

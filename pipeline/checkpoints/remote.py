@@ -111,7 +111,7 @@ class CheckpointStore:
             try:
                 fetch(self.folder.sub(name), local / name)
             except checkpoint.CheckpointError as error:
-                log.warning("%s is skipped, the checkpoint before it is used: %s", self.folder.shown(name), error)
+                log.warning("%s is skipped, the checkpoint before it is tried: %s", self.folder.shown(name), error)
                 self._set_aside(name)
                 continue
             log.info("%s: training resumes from it", self.folder.shown(name))

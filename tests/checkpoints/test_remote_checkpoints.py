@@ -198,9 +198,9 @@ def test_a_store_that_is_away_ends_nothing_and_gets_the_last_one_later(tmp_path,
     assert not keeper.given_up
     lines = [record for record in caplog.records if "training continues" in record.getMessage()]
     assert [record.levelno for record in lines] == [logging.ERROR]  # once, and clearly
-    assert f"{here} alone" in lines[0].getMessage()
+    assert f"only in {here} until" in lines[0].getMessage()
     assert keeper.finish() == ""
-    assert keeper.uncopied.startswith(f"the last checkpoint is in {here} alone")
+    assert keeper.uncopied.startswith(f"the last checkpoint is only in {here}, not in")
     assert kept(Folder.at(here)) == [10 + FAILURES, 11 + FAILURES]
 
     place.unlink()
