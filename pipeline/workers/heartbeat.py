@@ -89,8 +89,8 @@ class Heartbeat:
         self.count, self.steps, self.activity = 0, 0, self.status.activity
         self._interval = interval_of(limit)
         self._training_thread = threading.get_ident()
-        self._last = 0.0
-        self._thread = Periodic(self._beat, self._interval, name="heartbeat", join=5)
+        self._last = time.monotonic()
+        self._reports = Periodic(self._report, self._interval, name="heartbeat", join=5)
 
     def __call__(self, activity: str) -> None:
         """The training thread begins an activity."""
@@ -101,20 +101,17 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         self._write()
         self._last = time.monotonic()
-        self._thread.start()
+        self._reports.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.stop()
+        self._reports.stop()
         with contextlib.suppress(OSError):
             self.path.unlink()
 
-    def _beat(self) -> None:
+    def _report(self) -> None:
         now = time.monotonic()
-        passed, self._last = (
-            min(now - self._last, 2 * self._interval),
-            now,
-        )  # capped: this process may have been stopped
+        passed, self._last = min(now - self._last, 2 * self._interval), now  # capped: the process may have been stopped
         same = self.count == self.status.count
         self.status = replace(
             self.status,

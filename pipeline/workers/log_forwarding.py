@@ -56,7 +56,7 @@ def showing(folder: Path) -> Iterator[None]:
     lines = JsonLines(folder / FILE)
     position = lines.size()
 
-    def look() -> None:
+    def repeat() -> None:
         nonlocal position
         with contextlib.suppress(OSError):
             for entry, end in lines.read(position):
@@ -64,8 +64,5 @@ def showing(folder: Path) -> Iterator[None]:
                 if "warning" in entry:
                     _log.warning("%s", entry["warning"])
 
-    try:
-        with Periodic(look, _POLL, name="warnings", join=5):
-            yield
-    finally:
-        look()
+    with Periodic(repeat, _POLL, name="warnings", last=repeat, join=5):
+        yield

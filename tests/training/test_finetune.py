@@ -3,6 +3,8 @@
 import copy
 import csv
 import json
+import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -259,6 +261,23 @@ def test_rand_augment_crops_as_the_device_does():
     assert changed.shape == nothing.shape and not torch.equal(changed, nothing)
     grey = RandAugment("rand-m10-n4-p1-inc1", pixel_mean=[120.0], **options)
     assert grey(pixels[:, :1].repeat(10, 1, 1, 1), torch.arange(60), epoch=0).shape == (60, 1, 32, 32)
+
+
+def test_rand_augment_follows_from_the_row_in_any_number_of_threads():
+    pixels, rows = torch.from_numpy(photos(24)), torch.arange(24) * 7
+    augment = RandAugment("rand-m9-mstd0.5-inc1", size=32, seed=2, pixel_mean=[120.0] * 3)
+    np.random.seed(1)
+    random.seed(1)
+    before = np.random.get_state()[1].tolist(), random.getstate()
+    expected = augment(pixels, rows, epoch=3)
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before  # the batch is mixed by these
+    with ThreadPoolExecutor(4) as pool:
+        parts = pool.map(lambda row: augment(pixels[row : row + 1], rows[row : row + 1], epoch=3), reversed(range(24)))
+        assert torch.equal(torch.cat(list(parts)).flip(0), expected)
+    assert not torch.equal(augment(pixels, rows, epoch=4), expected)
+    same = augment(pixels[:1].repeat(24, 1, 1, 1), rows * 0, epoch=3)
+    assert (same == same[:1]).all()  # a row is augmented in the same way wherever it lies
+    assert len({image.numpy().tobytes() for image in augment(pixels[:1].repeat(24, 1, 1, 1), rows, epoch=3)}) > 20
 
 
 @pytest.mark.parametrize(("size", "corner", "side"), [(64, 0, 64), (60, 2, 60), (56, 4, 56), (28, 4, 56)])

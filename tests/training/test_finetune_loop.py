@@ -134,6 +134,17 @@ def test_resuming_from_any_step_equals_no_interruption(recipe, shards, whole, tm
     assert costs[-1] == 3 * 64  # of both attempts
 
 
+def test_resuming_is_exact_with_rand_augment_in_threads(recipe, shards, tmp_path):
+    changes = {**SHORT, "finetune.epochs": 2, "finetune.rand_augment": "rand-m9-mstd0.5-inc1"}
+    short = with_overrides(recipe, changes)
+
+    def keep(saver, state):
+        saver(tmp_path / str(state["step"]))
+
+    whole = tuned(short, shards, threads=4, coordinator=Decisions(save=3), on_checkpoint=keep)
+    assert_same(tuned(short, shards, threads=1, resume=tmp_path / "3"), whole)
+
+
 def test_checkpoints_are_taken_by_time_in_the_middle_of_epochs(recipe, shards, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(coordination, "INTERVAL", 0.0)
     now, taken = [0.0], []
