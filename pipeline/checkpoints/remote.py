@@ -1,6 +1,6 @@
 """A second place for a run's checkpoints (`train.checkpoints_at`): an object store or another folder.
 
-For a stage it is URL/NAME/STAGE, such as URL/NAME/pretrain. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
+For a stage it is URL/NAME/STAGE. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
 stage's folder, and ``best.json``. A checkpoint's ``state.json`` is uploaded last and names the other files with their
 SHA-256: a folder without it, or with files of other checksums, is half-written or damaged, and is skipped.
 
@@ -39,7 +39,7 @@ class CheckpointStore:
 
     @classmethod
     def of(cls, recipe: Recipe, stage: str = "pretrain") -> CheckpointStore | None:
-        """That of train.checkpoints_at; None if it is not set. Raises SettingError if the URL is malformed."""
+        """That of train.checkpoints_at for a stage; None if it is not set. Raises SettingError if the URL is malformed."""
         where = recipe.train.checkpoints_at
         return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/{stage}"))
 

@@ -31,12 +31,12 @@ _RETRIES = (2.0, 10.0, 30.0)  # seconds before further attempts to copy the last
 
 
 def check_store(recipe: Recipe, stage: str, same: Mapping[str, Any]) -> None:
-    """Check, before training, whether a stage can use the recipe's train.checkpoints_at.
+    """Check, before training, whether a stage can use train.checkpoints_at.
 
     Args:
-        recipe: The settings of the run.
-        stage: "pretrain" or "finetune".
-        same: The identity of the stage's work: what its checkpoints must have been trained with.
+        recipe: The settings.
+        stage: Name of the stage.
+        same: The settings that its checkpoints must have been trained with.
 
     Raises:
         SettingError: It holds checkpoints of other settings, or denies access.

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe
 from pipeline.models.build import build_views
+from pipeline.periodic import Periodic
 from pipeline.shards.batches import sequential
 from pipeline.shards.shard_set import ShardSet
 from wavemim.figures.reconstruction import reconstruction_figure
@@ -100,7 +101,7 @@ class OnlineEvaluator:
         self.began = clock()
         self.next = self.began + self.seconds
         self.last: Path | None = None  # checkpoint that was evaluated last
-        self.failures = 0
+        self.failures, self.warned = 0, False
         self.stopped = threading.Event()
         self._child: subprocess.Popen[str] | None = None
         self._turn = threading.Lock()
@@ -192,22 +193,19 @@ class OnlineEvaluator:
         answer: dict[str, Any] = json.loads(out.splitlines()[-1])
         return answer
 
-    def run(self, pause: float = 1.0) -> None:
-        """Evaluate whenever it is due, until stopped or until it has failed too often."""
-        warned = False
-        while not self.stopped.wait(pause):
-            try:
-                if self.evaluate_if_due():
-                    self.failures = 0
-            except Exception as error:  # whatever it is, it must not end the run
-                self.failures += 1
-                if self.stopped.is_set():
-                    return
-                if not warned:
-                    warned = True
-                    _log.warning("online evaluation failed: %s; training continues", error)
-                if self.failures >= FAILURES:
-                    return
+    def attempt(self) -> bool:
+        """Evaluate if it is due. Returns False once it has been stopped, or has failed too often."""
+        try:
+            if self.evaluate_if_due():
+                self.failures = 0
+        except Exception as error:  # whatever it is, it must not end the run
+            self.failures += 1
+            if self.stopped.is_set():
+                return False
+            if not self.warned:
+                self.warned = True
+                _log.warning("online evaluation failed: %s; training continues", error)
+        return self.failures < FAILURES
 
     def stop(self) -> None:
         """End the evaluation that is under way; there are no more."""
@@ -237,13 +235,12 @@ def monitoring(
     evaluator = OnlineEvaluator(
         folder, shards, labelled=labelled, log=log, artifact=artifact, minutes=minutes, newest=newest
     )
-    thread = threading.Thread(target=evaluator.run, name="online evaluation", daemon=True)
-    thread.start()
+    thread = Periodic(evaluator.attempt, 1.0, name="online evaluation", join=10).start()
     try:
         yield
     finally:
-        evaluator.stop()
-        thread.join(timeout=10)
+        evaluator.stop()  # first: an evaluation may take long
+        thread.stop()
 
 
 def newest_of(folder: Path) -> Path | None:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.periodic import Periodic
+from wavemim.atomic import new_file
 
 _log = logging.getLogger(__name__)
 
@@ -125,9 +126,8 @@ class Heartbeat:
     def _write(self) -> None:
         try:
             self.path.parent.mkdir(exist_ok=True)
-            new = self.path.with_name(f".{self.path.name}")
-            new.write_text(json.dumps(asdict(self.status)))
-            os.replace(new, self.path)  # without fsync: nobody needs it after a crash
+            with new_file(self.path) as partial:  # without fsync: nobody needs it after a crash
+                partial.write_text(json.dumps(asdict(self.status)))
         except OSError:
             with contextlib.suppress(OSError):
                 os.utime(self.path)

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, with_overrides
+from pipeline.periodic import Periodic
 from pipeline.training import online_eval as monitor
 from pipeline.training.online_eval import PICTURES, CpuBudget, OnlineEvaluator, monitoring, work
 from pipeline.training.pretrain_loop import train
@@ -212,7 +213,8 @@ def test_failures_give_one_warning_and_end(trained, stage, caplog):
     watching.newest = newest
     watching.clock.now += 100_000
     with caplog.at_level(logging.WARNING):
-        watching.run(pause=0)
+        while watching.attempt():
+            pass
     assert len(calls) == monitor.FAILURES
     assert [record.getMessage() for record in caplog.records] == [
         "online evaluation failed: the disk is gone; training continues"
@@ -235,14 +237,13 @@ def test_stopping_ends_a_look(trained, stage, monkeypatch):
     monkeypatch.setattr(monitor, "FIRST_COST", 0.0)
     watching = Logged().of(stage, trained[0], minutes=0, clock=time.monotonic)
     watching.pictures.cost = 0.0
-    thread = threading.Thread(target=watching.run, args=(0.01,))
-    thread.start()
+    thread = Periodic(watching.attempt, 0.01, name="evaluation", join=5).start()
     while watching._child is None:
         time.sleep(0.01)
     child = watching._child
     watching.stop()
-    thread.join(5)
-    assert not thread.is_alive()
+    thread.stop()
+    assert not thread._thread.is_alive()
     assert child.poll() is not None
 
 
