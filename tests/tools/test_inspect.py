@@ -132,7 +132,10 @@ def test_row_groups_of_other_sizes_are_found(folder):
     [
         ({"inputs": 12}, f"{MANIFEST}: counts 12 inputs, but 9 kept and 1 rejected"),
         ({"inputs": 11, "rejected": 2}, f"{REJECTED}: has 1 rows, but the manifest counts 2 rejected"),
-        ({"inputs": 9, "kept": 8}, f"{MANIFEST}: counts 8 images kept and 9 rows in its splits, which disagrees with its files"),
+        (
+            {"inputs": 9, "kept": 8},
+            f"{MANIFEST}: counts 8 images kept and 9 rows in its splits, which disagrees with its files",
+        ),
     ],
 )
 def test_counts_that_do_not_add_up_are_said(folder, counts, message):
