@@ -167,7 +167,7 @@ def test_killed_and_hanging_workers_are_replaced_and_a_killed_run_goes_on_with_f
     assert not hanging.is_running()
     os.killpg(process.pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
-    assert f"(process {hanging.pid})" in errors and "its process does not answer" in errors
+    assert f"(process {hanging.pid})" in errors and "its process does not respond" in errors
     time.sleep(5)  # its workers end by themselves, and may first finish a checkpoint
 
     from_one = shutil.copytree(checkpoint.latest(stage), tmp_path / checkpoint.latest(stage).name)
