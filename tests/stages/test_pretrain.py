@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from real_commands import start, wait_for_images, workers_of
 from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, with_overrides
@@ -54,22 +53,7 @@ def recipe_at(folder, shards, **changes):
 
 
 def pretrain(folder, *more):
-    """The real command in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "pretrain", "--quiet", "-r", str(folder / "long.yaml"), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_images(stage, images, process, seconds=300):
-    ends = time.monotonic() + seconds
-    while not any(int(path.name.partition("-")[2]) >= images for path in stage.glob("images-*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < ends, "no checkpoint in time"
-        time.sleep(0.05)
+    return start("pretrain", folder / "long.yaml", *more)
 
 
 def undisturbed(recipe, shards):
@@ -137,11 +121,6 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     [run] = client.search_runs([client.get_experiment_by_name("wavemim").experiment_id])
     assert run.info.status == "FINISHED"  # one run, gone on with
     assert Path(run.info.artifact_uri).exists()
-
-
-def workers_of(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::RayTrainWo")]
 
 
 @pytest.mark.timeout(800)
