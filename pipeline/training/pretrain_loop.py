@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config.recipe import Recipe
 from pipeline.models.build import check_shards
 from pipeline.runtime.usage import Spent
@@ -16,7 +18,7 @@ from pipeline.training import loop
 from pipeline.training.metrics import Telemetry
 from pipeline.training.schedule import Phase, PhaseCost, TrainSchedule, TrainState, phases_of
 from pipeline.training.setup import Training, set_up
-from pipeline.workers.harness import Harness
+from pipeline.workers.harness import CheckpointHook, Harness, LogHook
 from pipeline.workers.heartbeat import MODEL
 from wavemim.model import MaskedImageModel
 from wavemim.step import StepResult
@@ -32,13 +34,28 @@ class Trained:
     stopped: bool = False  # before its end, as asked
 
 
-def train(recipe: Recipe, shards: ShardSet, **options: Any) -> Trained:
+def train(
+    recipe: Recipe,
+    shards: ShardSet,
+    *,
+    device: torch.device,
+    threads: int = 2,
+    resume: Path | None = None,
+    on_log: LogHook | None = None,
+    on_checkpoint: CheckpointHook | None = None,
+    **worker: Any,
+) -> Trained:
     """Pretrain on the train split of a shard set, or resume from a checkpoint. To be called by every worker.
 
     Args:
         recipe: The settings.
         shards: The shard set.
-        **options: The fields of `Harness`, of which only `device` has to be given.
+        device: Where to train.
+        threads: Threads that read batches in this process.
+        resume: Checkpoint to resume from.
+        on_log: Called with metrics and the images seen so far; on rank 0.
+        on_checkpoint: Called with a `Saver`, which takes the folder to write, and the state; on every worker.
+        **worker: Other fields of `Harness`: of one of several workers, and what the stages need.
 
     Returns:
         The model, where training is, and whether it was stopped before its end.
@@ -47,7 +64,7 @@ def train(recipe: Recipe, shards: ShardSet, **options: Any) -> Trained:
         SettingError: The shard set does not fit the recipe.
         DivergedError: Too many steps in a row were skipped; on every worker after the same step.
     """
-    harness = Harness(**options)
+    harness = Harness(device, threads=threads, resume=resume, on_log=on_log, on_checkpoint=on_checkpoint, **worker)
     check_shards(recipe, shards)
     state, spent = loop.starting_point(TrainState(), harness)
     # The batch of the workers that began, however many there are now; of an elastic run as if all had.

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from real_commands import start, wait_for_images, workers_of
 from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, with_overrides
@@ -54,22 +53,7 @@ def recipe_at(folder, shards, **changes):
 
 
 def pretrain(folder, *more):
-    """The real command in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "pretrain", "--quiet", "-r", str(folder / "long.yaml"), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_images(stage, images, process, seconds=300):
-    ends = time.monotonic() + seconds
-    while not any(int(path.name.partition("-")[2]) >= images for path in stage.glob("images-*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < ends, "no checkpoint in time"
-        time.sleep(0.05)
+    return start("pretrain", folder / "long.yaml", *more)
 
 
 def undisturbed(recipe, shards):
@@ -139,11 +123,6 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     assert Path(run.info.artifact_uri).exists()
 
 
-def workers_of(process):
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::RayTrainWo")]
-
-
 @pytest.mark.timeout(800)
 def test_killed_and_hanging_workers_are_replaced_and_a_killed_run_goes_on_with_fewer(shards, tmp_path):
     changes = {"train.workers": 2, "train.epochs": 150, "train.keep_checkpoints": 60, "train.hang_timeout": 15}
@@ -167,7 +146,7 @@ def test_killed_and_hanging_workers_are_replaced_and_a_killed_run_goes_on_with_f
     assert not hanging.is_running()
     os.killpg(process.pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
-    assert f"(process {hanging.pid})" in errors and "its process does not answer" in errors
+    assert f"(process {hanging.pid})" in errors and "its process does not respond" in errors
     time.sleep(5)  # its workers end by themselves, and may first finish a checkpoint
 
     from_one = shutil.copytree(checkpoint.latest(stage), tmp_path / checkpoint.latest(stage).name)
