@@ -27,10 +27,10 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 def count(recipe: str, overrides: dict[str, Any]) -> dict[str, float]:
     """Forward GFLOP an image of decoder and encoder, and millions of parameters, of a recipe with other settings."""
     import torch
-    from pipeline.build import build_blank_model
-    from wavemim.cost import cost_of
 
-    from pipeline.config import load, with_overrides
+    from pipeline.config.load import load, with_overrides
+    from pipeline.models.build import build_blank_model
+    from wavemim.flops import cost_of
 
     with torch.device("meta"):
         cost = cost_of(build_blank_model(with_overrides(load(recipe), overrides)))

@@ -99,7 +99,7 @@ def test_every_script_says_what_it_needs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_parses(name, tmp_path, parse):
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     commands = list(calls(name, tmp_path))
     assert commands or experiment(name).measure is not None
@@ -250,7 +250,7 @@ def test_counted_decoders_are_the_published_ones():
 
 
 def test_own_comparisons_are_recipes_that_differ():
-    from pipeline.config import load, with_overrides
+    from pipeline.config.load import load, with_overrides
 
     for variants in importlib.import_module("comparisons").COMPARISONS.values():
         recipes = [with_overrides(load(name), settings).dump() for name, settings in variants.values()]

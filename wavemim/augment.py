@@ -1,4 +1,4 @@
-"""RandomResizedCrop and mirroring of whole batches on the device, without host synchronisation.
+"""RandomResizedCrop and mirroring of whole batches, without synchronising with the device; RandAugment on the CPU.
 
 Legend: B images, C channels, H × W pixels. A box is (top, left, height, width) in whole pixels.
 """
@@ -29,10 +29,22 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
 ) -> torch.Tensor:
-    """Random boxes of `pixels` (B, C, H, W) in [0, 255], resized to (B, C, size, size) and, with `flip`, half of them
-    mirrored. `rows` (B,), on the device of the pixels, and (seed, epoch) alone decide about boxes and mirroring.
+    """Crop random boxes and resize them, as torchvision's RandomResizedCrop with antialiased bicubic interpolation.
 
-    As torchvision's RandomResizedCrop with antialiased bicubic interpolation (Inception: Szegedy et al. 2015).
+    Boxes and mirroring are pure functions of (seed, epoch, row). The method is Inception's (Szegedy et al. 2015).
+
+    Args:
+        pixels: (B, C, H, W) in [0, 255].
+        rows: Row numbers (B,), on the device of the pixels.
+        size: Pixels per side of the result.
+        seed: Of the run.
+        epoch: Of training.
+        scale: Range of the box's fraction of the area.
+        ratio: Range of the box's width / height.
+        flip: Whether to mirror half of the images.
+
+    Returns:
+        (B, C, size, size), float32 in [0, 255].
     """
     height, width = pixels.shape[-2:]
     boxes = boxes_of(rows, height, width, seed=seed, epoch=epoch, scale=scale, ratio=ratio)
@@ -50,11 +62,22 @@ def boxes_of(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> torch.Tensor:
-    """Boxes (B, 4) float32 with whole values: top, left, height and width in an image of `height` × `width` pixels.
+    """Draw boxes with torchvision's distribution.
 
-    Distributed as torchvision's: the share of the area uniform in `scale`, the aspect (width / height) log-uniform in
-    `ratio`, the first of ten draws that fits the image, at a uniform place; otherwise the largest box in the middle
-    whose aspect is allowed.
+    The fraction of the area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. The first of ten draws that
+    fits the image is placed uniformly; if none fits, the box is the largest central one with an allowed aspect ratio.
+
+    Args:
+        rows: Row numbers (B,).
+        height: H.
+        width: W.
+        seed: Of the run.
+        epoch: Of training.
+        scale: Range of the fraction of the area.
+        ratio: Range of width / height.
+
+    Returns:
+        Boxes (B, 4), float32 with integer values.
     """
     assert 0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1], (scale, ratio)
     draws = uniform(seed, "crop", epoch, rows, 2 * _ATTEMPTS + 2)
@@ -63,7 +86,7 @@ def boxes_of(
     aspect = torch.exp(low + (high - low) * draws[:, _ATTEMPTS : 2 * _ATTEMPTS])
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)  # of equal values the first
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)  # argmax returns the first of equal values
     h, w = h.gather(1, first), w.gather(1, first)
     top = (draws[:, -2:-1] * (height - h + 1)).floor()
     left = (draws[:, -1:] * (width - w + 1)).floor()
@@ -74,11 +97,20 @@ def boxes_of(
 
 
 def resized_crop(pixels: torch.Tensor, boxes: torch.Tensor, size: int, mirrored: torch.Tensor | None) -> torch.Tensor:
-    """The `boxes` (B, 4) of `pixels` (B, C, H, W) as (B, C, size, size), clamped to [0, 255]; `mirrored` bool (B,).
+    """Crop boxes and resize them by bicubic interpolation (Keys 1981, a = -0.5), antialiased when shrinking.
 
-    Bicubic (Keys 1981, a = -0.5), with the kernel widened where the box is larger than the result: what Pillow makes
-    of the cropped image, without its rounding. Pixels outside of a box play no part, and a box of `size` × `size`
-    pixels is given back as it is. Float32 (matrix products: with TF32 allowed, to about 0.1 of 255).
+    This equals Pillow's result for the cropped image up to rounding. Pixels outside of a box have no influence, and a
+    box of `size` × `size` pixels is returned unchanged. Computed by matrix products in float32 (if TF32 is allowed,
+    accurate to about 0.1 of 255).
+
+    Args:
+        pixels: (B, C, H, W) in [0, 255].
+        boxes: (B, 4).
+        size: Pixels per side of the result.
+        mirrored: bool (B,), which images to mirror horizontally; None: none.
+
+    Returns:
+        (B, C, size, size), float32, clamped to [0, 255].
     """
     batch, channels, height, width = pixels.shape
     with torch.autocast(pixels.device.type, enabled=False):
@@ -91,10 +123,10 @@ def resized_crop(pixels: torch.Tensor, boxes: torch.Tensor, size: int, mirrored:
 
 
 def _weights(start: torch.Tensor, length: torch.Tensor, side: int, size: int) -> torch.Tensor:
-    """Interpolation matrices (B, size, side) along one axis, of boxes from `start` (B,) on with `length` (B,) pixels.
+    """Interpolation matrices (B, size, side) along one axis for boxes at `start` (B,) of `length` (B,) pixels.
 
-    With u = 2 · size the centre of result i lies at (2 i + 1) · length / u from the start: whole numbers up to the last
-    division, so that float32 is exact at any place of the image.
+    With u = 2 · size the centre of output pixel i is at (2 i + 1) · length / u from the start: integers up to the last
+    division, so that float32 is exact anywhere in the image.
     """
     taps = math.ceil(4 * max(side / size, 1)) + 1
     start, length = start[:, None, None], length[:, None, None]
@@ -106,7 +138,7 @@ def _weights(start: torch.Tensor, length: torch.Tensor, side: int, size: int) ->
     distance = ((2 * pixel + 1) * size - centre) / (2 * length.clamp_min(size))
     weights = _cubic(distance.abs()) * ((pixel >= 0) & (pixel < length))
     weights = weights / weights.sum(-1, keepdim=True)
-    # With room for the taps that lie outside: every index is in range and occurs once.
+    # Padded by the taps that lie outside: every index is in range and occurs once.
     matrix = torch.zeros(start.shape[0], size, side + 2 * taps, device=start.device)
     matrix.scatter_(2, (pixel + start).long() + taps, weights)
     return matrix[:, :, taps : taps + side]
@@ -120,7 +152,7 @@ def _cubic(x: torch.Tensor) -> torch.Tensor:
 
 
 def _middle_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest box of an allowed aspect in the middle of an image."""
+    """The largest central box with an allowed aspect ratio."""
     h, w = height, width
     if width / height < ratio[0]:
         h = round(width / ratio[0])
@@ -130,10 +162,10 @@ def _middle_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[in
 
 
 class RandAugment:
-    """Crops and mirrors as `wavemim.augment.random_resized_crop`, then does what a policy of timm's says.
+    """Crops and mirrors as `random_resized_crop`, then applies one of timm's RandAugment policies.
 
-    Boxes and mirroring follow from (seed, epoch, row); what RandAugment draws comes from the generators of Python and
-    numpy, in the order in which threads ask for it.
+    Boxes and mirroring are pure functions of (seed, epoch, row). RandAugment draws from the global generators of Python
+    and numpy, in the order in which threads call it.
     """
 
     def __init__(
@@ -147,22 +179,41 @@ class RandAugment:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
     ) -> None:
-        """`pixel_mean`, of pixels in [0, 255], fills what comes into the image from outside. 1 or 3 channels."""
+        """Create the transform.
+
+        Args:
+            policy: timm's name of the policy, such as "rand-m9-mstd0.5".
+            size: Pixels per side of the result.
+            seed: Of the run.
+            pixel_mean: One value per channel (1 or 3) in [0, 255]; fills areas from outside of the image.
+            scale: Range of the crop's fraction of the area.
+            ratio: Range of the crop's width / height.
+            flip: Whether to mirror half of the images.
+        """
         assert len(pixel_mean) in (1, 3), pixel_mean
         self.size, self.seed, self.scale, self.ratio, self.flip = size, seed, scale, ratio, flip
         self._transform = rand_augment_transform(
             policy,
-            {  # as timm's own training sets them
+            {  # the values of timm's training script
                 "translate_const": int(size * 0.45),
                 "img_mean": tuple(min(255, round(mean)) for mean in pixel_mean),
                 "interpolation": Image.Resampling.BICUBIC,
-                # At 10, the highest magnitude, timm asks for posterising to 0 bits, which Pillow refuses.
+                # At 10, the highest magnitude, timm would posterise to 0 bits, which Pillow refuses.
                 "magnitude_max": math.nextafter(10.0, 0.0),
             },
         )
 
     def __call__(self, pixels: torch.Tensor, rows: torch.Tensor, *, epoch: int) -> torch.Tensor:
-        """uint8 images (B, C, H, W) → (B, C, size, size); `rows` (B,) on the CPU."""
+        """Augment images.
+
+        Args:
+            pixels: uint8 (B, C, H, W).
+            rows: Row numbers (B,), on the CPU.
+            epoch: Of training.
+
+        Returns:
+            uint8 (B, C, size, size).
+        """
         boxes = boxes_of(rows, *pixels.shape[-2:], seed=self.seed, epoch=epoch, scale=self.scale, ratio=self.ratio)
         mirrored = (uniform(self.seed, "flip", epoch, rows, 1)[:, 0] < 0.5) & self.flip
         out = np.empty((*pixels.shape[:2], self.size, self.size), np.uint8)
@@ -171,7 +222,7 @@ class RandAugment:
         return torch.from_numpy(out)
 
     def _augmented(self, image: np.ndarray, box: list[int], mirrored: bool) -> np.ndarray:
-        """One image (C, H, W), the box (top, left, height, width) of it."""
+        """Augment the box (top, left, height, width) of one image (C, H, W)."""
         top, left, height, width = box
         cut = image[:, top : top + height, left : left + width]
         picture = Image.fromarray(np.ascontiguousarray(cut[0] if len(cut) == 1 else cut.transpose(1, 2, 0)))

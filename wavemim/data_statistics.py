@@ -1,18 +1,22 @@
-"""Mean and standard deviation of pixels and of each level and band of a shard set."""
+"""Mean and standard deviation of the pixels, and of each level and band, of a shard set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-STD_FLOOR = 1e-3  # of the deviation of pixels that images are divided by: a channel may never vary
+STD_FLOOR = 1e-3  # lower bound of the pixels' standard deviation in normalisation: a channel may be constant
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of a shard set, in coefficient units.
+    """Mean and standard deviation of a shard set.
 
-    `mean` and `std` map level -> band -> one value a channel; `pixel_mean` and `pixel_std` are those of the pixels.
+    Attributes:
+        mean: {level: {band: one value per channel}}, in coefficient units.
+        std: The same for standard deviations.
+        pixel_mean: One value per channel, of pixels in [0, 255].
+        pixel_std: The same for standard deviations.
     """
 
     mean: Mapping[int, Mapping[str, list[float]]]

@@ -1,7 +1,7 @@
-"""The light decoder of a tap: from the encoder's tokens to a prediction for every position, or for some.
+"""The light decoder of a tap: from the encoder's tokens to predictions for all positions, or some of them.
 
-Legend: B images, G tokens a side of the encoder at this tap, R prefix tokens (class, registers), V visible tokens,
-E encoder width, W decoder width, P positions a side, S chosen positions, D values a position.
+Legend: B images, G tokens per side of the encoder at this tap, R prefix tokens (class, registers), V visible tokens,
+T tokens of a context, E encoder width, W decoder width, P positions per side, S chosen positions, D values per position.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from timm.layers import LayerNorm, Mlp  # this LayerNorm has MAE's eps, 1e-6
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from wavemim.constraints import check_decoder_depth, check_decoder_width
 from wavemim.positions import sincos
 
 Attention = Literal["self", "cross"]
@@ -22,12 +23,12 @@ Attention = Literal["self", "cross"]
 class CrossBlock(nn.Module):
     """Attention from queries to a context, then an MLP, pre-norm with residuals (CrossMAE, Fu et al., TMLR 2024).
 
-    Queries do not see one another, so each prediction is independent of which others are asked for. The context is the
-    tap's tokens at width W with their positions; the paper's is the encoder's output itself, of width E.
+    Queries do not attend to each other, so a prediction does not depend on which others are made. The context is the
+    tap's tokens at width W plus their positions; in the paper it is the encoder's output itself, of width E.
     """
 
     def __init__(self, width: int, heads: int) -> None:
-        """`heads` has to divide `width`."""
+        """Create a block of `width` W with `heads` heads, which have to divide W."""
         super().__init__()
         assert width % heads == 0, (width, heads)
         self.heads = heads
@@ -37,7 +38,7 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(width, 4 * width)
 
     def forward(self, queries: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Queries (B, S, W) after attention to the context (B, T, W)."""
+        """Return queries (B, S, W) after attention to the context (B, T, W)."""
         b, s, width = queries.shape
         q = self.query(self.norm1(queries)).reshape(b, s, self.heads, -1).transpose(1, 2)
         k, v = self.key_value(context).reshape(b, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
@@ -47,23 +48,24 @@ class CrossBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What taps may share: the mask token, the blocks and the final norm. Positions follow the grid of a tap: not here."""
+    """What taps may share: the mask token, the blocks and the final norm. Positions depend on the grid of the tap."""
 
     def __init__(self, width: int, *, depth: int, heads: int, drops: bool, attention: Attention = "self") -> None:
-        """`depth` ≥ 1 blocks; a mask token only where the encoder `drops` hidden tokens or queries are made of it.
+        """Create the trunk. It only has a mask token if the encoder drops hidden tokens, or queries are made of it.
 
-        Raises ValueError where `depth` is 0, or `width` is no multiple of `heads` or of 4.
+        Args:
+            width: W.
+            depth: Number of blocks, at least 1.
+            heads: Attention heads.
+            drops: Whether the encoder drops hidden tokens.
+            attention: "self" or "cross".
+
+        Raises:
+            ValueError: If `depth` is 0, or `width` is not a multiple of `heads` and of 4.
         """
         super().__init__()
-        if depth < 1:
-            raise ValueError(
-                f"decoder.depth={depth}: a linear decoder has no blocks that taps could share; set decoder.shared=false "
-                "or decoder.depth=1 or more"
-            )
-        if width % heads:
-            raise ValueError(f"decoder.width={width}: no multiple of decoder.heads={heads}; change one of them")
-        if width % 4:
-            raise ValueError(f"decoder.width={width}: sine-cosine positions need a multiple of 4; change decoder.width")
+        check_decoder_depth(depth, attention=attention, shared=True)
+        check_decoder_width(width, heads)
         self.attention = attention
         self.made_for = (width, depth, heads, drops, attention)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if drops or attention == "cross" else None
@@ -77,7 +79,7 @@ class Trunk(nn.Module):
         self.apply(_initialise)
 
     def forward(self, tokens: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (B, S, W) after all blocks, not yet normalised; `context` (B, T, W) for cross-attention alone."""
+        """Return tokens (B, S, W) after all blocks, not yet normalised; `context` (B, T, W) is for cross-attention."""
         assert (context is not None) == (self.attention == "cross"), self.attention
         for block in self.blocks:
             tokens = block(tokens) if context is None else block(tokens, context)
@@ -85,12 +87,12 @@ class Trunk(nn.Module):
 
 
 class TapDecoder(nn.Module):
-    """Linear embedding, fixed positions, `depth` transformer blocks, one linear map to all values of a position.
+    """Linear embedding, fixed positions, `depth` transformer blocks, and a linear map to all values of a position.
 
-    - `attention="self"`: all tokens, mask tokens in the place of dropped ones, as in MAE (He et al. 2022). Where an
-      index asks for some positions only, and the encoder drops hidden tokens, only these get a mask token.
-    - `attention="cross"`: mask tokens at the positions asked for look at the encoder's tokens (CrossMAE).
-    - `depth=0`: the linear map alone, on the encoder's tokens (SimMIM, Xie et al. 2022).
+    - `attention="self"`: over all tokens, with mask tokens for dropped ones, as in MAE (He et al. 2022). If an index
+      selects positions and the encoder drops hidden tokens, only selected positions get a mask token.
+    - `attention="cross"`: mask tokens at the selected positions attend to the encoder's tokens (CrossMAE).
+    - `depth=0`: only the linear map, on the encoder's tokens (SimMIM, Xie et al. 2022).
     """
 
     def __init__(
@@ -109,19 +111,29 @@ class TapDecoder(nn.Module):
         attention: Attention = "self",
         trunk: Trunk | None = None,
     ) -> None:
-        """`tokens` is G, `prefix` R, `positions` P (divides G), `values` D.
+        """Create the decoder.
 
-        `normalised`: the tokens went through a norm already. `drops`: hidden tokens are not among them. A `trunk` that
-        several taps share belongs to the model: it is not kept here (its weights are stored once) and goes to `forward`
-        in each call. Raises ValueError where `depth` is 0 and the encoder drops hidden tokens.
+        Args:
+            encoder_width: E.
+            tokens: G.
+            prefix: R.
+            positions: P, which divides G.
+            values: D.
+            width: W.
+            depth: Number of blocks.
+            heads: Attention heads.
+            normalised: Whether the tokens have gone through a norm.
+            drops: Whether the encoder drops hidden tokens.
+            attention: "self" or "cross".
+            trunk: The trunk, if several taps share one. It belongs to the model and is not stored here, so that its
+                weights are saved once; pass it to every call of `forward`.
+
+        Raises:
+            ValueError: If `depth` is 0 and the encoder drops hidden tokens.
         """
         super().__init__()
         assert tokens % positions == 0, (tokens, positions)
-        if depth == 0 and drops:
-            raise ValueError(
-                "decoder.depth=0: a linear decoder predicts from tokens of hidden patches, which this encoder does not "
-                "give; set encoder.sees=masked or decoder.depth=1 or more"
-            )
+        check_decoder_depth(depth, drops=drops)
         self.tokens, self.prefix, self.positions, self.pool = tokens, prefix, positions, tokens // positions
         self.depth, self.drops, self.attention = depth, drops, attention
         self.norm_in = nn.Identity() if normalised else LayerNorm(encoder_width)
@@ -143,15 +155,21 @@ class TapDecoder(nn.Module):
         index: torch.Tensor | None = None,
         trunk: Trunk | None = None,
     ) -> torch.Tensor:
-        """Predictions (B, P², D), or (B, S, D) at the positions `index` (B, S), row-major on the P·P grid.
+        """Predict the values of positions.
 
-        `tokens` (B, R + V, E) with their places `visible` (B, V) where the encoder drops hidden tokens, otherwise all of
-        them, (B, R + G², E) in row-major order. `trunk`: the shared one, where the decoder was made for one.
+        Predictions for an index equal those of the full prediction, unless self-attention has fewer tokens (`drops`):
+        the mask tokens of other positions are missing then.
 
-        Predictions at an index are those of the full prediction, except where self-attention goes over fewer tokens
-        (`drops`): there the mask tokens of other positions are missing.
+        Args:
+            tokens: (B, R + V, E) if the encoder drops hidden tokens, otherwise (B, R + G², E), in row-major order.
+            visible: (B, V), indices of the visible tokens; only if the encoder drops hidden tokens.
+            index: (B, S), positions to predict, row-major on the P·P grid; None: all.
+            trunk: The shared trunk, if the decoder was made for one.
+
+        Returns:
+            (B, S, D), or (B, P², D) without an index.
         """
-        assert (visible is not None) == self.drops, "visible indices belong to encoders that drop tokens"
+        assert (visible is not None) == self.drops, "visible indices are for encoders that drop tokens"
         tokens = self.embed(self.norm_in(tokens))
         if self.depth == 0:
             return self.head(_chosen(self._pooled(tokens[:, self.prefix :]), index))
@@ -179,7 +197,7 @@ class TapDecoder(nn.Module):
         return torch.cat((front, patches), 1) if self.prefix else patches
 
     def _filled(self, tokens: torch.Tensor, visible: torch.Tensor, trunk: Trunk) -> torch.Tensor:
-        """All tokens (B, R + G², W) of visible ones (B, R + V, W): the mask token where one was dropped."""
+        """All tokens (B, R + G², W) from visible ones (B, R + V, W), with the mask token for dropped ones."""
         assert trunk.mask_token is not None
         batch, _, width = tokens.shape
         whole = trunk.mask_token.to(tokens.dtype).expand(batch, self.tokens**2, width)
@@ -187,7 +205,7 @@ class TapDecoder(nn.Module):
         return torch.cat((tokens[:, : self.prefix], whole), 1) if self.prefix else whole
 
     def _queries(self, tokens: torch.Tensor, index: torch.Tensor | None, trunk: Trunk) -> torch.Tensor:
-        """Mask tokens (B, S or P², W) at positions; of a coarse one the places of its tokens are averaged."""
+        """Mask tokens plus positions (B, S or P², W); of a coarse position, those of its tokens are averaged."""
         assert trunk.mask_token is not None
         places = self._pooled(self.places[:, self.prefix :])
         places = places.expand(tokens.shape[0], -1, -1) if index is None else F.embedding(index, places[0])
@@ -202,12 +220,12 @@ class TapDecoder(nn.Module):
 
 
 def _chosen(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Tokens (B, P², W) at an index (B, S): (B, S, W); all of them without one."""
+    """Tokens (B, S, W) at an index (B, S) into tokens (B, P², W); all of them without an index."""
     return tokens if index is None else tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _initialise(module: nn.Module) -> None:
-    """Xavier uniform for linear maps, as MAE does."""
+    """Xavier uniform initialisation of linear maps, as in MAE."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

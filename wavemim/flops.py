@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and floating-point operations counted on the meta device, so without memory or time."""
+"""Parameters and floating-point operations of models, counted on the meta device without memory or computation."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ from wavemim.model import MaskedImageModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
-BACKWARD = 2  # a backward pass costs two forward ones: gradients of inputs and of weights
+BACKWARD = 2  # a backward pass costs as much as two forward passes: gradients of inputs and of weights
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and FLOPs of a forward pass of one image; a multiply-add counts as 2.
+    """Parameters, and FLOPs of the forward pass of one image, where a multiply-add counts as 2.
 
-    Matrix products, convolutions and attention are counted. Element by element arithmetic, norms, Fourier transforms,
-    masks and targets are not.
+    Matrix products, convolutions and attention are counted; element-wise arithmetic, norms, Fourier transforms, masks
+    and targets are not.
+
+    Attributes:
+        parameters: Of the whole model, including those that are not trained (fixed positions).
+        encoder_parameters: Of the timm model, which is exported.
+        forward_flops: Of the whole model.
+        encoder_flops: Of the encoder.
+        decoder_flops: Of everything else.
     """
 
-    parameters: int  # all of the model: those that are not trained (fixed positions) too
-    encoder_parameters: int  # of the timm model alone: what is exported
+    parameters: int
+    encoder_parameters: int
     forward_flops: int
     encoder_flops: int
     decoder_flops: int
 
     @property
     def training_flops(self) -> int:
-        """Of a forward and a backward pass."""
+        """FLOPs of a forward and a backward pass."""
         return (1 + BACKWARD) * self.forward_flops
 
     def __str__(self) -> str:
-        """One line, as in the headers of recipes."""
+        """Return one line, as in the headers of recipes."""
         parameters, encoder = (f"{count / 1e6:.1f} M" for count in (self.parameters, self.encoder_parameters))
         return (
             f"{parameters} parameters, encoder {encoder}, {_giga(self.forward_flops)} GFLOP forward an image (counted)"
@@ -46,7 +53,7 @@ class Cost:
 
 
 def cost_of(model: MaskedImageModel) -> Cost:
-    """The cost of a model, which may itself be on the meta device. It is left as it is."""
+    """Compute the cost of a model. The model is not changed and may be on the meta device."""
     blank = _on_meta(model)
     encoder, channels = blank.encoder, blank.target.channels
     with torch.device("meta"), torch.no_grad():
@@ -55,7 +62,7 @@ def cost_of(model: MaskedImageModel) -> Cost:
         rows = torch.empty(1, dtype=torch.int64)
         index = blank.chosen(mask, rows, seed=0, epoch=0)
         with _Counter() as counter:
-            around: list[int] = []  # what is counted before and after the encoder
+            around: list[int] = []  # counts before and after the encoder
             encoder.register_forward_pre_hook(lambda *_: around.append(counter.get_total_flops()))
             encoder.register_forward_hook(lambda *_: around.append(counter.get_total_flops()))
             blank.predict(images, mask, index)
@@ -70,7 +77,16 @@ def cost_of(model: MaskedImageModel) -> Cost:
 
 
 def forward_flops(model: nn.Module, channels: int, image_size: int) -> int:
-    """FLOPs of a forward pass of one image (C, H, W) through any model of images, counted as in `Cost`; it is left as it is."""
+    """Count the FLOPs of a forward pass of one image, as in `Cost`.
+
+    Args:
+        model: Any model of images; it is not changed.
+        channels: C.
+        image_size: H = W, in pixels.
+
+    Returns:
+        FLOPs.
+    """
     blank = _on_meta(model)
     with torch.device("meta"), torch.no_grad(), _Counter() as counter:
         blank(torch.empty(1, channels, image_size, image_size))
@@ -78,7 +94,7 @@ def forward_flops(model: nn.Module, channels: int, image_size: int) -> int:
 
 
 class _Counter(FlopCounterMode):
-    """Counts FLOPs; attention as two matrix products, whatever kernel the device would take for it."""
+    """Counts FLOPs; attention as two matrix products, whichever kernel the device would use."""
 
     def __init__(self) -> None:
         super().__init__(display=False)
@@ -95,7 +111,7 @@ class _Counter(FlopCounterMode):
 
 
 def _on_meta(model: Model) -> Model:
-    """A copy with tensors that have no memory; the model's own are never copied."""
+    """A copy on the meta device; the model's own tensors are never copied."""
     tensors: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()}
     tensors |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, tensors).eval()
@@ -106,6 +122,6 @@ def _count(module: nn.Module) -> int:
 
 
 def _giga(flops: int) -> str:
-    """Three digits, or one after the point from 10 on."""
+    """GFLOP with about three significant digits; one decimal from 10 on."""
     value = flops / 1e9
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"

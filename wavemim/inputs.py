@@ -1,6 +1,6 @@
-"""From the integers of a shard to what the model sees, on the device: coefficients and normalised images, float32.
+"""From the integers of a shard to the model's input, on the device: coefficients and normalised images, float32.
 
-Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels a side.
+Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels per side.
 """
 
 from __future__ import annotations
@@ -17,25 +17,37 @@ from wavemim.wavelets import decompose, reconstruct
 
 @dataclass(frozen=True)
 class Crop:
-    """Windows that are still to be cut, out of whole pyramids: for wavelets that do not allow it on coefficients."""
+    """Windows to cut from whole pyramids, for wavelets whose coefficients cannot be cropped when they are read.
 
-    corners: torch.Tensor  # int64 (B, 2): top and left in pixels, multiples of 2^levels
-    mirrored: torch.Tensor  # bool (B,): mirror the whole image horizontally first
-    size: int  # side in pixels
+    Attributes:
+        corners: int64 (B, 2), top and left in pixels, multiples of 2^levels.
+        mirrored: bool (B,), whether to mirror the whole image horizontally first.
+        size: Pixels per side of the windows.
+    """
+
+    corners: torch.Tensor
+    mirrored: torch.Tensor
+    size: int
 
     def __getitem__(self, chosen: slice | torch.Tensor) -> Crop:
-        """The crops of some of the images."""
+        """Return the crops of some of the images."""
         return Crop(self.corners[chosen], self.mirrored[chosen], self.size)
 
 
 class Inputs(nn.Module):
-    """Dequantises stored pyramids and reconstructs the images that belong to them."""
+    """Dequantises stored pyramids and reconstructs their images."""
 
     def __init__(
         self, steps: Mapping[int, float], statistics: Statistics, wavelet: str = "haar", depth: int | None = None
     ) -> None:
-        """`steps`: quantisation step of each stored level, in coefficient units. `depth`: levels that every pyramid has
-        at least; those that are not stored are computed."""
+        """Create the module.
+
+        Args:
+            steps: {level: quantisation step}, in coefficient units.
+            statistics: Statistics of the shard set.
+            wavelet: PyWavelets' name of the wavelet.
+            depth: Levels of every pyramid, at least; levels that are not stored are computed.
+        """
         super().__init__()
         self.steps, self.wavelet, self.depth = dict(steps), wavelet, depth
         self.register_buffer("mean", torch.tensor(statistics.pixel_mean).float()[None, :, None, None], persistent=False)
@@ -43,30 +55,37 @@ class Inputs(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def pyramid(self, stored: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Coefficients {level: (B, C, K, h, w)} of stored integers, on this module's device."""
+        """Return coefficients {level: (B, C, K, h, w)} of stored integers, on this module's device."""
         device = self.get_buffer("mean").device
         return {
             level: values.to(device, non_blocking=True).float() * self.steps[level] for level, values in stored.items()
         }
 
     def pixels(self, pyramid: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Images (B, C, H, W) with values in about [0, 255].
+        """Reconstruct images (B, C, H, W) with values in about [0, 255].
 
-        Without the levels below n they are smaller, 1/2^(n-1) of the side: a level's A, scaled to pixel values.
+        If the finest level is n > 1, the images are smaller by 2^(n-1): the A of level n - 1, scaled to pixel values.
         """
         finer = min(pyramid) - 1
         return reconstruct(dict(pyramid), self.wavelet, to=finer) / 2**finer
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Images as the encoder takes them: zero mean and unit deviation over the data set, per channel."""
+        """Normalise images (B, C, H, W): zero mean and unit standard deviation over the data set, per channel."""
         return (pixels - self.get_buffer("mean")) / self.get_buffer("std")
 
     def forward(
         self, stored: Mapping[int, torch.Tensor], crop: Crop | None = None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Normalised images (B, C, H, W) and the pyramid they come from, of stored windows, or windowed by `crop`.
+        """Compute normalised images and their pyramids.
 
-        Of what is stored without its finest levels the images are halved as often, and levels count from these images on.
+        If the finest levels are not read, the images are halved accordingly, and levels are counted from these images.
+
+        Args:
+            stored: Integers {level: (B, C, K, h, w)}, of windows or, with `crop`, of whole images.
+            crop: The windows to cut.
+
+        Returns:
+            Images (B, C, H, W) and coefficients {level: (B, C, K, h, w)}.
         """
         pixels, pyramid = self.raw(stored, crop)
         return self.normalise(pixels), pyramid
@@ -74,7 +93,7 @@ class Inputs(nn.Module):
     def raw(
         self, stored: Mapping[int, torch.Tensor], crop: Crop | None = None
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """As `forward`, with the images in pixel values."""
+        """Do the same as `forward`, with images in pixel values."""
         with torch.no_grad():
             pyramid = self.pyramid(stored)
             pixels = self.pixels(pyramid)
@@ -83,7 +102,7 @@ class Inputs(nn.Module):
             return pixels, self._of_halved(pyramid)
 
     def _of_halved(self, pyramid: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The pyramid of the halved image: its A is halved with each level that is not there, so all of it is."""
+        """The pyramid of the halved image: coefficients are halved once for each finest level that is missing."""
         finer = min(pyramid) - 1
         if finer:
             pyramid = {level - finer: values / 2**finer for level, values in pyramid.items()}
@@ -96,9 +115,9 @@ class Inputs(nn.Module):
     def _cut(
         self, pixels: torch.Tensor, pyramid: dict[int, torch.Tensor], crop: Crop
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Image and coefficients cut at the same place; of a mirrored image the coefficients are those of the mirror.
+        """Cut image and coefficients at the same place; a mirrored image is transformed again.
 
-        Every level gets its A, cut out of the whole: the inverse of a cut pyramid would differ along its edges.
+        Every level gets its A, cut from the whole: the inverse of a cut pyramid would differ along its edges.
         """
         finer = min(pyramid) - 1
         if bool(crop.mirrored.any()):  # on the CPU, where the reader made it
@@ -115,7 +134,7 @@ class Inputs(nn.Module):
 
 
 def window_of(values: torch.Tensor, crop: Crop, level: int) -> torch.Tensor:
-    """The windows (B, …, h, w) of the values (B, …, H/2^level, W/2^level) of a level."""
+    """Cut windows (B, …, size/2^level, size/2^level) from the values (B, …, H/2^level, W/2^level) of a level."""
     side = crop.size >> level
     corners = (crop.corners >> level).to(values.device, non_blocking=True)
     cells = torch.arange(side, device=values.device)

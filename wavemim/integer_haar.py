@@ -1,9 +1,9 @@
 """Haar pyramids of 8-bit images in integer arithmetic on the CPU: exact, and several times faster than floats.
 
-Both directions keep their intermediate arrays between calls, because fresh memory costs as much as the arithmetic.
-What they give back is valid until the next call. The arithmetic is that of `wavemim.wavelets` for ``haar``.
+Both directions reuse their intermediate arrays between calls, because new memory costs as much as the arithmetic.
+Results are valid until the next call. The transform is that of `wavemim.wavelets` for ``haar``.
 
-Legend: C channels, H = W pixels a side, K bands, h·w cells of a level.
+Legend: C channels, H = W pixels per side, K bands, h·w cells of a level.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ import numpy as np
 
 from wavemim.wavelets import check_levels
 
-# The largest sum of a level ℓ is 255 · 4^ℓ: 16 bits hold it up to level 3.
+# The largest sum of level ℓ is 255 · 4^ℓ, which fits 16 bits up to level 3.
 _LAST_LEVEL_OF_16_BITS = 3
 _LARGEST_FRACTION_16, _LARGEST_FRACTION_32 = 6, 20
 
 
 class HaarSums:
-    """Forward: the unscaled sums of an image, as `wavemim.wavelets.haar_sums`: coefficient = sum / 2^level."""
+    """The forward transform: unscaled sums as of `wavemim.wavelets.haar_sums`, coefficient = sum / 2^level."""
 
     def __init__(self, channels: int, size: int, levels: int) -> None:
+        """Allocate the arrays.
+
+        Args:
+            channels: C.
+            size: H = W, in pixels.
+            levels: Levels of the pyramid.
+
+        Raises:
+            ValueError: If `size` is not a multiple of 2^levels.
+        """
         check_levels(size, size, levels)
         self.levels = levels
         self._even: list[np.ndarray] = []
@@ -43,11 +53,18 @@ class HaarSums:
             self._a.append(self._out[level][:, 0] if bands == 4 else np.empty((channels, side, side), kind))
 
     def __call__(self, image: np.ndarray) -> dict[int, np.ndarray]:
-        """Sums {level: (C, K, h, w)}, int16 to level 3 and int32 from there on, of an image (C, H, W), uint8."""
+        """Transform an image.
+
+        Args:
+            image: uint8 (C, H, W), contiguous.
+
+        Returns:
+            Sums {level: (C, K, h, w)}, int16 up to level 3 and int32 above. Valid until the next call.
+        """
         assert image.dtype == np.uint8 and image.flags.c_contiguous, (image.dtype, image.strides)
         for level in range(1, self.levels + 1):
             even, odd = self._even[level - 1], self._odd[level - 1]
-            if level == 1:  # two pixels are one 16-bit word: splitting words is faster than striding over bytes
+            if level == 1:  # two pixels form a 16-bit word; splitting words is faster than strided bytes
                 words: Any = image.view("<u2")
                 np.bitwise_and(words, 255, out=even.view(np.uint16))
                 np.right_shift(words, 8, out=odd.view(np.uint16))
@@ -69,15 +86,24 @@ class HaarSums:
 
 
 class HaarPixels:
-    """Inverse: the 8-bit image of a stored pyramid. Exact up to the one rounding to whole pixels at its end.
+    """The inverse transform: the 8-bit image of a stored pyramid, exact up to the final rounding to whole pixels.
 
-    Works on A / 2^level, the mean of the pixels below a cell, as fixed-point numbers: one level down is A ± H ± V ± D,
-    without a division. The fraction's bits are chosen such that every stored integer is a whole number there; steps
-    that allow none (such as 0.3) are rounded to 1/64 of a pixel value once per coefficient.
+    It works on A / 2^level, the mean of a cell's pixels, in fixed point: the next finer level is A ± H ± V ± D, without
+    a division. The number of fractional bits is chosen so that every stored integer is exact; for quantisation steps
+    that do not allow this (such as 0.3), each coefficient is rounded once to 1/64 of a pixel value.
     """
 
     def __init__(self, channels: int, size: int, steps: Mapping[int, float]) -> None:
-        """`size`: side of the (windowed) image of level 0. `steps`: {level: step} of all levels that are given."""
+        """Allocate the arrays.
+
+        Args:
+            channels: C.
+            size: H = W of the (cropped) image at full resolution, in pixels.
+            steps: {level: quantisation step} of all levels that are read, in coefficient units.
+
+        Raises:
+            ValueError: If `size` is not a multiple of 2^level of the coarsest level.
+        """
         self.finest, self.coarsest = min(steps), max(steps)
         assert sorted(steps) == list(range(self.finest, self.coarsest + 1)), steps
         check_levels(size, size, self.coarsest)
@@ -95,9 +121,16 @@ class HaarPixels:
         self._shape = (channels, size >> (self.finest - 1), size >> (self.finest - 1))
 
     def __call__(self, stored: Mapping[int, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
-        """Image (C, H, W), uint8, of stored integers {level: (C, K, h, w)}; levels from `finest` on.
+        """Reconstruct an image.
 
-        Without the finest levels the image is smaller: H is size / 2^(finest - 1), as box-averaged pixels.
+        Without the finest levels the image is smaller: H = size / 2^(finest - 1), of box-averaged pixels.
+
+        Args:
+            stored: Integers {level: (C, K, h, w)}.
+            out: uint8 (C, H, W), contiguous; where to write the image. None: a new array.
+
+        Returns:
+            uint8 (C, H, W).
         """
         mean: Any = None
         for level in range(self.coarsest, self.finest - 1, -1):
@@ -109,7 +142,7 @@ class HaarPixels:
                 scaled[...] = np.rint(stored[level] * np.float32(factor))
             if mean is None:
                 mean = scaled[:, 0]
-                mean += (1 << self.bits) >> 1  # rounds every pixel below it: each is this mean and details
+                mean += (1 << self.bits) >> 1  # rounds every pixel of the cell: each is this mean plus details
             planes = self._quarters(level, mean, scaled[:, -3], scaled[:, -2], scaled[:, -1])
             if level > self.finest:
                 mean = self._finer[level]
@@ -119,14 +152,14 @@ class HaarPixels:
         assert out.shape == self._shape and out.flags.c_contiguous, (out.shape, self._shape)
         planes >>= self.bits
         np.clip(planes, 0, 255, out=planes)
-        words = out.view("<u2")  # two pixels at a time: joining words is faster than striding over bytes
+        words = out.view("<u2")  # two pixels at a time: joining words is faster than strided bytes
         for row in range(2):
             right = np.left_shift(planes[2 * row + 1], 8, out=planes[2 * row + 1])
             np.copyto(words[:, row::2], np.bitwise_or(planes[2 * row], right, out=right), casting="unsafe")
         return out
 
     def _quarters(self, level: int, a: np.ndarray, h: np.ndarray, v: np.ndarray, d: np.ndarray) -> np.ndarray:
-        """The four pixels below each cell, (4, C, h, w): top left, top right, bottom left, bottom right."""
+        """The four pixels of each cell, (4, C, h, w): top left, top right, bottom left, bottom right."""
         planes = self._planes[level]
         top, bottom = np.add(a, h, out=planes[4]), np.subtract(a, h, out=planes[5])
         v_top, v_bottom = np.add(v, d, out=planes[0]), np.subtract(v, d, out=planes[2])
@@ -138,5 +171,5 @@ class HaarPixels:
 
 
 def _fraction_bits(value: float) -> int:
-    """Bits behind the binary point that `value` needs."""
+    """Fractional bits that `value` needs in binary."""
     return Fraction(value).denominator.bit_length() - 1

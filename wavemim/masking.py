@@ -1,8 +1,8 @@
-"""Masks at the token grid, and their share at any other grid.
+"""Masks on the token grid, and their hidden fraction on any other grid; masking by frequency.
 
-Legend: B images, N = G·G cells of a mask in row-major order, G cells a side (`grid`): the tokens of a ViT, the finest
-features of a hierarchical encoder. A block is `unit` × `unit` cells that are hidden together. C channels, K bands, h·w
-coefficients of a level. True means hidden.
+Legend: B images, N = G·G cells of a mask in row-major order, G cells per side (`grid`): the tokens of a ViT, the finest
+features of a hierarchical encoder. A block is `unit` × `unit` cells that are hidden together. C channels, H = W pixels
+per side, K bands, h·w coefficients of a level. True means hidden.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from wavemim.constraints import check_blocks, check_frequencies, check_ratio, hidden_count
 from wavemim.randomness import uniform
 from wavemim.wavelets import DETAILS
 
 
-def hidden_count(tokens: int, ratio: float) -> int:
-    """Tokens that a ratio hides: the same number in every image."""
-    return round(tokens * ratio)
-
-
 def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int, unit: int = 1) -> torch.Tensor:
-    """Random masks (B, N), exact in ratio (MAE, He et al. 2022): a pure function of (seed, epoch, row of the image).
+    """Draw random masks with an exact ratio (MAE, He et al. 2022), as a pure function of (seed, epoch, row).
 
-    `unit` > 1 hides whole blocks (SimMIM, Xie et al. 2022), exact in ratio over the (G / unit)² blocks.
+    Args:
+        rows: Row numbers (B,) of the images.
+        grid: G.
+        ratio: Fraction of the blocks that is hidden.
+        seed: Of the run.
+        epoch: Of training.
+        unit: Cells per side of a block; above 1, whole blocks are hidden (SimMIM, Xie et al. 2022).
+
+    Returns:
+        bool (B, N).
     """
     assert grid % unit == 0, (grid, unit)
     return _hide_first(_noise(rows, grid // unit, seed, epoch), ratio, unit)
@@ -46,13 +51,27 @@ def energy_mask(
     unit: int = 1,
     floor: float = 1.0,
 ) -> torch.Tensor:
-    """Masks (B, N), exact in ratio, that prefer blocks by their wavelet energy; `energy` (B, N) as `detail_energy`.
+    """Draw masks with an exact ratio that prefer blocks by their wavelet energy.
 
-    Blocks are drawn one after another without replacement, each with probability ∝ energy^strength among those that are
-    left (Gumbel top-k: Kool et al., Stochastic beams and where to find them, ICML 2019). `strength` > 0 hides where
-    the detail is, < 0 where it is not; 0 gives the very masks of `random_mask`. `floor` is added to the energy of each
-    cell: differences far below it do not count, and cells without any detail are equals.
-    A pure function of (seed, epoch, row, energy): other images of the batch play no part.
+    Blocks are drawn without replacement, each with probability ∝ energy^strength among the remaining ones (Gumbel top-k:
+    Kool et al., Stochastic beams and where to find them, ICML 2019). A pure function of (seed, epoch, row, energy): it
+    does not depend on the other images of the batch.
+
+    Args:
+        energy: (B, N), of `detail_energy`.
+        rows: Row numbers (B,) of the images.
+        grid: G.
+        ratio: Fraction of the blocks that is hidden.
+        strength: Above 0, blocks with detail are hidden first, below 0 those without; 0 gives the masks of
+            `random_mask`.
+        seed: Of the run.
+        epoch: Of training.
+        unit: Cells per side of a block.
+        floor: Added to the energy of each cell. Differences far below it have no effect, and cells without any detail
+            are equally likely.
+
+    Returns:
+        bool (B, N).
     """
     assert grid % unit == 0 and floor > 0, (grid, unit, floor)
     if strength == 0:
@@ -65,18 +84,27 @@ def energy_mask(
 
 
 def detail_energy(pyramid: Mapping[int, torch.Tensor], cells: int) -> torch.Tensor:
-    """Energy (B, cells²) of the details in each cell: the sum of squared H, V, D over channels and levels.
+    """Compute the energy of the details in each cell: the sum of squared H, V, D over channels and levels.
 
-    `pyramid` {level: (B, C, K, h, w)} in coefficient units, K = 3 (H, V, D) or 4 (A before them). Levels count whose
-    coefficients are not larger than a cell; a coefficient across the edges of cells counts to each by its share.
-    With Haar's whole pyramid and 2^n-pixel cells this is, by Parseval, the sum of squared deviations from the cell's
-    mean, a channel at a time. Longer filters blur it over neighbours, do not see slopes, and see the jump from one edge
-    of the image to the opposite one (periodization). Raises ValueError where no level is fine enough.
+    Only levels whose coefficients are not larger than a cell are used; a coefficient that covers several cells is
+    divided among them by area. With a complete Haar pyramid and cells of 2^n pixels this is, by Parseval, the sum of
+    squared deviations from the cell's mean, channel by channel. Longer filters blur it over neighbouring cells, ignore
+    slopes, and respond to the jump between opposite edges of the image (PyWavelets' periodization).
+
+    Args:
+        pyramid: {level: (B, C, K, h, w)} in coefficient units, K = 3 (H, V, D) or 4 (A before them).
+        cells: Cells per side.
+
+    Returns:
+        (B, cells²).
+
+    Raises:
+        ValueError: If no level is fine enough.
     """
     total: list[torch.Tensor] = []
     for level in _levels_within(pyramid, cells):
         details = pyramid[level][:, :, -len(DETAILS) :].float().square().flatten(1, 2)
-        # Added one by one: the order of a library's sum, and so its last bit, may depend on the size of the batch.
+        # Added one by one: the order of a library's sum, and so its last bit, may depend on the batch size.
         energy = reduce(torch.add, details.unbind(1))[:, None]
         side = energy.shape[-1]
         repeat = cells // math.gcd(cells, side)
@@ -88,38 +116,36 @@ def detail_energy(pyramid: Mapping[int, torch.Tensor], cells: int) -> torch.Tens
 
 @dataclass(frozen=True)
 class Masking:
-    """The masks of a run: "random" and "block" (the same, with a larger unit), "energy", or "frequency".
+    """The masks of a run.
 
-    "frequency" asks for every position: what is hidden there is a part of the image's spectrum, not of its cells.
+    Attributes:
+        kind: "random"; "block", the same with a larger unit; "energy"; or "frequency", which hides a part of the
+            image's spectrum instead of cells, so that every position is predicted.
+        ratio: Fraction of the blocks that is hidden.
+        grid: G.
+        unit: Cells per side of a block.
+        strength: Exponent of a block's energy; only for "energy".
+
+    Raises:
+        ValueError: If the unit does not divide the grid, or nothing or everything would be hidden.
     """
 
     kind: Literal["random", "block", "energy", "frequency"]
     ratio: float
-    grid: int  # cells a side
-    unit: int = 1  # cells a side of a block
-    strength: float = 1.0  # of "energy" alone: the exponent of a block's energy
+    grid: int
+    unit: int = 1
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the unit does not divide the grid, or where nothing or everything would be hidden."""
+        """Check the settings."""
         if self.kind == "frequency":
             return
-        if self.unit < 1 or self.grid % self.unit:
-            allowed = ", ".join(str(unit) for unit in range(1, self.grid + 1) if self.grid % unit == 0)
-            raise ValueError(
-                f"mask.unit: blocks of {self.unit} cells a side do not divide a grid of {self.grid} cells a side; "
-                f"{allowed} cells do: change mask.unit (in pixels) or the image size"
-            )
-        blocks = (self.grid // self.unit) ** 2
-        hidden = hidden_count(blocks, self.ratio)
-        if not 0 < hidden < blocks:
-            raise ValueError(
-                f"mask.ratio={self.ratio}: hides {hidden} of {blocks} blocks (grid of {self.grid} cells a side, "
-                f"mask.unit of {self.unit}); at least one has to be hidden and one seen: change mask.ratio or mask.unit"
-            )
+        check_blocks(self.grid, self.unit)
+        check_ratio((self.grid // self.unit) ** 2, self.ratio)
 
     @property
     def hidden(self) -> int:
-        """Hidden cells of an image: the same number in each."""
+        """Hidden cells per image, the same number in each."""
         if self.kind == "frequency":
             return self.grid**2
         return hidden_count((self.grid // self.unit) ** 2, self.ratio) * self.unit**2
@@ -127,9 +153,16 @@ class Masking:
     def __call__(
         self, rows: torch.Tensor, pyramid: Mapping[int, torch.Tensor], *, seed: int, epoch: int
     ) -> torch.Tensor:
-        """Masks (B, N) of the images `rows` (B,), on their device; their `pyramid` is read by "energy" alone.
+        """Draw masks. The floor of "energy" is what rounding to 8 bits leaves in a flat cell: 1/12 per coefficient.
 
-        Its floor is the energy that rounding to 8 bits leaves in a flat cell: 1/12 for each coefficient.
+        Args:
+            rows: Row numbers (B,) of the images.
+            pyramid: Their coefficients {level: (B, C, K, h, w)}; only used by "energy".
+            seed: Of the run.
+            epoch: Of training.
+
+        Returns:
+            bool (B, N) on the device of `rows`.
         """
         if self.kind == "frequency":
             return torch.ones(rows.shape[0], self.grid**2, dtype=torch.bool, device=rows.device)
@@ -138,7 +171,7 @@ class Masking:
         blocks = self.grid // self.unit
         used = [pyramid[level] for level in _levels_within(pyramid, blocks)]
         coefficients = sum(len(DETAILS) * v.shape[1] * v.shape[3] * v.shape[4] for v in used) / self.grid**2
-        energy = detail_energy(pyramid, blocks)  # of levels as coarse as a block: spread evenly over its cells
+        energy = detail_energy(pyramid, blocks)  # of levels up to the size of a block: spread evenly over its cells
         energy = energy.reshape(-1, blocks, 1, blocks, 1).expand(-1, -1, self.unit, -1, self.unit) / self.unit**2
         return energy_mask(
             energy.reshape(-1, self.grid**2),
@@ -154,14 +187,25 @@ class Masking:
 
 
 def visible_indices_of(mask: torch.Tensor, visible: int) -> torch.Tensor:
-    """Indices (B, `visible`) of the visible tokens, ascending; no host synchronisation."""
+    """Return the indices (B, `visible`) of the visible tokens, ascending, without synchronising with the device.
+
+    Args:
+        mask: bool (B, N).
+        visible: Visible tokens per image.
+    """
     return mask.to(torch.uint8).argsort(stable=True, dim=1)[:, :visible]
 
 
 def share_at(mask: torch.Tensor, grid: int, cells: int) -> torch.Tensor:
-    """Share of each cell that is hidden, (B, cells·cells) in [0, 1]: repeated where finer, averaged where coarser.
+    """Compute the hidden fraction of each cell of another grid: repeated on finer grids, averaged on coarser ones.
 
-    `cells` has to be a multiple or a divisor of `grid`.
+    Args:
+        mask: (B, N), bool or fractions.
+        grid: G.
+        cells: Cells per side of the other grid, a multiple or divisor of `grid`.
+
+    Returns:
+        float32 (B, cells²) in [0, 1].
     """
     assert cells % grid == 0 or grid % cells == 0, (grid, cells)
     share = mask.reshape(-1, 1, grid, grid).to(torch.float32)
@@ -173,9 +217,15 @@ def share_at(mask: torch.Tensor, grid: int, cells: int) -> torch.Tensor:
 
 
 def filled_in(images: torch.Tensor, hidden: torch.Tensor | float, mask: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W), where `mask` hides with `hidden` in their place: other images, or one value.
+    """Replace the hidden parts of images.
 
-    `mask` (B, N): bool, or shares in [0, 1], on any square grid that divides the image.
+    Args:
+        images: (B, C, H, W).
+        hidden: What replaces them: other images, or one value.
+        mask: (B, N), bool or fractions in [0, 1], on any square grid that divides the image.
+
+    Returns:
+        (B, C, H, W).
     """
     side = images.shape[-1]
     share = share_at(mask, math.isqrt(mask.shape[1]), side).reshape(-1, 1, side, side)
@@ -183,7 +233,7 @@ def filled_in(images: torch.Tensor, hidden: torch.Tensor | float, mask: torch.Te
 
 
 def _noise(rows: torch.Tensor, side: int, seed: int, epoch: int) -> torch.Tensor:
-    """Uniform numbers (B, side²), one a block: the same for every kind of mask."""
+    """Uniform random numbers (B, side²), one per block, the same for every kind of mask."""
     return uniform(seed, "mask", epoch, rows, side * side)
 
 
@@ -204,20 +254,20 @@ def _sum_cells(values: torch.Tensor, by: int) -> torch.Tensor:
 
 
 def _levels_within(pyramid: Mapping[int, torch.Tensor], cells: int) -> list[int]:
-    """Levels whose coefficients are not larger than one of `cells` cells a side, ascending."""
+    """Levels whose coefficients are not larger than one of `cells` cells per side, ascending."""
     levels = [level for level, values in sorted(pyramid.items()) if values.shape[-1] >= cells]
     if not levels:
         finest = min(pyramid)
         cell = (pyramid[finest].shape[-1] << finest) / cells
         raise ValueError(
-            f"mask.kind=energy: the finest level that is read, {finest}, has cells of {2**finest} pixels, and those of "
-            f"the mask have {cell:g}; read finer levels, or choose another mask.kind"
+            f"mask.kind=energy: the finest level that is read, {finest}, has cells of {2**finest} pixels, the mask's "
+            f"cells have {cell:g}; read finer levels, or choose another mask.kind"
         )
     return levels
 
 
 def frequency_numbers(size: int, device: torch.device | str | None = None) -> torch.Tensor:
-    """Cycles a side of the image, int64 (size,), with sign: 0, 1, …, -2, -1; `size` · `torch.fft.fftfreq(size)`."""
+    """Return signed frequencies in cycles per image, int64 (size,): 0, 1, …, -2, -1, as size · `torch.fft.fftfreq`."""
     places = torch.arange(size, device=device)
     return torch.where(places < (size + 1) // 2, places, places - size)
 
@@ -225,18 +275,24 @@ def frequency_numbers(size: int, device: torch.device | str | None = None) -> to
 def hidden_frequencies(
     rows: torch.Tensor, size: int, *, radius: float, low_pass_share: float, seed: int, epoch: int
 ) -> torch.Tensor:
-    """Frequencies that are taken away, bool (B, H, W): a pure function of (seed, epoch, row of the image).
+    """Draw the frequencies to remove, as a pure function of (seed, epoch, row).
 
-    With probability `low_pass_share` an image keeps the frequencies u² + v² < `radius`² alone (low-pass), otherwise all
-    but these (high-pass). Raises ValueError for a circle that is empty or wider than the image, or no probability.
+    Args:
+        rows: Row numbers (B,) of the images.
+        size: H = W, in pixels.
+        radius: Of the circle, in cycles per image.
+        low_pass_share: Probability that an image only keeps the frequencies u² + v² < radius² (low-pass); otherwise it
+            only keeps the others (high-pass).
+        seed: Of the run.
+        epoch: Of training.
+
+    Returns:
+        bool (B, H, W), True = removed, in the layout of `torch.fft.fft2`.
+
+    Raises:
+        ValueError: If the circle is empty or wider than the spectrum, or the probability is not in [0, 1].
     """
-    if not 0 < radius <= size / 2:
-        raise ValueError(
-            f"mask.radius={radius}: the circle has to lie within the spectrum of images of {size} pixels: "
-            f"more than 0, at most {size // 2}"
-        )
-    if not 0 <= low_pass_share <= 1:
-        raise ValueError(f"mask.low_pass_share={low_pass_share}: a probability lies between 0 and 1")
+    check_frequencies(radius, low_pass_share, size)
     squares = frequency_numbers(size, rows.device).square()
     inside = (squares[:, None] + squares[None, :]) < radius**2
     low_pass = uniform(seed, "frequencies", epoch, rows, 1) < low_pass_share
@@ -244,11 +300,17 @@ def hidden_frequencies(
 
 
 def corrupt(images: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W) without the `hidden` frequencies (B, H, W), float32.
+    """Remove frequencies from images (MFM, Xie et al. 2023).
 
-    On normalised images an image whose mean is taken away gets the data set's; the authors' code works on values in
-    [0, 1] and clips to them, so that there it turns mostly black. Of a `hidden` that is not symmetric about 0 the
-    real part of the result is given.
+    A normalised image whose mean is removed gets that of the data set. The authors' code works on values in [0, 1] and
+    clips them, so that such an image becomes mostly black there.
+
+    Args:
+        images: (B, C, H, W).
+        hidden: bool (B, H, W), True = removed. If it is not symmetric about 0, the real part is returned.
+
+    Returns:
+        (B, C, H, W), float32.
     """
     with torch.autocast(images.device.type, enabled=False):
         spectrum = torch.fft.fft2(images.float(), norm="ortho") * ~hidden[:, None]

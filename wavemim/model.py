@@ -1,7 +1,7 @@
 """The model: (images, targets, mask) → loss per tap.
 
-Legend: B images, N = G·G cells of the mask, V visible tokens, T taps, P positions a side, D values a position,
-S predicted positions.
+Legend: B images, C channels, H = W pixels per side, N = G·G cells of the mask, T taps, P positions per side of a tap,
+D values per position, S predicted positions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from wavemim.constraints import check_tapped
 from wavemim.decoders import TapDecoder, Trunk
 from wavemim.encoders.base import Encoder
 from wavemim.level_weights import LevelWeights
@@ -23,18 +24,27 @@ from wavemim.targets import Tap, Target
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """The decoder of every tap."""
+    """Settings of the decoder of every tap.
+
+    Attributes:
+        width: Embedding width.
+        depth: Number of blocks; 0 for a linear decoder.
+        heads: Attention heads.
+        attention: "self" over all tokens, or "cross" from predicted positions to the encoder's tokens.
+        shared: Whether all taps share one set of blocks.
+        predict: Fraction of the hidden positions that is predicted.
+    """
 
     width: int = 256
     depth: int = 1
     heads: int = 8
     attention: Literal["self", "cross"] = "self"
-    shared: bool = False  # one set of blocks for all taps
-    predict: float = 1.0  # share of the hidden positions that is predicted
+    shared: bool = False
+    predict: float = 1.0
 
 
 class MaskedImageModel(nn.Module):
-    """Encoder, one decoder a tap, and the losses between predictions and targets."""
+    """An encoder, one decoder per tap, and the losses between predictions and targets."""
 
     def __init__(
         self,
@@ -45,9 +55,17 @@ class MaskedImageModel(nn.Module):
         decoder: DecoderSettings = DecoderSettings(),
         level_weights: LevelWeights | None = None,
     ) -> None:
-        """`hidden`: cells of the encoder's grid that a mask hides, the same number in every image.
+        """Create the model.
 
-        Raises ValueError where a tap names a block that does not exist, or the last block has no tap.
+        Args:
+            encoder: The encoder.
+            target: What the taps predict.
+            hidden: Cells of the encoder's grid that a mask hides, the same number in every image.
+            decoder: Settings of the decoders.
+            level_weights: Weights of the taps' losses; None: all 1.
+
+        Raises:
+            ValueError: If a tap names a block that does not exist, or the last block has no tap.
         """
         super().__init__()
         check_taps(encoder, target.taps)
@@ -86,14 +104,21 @@ class MaskedImageModel(nn.Module):
         )
 
     def hide(self, hidden: int) -> None:
-        """Expect masks that hide so many cells from now on."""
+        """Expect masks that hide `hidden` cells from now on."""
         cells = self.encoder.grid**2
         self.visible, self.hidden_share = cells - hidden, hidden / cells
 
     def chosen(self, mask: torch.Tensor, rows: torch.Tensor, *, seed: int, epoch: int) -> dict[int, torch.Tensor]:
-        """Positions that are predicted {level: (B, S)}, ascending: none named where all are.
+        """Draw the positions to predict from the hidden ones, as a pure function of (seed, epoch, row).
 
-        Drawn from the hidden ones as a pure function of (seed, epoch, row).
+        Args:
+            mask: bool (B, N), True = hidden.
+            rows: Row numbers (B,) of the images.
+            seed: Of the run.
+            epoch: Of training.
+
+        Returns:
+            {level: (B, S)}, ascending; empty if all positions are predicted.
         """
         if self.predict_share == 1:
             return {}
@@ -108,8 +133,17 @@ class MaskedImageModel(nn.Module):
     def predict(
         self, images: torch.Tensor, mask: torch.Tensor, index: Mapping[int, torch.Tensor] | None = None
     ) -> dict[int, torch.Tensor]:
-        """Predictions {level: (B, P² or S, D)} of normalised images (B, C, H, W) under masks (B, N)."""
-        if index is None and self.predict_share < 1:  # a decoder that was trained on some positions is asked as then
+        """Predict the targets.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+            mask: bool (B, N), True = hidden.
+            index: {level: (B, S)}, the positions to predict; None: all.
+
+        Returns:
+            {level: (B, S or P², D)}.
+        """
+        if index is None and self.predict_share < 1:  # a decoder that was trained on some positions gets an index
             index = {level: self._everywhere(level, mask) for level in self.levels}
         visible = visible_indices_of(mask, self.visible) if self.encoder.drops else None
         tokens = self.encoder(images, mask, visible, [tap.block for tap in self.target.taps])
@@ -134,11 +168,19 @@ class MaskedImageModel(nn.Module):
         index: Mapping[int, torch.Tensor] | None = None,
         spectrum: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum () that is trained on, and the loss of each tap (T,) in the order of `levels`.
+        """Compute the losses. A tap's loss is the sum over images of weight · error at hidden positions.
 
-        A tap's loss is the sum over images of weight · error at hidden positions. `weight` (B,) is each image's share
-        of the global batch (1/B for a plain mean; 0 for padding), `scheduled` (T,) as of ``level_weights.at``, `index`
-        as of `chosen`, `spectrum` (B, H, W) the frequencies that were taken away from the images, if any.
+        Args:
+            images: Normalised images (B, C, H, W).
+            targets: The targets, of ``target.forward``.
+            mask: bool (B, N), True = hidden.
+            weight: (B,), each image's share of the global batch (1/B for a plain mean, 0 for padding).
+            scheduled: Weights (T,) of the taps, of ``level_weights.at``.
+            index: The predicted positions, of `chosen`.
+            spectrum: bool (B, H, W), the frequencies that were removed from the images, if any.
+
+        Returns:
+            The training loss () and the loss of each tap (T,) in the order of `levels`.
         """
         predictions = self.predict(images, mask, index)
         index = index or {}
@@ -153,17 +195,4 @@ class MaskedImageModel(nn.Module):
 
 def check_taps(encoder: Encoder, taps: Iterable[Tap]) -> None:
     """Raise ValueError where a tap names a block that does not exist, or the last block has no tap."""
-    word, depth, taps = encoder.word, encoder.depth, list(taps)
-    for tap in taps:
-        if not 1 <= tap.block <= depth:
-            raise ValueError(
-                f"target.taps.{tap.level}={tap.block}: {word} {tap.block} does not exist, "
-                f"{encoder.name} has {word}s 1 to {depth} here"
-            )
-    if depth not in {tap.block for tap in taps}:
-        last = max(tap.block for tap in taps)
-        shorter = f" or set encoder.depth={last}" if word == "block" else ""
-        raise ValueError(
-            f"target.taps: the last {word}, {depth}, has no tap, so {word}s after {last} would never be "
-            f"trained; give a level to {word} {depth}{shorter}"
-        )
+    check_tapped({tap.level: tap.block for tap in taps}, encoder.depth, word=encoder.word, name=encoder.name)

@@ -1,4 +1,7 @@
-"""Fixed two-dimensional sine-cosine positions, as MAE has them (He et al. 2022; Vaswani et al. 2017, section 3.5)."""
+"""Fixed two-dimensional sine-cosine positions as in MAE (He et al. 2022; Vaswani et al. 2017, section 3.5).
+
+Legend: G tokens per side, R prefix tokens (class, registers), E embedding width.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,15 @@ from torch import nn
 
 
 def sincos(grid: int, width: int, prefix: int = 0) -> torch.Tensor:
-    """Positions (1, prefix + grid², width) float32, row-major: half of the width for the column, half for the row.
+    """Compute positions: half of the width encodes the column, half the row.
 
-    The `prefix` (class and register tokens) is zero. `width` has to be a multiple of 4.
+    Args:
+        grid: G.
+        width: E, a multiple of 4.
+        prefix: R, tokens in front whose positions are zero.
+
+    Returns:
+        (1, R + G², E), float32, row-major.
     """
     assert width % 4 == 0, width
     rates = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -23,14 +32,19 @@ def sincos(grid: int, width: int, prefix: int = 0) -> torch.Tensor:
     return torch.cat((torch.zeros(prefix, width), places))[None]
 
 
-_TABLES = ("pos_embed", "places")  # of positions, (1, R + G², E)
-_BIASES = "relative_position_bias_table"  # of Swin's windows
+_TABLES = ("pos_embed", "places")  # names of position tables (1, R + G², E)
+_BIASES = "relative_position_bias_table"  # Swin's
 
 
 def stretch_positions(model: nn.Module, own_size: int, image_size: int) -> None:
-    """Give a model for images of `own_size` pixels the fixed positions of one for larger images, of `image_size`, resampled.
+    """Replace a model's fixed positions by those of a model for larger images, resampled to its own grid.
 
-    So a place in the image has about the same position in both. Positions that are learned are left as they are.
+    A place in the image then has about the same position in both. Learned positions are not changed.
+
+    Args:
+        model: The model, changed in place.
+        own_size: Pixels per side of its images.
+        image_size: Pixels per side of the larger images.
     """
     scale = image_size / own_size
     for name, table in model.named_parameters():
@@ -43,10 +57,18 @@ def stretch_positions(model: nn.Module, own_size: int, image_size: int) -> None:
 
 
 def fitted(name: str, values: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The `values` of a parameter `name` for a model in which it has the shape of `own`.
+    """Fit a stored parameter to a model for another image size.
 
-    Tables of positions are resampled; sine-cosine positions that `stretch_positions` made are put back. Everything else
-    is given back as it is, for the model to take or to refuse.
+    Position tables are resampled; sine-cosine positions made by `stretch_positions` are replaced by the model's own
+    ones. All other values are returned unchanged, even if their shape does not fit.
+
+    Args:
+        name: Name of the parameter.
+        values: The stored values.
+        own: The model's parameter.
+
+    Returns:
+        The values for the model.
     """
     last = name.rpartition(".")[2]
     if values.shape == own.shape:
@@ -66,12 +88,12 @@ def fitted(name: str, values: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def _resampled(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """(1, R + G², E) for another G; bicubic with antialiasing, as timm does it where weights meet another size."""
+    """Resample (1, R + G², E) to another G, bicubic with antialiasing, as timm does for weights of another size."""
     there, prefix = _grid(table)
     return resample_abs_pos_embed(table, [grid, grid], [there, there], num_prefix_tokens=prefix)
 
 
 def _grid(table: torch.Tensor) -> tuple[int, int]:
-    """G and R of a table: there are fewer tokens in front than a further row and column would have."""
+    """G and R of a table: R is smaller than another row and column would be."""
     grid = math.isqrt(table.shape[1])
     return grid, table.shape[1] - grid**2

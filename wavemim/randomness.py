@@ -1,7 +1,7 @@
-"""Random numbers that are a pure function of what they are for: (seed, purpose, epoch, row).
+"""Random numbers as a pure function of (seed, purpose, epoch, row).
 
-Masks, windows and flips drawn from here do not depend on batch size, on the number of workers, or on what was drawn
-before, so that a resumed run, a run on other workers and an undisturbed run see the same data.
+Masks, crops and flips drawn here do not depend on the batch size, the number of workers, or earlier draws: a resumed
+run, a run on other workers and an uninterrupted run see the same data.
 The mixing function is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
 """
 
@@ -16,7 +16,18 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def uniform(seed: int, purpose: str, epoch: int, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Float32 numbers in [0, 1) of shape (B, count), one line for each of `rows` (B,), on the device of `rows`."""
+    """Draw uniform random numbers.
+
+    Args:
+        seed: Of the run.
+        purpose: Distinguishes independent draws for the same image, such as "mask" and "crop".
+        epoch: Of training.
+        rows: Row numbers (B,) of the images.
+        count: Numbers per image.
+
+    Returns:
+        (B, count), float32 in [0, 1), on the device of `rows`.
+    """
     base = _mix_int(_mix_int(_mix_int(seed) ^ zlib.crc32(purpose.encode())) ^ epoch)
     lines = _mix(rows.to(torch.int64) ^ _signed(base))
     places = torch.arange(1, count + 1, device=rows.device, dtype=torch.int64) * _signed(_GOLDEN)
@@ -30,7 +41,7 @@ def _signed(value: int) -> int:
 
 
 def _shift(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical right shift of int64 taken as unsigned."""
+    """Logical right shift of int64 as if it were unsigned."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -1,14 +1,18 @@
-"""Fully sharded data parallel (torch's FSDP2): each worker holds a part of every parameter, gradient and moment.
+"""Fully sharded data parallel (torch's FSDP2): each worker holds a shard of every parameter, gradient and moment.
 
-The parameters of a block are gathered when it computes, and given up again behind it; gradients are summed up where
-their part is held. Losses and gradients are those of plain data parallel but for the order of sums. With one worker
-there is nothing to share out, and nothing in here is needed.
+The parameters of a block are gathered for its computation and freed afterwards; gradients are reduced to the worker that
+holds their shard. Losses and gradients equal those of plain data parallel up to the order of summation. A single worker
+has nothing to shard and needs none of this.
+
+Unsharded models never pass through ``torch.distributed.checkpoint``: its state dictionaries would copy them to the CPU
+synchronously, and drop the memory format (channels last) of their moments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,22 +22,27 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 
 
 def shard(model: nn.Module, device: torch.device, precision: torch.dtype = torch.float32) -> None:
-    """Share the parameters of `model` out over all workers, in place; each of them ends up on `device`.
+    """Shard the parameters of a model over all workers, in place.
 
-    Every worker has to call it, with the same weights: they may be on the CPU, then the device never holds them all.
-    Parameters are held, and gradients summed up, in float32. Blocks gather them in `precision` on a GPU, where autocast
-    has norms compute in float32 all the same, unless they have batch norm, whose statistics are float32.
+    Parameters are stored, and gradients reduced, in float32. On a GPU, blocks gather their parameters in `precision`
+    (norms still compute in float32 under autocast), except blocks with batch norm, whose statistics are float32.
+
+    Args:
+        model: The model. Every worker has to pass the same weights. They may be on the CPU; the device then never holds
+            the whole model.
+        device: Where this worker's shards end up.
+        precision: The dtype in which blocks gather their parameters on a GPU.
     """
-    # Half a second that most processes need not wait for.
+    # Imported here: it takes half a second, which most processes need not wait for.
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    assert dist.group.WORLD is not None, "workers have to be connected first"
-    model.to(memory_format=torch.contiguous_format)  # the only one that can be shared out
+    assert dist.group.WORLD is not None, "the process group has to be initialised first"
+    model.to(memory_format=torch.contiguous_format)  # the only format that can be sharded
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-    # Activations are autocast's business; targets and losses would not stay float32 otherwise.
+    # Autocast casts the activations; targets and losses would not stay float32 otherwise.
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = replace(exact, param_dtype=precision)
     for block in blocks(model):
@@ -43,35 +52,119 @@ def shard(model: nn.Module, device: torch.device, precision: torch.dtype = torch
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of encoder and decoders: what stands in the innermost lists of modules that have parts themselves."""
+    """Yield the blocks of encoder and decoders: composite modules in the innermost module lists."""
     for module in model.modules():
         if isinstance(module, _LISTS):
             yield from (part for part in module if _composite(part) and not any(map(_lists_blocks, part.modules())))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the workers hold shards of the parameters of `model`."""
+    return any(map(_is_dtensor, model.parameters()))
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in full, on its device. Every worker has to call it where it is a shared one."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
+    """Return the full tensor, on its device. Every worker has to call it if the tensor is sharded."""
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
 
 
-def held(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this worker holds; the same memory."""
-    return tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this worker's shard of a tensor, which shares its memory; an unsharded tensor is returned as it is."""
+    return tensor.to_local() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
 
 
-def shared_as(full: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """A full tensor shared out and stored as `model` is, on its device: of what every worker has, so nothing is sent."""
-    if is_shared(model):
-        from torch.distributed.tensor import distribute_tensor
+def gather(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """Gather the full state of a sharded model in the host memory of rank 0. Every worker has to call it.
 
-        mesh, placements = model.device_mesh, model.placements  # type: ignore[attr-defined]  # of DTensor
-        return distribute_tensor(full.to(model.device), mesh, placements, src_data_rank=None)
-    return torch.empty_like(model, dtype=full.dtype).copy_(full)  # in the same order of memory
+    Tensors are gathered one after another, so no device ever holds the whole state.
+
+    Args:
+        model: A sharded model.
+        optimizer: Its optimizer.
+
+    Returns:
+        The state dictionary of the model, and {parameter: {entry: value}} of the optimizer. Both are copies. They are
+        empty on all ranks but 0.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    buffers = {name for name, _ in model.named_buffers()}
+    # What is not sharded (buffers, step counts) is not copied where it is on the CPU already.
+    weights = {
+        name: value.clone() if name in buffers else value
+        for name, value in get_model_state_dict(model, options=options).items()
+    }
+    if optimizer is None or not optimizer.state:  # torch would initialise a missing state by a step of its own
+        return weights, {}
+    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    return weights, {
+        name: {entry: value if value.ndim else value.clone() for entry, value in entries.items()}
+        for name, entries in moments.items()
+    }
 
 
-def is_shared(tensor: torch.Tensor) -> bool:
-    """Whether workers hold parts of it."""
-    return hasattr(tensor, "full_tensor")  # a DTensor, without importing what has it
+def scatter(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Load full weights into a sharded model. Every worker has to call it.
+
+    Args:
+        model: A sharded model.
+        weights: Its full state dictionary, on the CPU. That of rank 0 is loaded by all; others may have none.
+
+    Raises:
+        RuntimeError: If names or shapes are not those of the model.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    unlike = [name for name, value in weights.items() if name in own and own[name].shape != value.shape]
+    # Of a full state dictionary torch itself only refuses unexpected names.
+    if weights and (missing or unexpected or unlike):
+        raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}, of other shapes {unlike}")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+
+
+def scatter_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """Load a full optimizer state into the optimizer of a sharded model. Every worker has to call it.
+
+    Hyperparameters such as learning rates stay as they are. A parameter without an entry in `moments` has no state
+    afterwards.
+
+    Args:
+        model: A sharded model.
+        optimizer: Its optimizer.
+        moments: {parameter: {entry: value}}, on the CPU. Those of rank 0 are loaded by all; others may have none.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    content = {"state": {name: dict(entries) for name, entries in moments.items()}, "param_groups": groups}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_optimizer_state_dict(model, optimizer, content, options=options)
+    loaded: list[Any] = [set(moments)]
+    dist.broadcast_object_list(loaded, src=0)
+    for name, parameter in model.named_parameters():  # torch initialises the state of all by a step of its own
+        if name not in loaded[0]:
+            optimizer.state.pop(parameter, None)
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # without importing DTensor, which takes time
 
 
 def _composite(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
-"""What the network sees of a batch, and what it is asked for: integers of a shard → image, mask, corrupted image, pyramid.
+"""Views of a batch: from the integers of a shard to image, mask, corrupted image and pyramid.
 
-Legend: B images, C channels, K bands, H = W pixels a side, N cells of the mask.
+Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels per side, N cells of the mask.
 """
 
 from __future__ import annotations
@@ -18,35 +18,55 @@ from wavemim.wavelets import decompose
 
 @dataclass(frozen=True)
 class Augment:
-    """RandomResizedCrop and mirroring on the device, out of whole stored images."""
+    """RandomResizedCrop and mirroring of whole stored images on the device.
 
-    size: int  # pixels a side of what comes out
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height
+    Attributes:
+        size: Pixels per side of the result.
+        scale: Range of the crop's fraction of the image's area.
+        ratio: Range of the crop's width / height.
+        flip: Whether to mirror half of the images.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Masking in the spectrum (MFM): a circle is kept, or all but the circle."""
+    """Masking by frequency (MFM): an image keeps a circle of its spectrum, or everything else.
 
-    radius: float = 16.0  # in cycles an image
-    low_pass_share: float = 0.5  # share of images that keep the circle
+    Attributes:
+        radius: Of the circle, in cycles per image.
+        low_pass_share: Fraction of the images that keep the circle.
+    """
+
+    radius: float = 16.0
+    low_pass_share: float = 0.5
 
 
 @dataclass(frozen=True)
 class View:
-    """A batch as the model takes it."""
+    """A batch for the model.
 
-    images: torch.Tensor  # (B, C, H, W) normalised, whole: what targets are made of
-    seen: torch.Tensor  # the same, or without the frequencies that were taken away: what goes into the encoder
-    pyramid: dict[int, torch.Tensor]  # {level: (B, C, K, h, w)} of the images
-    mask: torch.Tensor  # bool (B, N), True = hidden
-    spectrum: torch.Tensor | None  # bool (B, H, W), True = taken away
+    Attributes:
+        images: (B, C, H, W), normalised, complete: the source of the targets.
+        seen: The encoder's input: the same, or without the removed frequencies.
+        pyramid: {level: (B, C, K, h, w)}, coefficients of the images.
+        mask: bool (B, N), True = hidden.
+        spectrum: bool (B, H, W), True = removed; None if masking is not by frequency.
+    """
+
+    images: torch.Tensor
+    seen: torch.Tensor
+    pyramid: dict[int, torch.Tensor]
+    mask: torch.Tensor
+    spectrum: torch.Tensor | None
 
 
 class Views:
-    """Makes views; masks and crops are a pure function of (seed, epoch, row of the image)."""
+    """Makes views. Masks and crops are pure functions of (seed, epoch, row of the image)."""
 
     def __init__(
         self,
@@ -57,7 +77,15 @@ class Views:
         augment: Augment | None = None,
         frequencies: Frequencies | None = None,
     ) -> None:
-        """`frequencies` is needed where masking.kind is "frequency"."""
+        """Create the views of a run.
+
+        Args:
+            inputs: Reconstructs the images.
+            masking: Draws the masks.
+            seed: Of the run.
+            augment: Crops and mirrors whole images, if given.
+            frequencies: Masking by frequency; needed if and only if masking.kind is "frequency".
+        """
         assert (masking.kind == "frequency") == (frequencies is not None)
         self.inputs, self.masking, self.seed = inputs, masking, seed
         self.augment, self.frequencies = augment, frequencies
@@ -65,7 +93,17 @@ class Views:
     def __call__(
         self, stored: Mapping[int, torch.Tensor], rows: torch.Tensor, *, epoch: int, crop: Crop | None = None
     ) -> View:
-        """The view of stored windows, or whole images, with row numbers (B,), in `epoch`."""
+        """Make the view of a batch.
+
+        Args:
+            stored: Integers {level: (B, C, K, h, w)}, of windows or whole images.
+            rows: Row numbers (B,) of the images.
+            epoch: Of training.
+            crop: Windows to cut, if any.
+
+        Returns:
+            The view.
+        """
         with torch.no_grad():
             pixels, pyramid = self.inputs.raw(stored, crop)
             rows = rows.to(pixels.device, non_blocking=True)
@@ -84,7 +122,7 @@ class Views:
             return self.of(self.inputs.normalise(pixels), pyramid, rows, epoch=epoch)
 
     def of(self, images: torch.Tensor, pyramid: dict[int, torch.Tensor], rows: torch.Tensor, *, epoch: int) -> View:
-        """The view of normalised images and their pyramids."""
+        """Make the view of normalised images (B, C, H, W) and their pyramids {level: (B, C, K, h, w)}."""
         with torch.no_grad():
             mask = self.masking(rows, pyramid, seed=self.seed, epoch=epoch)
             if self.frequencies is None:

@@ -1,11 +1,12 @@
-"""Two-dimensional discrete wavelet transforms with one convention: PyWavelets' mode ``periodization``.
+"""Two-dimensional discrete wavelet transforms in PyWavelets' mode ``periodization``.
 
-A *pyramid* is a dict ``level -> array`` of shape (..., K, H/2^level, W/2^level). K counts the bands of the level, in the
-order A, H, V, D: the details H, V, D (PyWavelets' cH, cV, cD) at every level, and before them the approximation A (cA)
-at the coarsest. Level 1 is the finest. The scaling is PyWavelets': Haar is orthonormal, so that energy is kept.
+A *pyramid* is a dictionary {level: array} of arrays (..., K, H/2^level, W/2^level). K is the number of bands of the
+level, in the order A, H, V, D: the details H, V, D (PyWavelets' cH, cV, cD) at every level, and before them the
+approximation A (cA) at the coarsest level. Level 1 is the finest. The scaling is PyWavelets': Haar is orthonormal, so
+energy is preserved.
 
-Every function takes numpy arrays (the CPU side, where shards are written) and torch tensors (any device, where they are
-trained on) and gives back the same kind.
+Every function takes numpy arrays (on the CPU, where shards are written) or torch tensors (on any device, in training)
+and returns the same type.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pywt
 
-if TYPE_CHECKING:  # imported where tensors come in: workers that only write shards start in a third of the time
+if TYPE_CHECKING:  # imported when needed: workers that only write shards start in a third of the time
     import torch
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
@@ -28,17 +29,21 @@ MODE = "periodization"
 
 
 def bands_of(level: int, levels: int) -> str:
-    """Names of the bands that a pyramid of `levels` levels stores at `level`, in their order along axis K."""
+    """Return the bands of `level` in a pyramid of `levels` levels, in the order of axis K: "AHVD" or "HVD"."""
     return BANDS if level == levels else DETAILS
 
 
 def is_haar(wavelet: str) -> bool:
-    """Whether `wavelet` is Haar under one of its names: two taps, so that windows and flips commute with it."""
+    """Whether `wavelet` is one of PyWavelets' names of Haar, whose transform commutes with aligned crops and flips."""
     return wavelet in ("haar", "db1", "bior1.1", "rbio1.1")
 
 
 def check_levels(height: int, width: int, levels: int) -> None:
-    """Raise ValueError unless an image of `height` × `width` pixels can be halved `levels` times without a rest."""
+    """Check that an image of `height` × `width` pixels can be halved `levels` times.
+
+    Raises:
+        ValueError: If not.
+    """
     if levels < 1 or height % 2**levels or width % 2**levels:
         raise ValueError(
             f"an image of {height}×{width} pixels has no {levels} wavelet levels: "
@@ -47,10 +52,18 @@ def check_levels(height: int, width: int, levels: int) -> None:
 
 
 def decompose(images: Array, levels: int, wavelet: str = "haar") -> dict[int, Array]:
-    """Multi-level transform of images (..., H, W), as ``pywt.wavedec2(images, wavelet, 'periodization', levels)``.
+    """Transform images, as ``pywt.wavedec2(images, wavelet, 'periodization', levels)``.
 
-    Haar on integers and on floats, every other discrete wavelet of PyWavelets on floats. Raises ValueError if the sides
-    are no multiples of 2^levels.
+    Args:
+        images: (..., H, W), floats.
+        levels: Levels of the pyramid.
+        wavelet: PyWavelets' name of a discrete wavelet.
+
+    Returns:
+        The pyramid {level: (..., K, H/2^level, W/2^level)}.
+
+    Raises:
+        ValueError: If H or W is not a multiple of 2^levels.
     """
     check_levels(images.shape[-2], images.shape[-1], levels)
     pyramid: dict[int, Any] = {}
@@ -63,9 +76,17 @@ def decompose(images: Array, levels: int, wavelet: str = "haar") -> dict[int, Ar
 
 
 def haar_sums(images: Array, levels: int) -> dict[int, Array]:
-    """Haar pyramid of integer images (..., H, W) without its scaling: coefficient = sum / 2^level, exactly.
+    """Transform integer images by Haar without scaling: coefficient = sum / 2^level, exactly.
 
-    Sums of signed pixels, so integers stay integers. The dtype has to hold max(pixel) · 4^levels.
+    Args:
+        images: (..., H, W), integers of a dtype that can hold max(pixel) · 4^levels.
+        levels: Levels of the pyramid.
+
+    Returns:
+        The pyramid of sums, of the same dtype.
+
+    Raises:
+        ValueError: If H or W is not a multiple of 2^levels.
     """
     check_levels(images.shape[-2], images.shape[-1], levels)
     pyramid: dict[int, Any] = {}
@@ -78,10 +99,16 @@ def haar_sums(images: Array, levels: int) -> dict[int, Array]:
 
 
 def reconstruct(pyramid: dict[int, Array], wavelet: str = "haar", to: int = 0) -> Array:
-    """Inverse transform: images (..., H, W), or with `to` > 0 the approximation A of that level.
+    """Invert the transform.
 
-    A pyramid that lacks its finest levels is reconstructed as far as it goes (`to` ≥ its finest level - 1). An A of
-    level n is an image of 1/2^n the side whose values are 2^n times as large.
+    Args:
+        pyramid: {level: (..., K, H/2^level, W/2^level)}, all levels from the coarsest to `to` + 1.
+        wavelet: PyWavelets' name of the wavelet.
+        to: 0 for the image, or the level whose approximation A is returned. The A of level n is an image with sides
+            divided by 2^n and values multiplied by 2^n.
+
+    Returns:
+        (..., H/2^to, W/2^to).
     """
     coarsest = max(pyramid)
     finest_needed = to + 1
@@ -93,11 +120,21 @@ def reconstruct(pyramid: dict[int, Array], wavelet: str = "haar", to: int = 0) -
 
 
 def window(level_array: Array, level: int, top: int, left: int, size: int, flip: bool = False) -> Array:
-    """The window of one level (..., K, h, w) that belongs to the image window at `top`, `left` of `size`² pixels.
+    """Crop one level of a Haar pyramid to a window of the image.
 
-    For Haar this equals the transform of the cropped (and then, with `flip`, horizontally mirrored) image, exactly:
-    the corner and the size have to be multiples of 2^level, which an ``assert`` holds. Mirroring reverses the columns
-    and changes the sign of the bands that are differences along them, V and D.
+    The result equals the transform of the cropped (and then mirrored) image exactly. Mirroring reverses the columns and
+    changes the sign of V and D, the differences along rows of pixels.
+
+    Args:
+        level_array: (..., K, h, w).
+        level: Its level.
+        top: Top of the window in pixels, a multiple of 2^level.
+        left: Left of the window in pixels, a multiple of 2^level.
+        size: Pixels per side of the window, a multiple of 2^level.
+        flip: Whether to mirror the window horizontally.
+
+    Returns:
+        (..., K, size/2^level, size/2^level).
     """
     scale = 2**level
     assert top % scale == 0 and left % scale == 0 and size % scale == 0, (level, top, left, size)
@@ -115,13 +152,23 @@ def window(level_array: Array, level: int, top: int, left: int, size: int, flip:
 
 
 def coefficient_bound(level: int, band: str, wavelet: str = "haar", peak: float = 255.0) -> float:
-    """Largest absolute coefficient that images with values in [0, peak] can have at `level` in `band`."""
+    """Compute the largest absolute coefficient of images with values in [0, peak].
+
+    Args:
+        level: The level, from 1.
+        band: "A", "H", "V" or "D".
+        wavelet: PyWavelets' name of the wavelet.
+        peak: The largest pixel value.
+
+    Returns:
+        The bound, in coefficient units.
+    """
     filters = pywt.Wavelet(wavelet)
     low, high = (float(np.abs(taps).sum()) for taps in (filters.dec_lo, filters.dec_hi))
     if band == "A":
         return peak * low ** (2 * level)
     last = low * high if band in "HV" else high * high
-    return peak / 2 * low ** (2 * (level - 1)) * last  # a detail does not see the mean: half the range counts
+    return peak / 2 * low ** (2 * (level - 1)) * last  # details do not depend on the mean: half of the range counts
 
 
 def _analyse(images: Any, wavelet: str) -> tuple[Any, Any]:
@@ -147,7 +194,7 @@ def _synthesise(approximation: Any, details: Any, wavelet: str) -> Any:
     """Inverse of `_analyse`."""
     if is_haar(wavelet):
         h, v, d = (details[..., band, :, :] for band in range(3))
-        even, odd = approximation + h, approximation - h  # even and odd rows, still summed along columns
+        even, odd = approximation + h, approximation - h  # even and odd rows, still summed over pairs of columns
         even_odd, odd_odd = v + d, v - d
         shape = (*approximation.shape[:-2], 2 * approximation.shape[-2], 2 * approximation.shape[-1])
         is_array = isinstance(approximation, np.ndarray)
@@ -195,7 +242,7 @@ def _concatenate(bands: list[Any]) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _matrix(wavelet: str, size: int, inverse: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """One level on `size` samples as a (size, size) matrix, made by PyWavelets itself: low-pass half, then high-pass."""
+    """One level on `size` samples as a matrix (size, size), computed by PyWavelets: low-pass half, then high-pass."""
     import torch
 
     identity = np.eye(size)

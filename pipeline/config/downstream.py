@@ -1,4 +1,4 @@
-"""Settings of what judges an encoder: evaluation and sweeps."""
+"""Settings of what follows pretraining: evaluation, sweeps, export, fine-tuning and segmentation."""
 
 from __future__ import annotations
 
@@ -7,60 +7,78 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from pipeline.config.behaviour import setting
 from pipeline.config.settings import Positive, Section, Share
 
 Protocol = Literal["linear", "blocks", "knn", "attentive", "few_labels", "rank"]
 
 
 class Evaluate(Section):
-    """What the encoder is worth, on frozen features."""
+    """Evaluation of the encoder on frozen features."""
 
-    protocols: tuple[Protocol, ...] = Field(
+    protocols: tuple[Protocol, ...] = setting(
         ("linear", "knn", "few_labels", "rank"),
+        "What is measured. linear: linear probe. blocks: linear probe of every block. knn: kNN classifier. attentive: "
+        "attentive probe. few_labels: linear probe on few labels. rank: RankMe and alpha-ReQ. blocks and attentive each take "
+        "at least as long as the others together.",
         min_length=1,
-        description="what is measured: linear probe, the same for every block, kNN, attentive probe, linear probe on few "
-        "labels, RankMe and alpha-ReQ; those left out by default take as long as the rest together, or longer",
     )
-    batch: Positive = Field(256, description="images in a forward pass")
-    max_images: Positive = Field(50_000, description="train images that probes are fitted to, at most")
-    probe_strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.01, 0.1, 1.0, 10.0), min_length=1, description="inverse regularisations tried on a held-out part of train"
+    batch: Positive = setting(256, "Images per forward pass.", operational=True)
+    max_images: Positive = setting(50_000, "Largest number of train images that probes are fitted to.")
+    probe_strengths: tuple[Annotated[float, Field(gt=0)], ...] = setting(
+        (0.01, 0.1, 1.0, 10.0),
+        "Inverse regularisation strengths, of which the best on a held-out part of train is used.",
+        min_length=1,
     )
-    probe_iterations: Positive = Field(1000, description="steps of the linear probes' solver, at most")
-    knn_k: Positive = Field(20, description="neighbours of the kNN classifier; its curve goes from 1 to 200")
-    few_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (0.01, 0.1), min_length=1, description="few_labels: shares of the train labels, at least one a class"
+    probe_iterations: Positive = setting(1000, "Largest number of solver steps of a linear probe.")
+    knn_k: Positive = setting(
+        20, "Number of neighbours of the kNN classifier. Its accuracy is also measured for 1 to 200 neighbours."
     )
-    few_draws: Positive = Field(5, description="few_labels: times that each share is drawn")
-    attentive_images: Positive = Field(
+    few_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = setting(
+        (0.01, 0.1), "few_labels: shares of the train labels that are used, at least one label per class.", min_length=1
+    )
+    few_draws: Positive = setting(5, "few_labels: number of random draws of each share.")
+    attentive_images: Positive = setting(
         10_000,
-        description="attentive: train images whose tokens are kept, at most; each takes 2 bytes × tokens × width of "
-        "memory, 0.3 MB of a ViT-B/16 at 224 pixels",
+        "attentive: largest number of train images whose tokens are kept. Each takes 2 bytes × tokens × width of memory: "
+        "0.3 MB for a ViT-B/16 at 224 pixels.",
     )
-    attentive_epochs: Positive = Field(20, description="attentive: passes over those images")
-    attentive_batch: Positive = Field(256, description="attentive: images in a step")
-    attentive_lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (3e-4, 1e-3, 3e-3), min_length=1, description="attentive: learning rates tried on a held-out part of train"
+    attentive_epochs: Positive = setting(20, "attentive: passes over these images.")
+    attentive_batch: Positive = setting(256, "attentive: images per step.")
+    attentive_lrs: tuple[Annotated[float, Field(gt=0)], ...] = setting(
+        (3e-4, 1e-3, 3e-3),
+        "attentive: learning rates, of which the best on a held-out part of train is used.",
+        min_length=1,
     )
 
 
 class Tune(Section):
-    """A sweep: each trial is a short pretraining with some settings changed, judged by a frozen-feature measure."""
+    """A sweep: each trial is a short pretraining with some settings changed, ranked by a measure of its frozen features."""
 
-    space: str = Field("level_weights", description="file of tune_spaces/, by name or path")
-    trials: Positive = Field(8, description="number of trials")
-    search: Literal["optuna", "random"] = Field("optuna", description="how the next trial is chosen")
-    epochs: float = Field(5, gt=0, description="epochs of a trial")
-    max_images: Positive = Field(10_000, description="train images a trial's probe is fitted to, at most")
-    concurrent: Positive | None = Field(None, description="trials at once; null: one for each free CPU or GPU")
+    space: str = setting("level_weights", "Search space: a name in tune_spaces/, or the path of a YAML file.")
+    trials: Positive = setting(8, "Number of trials.")
+    search: Literal["optuna", "random"] = setting(
+        "optuna", "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random."
+    )
+    epochs: float = setting(5, "Epochs per trial.", gt=0)
+    max_images: Positive = setting(10_000, "Largest number of train images that the probe of a trial is fitted to.")
+    concurrent: Positive | None = setting(
+        None, "Number of trials that run at the same time. null: one per free GPU or CPU.", operational=True
+    )
 
 
 class Export(Section):
-    """Where the encoder goes, beside the folder that timm and transformers load."""
+    """Exports of the encoder in addition to the folder that timm and transformers load."""
 
-    onnx: bool = Field(False, description="also as ONNX, checked with onnxruntime; needs pip install 'wavemim[onnx]'")
-    registry: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = Field(
-        None, description="name in MLflow's model registry that the ONNX model becomes a version of; null: none"
+    onnx: bool = setting(
+        False,
+        "Also export as ONNX, verified with onnxruntime. Needs pip install 'wavemim[onnx]'.",
+        operational=True,  # added to the export that is there, as is a registered version
+    )
+    registry: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = setting(
+        None,
+        "Name in MLflow's model registry under which the ONNX model is registered as a new version. null: none.",
+        operational=True,
     )
 
 
@@ -68,96 +86,129 @@ _PARTS = r"(mstd|inc|m|n|p)\d+(\.\d+)?|t[a-z]+"
 
 
 def _policy(value: str) -> str:
-    """RandAugment as timm writes it; timm itself passes over parts that it does not know."""
+    """RandAugment in timm's notation. timm itself ignores the parts that it does not know."""
     if not re.fullmatch(rf"rand(-({_PARTS}))+", value):
-        raise ValueError("allowed is what timm calls rand-…, such as rand-m9-mstd0.5-inc1, or null for none")
+        raise ValueError("must be a policy that timm calls rand-…, such as rand-m9-mstd0.5-inc1, or null for none")
     return value
 
 
 class Finetune(Section):
     """Fine-tuning of the encoder as a classifier. The defaults are those of MAE ViT-B."""
 
-    epochs: float = Field(100, gt=0, description="passes over the train split")
-    batch: Positive = Field(1024, description="images in a step, over all workers")
-    accumulate: Positive = Field(
-        1, description="parts of a worker's batch that are computed one after another, for batches that do not fit"
+    epochs: float = setting(100, "Passes over the train split.", gt=0)
+    batch: Positive = setting(1024, "Global batch size: images per step over all workers.")
+    accumulate: Positive = setting(
+        1,
+        "Gradient accumulation: number of parts in which each worker computes its batch, for batches that do not fit into "
+        "memory.",
     )
-    workers: Positive = Field(1, description="data-parallel workers")
-    lr: float = Field(5e-4, gt=0, description="learning rate of the head for a batch of 256; scaled by batch/256")
-    layer_decay: float = Field(
-        0.65, gt=0, le=1, description="each layer's rate is that of the layer above times this; 1: the same for all"
+    workers: Positive = setting(1, "Number of data-parallel workers.", operational=True)
+    lr: float = setting(5e-4, "Learning rate of the head for a batch of 256; scaled linearly with the batch.", gt=0)
+    layer_decay: float = setting(
+        0.65,
+        "Layer-wise learning rate decay: each layer's rate is that of the layer above times this. 1: the same for all.",
+        gt=0,
+        le=1,
     )
-    min_lr_share: Share = Field(5e-4, description="the cosine ends at this share of the peak")
-    warmup_epochs: float = Field(5, ge=0, description="epochs of linear warm-up")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay (none on norms, biases, positions)")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="AdamW betas"
+    min_lr_share: Share = setting(5e-4, "Final learning rate of the cosine schedule, as a share of the peak.")
+    warmup_epochs: float = setting(5, "Epochs of linear warm-up.", ge=0)
+    weight_decay: float = setting(0.05, "Weight decay of AdamW. Norms, biases, tokens and positions have none.", ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = setting(
+        (0.9, 0.999), "Betas of AdamW."
     )
-    clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="largest gradient norm; null: any")
-    drop_path: float = Field(
-        0.1, ge=0, lt=1, description="share of images that pass the last block by; less in earlier ones"
+    clip_grad: Annotated[float, Field(gt=0)] | None = setting(
+        None, "Gradients are clipped to this norm. null: no clipping."
     )
-    mixup: float = Field(0.8, ge=0, description="alpha of mixup; 0: none")
-    cutmix: float = Field(1.0, ge=0, description="alpha of cutmix, which takes turns with mixup; 0: none")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a target that is spread over all classes")
-    erasing: Share = Field(0.25, description="share of images of which a rectangle is replaced by noise")
-    rand_augment: Annotated[str, AfterValidator(_policy)] | None = Field(
-        "rand-m9-mstd0.5-inc1", description="RandAugment as timm writes it, done on the CPU; null: none"
+    drop_path: float = setting(
+        0.1,
+        "Stochastic depth: probability that an image skips the last block, decreasing linearly towards the first.",
+        ge=0,
+        lt=1,
     )
-    crop_scale: tuple[Annotated[float, Field(ge=0.01, le=1)], Annotated[float, Field(ge=0.01, le=1)]] = Field(
-        (0.08, 1.0), description="RandomResizedCrop: smallest and largest share of the image's area"
+    mixup: float = setting(0.8, "Alpha of mixup. 0: none.", ge=0)
+    cutmix: float = setting(1.0, "Alpha of CutMix, which alternates with mixup. 0: none.", ge=0)
+    label_smoothing: float = setting(0.1, "Label smoothing: share of a label spread over all classes.", ge=0, lt=1)
+    erasing: Share = setting(0.25, "Random erasing: share of images in which a rectangle is replaced by noise.")
+    rand_augment: Annotated[str, AfterValidator(_policy)] | None = setting(
+        "rand-m9-mstd0.5-inc1", "RandAugment policy in timm's notation, computed on the CPU. null: none."
     )
-    flip: bool = Field(True, description="mirror images at random")
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay a step of an average of the weights, which is then what is judged and saved"
+    crop_scale: tuple[Annotated[float, Field(ge=0.01, le=1)], Annotated[float, Field(ge=0.01, le=1)]] = setting(
+        (0.08, 1.0), "RandomResizedCrop: smallest and largest share of the image's area that a crop covers."
     )
-    head: Literal["mean", "token"] = Field(
-        "mean", description="ViT: on the mean of the patch tokens, normalised, as MAE; or on the class token"
+    flip: bool = setting(True, "Random horizontal flips.")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = setting(
+        None,
+        "Decay per step of an exponential moving average of the weights, which is then evaluated and saved. null: no "
+        "average.",
     )
-    freeze: bool = Field(False, description="train the head alone: a linear probe on augmented images")
-    eval_every: Positive = Field(1, description="epochs between two measurements on val")
-    eval_batch: Positive = Field(256, description="images in a forward pass of a worker while measuring")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
-    reader_threads: Positive | None = Field(
-        None, description="threads that read and augment in a worker; null: its cores, up to 8"
+    head: Literal["mean", "token"] = setting(
+        "mean",
+        "ViT: what the classifier is applied to. mean: the mean of the patch tokens, then normalised, as in MAE. token: the "
+        "class token.",
     )
-    log_every: Positive = Field(20, description="steps between logged metrics")
+    freeze: bool = setting(False, "Train the classifier only: a linear probe on augmented images.")
+    eval_every: Positive = setting(1, "Epochs between evaluations on val.")
+    eval_batch: Positive = setting(256, "Images per worker and forward pass during evaluation.", operational=True)
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Precision of the computation. auto: bfloat16 on GPUs that support it, float32 elsewhere."
+    )
+    reader_threads: Positive | None = setting(
+        None,
+        "Threads per worker that read and augment images. null: as many as the worker has cores, at most 8.",
+        operational=True,
+    )
+    log_every: Positive = setting(20, "Steps between logged metrics.", operational=True)
 
 
 class Segment(Section):
-    """How well frozen patch tokens tell what each pixel belongs to: mean IoU of a linear head."""
+    """Evaluation of frozen patch tokens by semantic segmentation: mean IoU of a linear head."""
 
-    images: str | None = Field(
-        None, description="folder of images, or s3://…; with train/ and val/ in it, or a share is held out"
+    images: str | None = setting(
+        None,
+        "Folder or URL of the images. If it has train/ and val/, these are the splits; otherwise segment.val_share is held "
+        "out.",
+        place=True,
     )
-    masks: str | None = Field(
-        None, description="folder of PNG masks under the images' relative paths; a pixel's value is its class"
+    masks: str | None = setting(
+        None,
+        "Folder or URL of the PNG masks, which have the same relative paths as the images. Pixel values are classes.",
+        place=True,
     )
-    image_ending: str = Field("", description="end of the images' names that masks lack, such as _leftImg8bit")
-    mask_ending: str = Field("", description="end of the masks' names that images lack; other files are passed over")
-    classes: Positive | str | None = Field(
-        None, description="number of classes, or a text file with a name a line, of value 0 on; null: as in train"
+    image_ending: str = setting(
+        "", "Ending of the images' names that the masks' names do not have, such as _leftImg8bit."
     )
-    ignore: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = Field(
-        (255,), description="values of pixels that count nowhere"
+    mask_ending: str = setting(
+        "", "Ending of the masks' names that the images' names do not have. Other files are skipped."
     )
-    image_size: Positive | None = Field(
-        None, description="side of the middle square that images are resized to; null: as the encoder was trained"
+    classes: Positive | str | None = setting(
+        None,
+        "Number of classes, or a text file with one class name per line, starting with value 0. null: the values found in "
+        "train.",
     )
-    blocks: tuple[Positive, ...] | None = Field(
-        None, min_length=1, description="blocks or stages, from 1, whose tokens the head sees; null: the last"
+    ignore: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = setting(
+        (255,), "Values of pixels that are ignored in training and evaluation."
     )
-    val_share: float = Field(0.2, gt=0, lt=1, description="share held out for val where the folders name no val split")
-    max_images: Positive = Field(5000, description="images of each split that are used, at most; drawn by the seed")
-    max_rejected: Share = Field(
-        0.01, description="share of rejected inputs that ends the stage (10 are always allowed)"
+    image_size: Positive | None = setting(
+        None, "Side in pixels to which the central square of each image is resized. null: the encoder's training size."
     )
-    steps: Positive = Field(1500, description="steps of fitting a head")
-    train_batch: Positive = Field(16, description="images in a step of fitting")
-    lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1e-2, 1e-1), min_length=1, description="AdamW rates tried on a held-out part of train (of 1000 images at most)"
+    blocks: tuple[Positive, ...] | None = setting(
+        None, "Blocks or stages, counted from 1, whose tokens the head receives. null: the last one.", min_length=1
     )
-    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        (1e-3, 1.0), min_length=1, description="AdamW weight decays tried with each rate"
+    val_share: float = setting(
+        0.2, "Share of the images held out as the val split where the folders name no val split.", gt=0, lt=1
     )
-    batch: Positive = Field(32, description="images in a forward pass of the encoder")
+    max_images: Positive = setting(5000, "Largest number of images of each split that are used, drawn by the seed.")
+    max_rejected: Share = setting(
+        0.01, "Largest tolerated share of rejected inputs; 10 are always tolerated.", operational=True
+    )
+    steps: Positive = setting(1500, "Training steps of each head.")
+    train_batch: Positive = setting(16, "Images per training step.")
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = setting(
+        (1e-2, 1e-1),
+        "Learning rates of AdamW, of which the best on a held-out part of train (at most 1000 images) is used.",
+        min_length=1,
+    )
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = setting(
+        (1e-3, 1.0), "Weight decays of AdamW that are tried with each learning rate.", min_length=1
+    )
+    batch: Positive = setting(32, "Images per forward pass of the encoder.", operational=True)

@@ -1,4 +1,4 @@
-"""All settings of a run together, where its files lie, and which settings a stage depends on."""
+"""All settings of a run, where its files are, and which settings identify the work of a stage."""
 
 from __future__ import annotations
 
@@ -7,46 +7,74 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
+from pipeline.config.behaviour import STAGES, Behaviour, behaviours, defaults, section, section_behaviours, setting
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
 from pipeline.config.settings import Cluster, Data, Decoder, Encoder, Mask, Section, Target, Tracking, Train
 
+_MODEL: dict[str, Any] = {"stages": ("pretrain", "tune", "run"), "searchable": True, "in_card": True}
+
 
 class Recipe(Section):
-    """Everything a run needs."""
+    """All settings of a run."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run and of its folder")
-    images: str | None = Field(
+    name: str = setting(
+        "",
+        "Name of the run and of its folder OUT/runs/NAME.",
+        operational=True,
+        compared=False,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+    )
+    images: str | None = setting(
         None,
-        description="images: a folder, a CSV or Parquet list, Parquet or tar files that hold them; local or s3://…",
+        "Input images: a folder, a CSV or Parquet list, or Parquet or tar files that contain them; local or s3://…",
+        stages=("prepare", "run"),
+        identity=("prepare",),
+        place=True,
     )
-    out: str = Field("wavemim-out", min_length=1, description="folder that everything is written to")
-    shards: str | None = Field(
-        None, description="shard set, a folder or URL such as s3://BUCKET/NAME; null: OUT/shards"
+    out: str = setting(
+        "wavemim-out",
+        "Folder that everything is written to.",
+        operational=True,
+        compared=False,
+        place=True,
+        min_length=1,
     )
-    checkpoint: str | None = Field(
+    # Shard sets and checkpoints identify themselves: stages add their fingerprints.
+    shards: str | None = setting(
+        None, "Shard set: a folder, or a URL such as s3://BUCKET/NAME. null: OUT/shards.", identity=(), place=True
+    )
+    checkpoint: str | None = setting(
         None,
-        description="checkpoint to use; null: the run's own last one; to judge others: timm:NAME, or a folder in timm's format",
+        "Checkpoint to use. null: the run's latest. Other encoders: timm:NAME, or a folder in timm's format.",
+        stages=("evaluate", "finetune", "segment", "export"),
+        identity=(),
+        place=True,
     )
-    restart: bool = Field(False, description="throw away what an earlier call wrote to the same place")
-    force: bool = Field(
-        False, description="pretrain: go on from the last checkpoint with another train.lr, train.epochs and the like"
+    restart: bool = setting(
+        False, "Discard what an earlier run of the stage wrote to the same folder.", operational=True, compared=False
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
-    data: Data = Data()  # type: ignore[call-arg]
-    encoder: Encoder = Encoder()  # type: ignore[call-arg]
-    target: Target = Target()  # type: ignore[call-arg]
-    decoder: Decoder = Decoder()  # type: ignore[call-arg]
-    mask: Mask = Mask()  # type: ignore[call-arg]
-    train: Train = Train()  # type: ignore[call-arg]
-    evaluate: Evaluate = Evaluate()  # type: ignore[call-arg]
-    finetune: Finetune = Finetune()  # type: ignore[call-arg]
-    segment: Segment = Segment()  # type: ignore[call-arg]
-    tune: Tune = Tune()  # type: ignore[call-arg]
-    export: Export = Export()  # type: ignore[call-arg]
-    tracking: Tracking = Tracking()  # type: ignore[call-arg]
-    cluster: Cluster = Cluster()  # type: ignore[call-arg]
+    force: bool = setting(
+        False,
+        "pretrain: resume from the latest checkpoint although train.lr, train.epochs or similar settings have changed.",
+        stages=("pretrain", "run"),
+        operational=True,
+        compared=False,
+    )
+    seed: int = setting(0, "Seed of all random numbers.", ge=0, lt=2**63)
+    # The shard set's fingerprint stands for the settings that it was prepared with.
+    data: Data = section(Data, stages=("prepare", "pretrain", "run"), identity=("prepare",), in_card=True)
+    encoder: Encoder = section(Encoder, **_MODEL)
+    target: Target = section(Target, **_MODEL)
+    decoder: Decoder = section(Decoder, **_MODEL)
+    mask: Mask = section(Mask, **_MODEL)
+    train: Train = section(Train, **_MODEL)
+    evaluate: Evaluate = section(Evaluate, stages=("evaluate", "tune", "run"))
+    finetune: Finetune = section(Finetune, stages=("finetune",))
+    segment: Segment = section(Segment, stages=("segment",))
+    tune: Tune = section(Tune, stages=("tune", "run"))
+    export: Export = section(Export, stages=("export", "run"))
+    tracking: Tracking = section(Tracking, stages=STAGES, operational=True, compared=False)
+    cluster: Cluster = section(Cluster, stages=tuple(stage for stage in STAGES if stage != "export"), operational=True)
 
     # The layout of the out folder: shards and the MLflow store are shared by all runs in it.
     @property
@@ -76,7 +104,7 @@ class Recipe(Section):
 
     def bands_by_level(self) -> dict[int, str]:
         """Bands predicted at every tapped level: of wavelets; other targets have none."""
-        if self.target.kind != "wavelet":
+        if not self.target.predicts_bands:
             return dict.fromkeys(sorted(self.target.taps), "")
         coarsest = max(self.target.taps)
         return {
@@ -89,80 +117,56 @@ class Recipe(Section):
         return {level: self.target.weights.get(level, 1.0) for level in sorted(self.target.taps)}
 
 
-# What a stage reads: shown by its --help, and what makes two calls of it the same call.
+BEHAVIOURS: Mapping[str, Behaviour] = behaviours(Recipe)  # of every setting, by its dotted key
+_OF_SECTIONS = section_behaviours(Recipe)
+DEFAULTS: Mapping[str, Any] = defaults(Recipe)  # the same keys
+# Sections that a stage reads, in the order of its --help.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "prepare": ("data", "tracking", "cluster"),
-    "pretrain": ("data", "encoder", "target", "decoder", "mask", "train", "tracking", "cluster"),
-    "evaluate": ("evaluate", "tracking", "cluster"),
-    "finetune": ("finetune", "tracking", "cluster"),
-    "segment": ("segment", "tracking", "cluster"),
-    "tune": ("encoder", "target", "decoder", "mask", "train", "evaluate", "tune", "tracking", "cluster"),
-    "export": ("export", "tracking"),
-    "run": (
-        "data",
-        "encoder",
-        "target",
-        "decoder",
-        "mask",
-        "train",
-        "evaluate",
-        "tune",
-        "export",
-        "tracking",
-        "cluster",
-    ),
+    stage: tuple(name for name, behaviour in _OF_SECTIONS.items() if stage in behaviour.stages) for stage in STAGES
 }
-_OPERATIONAL = {
-    "train": {
-        "workers",
-        "parallel",  # sums are added up in another order
-        "channels_last",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "checkpoints_at",
-        "hang_timeout",
-        "keep_checkpoints",
-        "keep_best",
-        "log_every",
-        "reader_threads",
-        "compile",
-        "recompute",
-        "max_skipped",
-        "progress_seconds",
-        "monitor_minutes",
-    },
-    "data": {"max_rejected"},
-    "tune": {"concurrent"},
-    "export": {"onnx", "registry"},  # added to what is there
-    "evaluate": {"batch"},
-    "segment": {"batch", "max_rejected"},
-    "finetune": {"workers", "eval_batch", "reader_threads", "log_every"},
-}
+# Settings that may change when pretraining resumes with force=true. The model and the order of its data stay the same.
+CHANGEABLE = frozenset(key for key, behaviour in BEHAVIOURS.items() if behaviour.resumable)
 
 
-# Of pretraining: what a run can be gone on with under another value (force=true). Its model and the order of its data
-# stay what they are.
-CHANGEABLE = frozenset(
-    {
-        *("train.epochs", "train.lr", "train.min_lr_share", "train.warmup_epochs", "train.weight_decay", "train.betas"),
-        *("train.clip_grad", "train.accumulate", "train.precision", "train.flip", "train.crop_scale"),
-        *("mask.ratio", "target.weights"),
-    }
-)
+def behaviour_of(key: str) -> Behaviour:
+    """The behaviour of a setting.
+
+    Args:
+        key: Its dotted key. It may name an entry of a mapping, such as ``target.weights.3``, or a setting of another
+            version of the project, which is treated like its section.
+
+    Returns:
+        Its behaviour, that of its section, or the default one.
+    """
+    while key and key not in BEHAVIOURS:
+        shorter = key.rpartition(".")[0]
+        if not shorter:
+            return _OF_SECTIONS.get(key, Behaviour())
+        key = shorter
+    return BEHAVIOURS.get(key, Behaviour())
 
 
 def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings that decide what `stage` computes, flat; those that only say how and where are left out."""
-    kept: dict[str, Any] = {"seed": recipe.seed}
-    if stage == "prepare":
-        local = recipe.images and "://" not in recipe.images
-        kept["images"] = str(Path(recipe.images or "").resolve()) if local else recipe.images
-    for section in STAGE_SECTIONS[stage]:
-        if section in ("tracking", "cluster") or (section == "data" and stage != "prepare"):
-            continue
-        for key, value in recipe.dump()[section].items():
-            if key not in _OPERATIONAL.get(section, ()):
-                kept[f"{section}.{key}"] = value
+    """The settings that decide what a stage computes.
+
+    Args:
+        recipe: All settings.
+        stage: Name of the stage.
+
+    Returns:
+        Values by dotted key. Two runs of the stage with equal identities do the same work. A local `images` is made
+        absolute.
+    """
+    settings = recipe.dump()
+    kept: dict[str, Any] = {}
+    for key, behaviour in BEHAVIOURS.items():
+        if stage in behaviour.identity:
+            group, _, name = key.rpartition(".")
+            value = settings[group][name] if group else settings[name]
+            if not (behaviour.added and value == DEFAULTS[key]):
+                kept[key] = value
+    if kept.get("images") and "://" not in kept["images"]:
+        kept["images"] = str(Path(kept["images"]).resolve())
     return kept
 
 
@@ -186,7 +190,7 @@ def for_size(recipe: Recipe, size: int, stored_size: int, stored_levels: int) ->
         and halvings + 1 < stored_levels
     ):
         halvings += 1
-    deepest = max(recipe.target.taps) if recipe.target.kind == "wavelet" else 1
+    deepest = max(recipe.target.taps) if recipe.target.predicts_bands else 1
     data = {"image_size": stored_size >> halvings, "levels": max(stored_levels - halvings, deepest)}
     sections = {
         "encoder": recipe.encoder.model_copy(update={"image_size": size}),

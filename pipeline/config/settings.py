@@ -6,13 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from pipeline.config.behaviour import setting
+from wavemim import registry
+
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Bands = Annotated[str, Field(pattern="^A?H?V?D?$", min_length=1)]
 
 
 def number_like(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; a person means the number."""
+    """The number that a text such as 1e-4 stands for, which YAML 1.1 reads as text; other texts as they are."""
     try:
         return float(text) if any(c.isdigit() for c in text) else text
     except ValueError:
@@ -20,20 +23,20 @@ def number_like(text: str) -> Any:
 
 
 def _steps(value: Any) -> Any:
-    """One number stands for all levels."""
+    """A list of steps; one number holds for all levels."""
     numbers = [value] if isinstance(value, int | float) else value
     if value == "lossless":
         return value
     if not isinstance(numbers, list | tuple) or not numbers:
-        raise ValueError("allowed are numbers above 0, from the finest level on, such as [4, 2, 1], or lossless")
+        raise ValueError("must be numbers above 0, starting with the finest level, such as [4, 2, 1], or lossless")
     numbers = [number_like(step) if isinstance(step, str) else step for step in numbers]
     if any(isinstance(step, bool) or not isinstance(step, int | float) or not step > 0 for step in numbers):
-        raise ValueError("every step has to be a number above 0")
+        raise ValueError("every step must be a number above 0")
     return tuple(numbers)
 
 
 def _options(value: Any) -> Any:
-    """Arguments of timm's by name; YAML's 1e-5 is a number, and a null would be dropped by timm without a word."""
+    """Arguments of timm by name. Texts such as 1e-5 become numbers; null is refused, since timm would silently drop it."""
     if not isinstance(value, dict):
         return value
     for key, inner in value.items():
@@ -46,7 +49,7 @@ Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_step
 
 
 class Section(BaseModel):
-    """Base of every group of settings: frozen, and no key that is not known."""
+    """A group of settings: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -54,217 +57,315 @@ class Section(BaseModel):
 class Data(Section):
     """How images become a shard set."""
 
-    image_size: Positive = Field(256, description="side of the stored images in pixels; a multiple of 2^levels")
-    channels: int = Field(3, ge=1, le=16, description="channels; other than 1 and 3 come from multi-band TIFF or .npy")
-    wavelet: str = Field("haar", description="wavelet of the stored pyramid: any discrete one of PyWavelets")
-    levels: Positive = Field(5, le=8, description="levels of the stored pyramid")
-    steps: Steps = Field(
+    image_size: Positive = setting(256, "Side of the stored images in pixels. Must be a multiple of 2^levels.")
+    channels: int = setting(
+        3, "Number of channels. Numbers other than 1 and 3 need multi-band TIFF or .npy files.", ge=1, le=16
+    )
+    wavelet: str = setting("haar", "Wavelet of the stored pyramid: any discrete wavelet of PyWavelets.")
+    levels: Positive = setting(5, "Number of levels of the stored pyramid.", le=8)
+    steps: Steps = setting(
         (4, 4, 8),
-        description="quantisation step of each level from the finest, the last one counts for the rest; "
-        "or 'lossless' (Haar alone): the very pixels come back",
+        "Quantisation step of each level, starting with the finest; the last one also holds for all coarser levels. "
+        "One number holds for all levels. lossless (Haar only) stores the exact pixels.",
     )
-    value_range: tuple[float, float] | None = Field(
-        None, description="pixel values that become black and white; null: the whole range of the file's integer type"
+    value_range: tuple[float, float] | None = setting(
+        None, "Pixel values that become black and white. null: the full range of the file's integer type."
     )
-    max_pixels: Positive = Field(100_000_000, description="larger images are rejected undecoded")
-    min_side: Positive = Field(8, description="images with a shorter side below this are rejected")
-    image_column: str | None = Field(None, description="column of a list or of Parquet that names or holds the image")
-    label_column: str | None = Field(None, description="column of a list or of Parquet that holds the label")
-    rows_per_shard: Positive = Field(1024, description="images in one Parquet file")
-    rows_per_group: Positive = Field(64, description="images in one row group, the unit of reading")
-    val_share: float = Field(0.1, ge=0, lt=1, description="share held out for val where the folder names no val split")
-    max_rejected: Share = Field(
-        0.01, description="share of rejected inputs that ends the stage (10 are always allowed)"
+    max_pixels: Positive = setting(100_000_000, "Images with more pixels are rejected without decoding them.")
+    min_side: Positive = setting(8, "Images whose shorter side has fewer pixels are rejected.")
+    image_column: str | None = setting(
+        None, "Column of a list or Parquet file that holds the images or their paths. null: recognised by its name."
+    )
+    label_column: str | None = setting(
+        None, "Column of a list or Parquet file that holds the labels. null: recognised by its name."
+    )
+    rows_per_shard: Positive = setting(1024, "Images per Parquet file.")
+    rows_per_group: Positive = setting(64, "Images per row group, the unit of reading.")
+    val_share: float = setting(
+        0.1, "Share of the images held out as the val split where the input names no val split.", ge=0, lt=1
+    )
+    max_rejected: Share = setting(
+        0.01, "Largest tolerated share of rejected inputs; 10 are always tolerated.", operational=True
     )
 
 
 class Encoder(Section):
     """The backbone, a timm model."""
 
-    name: str = Field("vit_base_patch16_224", description="timm model: a plain ViT, or one with features at 4 to 32 px")
-    image_size: Positive = Field(224, description="side of the training window; a multiple of patch_size and 2^levels")
-    patch_size: Positive | None = Field(
-        16, description="side of a patch in pixels; null: the timm model's own; ViT alone"
+    name: str = setting(
+        "vit_base_patch16_224",
+        "Name of the timm model: a plain ViT, or a backbone with stages whose tokens cover 4, 8, 16 and 32 pixels.",
     )
-    width: Positive | None = Field(None, description="embedding width; null: the timm model's own; ViT alone")
-    depth: Positive | None = Field(None, description="number of blocks; null: the timm model's own; ViT alone")
-    heads: Positive | None = Field(None, description="attention heads; null: the timm model's own; ViT alone")
-    class_token: bool = Field(True, description="with a class token; ViT alone")
-    positions: Literal["sincos", "learned"] = Field(
-        "sincos", description="fixed sine-cosine or learned positions; ViT alone"
+    image_size: Positive = setting(
+        224, "Side of the training images in pixels. Must be a multiple of encoder.patch_size and of 2^data.levels."
     )
-    sees: Literal["auto", "visible", "masked"] = Field(
+    patch_size: Positive | None = setting(
+        16, "Side of a patch in pixels. null: that of the timm model. Plain ViTs only.", vit_only=True
+    )
+    width: Positive | None = setting(
+        None, "Embedding width. null: that of the timm model. Plain ViTs only.", vit_only=True
+    )
+    depth: Positive | None = setting(
+        None, "Number of transformer blocks. null: that of the timm model. Plain ViTs only.", vit_only=True
+    )
+    heads: Positive | None = setting(
+        None, "Number of attention heads. null: that of the timm model. Plain ViTs only.", vit_only=True
+    )
+    class_token: bool = setting(True, "Whether there is a class token. Plain ViTs only.", vit_only=True)
+    positions: Literal["sincos", "learned"] = setting(
+        "sincos", "Position embeddings: fixed sine-cosine, or learned. Plain ViTs only.", vit_only=True
+    )
+    sees: Literal["auto", "visible", "masked"] = setting(
         "auto",
-        description="visible: hidden patches are dropped (ViT alone); masked: they are replaced by a learned token; "
-        "auto: visible for a ViT, masked for others",
+        "How the encoder treats hidden patches. visible: they are dropped (plain ViTs only). masked: they are replaced by "
+        "a learned mask token. auto: visible for plain ViTs, masked for other backbones.",
     )
-    pretrained: Annotated[bool | str, BeforeValidator(lambda value: False if value is None else value)] = Field(
-        False, description="start from timm's weights of this name (true), from a timm folder or a .safetensors file"
+    pretrained: Annotated[bool | str, BeforeValidator(lambda value: False if value is None else value)] = setting(
+        False,
+        "Initial weights: false for random ones, true for timm's pretrained weights of this model, or the path of a "
+        "folder in timm's format or of a .safetensors file.",
+        place=True,
     )
-    options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
-        {}, description="further arguments of the timm model, such as {reg_tokens: 4} or {window_size: 6}"
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = setting(
+        {}, "Further arguments of timm.create_model, such as {reg_tokens: 4} or {window_size: 6}."
     )
 
 
 class Target(Section):
-    """What each tap is asked for. Keys of the three mappings are levels: cells of 2^level pixels, 1 is the finest."""
+    """The prediction target of each tap. Mappings have levels as keys: level n has cells of 2^n pixels, 1 is the finest."""
 
-    kind: Literal["wavelet", "pixels", "hog", "fourier"] = Field("wavelet", description="what is predicted")
-    taps: dict[Annotated[int, Field(ge=0)], Positive] = Field(
+    kind: str = setting(
+        "wavelet",
+        "Prediction target: wavelet (coefficients), pixels, hog (histograms of oriented gradients) or fourier (the spectrum); "
+        "or a target of your own by its registered name.",
+    )
+    module: str | None = setting(
+        None,
+        "Python file, or module, that registers a target of your own. null: none.",
+        operational=True,
+        place=True,
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = setting(
+        {}, "Further arguments of the target's class, such as {signed: true} for hog.", added=True
+    )
+    taps: dict[Annotated[int, Field(ge=0)], Positive] = setting(
         {2: 2, 3: 4, 4: 10, 5: 12},
+        "For each level, the encoder block or stage (counted from 1) that predicts it. Level 0 is the patch itself "
+        "(pixels and fourier only).",
         min_length=1,
-        description="level: encoder block or stage (from 1) that predicts it; 0: the patch, for pixels and fourier",
     )
-    weights: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]] = Field(
-        {}, description="level: weight of its loss in the sum; 1 where not named"
+    weights: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]] = setting(
+        {}, "For each level, the weight of its loss in the sum. Levels that are not named weigh 1.", resumable=True
     )
-    weighting: Literal["fixed", "coarse_to_fine", "fine_to_coarse", "learned"] = Field(
-        "fixed", description="weights as given, coming in over training in this order, or learned (by uncertainty)"
+    weighting: Literal["fixed", "coarse_to_fine", "fine_to_coarse", "learned"] = setting(
+        "fixed",
+        "fixed: target.weights hold throughout. coarse_to_fine, fine_to_coarse: levels are phased in over training in this "
+        "order. learned: weighted by learned uncertainty.",
     )
-    bands: dict[Positive, Bands] = Field(
-        {}, description="wavelet: level: bands predicted, of A, H, V, D; else HVD, and AHVD at the coarsest tap"
+    bands: dict[Positive, Bands] = setting(
+        {},
+        "wavelet: for each level, the predicted bands out of A, H, V and D. Levels that are not named: AHVD at the coarsest "
+        "tap, HVD elsewhere.",
     )
-    normalise: Literal["dataset", "patch", "contrast", "none"] = Field(
+    normalise: Literal["dataset", "patch", "contrast", "none"] = setting(
         "patch",
-        description="by the shard set's statistics, per patch (HOG: per cell), wavelet: by the patch's contrast, or not",
+        "How targets are normalised. dataset: by the shard set's statistics. patch: by each patch's own mean and deviation "
+        "(hog: per cell). contrast (wavelet only): by the mean and deviation of each patch's pixels. none: not at all.",
     )
-    loss: Literal["l2", "l1", "smooth_l1"] = Field("l2", description="error of each value; not for fourier")
-    source: Literal["stored", "device"] = Field(
-        "stored", description="wavelet: coefficients of the shards, or computed again from the images, on the device"
+    loss: Literal["l2", "l1", "smooth_l1"] = setting("l2", "Loss of each predicted value. Not for fourier.")
+    source: Literal["stored", "device"] = setting(
+        "stored", "wavelet: use the stored coefficients, or compute them from the images on the training device."
     )
-    bins: Literal[9, 18] = Field(9, description="hog: 9 orientations without sign, or 18 with")
-    gamma: float = Field(1.0, gt=0, le=4, description="fourier: power of the distance between spectra")
-    focal: float = Field(0.0, ge=0, le=4, description="fourier: power of the weight of large errors; 0: none")
+    bins: Literal[9, 18] = setting(9, "hog: number of orientation bins, 9 unsigned or 18 signed.")
+    gamma: float = setting(1.0, "fourier: exponent of the distance between spectra.", gt=0, le=4)
+    focal: float = setting(
+        0.0, "fourier: exponent of the focal weight of large errors. 0: no focal weight.", ge=0, le=4
+    )
+
+    @property
+    def predicts_bands(self) -> bool:
+        """Whether taps predict bands of wavelet levels: `wavelet`, and targets of one's own that say so."""
+        return registry.predicts_bands(self.kind, self.module)
 
 
 class Decoder(Section):
     """The light decoder of each tap."""
 
-    width: Positive = Field(256, description="embedding width")
-    depth: int = Field(1, ge=0, description="transformer blocks; 0: linear, for encoders that see masked tokens")
-    heads: Positive = Field(8, description="attention heads")
-    attention: Literal["self", "cross"] = Field(
-        "self", description="self: among all tokens; cross: from predicted positions to the encoder's tokens alone"
+    width: Positive = setting(256, "Embedding width. Must be a multiple of 4 and of decoder.heads.")
+    depth: int = setting(
+        1, "Number of transformer blocks. 0: a linear decoder, for encoders that see mask tokens.", ge=0
     )
-    shared: bool = Field(False, description="the same blocks for all taps")
-    predict: float = Field(1.0, gt=0, le=1, description="share of the hidden positions that is predicted in a step")
+    heads: Positive = setting(8, "Number of attention heads.")
+    attention: Literal["self", "cross"] = setting(
+        "self", "self: attention among all tokens. cross: from the predicted positions to the encoder's tokens only."
+    )
+    shared: bool = setting(False, "Use the same transformer blocks for all taps.")
+    predict: float = setting(1.0, "Share of the hidden positions that is predicted in each step.", gt=0, le=1)
 
 
 class Mask(Section):
-    """What is hidden."""
+    """What is hidden from the encoder."""
 
-    kind: Literal["random", "block", "energy", "frequency"] = Field(
+    kind: Literal["random", "block", "energy", "frequency"] = setting(
         "random",
-        description="patches or blocks at random; energy: where the wavelet energy is; frequency: a circle of the spectrum",
+        "random: patches at random. block: larger blocks at random. energy: patches drawn by their wavelet energy. "
+        "frequency: a part of the image's spectrum.",
     )
-    ratio: float = Field(0.75, gt=0, lt=1, description="share of the image that is hidden; not for frequency")
-    unit: Positive | None = Field(
-        None, description="side in pixels of what is hidden at once; null: the patch, and 32 for block and hierarchies"
+    ratio: float = setting(0.75, "Share of the image that is hidden. Not for frequency.", gt=0, lt=1, resumable=True)
+    unit: Positive | None = setting(
+        None,
+        "Side in pixels of the squares that are hidden as a whole. null: a patch; 32 for mask.kind=block and for backbones "
+        "with stages.",
     )
-    strength: float = Field(
-        1.0, ge=-10, le=10, description="energy: above 0 hides where the detail is, below 0 where it is not"
+    strength: float = setting(
+        1.0,
+        "energy: exponent of the energy. Above 0, regions with more detail are hidden more often; below 0, less often.",
+        ge=-10,
+        le=10,
     )
-    radius: float = Field(16, gt=0, description="frequency: radius of the circle, in cycles an image")
-    low_pass_share: Share = Field(0.5, description="frequency: share of images that keep the circle, others lose it")
+    radius: float = setting(16, "frequency: radius of the circle in the spectrum, in cycles per image.", gt=0)
+    low_pass_share: Share = setting(
+        0.5, "frequency: share of images that keep only the frequencies inside the circle; the others keep the rest."
+    )
 
 
 class Train(Section):
-    """Pretraining: length, batch, optimiser, workers."""
+    """Pretraining: duration, batch, optimiser, augmentation, checkpoints and workers."""
 
-    epochs: float = Field(100, gt=0, description="passes over the train split")
-    batch: Positive = Field(256, description="images in a step, over all workers")
-    accumulate: Positive = Field(
-        1, description="parts of a worker's batch that are computed one after another, for batches that do not fit"
+    epochs: float = setting(100, "Passes over the train split.", gt=0, resumable=True)
+    batch: Positive = setting(256, "Global batch size: images per step over all workers.")
+    accumulate: Positive = setting(
+        1,
+        "Gradient accumulation: number of parts in which each worker computes its batch, for batches that do not fit into "
+        "memory.",
+        resumable=True,
     )
-    workers: Positive = Field(1, description="data-parallel workers")
-    parallel: Literal["ddp", "fsdp"] = Field(
+    workers: Positive = setting(1, "Number of data-parallel workers.", operational=True)
+    parallel: Literal["ddp", "fsdp"] = setting(
         "ddp",
-        description="ddp: every worker holds the model; fsdp: weights, gradients and moments are shared out over the "
-        "workers, for encoders that do not fit",
+        "ddp: every worker holds the whole model. fsdp: weights, gradients and optimiser state are sharded over the workers, "
+        "for models that do not fit into the memory of one.",
+        operational=True,  # sums are added in another order
     )
-    lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch/256")
+    lr: float = setting(
+        1.5e-4, "Learning rate for a batch of 256; scaled linearly with the batch.", gt=0, resumable=True
+    )
     progressive: Annotated[dict[Positive, Share], BeforeValidator(lambda value: {} if value is None else value)] = (
-        Field(
+        setting(
             {},
-            description="image sizes in pixels, from small to encoder.image_size, each with its share of training, such as "
-            "{128: 0.5, 224: 0.5}; smaller images come from the coarse levels alone",
+            "Progressive image sizes: growing sizes in pixels up to encoder.image_size, each with its share of the epochs, such "
+            "as {128: 0.5, 224: 0.5}. Smaller images are read from the coarse levels of the shards only.",
         )
     )
-    min_lr_share: Share = Field(0.01, description="the cosine ends at this share of the peak")
-    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay (none on norms, biases, positions)")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="AdamW betas"
+    min_lr_share: Share = setting(
+        0.01, "Final learning rate of the cosine schedule, as a share of the peak.", resumable=True
     )
-    clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null: any")
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay a step of an average of the weights, which is then what is judged and exported"
+    warmup_epochs: float = setting(10, "Epochs of linear warm-up.", ge=0, resumable=True)
+    weight_decay: float = setting(
+        0.05, "Weight decay of AdamW. Norms, biases, tokens and positions have none.", ge=0, resumable=True
     )
-    augment: Literal["window", "rrc"] = Field(
-        "window",
-        description="window: aligned windows of the stored coefficients; rrc: RandomResizedCrop on the device",
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = setting(
+        (0.9, 0.95), "Betas of AdamW.", resumable=True
     )
-    crop_scale: tuple[Annotated[float, Field(ge=0.01, le=1)], Annotated[float, Field(ge=0.01, le=1)]] = Field(
-        (0.2, 1.0), description="rrc: smallest and largest share of the image's area"
+    clip_grad: Annotated[float, Field(gt=0)] | None = setting(
+        1.0, "Gradients are clipped to this norm. null: no clipping.", resumable=True
     )
-    flip: bool = Field(True, description="mirror images at random")
-    mix_groups: Positive = Field(8, description="row groups mixed with each other in a worker's buffer")
-    reader_threads: Positive | None = Field(
-        None, description="threads that read ahead in a worker; null: its cores, up to 8"
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs that have it")
-    compile: bool = Field(False, description="torch.compile: faster on GPUs after minutes of compiling")
-    channels_last: bool | Literal["auto"] = Field(
-        "auto",
-        description="memory order of images and feature maps in encoders with stages; auto: in those of convolutions",
-    )
-    recompute: bool = Field(
-        False, description="recompute activations going backwards: less memory, about a third more time"
-    )
-    max_skipped: Positive = Field(
-        20, description="steps in a row with a gradient that is not finite, each left out, before training ends"
-    )
-    checkpoint_every: float = Field(1, gt=0, description="epochs between checkpoints")
-    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        30, description="minutes after a checkpoint that the next one is written at the latest; null: any"
-    )
-    checkpoints_at: str | None = Field(
-        None, description="folder or URL, such as s3://BUCKET/RUNS, that checkpoints are also copied to; null: none"
-    )
-    keep_checkpoints: Positive = Field(2, description="checkpoints kept")
-    keep_best: Annotated[str, Field(pattern="^(train|eval)/")] | None = Field(
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = setting(
         None,
-        description="metric by which one more checkpoint is kept, such as train/loss: the lowest, of eval/… the highest",
+        "Decay per step of an exponential moving average of the weights, which is then evaluated and exported. null: no "
+        "average.",
     )
-    log_every: Positive = Field(20, description="steps between logged metrics")
-    hang_timeout: Annotated[float, Field(ge=1)] | None = Field(
+    augment: Literal["window", "rrc"] = setting(
+        "window",
+        "window: aligned windows of the stored coefficients. rrc: RandomResizedCrop, computed on the training device.",
+    )
+    crop_scale: tuple[Annotated[float, Field(ge=0.01, le=1)], Annotated[float, Field(ge=0.01, le=1)]] = setting(
+        (0.2, 1.0), "rrc: smallest and largest share of the image's area that a crop covers.", resumable=True
+    )
+    flip: bool = setting(True, "Random horizontal flips.", resumable=True)
+    mix_groups: Positive = setting(8, "Number of row groups that a worker shuffles together in its buffer.")
+    reader_threads: Positive | None = setting(
+        None, "Threads per worker that read ahead. null: as many as the worker has cores, at most 8.", operational=True
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto",
+        "Precision of the computation. auto: bfloat16 on GPUs that support it, float32 elsewhere.",
+        resumable=True,
+    )
+    compile: bool = setting(
+        False, "Use torch.compile: faster on GPUs after some minutes of compilation.", operational=True
+    )
+    channels_last: bool | Literal["auto"] = setting(
+        "auto",
+        "Channels-last memory format of images and feature maps in backbones with stages. auto: in convolutional ones.",
+        operational=True,
+    )
+    recompute: bool = setting(
+        False, "Activation checkpointing: less memory for about a third more time.", operational=True
+    )
+    max_skipped: Positive = setting(
+        20,
+        "Steps with a non-finite gradient are skipped; training ends after this many in a row.",
+        operational=True,
+    )
+    checkpoint_every: float = setting(1, "Epochs between checkpoints.", gt=0, operational=True)
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = setting(
+        30, "Longest time between checkpoints in minutes. null: no limit.", operational=True
+    )
+    checkpoints_at: str | None = setting(
+        None,
+        "Folder or URL, such as s3://BUCKET/RUNS, to which checkpoints are also copied. null: none.",
+        operational=True,
+        place=True,
+        in_card=False,
+    )
+    keep_checkpoints: Positive = setting(2, "Number of latest checkpoints that are kept.", operational=True)
+    keep_best: Annotated[str, Field(pattern="^(train|eval)/")] | None = setting(
+        None,
+        "Metric, such as train/loss, whose best checkpoint is kept in addition: the lowest value of a train/ metric, the "
+        "highest of an eval/ metric.",
+        operational=True,
+    )
+    log_every: Positive = setting(20, "Steps between logged metrics.", operational=True)
+    hang_timeout: Annotated[float, Field(ge=1)] | None = setting(
         600,
-        description="seconds without progress after which a worker is ended and training goes on from the last checkpoint; "
-        "until the first steps are done 6 times as many, and 300 at least; null: any",
+        "Seconds without progress after which a worker counts as hung; training then resumes from the last checkpoint. Six "
+        "times as long, and at least 300 seconds, before the first steps are done. null: no limit.",
+        operational=True,
     )
-    progress_seconds: float = Field(30, gt=0, description="seconds between lines of progress where no terminal is")
-    monitor_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        10, description="least minutes between pictures and probes while training; null: none"
+    progress_seconds: float = setting(
+        30, "Seconds between progress lines where the output is not a terminal.", gt=0, operational=True
+    )
+    monitor_minutes: Annotated[float, Field(gt=0)] | None = setting(
+        10,
+        "Shortest time in minutes between reconstruction pictures and probes during training. null: none.",
+        operational=True,
     )
 
 
 class Tracking(Section):
-    """MLflow."""
+    """Tracking of runs with MLflow."""
 
-    uri: str | None = Field(None, description="MLflow store; null: MLFLOW_TRACKING_URI, or SQLite in the out folder")
-    experiment: str = Field("wavemim", min_length=1, description="MLflow experiment")
-    system_metrics: bool = Field(True, description="log CPU, memory, disk, network and GPU")
+    uri: str | None = setting(
+        None, "MLflow tracking URI. null: MLFLOW_TRACKING_URI, or an SQLite database in the out folder."
+    )
+    experiment: str = setting("wavemim", "Name of the MLflow experiment.", min_length=1)
+    system_metrics: bool = setting(True, "Log the use of CPU, memory, disk, network and GPU.")
 
 
 class Cluster(Section):
-    """Where it runs: a Ray cluster, or a private Ray on this machine."""
+    """Where stages run: an existing Ray cluster, or a private Ray on this machine."""
 
-    address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, or a private Ray on this machine")
-    gpus: bool | None = Field(None, description="train on GPUs; null: where the cluster has them")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker or trial")
-    max_failures: int = Field(3, ge=0, description="times a lost worker group is restarted from its checkpoint")
-    min_workers: Positive | None = Field(
+    address: str | None = setting(
+        None, "Address of the Ray cluster. null: RAY_ADDRESS, or a private Ray on this machine."
+    )
+    gpus: bool | None = setting(None, "Whether to train on GPUs. null: if the cluster has any.")
+    cpus_per_worker: float = setting(1, "CPUs per training worker or sweep trial.", gt=0)
+    max_failures: int = setting(
+        3, "How often a failed worker group is restarted from the last checkpoint before the stage fails.", ge=0
+    )
+    min_workers: Positive | None = setting(
         None,
-        description="elastic pretraining: go on with as few workers while the cluster has no room for train.workers, and "
-        "with more once it has; null: wait for all",
+        "Elastic pretraining: continue with as few workers as this while the cluster has no room for train.workers, and "
+        "scale up again once it has. null: wait for all workers.",
     )

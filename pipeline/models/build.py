@@ -1,4 +1,4 @@
-"""From settings and a shard set to the objects of the method: the one place where the two packages' words meet."""
+"""Builds models, targets, masks and inputs from settings and a shard set."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from pipeline.config.checks import check_sizes
+from pipeline.config.checks import check_cells, check_decoder, check_mask, check_sizes, named
 from pipeline.config.load import validate
-from pipeline.config.recipe import Recipe, for_size
+from pipeline.config.recipe import BEHAVIOURS, Recipe, for_size
 from pipeline.config.settings import Encoder as EncoderSettings
 from pipeline.errors import SettingError
 from pipeline.shards.shard_set import ShardSet
@@ -21,15 +21,16 @@ from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
-from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Statistics, Tap, Target, WaveletTarget
+from wavemim.registry import arguments_of, target_class
+from wavemim.targets import Statistics, Tap, Target
 from wavemim.views import Augment, Frequencies, Views
 from wavemim.weights import checkpoint
 
-OF_VITS = ("patch_size", "width", "depth", "heads", "class_token", "positions")  # encoder settings
+_VIT_ONLY = [key.removeprefix("encoder.") for key, behaviour in BEHAVIOURS.items() if behaviour.vit_only]
 
 
 def statistics_of(shards: ShardSet) -> Statistics:
-    """Statistics of a shard set."""
+    """The means and deviations that a shard set stores, of coefficients and pixels."""
     by_level = shards.statistics
     return Statistics(
         mean={level: {band: values["mean"] for band, values in bands.items()} for level, bands in by_level.items()},
@@ -40,12 +41,23 @@ def statistics_of(shards: ShardSet) -> Statistics:
 
 
 def build_encoder(recipe: Recipe, *, start: bool = False) -> Encoder:
-    """The encoder that a recipe names; with `start` with its pretrained weights, if it names any. Raises SettingError."""
+    """Build the encoder of a recipe.
+
+    Args:
+        recipe: All settings.
+        start: Load the pretrained weights that `encoder.pretrained` names, if any.
+
+    Returns:
+        The encoder, float32, on the current device.
+
+    Raises:
+        SettingError: If timm has no such model, or it cannot be built with these settings.
+    """
     settings = recipe.encoder
     sees = "whole" if recipe.mask.kind == "frequency" else settings.sees
-    of_vits = {key: getattr(settings, key) for key in OF_VITS}
-    if not is_plain_vit(settings.name):  # defaults do not apply, and what was set is refused by name
-        of_vits = {key: v for key, v in of_vits.items() if v != EncoderSettings.model_fields[key].default and v}
+    vit_only = {key: getattr(settings, key) for key in _VIT_ONLY}
+    if not is_plain_vit(settings.name):  # defaults do not apply; what was set is refused by name
+        vit_only = {key: v for key, v in vit_only.items() if v != EncoderSettings.model_fields[key].default and v}
     try:
         return make_encoder(
             settings.name,
@@ -54,25 +66,32 @@ def build_encoder(recipe: Recipe, *, start: bool = False) -> Encoder:
             sees=None if sees == "auto" else sees,
             options=settings.options,
             pretrained=settings.pretrained if start else False,
-            **of_vits,
+            **vit_only,
         )
     except ValueError as error:
-        message = str(error)
-        raise SettingError(
-            message if message.startswith("encoder.") else f"encoder.name={settings.name}: {message}"
-        ) from None
+        message, where = str(error), f"encoder.name={settings.name} with encoder.image_size={settings.image_size}"
+        raise SettingError(message if message.startswith("encoder.") else f"{where}: {message}") from None
 
 
 def build_model(recipe: Recipe, shards: ShardSet, *, start: bool = False) -> MaskedImageModel:
-    """The masked image model of a recipe for a shard set, with weights drawn from its seed. Raises SettingError.
+    """Build the masked image model of a recipe for a shard set.
 
-    With `start` the encoder has its pretrained weights, if the recipe names any: for where training begins.
+    Args:
+        recipe: All settings. Weights are drawn from its seed.
+        shards: The shard set, whose statistics and wavelet the target needs.
+        start: Load the encoder's pretrained weights, if the recipe names any: for the first step of training.
+
+    Returns:
+        The model, float32, on the current device.
+
+    Raises:
+        SettingError: If it cannot be built.
     """
     return _model(recipe, statistics_of(shards), shards.layout.wavelet, start=start)
 
 
 def statistics_in(state: Mapping[str, Any]) -> Statistics:
-    """Statistics that a checkpoint's state keeps, of the shard set that it has seen."""
+    """The statistics of the shard set that a checkpoint was trained on, from its state."""
     by_level = {
         key: {int(level): bands for level, bands in state["statistics"][key].items()} for key in ("mean", "std")
     }
@@ -80,7 +99,19 @@ def statistics_in(state: Mapping[str, Any]) -> Statistics:
 
 
 def model_of_checkpoint(path: Path) -> tuple[MaskedImageModel, Inputs, Recipe]:
-    """A trained model with its weights, without its shard set; inputs that know its statistics; its settings."""
+    """Load a trained model without its shard set.
+
+    Args:
+        path: Folder of a checkpoint.
+
+    Returns:
+        The model with its weights, the inputs for images normalised by the statistics of its shard set, and its
+        settings.
+
+    Raises:
+        SettingError: If its settings are not valid any more.
+        CheckpointError: If the checkpoint is damaged.
+    """
     state = checkpoint.read_state(path)
     recipe = validate(state["recipe"])
     statistics = statistics_in(state)
@@ -93,6 +124,7 @@ def _model(recipe: Recipe, statistics: Statistics, wavelet: str, *, start: bool 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         encoder = build_encoder(recipe, start=start)
+        check_decoder(recipe, drops=encoder.drops)
         try:
             target = _target(recipe, encoder, statistics, wavelet)
             weights = recipe.weights_by_level()
@@ -103,38 +135,55 @@ def _model(recipe: Recipe, statistics: Statistics, wavelet: str, *, start: bool 
                 decoder=DecoderSettings(**recipe.decoder.model_dump()),
                 level_weights=LevelWeights([weights[tap.level] for tap in target.taps], recipe.target.weighting),
             )
+        except SettingError:
+            raise
         except ValueError as error:
             raise SettingError(str(error)) from None
 
 
 def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: str) -> Target:
-    """The target of a recipe. Raises ValueError where its levels do not fit the encoder."""
+    """The target of a recipe. Raises SettingError where its levels do not fit the encoder."""
     settings, bands = recipe.target, recipe.bands_by_level()
     taps = [Tap(level, block, bands[level]) for level, block in settings.taps.items()]
-    check_taps(encoder, taps)  # before a tap's token size is asked for
+    with named("target.taps"):  # before a tap's token size is asked for
+        check_taps(encoder, taps)
+    token_sizes = {tap.level: encoder.token_size(tap.block) for tap in taps}
+    check_cells(recipe, token_sizes)
     common: dict[str, Any] = {
         "image_size": recipe.encoder.image_size,
-        "token_sizes": {tap.level: encoder.token_size(tap.block) for tap in taps},
+        "token_sizes": token_sizes,
         "normalise": settings.normalise,
     }
-    if settings.kind == "fourier":
-        return FourierTarget(taps, statistics, gamma=settings.gamma, focal=settings.focal, **common)
-    common["loss"] = settings.loss
-    if settings.kind == "pixels":
-        return PixelTarget(taps, statistics, **common)
-    if settings.kind == "hog":
-        return HOGTarget(taps, statistics, bins=settings.bins, **common)
-    return WaveletTarget(taps, statistics, wavelet=wavelet, on_device=settings.source == "device", **common)
+    offered: dict[str, Any] = {
+        "loss": settings.loss,
+        "wavelet": wavelet,
+        "on_device": settings.source == "device",
+        "bins": settings.bins,
+        "gamma": settings.gamma,
+        "focal": settings.focal,
+    }
+    cls = target_class(settings.kind, settings.module)
+    takes = arguments_of(cls)
+    for key in settings.options:
+        if key in common or key in offered:
+            raise SettingError(f"target.options.{key}: cannot be set here; other settings decide it")
+        if key not in takes:
+            further = ", ".join(sorted(takes - common.keys() - offered.keys())) or "no options"
+            raise SettingError(f"target.options.{key}: target.kind={settings.kind} takes {further}")
+    if "loss" not in takes and settings.loss != "l2":
+        raise SettingError(f"target.loss={settings.loss}: target.kind={settings.kind} defines its own loss")
+    given = {key: value for key, value in offered.items() if key in takes}
+    return cls(taps, statistics, **common, **given, **settings.options)
 
 
 def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
-    """The masks of a recipe on its encoder's grid. Raises ValueError where they do not fit."""
+    """Build the masks of a recipe on the grid of its encoder.
+
+    Raises:
+        SettingError: If they do not fit the grid.
+    """
     settings = recipe.mask
-    unit = settings.unit or (max(32, encoder.cell) if settings.kind == "block" else encoder.default_unit)
-    if unit % encoder.cell:
-        raise ValueError(
-            f"mask.unit={unit}: no multiple of {encoder.cell} pixels, the smallest that {encoder.name} masks"
-        )
+    unit = check_mask(recipe, cell=encoder.cell, default=encoder.default_unit)
     return Masking(
         kind=settings.kind,
         ratio=settings.ratio,
@@ -145,10 +194,12 @@ def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
 
 
 def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None, *, depth: int | None = None) -> Inputs:
-    """What turns a batch of this shard set into images and coefficients.
+    """Build what turns batches of a shard set into images and coefficients.
 
-    Images are normalised by this set's pixels, or by those of the set that a checkpoint with state `trained` has seen.
-    `depth`: levels that pyramids have at least.
+    Args:
+        shards: The shard set.
+        trained: State of a checkpoint. Images are then normalised by the pixel statistics of its own shard set.
+        depth: Least number of levels of the pyramids; None: as stored.
     """
     statistics = statistics_of(shards)
     if trained is not None:
@@ -157,7 +208,14 @@ def build_inputs(shards: ShardSet, trained: Mapping[str, Any] | None = None, *, 
 
 
 def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augment: bool) -> Views:
-    """What the network sees of a batch; without `augment` of windows as they come, for pictures and measuring."""
+    """Build what makes the network's input of a batch: crops, flips and masks.
+
+    Args:
+        recipe: All settings.
+        model: The model, whose encoder has the grid of the masks.
+        inputs: What turns a batch into images and coefficients.
+        augment: Whether images are augmented. Figures and measurements are made without.
+    """
     cropped, frequencies = None, None
     if augment and recipe.train.augment == "rrc":
         cropped = Augment(recipe.encoder.image_size, scale=recipe.train.crop_scale, flip=recipe.train.flip)
@@ -168,10 +226,14 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
 
 
 def check_model(recipe: Recipe) -> None:
-    """Raise SettingError where the recipe's model cannot be built: on the meta device, so at no cost and without data."""
+    """Check that the model of a recipe can be built and trained: on the meta device, without data and at no cost.
+
+    Raises:
+        SettingError: If it cannot.
+    """
     given = recipe.encoder.pretrained
     if isinstance(given, str) and not Path(given).exists():
-        raise SettingError(f"encoder.pretrained={given}: no such folder or file; true stands for timm's own weights")
+        raise SettingError(f"encoder.pretrained={given}: no such folder or file; use true for timm's own weights")
     if isinstance(given, str):  # read here, before anything is started
         build_encoder(recipe, start=True)
     data = recipe.data
@@ -182,7 +244,7 @@ def check_model(recipe: Recipe) -> None:
 
 
 def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:
-    """Run the encoder once in training: options that timm takes and its layers do not are found here."""
+    """Run the encoder once in training mode: this finds options that timm accepts but its layers do not."""
     channels, size = recipe.data.channels, recipe.encoder.image_size
     mask = torch.zeros(2, model.encoder.grid**2, dtype=torch.bool)
     try:
@@ -195,7 +257,7 @@ def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:
 
 
 def build_blank_model(recipe: Recipe) -> MaskedImageModel:
-    """The model of a recipe without a shard set: the same weights, targets that are not standardised."""
+    """Build the model of a recipe without a shard set: with the same weights, but targets that are not normalised."""
     levels = range(1, max(recipe.data.levels, *recipe.target.taps) + 1)
     flat = {level: dict.fromkeys("AHVD", [1.0] * recipe.data.channels) for level in levels}
     ones = [1.0] * recipe.data.channels
@@ -203,7 +265,11 @@ def build_blank_model(recipe: Recipe) -> MaskedImageModel:
 
 
 def check_shards(recipe: Recipe, shards: ShardSet) -> None:
-    """Raise SettingError where a shard set lacks what the recipe's training needs."""
+    """Check that a shard set has what training by a recipe needs.
+
+    Raises:
+        SettingError: If its images are too small or have other channels, or it lacks levels.
+    """
     unit = 2**shards.levels
     if recipe.encoder.image_size > shards.image_size or recipe.encoder.image_size % unit:
         raise SettingError(
@@ -216,6 +282,6 @@ def check_shards(recipe: Recipe, shards: ShardSet) -> None:
             f"set data.channels={shards.layout.channels}"
         )
     deepest = max(recipe.target.taps)
-    if recipe.target.kind == "wavelet" and deepest > shards.levels:
+    if recipe.target.predicts_bands and deepest > shards.levels:
         raise SettingError(f"target.taps.{deepest}: {shards.url} stores levels 1 to {shards.levels}")
     check_sizes(recipe, shards.image_size, shards.levels)

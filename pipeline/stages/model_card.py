@@ -9,11 +9,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import BEHAVIOURS, Recipe
 from wavemim import __version__
 
-# Settings that determine the encoder; the others name folders of the machine where it was trained.
-_SECTIONS = ("data", "encoder", "target", "decoder", "mask", "train")
 _NO_RESULTS = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
 _USE = """\
 ```python
@@ -148,9 +146,13 @@ def _number(value: float) -> str:
 
 
 def _recipe(trained: Recipe) -> str:
-    settings = {section: trained.dump()[section] for section in _SECTIONS}
-    settings["train"] = {key: value for key, value in settings["train"].items() if key != "checkpoints_at"}
-    start = settings["encoder"]["pretrained"]
-    if isinstance(start, str):
-        settings["encoder"]["pretrained"] = Path(start).name
+    values, settings = trained.dump(), dict[str, Any]()
+    for key, behaviour in BEHAVIOURS.items():
+        if behaviour.in_card:
+            section, _, name = key.rpartition(".")
+            value = values[section][name]
+            # Places on the machine where it was made are shown without their folders.
+            settings.setdefault(section, {})[name] = (
+                Path(value).name if behaviour.place and isinstance(value, str) else value
+            )
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config.checks import check_searchable
 from pipeline.config.load import read_yaml, with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError
 
-SEARCHABLE = ("encoder", "target", "decoder", "mask", "train")  # how trials are evaluated must not be searched
 KINDS = ("uniform", "log_uniform", "choice", "int_uniform")
 Space = dict[str, dict[str, Any]]  # {setting: {kind of range: values}}
 
@@ -50,8 +50,7 @@ def read_space(recipe: Recipe) -> Space:
 def _check_entry(recipe: Recipe, key: str, entry: Any) -> None:
     """Raise SettingError unless `entry` is a range of values that trials of `recipe` can have for the setting `key`."""
     where = f"tune.space={recipe.tune.space}: {key}"
-    if key.partition(".")[0] not in SEARCHABLE:
-        raise SettingError(f"{where} cannot be searched; allowed are settings of {', '.join(SEARCHABLE)}")
+    check_searchable(key, where)
     if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in KINDS:
         raise SettingError(f"{where} needs one of {', '.join(KINDS)}, for example {{uniform: [0.4, 0.9]}}")
     kind, values = next(iter(entry.items()))

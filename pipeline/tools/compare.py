@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline.config.recipe import STAGE_SECTIONS
+from pipeline.config.recipe import STAGE_SECTIONS, behaviour_of
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime.formatting import duration, scaled, table
 from pipeline.runtime.usage import PREFIX, Spent
@@ -24,8 +24,6 @@ LIMIT = 300.0  # seconds for all requests to MLflow
 TRAINING = "pretrain"
 CLOCK = f"{PREFIX}wall_clock_s"
 NONE = "–"
-# A run's folder and how it is tracked do not affect its results.
-_NOT_COMPARED = ("name", "out", "restart", "force", "tracking")
 _TAGS = {
     "wavemim.shards": "shard set (fingerprint)",
     "mlflow.source.git.commit": "commit",
@@ -220,7 +218,7 @@ def _settings(run: Run) -> dict[str, str]:
         sections = STAGE_SECTIONS.get("tune" if stage == "trial" else stage)
         for key, value in run.stages[stage].data.params.items():
             section, dot, _ = key.partition(".")
-            if section not in _NOT_COMPARED and (not dot or sections is None or section in sections):
+            if behaviour_of(key).compared and (not dot or sections is None or section in sections):
                 settings.setdefault(key, value)
     for stage in _by_rank(run):
         tags = run.stages[stage].data.tags

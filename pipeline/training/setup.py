@@ -123,7 +123,7 @@ def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def views_of(phase: Phase, model: MaskedImageModel, shards: ShardSet, device: torch.device) -> Views:
     """What the network sees of a batch that `reader_of` gives."""
-    deepest = max(phase.recipe.target.taps) if phase.recipe.target.kind == "wavelet" else None
+    deepest = max(phase.recipe.target.taps) if phase.recipe.target.predicts_bands else None
     return build_views(phase.recipe, model, build_inputs(shards, depth=deepest).to(device), augment=True)
 
 

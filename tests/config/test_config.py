@@ -19,44 +19,65 @@ MISTAKES = [
     ("segment.classes=0", "segment.classes=0: input should be greater than or equal to 1"),
     ("segment.masks=s3://key:secret@bucket/masks", "segment.masks: a URL with credentials would end up in logs"),
     ("mask.ratio=1.5", "mask.ratio=1.5: input should be less than 1"),
-    ("mask.ratio=0.001", "mask.ratio=0.001: hides 0 of 64 patches"),
+    (
+        "mask.ratio=0.001",
+        "mask.ratio=0.001: a ratio of 0.001 hides 0 of 64 blocks; at least one must be hidden and one visible",
+    ),
     ("mask.kind=blocky", "mask.kind=blocky: input should be 'random'"),
     ("train.batch=0", "train.batch=0: input should be greater than or equal to 1"),
-    ("train.batch=1", "train.workers=2: more than images in a batch, train.batch=1"),
+    ("train.batch=1", "train.workers=2: more workers than images in a batch, train.batch=1"),
     ("cluster.min_workers=3", "cluster.min_workers=3: more than train.workers=2; use fewer"),
     (
         "data.image_size=100",
-        "data.image_size=100: no multiple of 2^levels = 16 (data.levels=4); nearest allowed: 96 or 112",
+        "data.image_size=100: not a multiple of 2^levels = 16 (data.levels=4); nearest allowed: 96 or 112",
     ),
-    ("encoder.patch_size=12", "encoder.image_size=64: no multiple of encoder.patch_size=12; nearest allowed: 60 or 72"),
+    (
+        "encoder.patch_size=12",
+        "encoder.image_size=64: images of 64 pixels do not consist of whole tokens of 12 pixels; nearest allowed: 60 or 72",
+    ),
     ("encoder.image_size=128", "encoder.image_size=128: larger than the stored images, data.image_size=64"),
     ("target.taps.5=8", "target.taps.5: level 5 is deeper than the stored pyramid, data.levels=4; allowed are 1 to 4"),
     ("target.taps.x=8", "'x' is not a level"),
     ("target.weights.1=2", "target.weights.1: level 1 has no tap"),
-    ("target.bands.3=HX", "target.bands.3=HX: allowed are some of the letters A, H, V, D"),
-    ("target.bands.3=DH", "target.bands.3=DH: allowed are some of the letters A, H, V, D, in this order"),
-    ("train.warmup_epochs=1000", "train.warmup_epochs=1000: has to be less than train.epochs"),
-    ("decoder.heads=5", "multiple of 4 and of decoder.heads=5"),
-    ("seed.x=1", "'seed' is a value and has no settings inside"),
-    ("name=a/b", "name=a/b: allowed are letters"),
+    ("target.bands.3=HX", "target.bands.3=HX: must be some of the letters A, H, V, D"),
+    ("target.bands.3=DH", "target.bands.3=DH: must be some of the letters A, H, V, D, in this order"),
+    ("train.warmup_epochs=1000", "train.warmup_epochs=1000: must be less than train.epochs"),
+    (
+        "decoder.heads=5",
+        "decoder.width=64: a decoder of width 64 is not a multiple of its 5 attention heads (decoder.heads=5)",
+    ),
+    ("seed.x=1", "'seed' is a single value, not a group of settings"),
+    ("name=a/b", "name=a/b: must consist of letters"),
     ("train.lr=.nan", "train.lr=nan: input should be a finite number"),
-    ("data.steps=loose", "data.steps=loose: allowed are numbers above 0"),
-    ("data.steps=[4, 0]", "data.steps=[4, 0]: every step has to be a number above 0"),
-    ("data.steps=[]", "data.steps=[]: allowed are numbers above 0"),
-    ("data.wavelet=db99", "data.wavelet=db99: no discrete wavelet of PyWavelets; did you mean 'db9'?"),
-    ("data.wavelet=morl", "data.wavelet=morl: no discrete wavelet of PyWavelets"),
+    ("data.steps=loose", "data.steps=loose: must be numbers above 0"),
+    ("data.steps=[4, 0]", "data.steps=[4, 0]: every step must be a number above 0"),
+    ("data.steps=[]", "data.steps=[]: must be numbers above 0"),
+    ("data.wavelet=db99", "data.wavelet=db99: not a discrete wavelet of PyWavelets; did you mean 'db9'?"),
+    ("data.wavelet=morl", "data.wavelet=morl: not a discrete wavelet of PyWavelets"),
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
-    ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value has to be below the second"),
-    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports go to a folder"),
-    ("target.kind=hogs", "target.kind=hogs: input should be 'wavelet', 'pixels', 'hog' or 'fourier'"),
-    ("target.taps={0: 8}", "target.taps.0: level 0, the patch itself, is for pixels and fourier, not wavelet"),
+    ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value must be below the second"),
+    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports are written to a folder"),
+    (
+        "target.kind=hogs",
+        "target.kind=hogs: no target of this name; did you mean 'hog'?; allowed are wavelet, pixels, hog, fourier",
+    ),
+    (
+        "target.taps={0: 8}",
+        "target.taps.0: level 0 does not exist for this target; its levels start at 1 (target.kind=wavelet)",
+    ),
     ("target.bins=12", "target.bins=12: input should be 9 or 18"),
     ("target.taps.-1=8", "'-1' is not a level"),
-    ("decoder.depth=0", "decoder.depth=0: a linear decoder needs tokens of hidden patches"),
+    (
+        "decoder.depth=0",
+        "decoder.depth=0: a linear decoder predicts from tokens of hidden patches, which this encoder drops; set encoder.sees=",
+    ),
     ("decoder.predict=0", "decoder.predict=0: input should be greater than 0"),
-    ("mask.unit=12", "mask.unit=12: has to be a multiple of 8 pixels"),
-    ("mask.unit=48", "mask.unit=48: has to be a multiple of 8 pixels (the encoder's patches) and to divide"),
-    ("train.crop_scale=[0.9, 0.5]", "train.crop_scale=[0.9, 0.5]: the first value has to be the smaller one"),
+    (
+        "mask.unit=12",
+        "mask.unit=12: the side of a hidden block, 12, is not a multiple of 8 that divides 64; allowed are 8, 16, 32, 64",
+    ),
+    ("mask.unit=48", "mask.unit=48: the side of a hidden block, 48, is not a multiple of 8 that divides 64"),
+    ("train.crop_scale=[0.9, 0.5]", "train.crop_scale=[0.9, 0.5]: the first value must be the smaller one"),
     ("train.clip_grad=0", "train.clip_grad=0: input should be greater than 0"),
     ("encoder.options=3", "encoder.options=3: input should be a valid dictionary"),
     ("encoder.options={reg_tokens:4}", "write a space after each colon"),
@@ -64,6 +85,7 @@ MISTAKES = [
     ("encoder.options={reg_tokens: null}", "reg_tokens has no value"),
     ("seed=99999999999999999999999", "seed=99999999999999999999999: input should be less than"),
     ("target.focal=100", "target.focal=100: input should be less than or equal to 4"),
+    ("target.taps={3: 6, 4: 8, 3: 7}", "target.taps={3: 6, 4: 8, 3: 7}: '3' is given twice (line 1); give it once"),
     ("nonsense", "'nonsense' is not a setting; write key=value"),
     ("=3", "'=3' is not a setting"),
 ]
@@ -85,19 +107,34 @@ def test_overrides_are_typed_and_later_ones_win():
 
 
 TOGETHER = [
-    (["target.kind=hog", "target.bands.3=HV"], "target.bands: bands are of wavelets, not of target.kind=hog"),
+    (["target.kind=hog", "target.bands.3=HV"], "target.bands: target.kind=hog has no bands, only wavelet does"),
     (
         ["target.kind=hog", "target.normalise=contrast"],
-        "is of target.kind=wavelet, not hog; use patch, dataset or none",
+        "for target.kind=wavelet only, not hog; use patch, dataset or none",
     ),
-    (["target.kind=fourier", "target.loss=l1"], "the loss of target.kind=fourier is set by target.gamma and focal"),
-    (["mask.kind=frequency", "encoder.sees=visible"], "mask.kind=frequency: the whole corrupted image is seen"),
-    (["mask.kind=frequency", "mask.radius=32"], "mask.radius=32: a spectrum of 64 pixels ends at 32 cycles"),
-    (["mask.kind=block", "mask.ratio=0.1"], "mask.ratio=0.1: hides 0 of 4 blocks of 32 pixels"),
-    (["decoder.shared=true", "decoder.depth=0", "encoder.sees=masked"], "has no blocks to share"),
+    (
+        ["target.kind=fourier", "target.loss=l1"],
+        "target.kind=fourier has a loss of its own, set by target.gamma and target.focal",
+    ),
+    (
+        ["mask.kind=frequency", "encoder.sees=visible"],
+        "mask.kind=frequency: the encoder sees the whole corrupted image; set encoder.sees=auto",
+    ),
+    (
+        ["mask.kind=frequency", "mask.radius=32"],
+        "mask.radius=32: a radius of 32 is not within the spectrum of images of 64 pixels, which ends at 32 cycles",
+    ),
+    (
+        ["mask.kind=block", "mask.ratio=0.1"],
+        "mask.ratio=0.1: a ratio of 0.1 hides 0 of 4 blocks; at least one must be hidden and one visible (blocks of 32 pixels",
+    ),
+    (
+        ["decoder.shared=true", "decoder.depth=0", "encoder.sees=masked"],
+        "decoder.shared=true: a linear decoder has no blocks that taps could share; set decoder.depth=1",
+    ),
     (
         ["decoder.depth=0", "decoder.attention=cross", "encoder.sees=masked"],
-        "a linear decoder (decoder.depth=0) has no",
+        "decoder.attention=cross: a linear decoder has no attention; set decoder.depth=1",
     ),
     (["target.weights={3: 0, 4: 0}"], "target.weights: every level weighs 0"),
 ]
@@ -136,7 +173,7 @@ def test_steps_are_one_for_all_levels_or_one_each_or_lossless():
     assert load("small", ["data.steps=[4, 2]"]).steps_by_level() == {1: 4, 2: 2, 3: 2, 4: 2}
     assert load("small", ["data.steps=lossless"]).steps_by_level() == {1: 0.5, 2: 0.25, 3: 0.125, 4: 0.0625}
     assert load("small", ["data.steps=[1e0, 5e-1]"]).steps_by_level()[2] == 0.5  # texts to YAML 1.1
-    with pytest.raises(SettingError, match="other wavelets than haar have no exact integers"):
+    with pytest.raises(SettingError, match="only the haar wavelet has an exact integer transform"):
         load("small", ["data.steps=lossless", "data.wavelet=db2"])
     recipe = load("small", ["data.steps=lossless"])
     assert Recipe.model_validate(recipe.dump()) == recipe
@@ -144,7 +181,7 @@ def test_steps_are_one_for_all_levels_or_one_each_or_lossless():
 
 def test_who_only_prepares_need_not_mind_the_encoder():
     settings = ["data.image_size=256", "data.levels=8"]
-    with pytest.raises(SettingError, match=r"encoder\.image_size=64: no multiple of 2\^levels = 256"):
+    with pytest.raises(SettingError, match=r"encoder\.image_size=64: not a multiple of 2\^levels = 256"):
         load("small", settings)
     assert load("small", settings, data_only=True).data.levels == 8
     with pytest.raises(SettingError, match=r"data\.image_size=100"):
@@ -178,8 +215,16 @@ def test_a_recipe_file_builds_on_another(tmp_path):
     ("content", "message"),
     [
         ("train: [1, 2", "not valid YAML"),
-        ("- 1\n", "holds list, not a mapping"),
+        ("- 1\n", "contains a list, not a mapping"),
         ("train: {epocs: 3}\n", "train.epochs"),
+        ("train: {epochs: 40}\nmask: {ratio: 0.6}\ntrain: {batch: 64}\n", r"'train' is given twice \(lines 1 and 3\)"),
+        ("train:\n  lr: 1\n  lr: 2\n", r"broken.yaml': 'train.lr' is given twice \(lines 2 and 3\); give it once"),
+        ("target: {taps: {3: 6, '3': 7}}\n", r"'target.taps.3' is given twice \(line 1\)"),
+        ("tune: {space: [{a: 1}, {b: 1, b: 2}]}\n", "'tune.space.1.b' is given twice"),
+        ("train: {epochs: 4}\ntrain.epochs: 5\n", "'train.epochs' is given twice, as a key with dots and in a section"),
+        ("target: {weights: {3: 1}, weights.3: 2}\n", "'target.weights.3' is given twice"),
+        ("train.epocs: 5\n", "unknown setting 'train.epocs'; did you mean 'train.epochs'"),
+        ("train.epochs.x: 5\n", "'train.epochs.x': 'epochs' is a single value"),
     ],
 )
 def test_a_broken_recipe_file_is_named(tmp_path, content, message):
@@ -187,6 +232,25 @@ def test_a_broken_recipe_file_is_named(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(SettingError, match=message):
         load(str(path))
+
+
+def test_keys_with_dots_mean_what_they_mean_on_the_command_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: small\ntrain.epochs: 5\ntarget: {kind: wavelet, weights.3: 0.5}\nencoder.options.reg_tokens: 4\n"
+    )
+    typed = ["train.epochs=5", "target.weights.3=0.5", "encoder.options.reg_tokens=4", "name=mine"]
+    assert load(str(path)) == load("small", typed)
+    assert load(str(path), ["train.epochs=6"]).train.epochs == 6
+    (tmp_path / "next.yaml").write_text("base: mine.yaml\ntrain: {epochs: 7}\n")
+    assert load(str(tmp_path / "next.yaml")).train.epochs == 7
+
+
+def test_anchors_and_merges_are_no_duplicates(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: small\ntrain: &both {epochs: 3}\nfinetune: {<<: *both, epochs: 2}\ntune: *both\n")
+    recipe = load(str(path))
+    assert (recipe.train.epochs, recipe.finetune.epochs, recipe.tune.epochs) == (3, 2, 3)
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -316,7 +316,11 @@ def test_make_encoder_takes_what_applies():
         ("deit_tiny_distilled_patch16_224", {"class_token": None}, "deit_tiny_distilled_patch16_224"),
         ("beit_base_patch16_224", {}, r"'beit_base_patch16_224' has feature maps of reductions 12 × 16; it takes"),
         ("vit_base_mci_224", {}, r"'vit_base_mci_224' has feature maps of reductions"),
-        ("vit_tiny_patch16_224", {"image_size": 60}, r"encoder\.image_size=60 is no multiple of.*patch_size=16"),
+        (
+            "vit_tiny_patch16_224",
+            {"image_size": 60},
+            "images of 60 pixels .* tokens of 16 pixels; nearest allowed: 48 or 64",
+        ),
         ("vit_tiny_patch16_224", {"sees": "hidden"}, r"encoder\.sees='hidden': .*visible, masked, whole"),
         ("vit_tiny_patch16_224", {"positions": "rope"}, r"encoder\.positions='rope'"),
         ("vit_tiny_patch16_224", {"width": 30, "heads": 2}, r"encoder\.width=30 is no multiple of 4"),

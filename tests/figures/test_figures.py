@@ -10,7 +10,7 @@ from tiny_images import images_of
 from wavemim.encoders.hierarchical import HierarchicalEncoder
 from wavemim.encoders.vit import ViTEncoder
 from wavemim.figures.plots import loss_figure, plt, save_figure, sweep_figure
-from wavemim.figures.reconstruction import HIDDEN_GREY, NOT_ASKED, _figure, compare, reconstruction_figure
+from wavemim.figures.reconstruction import HIDDEN_GREY, VISIBLE_GREY, _figure, compare, reconstruction_figure
 from wavemim.inputs import Inputs
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel
@@ -146,7 +146,7 @@ def test_frequencies_that_were_seen_are_kept(kind):
     model, view, pixels = build(kind, "vit", "frequency", count=6)
     comparison = compare(model, view)
     kept = ~view.spectrum.numpy()
-    assert {"low frequencies seen", "high frequencies seen"} == set(comparison.seen_as)
+    assert {"low-pass filtered", "high-pass filtered"} == set(comparison.seen_as)
     for number, image in enumerate(pixels):
         truth, made, seen = (
             np.fft.fft2(values[number]) for values in (pixels, comparison.rebuilt.numpy(), comparison.seen.numpy())
@@ -174,17 +174,17 @@ def test_every_image_has_all_its_panels(kind, across):
         titles = [axis.get_title() for axis in figure.axes]
         for level in comparison.levels:
             name = f"level {level.level}" if level.level else "patch"
-            assert titles.count(f"{name} · true") == titles.count(f"{name} · predicted") == 4
+            assert titles.count(f"{name} · target") == titles.count(f"{name} · prediction") == 4
             for loss in level.loss:
                 assert f"{name} · error {loss:.3g}" in titles
         assert titles.count("image") == titles.count("masked (75% hidden)") == 4
-        assert titles.count("rebuilt") == (0 if kind == "hog" else 4)
+        assert titles.count("reconstruction") == (0 if kind == "hog" else 4)
         assert [text.get_text() for text in figure.texts] == ["one", "$two$", "three", "鳥"]
-        predicted = figure.axes[titles.index(f"{comparison.levels[-1].name} · predicted")]
+        predicted = figure.axes[titles.index(f"{comparison.levels[-1].name} · prediction")]
         shown = predicted.images[0].get_array()
         visible = ~view.mask[0].reshape(8, 8).numpy()
         scale = shown.shape[0] // 8
-        assert (shown[visible.repeat(scale, 0).repeat(scale, 1)] == int(255 * NOT_ASKED)).all()
+        assert (shown[visible.repeat(scale, 0).repeat(scale, 1)] == int(255 * VISIBLE_GREY)).all()
         pixels = figure.get_size_inches() * figure.dpi
         boxes = [axis.get_position() for axis in figure.axes]
         assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)

@@ -1,4 +1,4 @@
-"""Workers that share the model out (FSDP), and other numbers of workers: against plain data parallel, without Ray."""
+"""Workers that shard the model (FSDP), and other numbers of workers: against plain data parallel, without Ray."""
 
 import contextlib
 import multiprocessing
@@ -53,7 +53,7 @@ def go(url, folder, rank=0, world=1, resume=None, **changes):
             saver.take_part()
         moments = [value for state in saver.optimizer.state.values() for value in state.values()]
         for name, tensors in (("model", saver.model.parameters()), ("moments", moments)):
-            held[name] = sum(sharding.held(tensor).numel() for tensor in tensors)
+            held[name] = sum(sharding.local(tensor).numel() for tensor in tensors)
 
     train(
         with_overrides(load("small"), {**SETTINGS, "train.workers": world, **changes}),
@@ -86,6 +86,12 @@ def worker(rank, ports, url, folder, results):
                 found[f"{way} after {other}"] = go(
                     url, folder / f"{way} after {other}", rank, 2, folder / other / "16", **{"train.parallel": way}
                 )
+                growing = {
+                    "train.parallel": way,
+                    "encoder.positions": "learned",
+                    "train.progressive": {32: 0.5, 64: 0.5},
+                }
+                found[f"{way} growing"] = go(url, folder / f"{way} growing", rank, 2, **growing)
         else:
             found["three after two"] = go(url, folder / "three after two", rank, 3, folder / "ddp" / "16")
         dist.destroy_process_group()
@@ -142,7 +148,7 @@ def agree(folder, other, logged, expected, rel=1e-5):
             torch.testing.assert_close(value, second[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-def test_a_shared_model_trains_as_one_that_every_worker_holds(trained):
+def test_a_sharded_model_trains_as_one_that_every_worker_holds(trained):
     found, folder, _ = trained
     agree(folder / "fsdp", folder / "ddp", found[0]["fsdp"][0], found[0]["ddp"][0])
 
@@ -160,6 +166,14 @@ def test_a_run_goes_on_the_other_way(trained, way):
     found, folder, _ = trained
     assert min(found[0][way][0]) == 24
     agree(folder / way, folder / "ddp", found[0][way][0], found[0]["ddp"][0])
+
+
+def test_the_model_is_handed_over_from_one_image_size_to_the_next(trained):
+    """Learned positions are resampled, and begin without moments."""
+    found, folder, _ = trained
+    logged, _ = found[0]["fsdp growing"]
+    assert [metrics["train/image_size"] for metrics in logged.values()] == 5 * [32.0] + 5 * [64.0]
+    agree(folder / "fsdp growing", folder / "ddp growing", logged, found[0]["ddp growing"][0])
 
 
 def test_one_worker_goes_on_from_what_two_shared(trained):

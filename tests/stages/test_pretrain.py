@@ -116,7 +116,7 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     os.kill(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert f"{newest} is passed over for the checkpoint before" in errors
+    assert f"{newest} is skipped, the checkpoint before it is tried" in errors
     last = errors.strip().splitlines()[-1]
     assert last == "wavemim: interrupted; finished work is kept, and the same command resumes"
     assert "Traceback" not in errors

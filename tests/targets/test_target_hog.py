@@ -132,7 +132,7 @@ def test_pictures_draw_strokes_along_edges():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"bins": 1}, "target.bins=1"), ({"taps": [Tap(0, 1)]}, "target.taps.0")]
+    ("kwargs", "message"), [({"bins": 1}, "target.bins=1"), ({"taps": [Tap(0, 1)]}, "level 0 does not exist")]
 )
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):

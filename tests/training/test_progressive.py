@@ -199,13 +199,13 @@ def test_every_part_has_a_step_and_all_of_them_the_whole(shards):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.progressive": {64: 0.5, 32: 0.5}}, "sizes have to grow"),
+        ({"train.progressive": {64: 0.5, 32: 0.5}}, "sizes must grow"),
         ({"train.progressive": {32: 1.0}}, "end with encoder.image_size=64"),
         ({"train.progressive": {32: 0.5, 64: 0.6}}, "add up to 1, not to 1.1"),
         ({"train.progressive": {32: 0.0, 64: 1.0}}, "above 0"),
         (
             {"train.progressive": {24: 0.5, 64: 0.5}},
-            "images of 24 pixels do not go with the rest; encoder.image_size=24",
+            "images of 24 pixels do not fit the other settings; encoder.image_size=24",
         ),
         ({"train.progressive": "fast"}, "train.progressive"),
     ],

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, strict, resumed exactly; the export as timm loads it."""
+"""Checkpoints: complete or absent, strict, resumed exactly; the export as timm loads it."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def test_names_are_a_contract_and_weights_hold_no_pickle(tmp_path):
     ]
 
 
-def test_damaged_and_unfinished_checkpoints_are_passed_over(tmp_path):
+def test_damaged_and_unfinished_checkpoints_are_skipped(tmp_path):
     step = make_step(photos(4))
     for images in (10, 20, 30):
         checkpoint.save(tmp_path / f"images-{images}", step.model, step.optimizer, {"images": images})
@@ -147,7 +147,7 @@ def test_a_missing_weight_is_not_loaded_silently(tmp_path):
         )
 
 
-def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_that_the_disk_does_not_return_is_skipped(tmp_path, monkeypatch, caplog):
     step = make_step(photos(4))
     for images in (10, 20):
         checkpoint.save(tmp_path / f"images-{images}", step.model, step.optimizer, {"images": images})
@@ -160,9 +160,9 @@ def test_one_that_the_disk_does_not_give_back_is_passed_over(tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "checksum", failing)
     assert checkpoint.latest(tmp_path).name == "images-10"
-    assert "images-20 is passed over" in caplog.text and "Input/output error" in caplog.text
+    assert "images-20 is skipped" in caplog.text and "Input/output error" in caplog.text
     state = json.loads((tmp_path / "images-20" / checkpoint.STATE).read_text())
     del state["files"]
     (tmp_path / "images-20" / checkpoint.STATE).write_text(json.dumps(state))
-    with pytest.raises(checkpoint.CheckpointError, match="names no files"):
+    with pytest.raises(checkpoint.CheckpointError, match="lists no files"):
         checkpoint.read_state(tmp_path / "images-20")

@@ -1,1 +1,1 @@
-"""timm backbones as encoders of masked images."""
+"""timm backbones as encoders for masked image modelling."""

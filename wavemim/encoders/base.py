@@ -1,4 +1,8 @@
-"""What every encoder of masked images has: its interface, and how timm models are created and checked."""
+"""The interface of encoders, and how timm models are created and checked.
+
+Legend: B images, C channels, H = W pixels per side, N = grid² cells of a mask, T tokens, V visible tokens, R prefix
+tokens (class and registers), E embedding width.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ from wavemim.encoders.pretrained import one_line
 Positions = Literal["sincos", "learned"]
 Sees = Literal["visible", "masked", "whole"]
 
-PLAIN = ("vision_transformer", "deit")  # timm's modules of models that ViTEncoder takes
-SETTLED = {  # arguments of timm.create_model that are settings of their own, or that the encoder settles
+PLAIN = ("vision_transformer", "deit")  # timm's modules whose models ViTEncoder supports
+SETTLED = {  # arguments of timm.create_model that are settings of their own ("" if the encoder determines them)
     "img_size": "encoder.image_size",
     "patch_size": "encoder.patch_size",
     "in_chans": "the channels of the shard set",
@@ -40,7 +44,11 @@ SETTLED = {  # arguments of timm.create_model that are settings of their own, or
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, with the nearest name, unless timm has a model of this name."""
+    """Check that timm has a model of this name.
+
+    Raises:
+        ValueError: If not, with the most similar name.
+    """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -48,22 +56,34 @@ def check_name(name: str) -> None:
 
 
 def is_plain_vit(name: str) -> bool:
-    """Whether timm's model of this name is one that `ViTEncoder` takes, by the module it is in."""
+    """Whether `ViTEncoder` supports timm's model of this name, by the module that defines it."""
     return is_model_in_modules(name, PLAIN)
 
 
 def check_options(options: Mapping[str, Any], settled: Iterable[str] = SETTLED) -> None:
-    """Raise ValueError where an option is a setting of its own, one that the encoder settles, or no rate."""
+    """Check ``encoder.options``.
+
+    Args:
+        options: Arguments of ``timm.create_model``.
+        settled: Names that are not allowed: settings of their own, or determined by the encoder.
+
+    Raises:
+        ValueError: If a name is not allowed, or a rate is not in [0, 1).
+    """
     for key in options:
         if key in settled:
-            instead = f"set {SETTLED[key]} instead" if SETTLED[key] else "the encoder settles it, leave it out"
+            instead = f"set {SETTLED[key]} instead" if SETTLED[key] else "the encoder determines it, remove it"
             raise ValueError(f"encoder.options.{key}={options[key]!r} cannot be set here: {instead}")
         if key.endswith("_rate") and not (isinstance(options[key], int | float) and 0 <= options[key] < 1):
             raise ValueError(f"encoder.options.{key}={options[key]!r}: a rate is a number from 0 to less than 1")
 
 
 def create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """``timm.create_model(name, **arguments)``; ValueError in one line where timm cannot build it."""
+    """Call ``timm.create_model(name, **arguments)``.
+
+    Raises:
+        ValueError: If timm cannot build the model, with the reason in one line.
+    """
     try:
         return timm.create_model(name, **arguments)
     except (TypeError, AssertionError, RuntimeError, ValueError, ZeroDivisionError, KeyError, AttributeError) as error:
@@ -71,51 +91,77 @@ def create(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """A timm model that gives its tokens at tapped points ("blocks": blocks of a ViT, stages of other backbones)."""
+    """A timm model that returns its tokens after "blocks": blocks of a ViT, stages of other backbones.
 
-    word: ClassVar[str]  # what a tapped point is called
+    Attributes:
+        word: "block" or "stage", for messages.
+        name: timm's name of the model.
+        arguments: Arguments of ``timm.create_model`` that build `model` again.
+        model: The plain timm model, which is exported.
+        image_size: H = W, in pixels.
+        depth: Number of blocks; they are counted from 1.
+        cell: Pixels per side of the finest cell of a mask.
+        grid: Cells per side: masks are (B, grid²), True = hidden.
+        drops: Whether only visible tokens are returned.
+        prefix: R.
+        default_unit: Pixels per side of the blocks that a mask hides, by default.
+    """
+
+    word: ClassVar[str]
 
     name: str
-    arguments: dict[str, Any]  # of timm.create_model, to build `model` again
-    model: nn.Module  # the plain timm model: what is exported
+    arguments: dict[str, Any]
+    model: nn.Module
     image_size: int
-    depth: int  # tapped points, counted from 1
-    cell: int  # pixels a side of the finest cell of a mask
-    grid: int  # cells a side: masks are (B, grid²), True = hidden
-    drops: bool  # gives visible tokens only
-    prefix: int  # R: class and register tokens in front of the others
-    default_unit: int  # pixels a side of what a mask hides at once where nothing else is asked for
+    depth: int
+    cell: int
+    grid: int
+    drops: bool
+    prefix: int
+    default_unit: int
 
     def width(self, block: int) -> int:
-        """E at this tap."""
+        """Return E after this block."""
         raise NotImplementedError
 
     def token_size(self, block: int) -> int:
-        """Pixels a side of a token at this tap."""
+        """Return the pixels per side of a token after this block."""
         raise NotImplementedError
 
     def normalised(self, block: int) -> bool:
-        """Whether tokens of this tap already went through the model's final norm."""
+        """Whether tokens after this block have gone through the model's final norm."""
         raise NotImplementedError
 
     def recompute_activations(self) -> None:
-        """Keep no activations of blocks for the way back but compute them again: less memory, more time."""
+        """Enable activation checkpointing: less memory, more time."""
         self.model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm's
 
     def use_channels_last(self, asked: bool | None = None) -> bool:
-        """Keep images, feature maps and weights of convolutions with their channels next to each other in memory.
+        """Store images, feature maps and convolution weights in the channels-last memory format.
 
-        `asked` None: where the model is one of convolutions. Gives whether it is done. What comes out is the same but
-        for rounding; a model of attention alone has nothing to gain.
+        Results are the same up to rounding. Models of attention only have nothing to gain.
+
+        Args:
+            asked: Whether to; None: if the model is a convolutional network.
+
+        Returns:
+            Whether the format is used.
         """
         return False
 
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:
-        """Tokens {block: (B, R + V, E)} where hidden ones are dropped, otherwise {block: (B, R + T, E)}, row-major.
+        """Encode masked images.
 
-        `images` (B, C, H, W) are normalised, `mask` (B, grid²) is True where hidden, `visible` (B, V) are the indices
-        of what is not, ascending (needed where `drops`). T = (image size / token size)².
+        Args:
+            images: Normalised images (B, C, H, W).
+            mask: bool (B, N), True = hidden.
+            visible: (B, V), indices of visible cells, ascending; only needed if `drops`.
+            blocks: The blocks whose tokens are returned.
+
+        Returns:
+            Tokens in row-major order: {block: (B, R + V, E)} if hidden tokens are dropped, otherwise
+            {block: (B, R + T, E)} with T = (image size / token size)².
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The encoder that a name and its options stand for."""
+"""Creates the encoder of a timm model by its name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, is_plain_vit
+from wavemim.encoders.hierarchical import HierarchicalEncoder
 from wavemim.encoders.vit import ViTEncoder
 
 
@@ -24,13 +25,31 @@ def make_encoder(
     options: Mapping[str, Any] | None = None,
     pretrained: bool | str = False,
 ) -> Encoder:
-    """The encoder of a timm model: a `ViTEncoder`, or a `HierarchicalEncoder` for every other backbone.
+    """Create the encoder of a timm model: a `ViTEncoder`, or a `HierarchicalEncoder` for every other backbone.
 
-    None stands for the default: of the model (patch size, width, depth, heads), and otherwise a class token, sine-cosine
-    positions, and hidden tokens dropped (ViT) or masked (others). Raises ValueError where a setting does not apply.
+    Args:
+        name: timm's name of the model.
+        image_size: Pixels per side, H = W.
+        patch_size: Pixels per side of a patch; None: the model's. This and all arguments up to `positions` only apply
+            to plain ViTs, except `channels`.
+        channels: C.
+        width: Embedding width; None: the model's.
+        depth: Number of blocks; None: the model's.
+        heads: Attention heads; None: the model's.
+        class_token: Whether there is a class token; None: yes.
+        positions: "sincos" or "learned"; None: "sincos".
+        sees: What happens to hidden tokens: "visible" drops them, "masked" replaces them by a mask token, "whole"
+            ignores the mask. None: "visible" for a ViT, "masked" for others.
+        options: Further arguments of ``timm.create_model``.
+        pretrained: Initial weights: False for none, True for timm's, or the path of a folder in timm's format or of a
+            .safetensors file.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: If timm has no such model or cannot build it, or a setting does not apply to it.
     """
-    from wavemim.encoders.hierarchical import HierarchicalEncoder  # which needs Encoder from here
-
     check_name(name)
     own: dict[str, Any] = {"image_size": image_size, "channels": channels, "pretrained": pretrained}
     own |= {"options": options or {}} | ({} if sees is None else {"sees": sees})
@@ -43,6 +62,6 @@ def make_encoder(
         named = ", ".join(f"encoder.{key}={value!r}" for key, value in given.items())
         does = "does" if len(given) == 1 else "do"
         raise ValueError(
-            f"{named} {does} not apply to '{name}', only to plain ViTs; set what recipes give those to null"
+            f"{named} {does} not apply to '{name}', only to plain ViTs; set those that a recipe sets to null"
         )
     return HierarchicalEncoder(name, **own)

@@ -1,6 +1,6 @@
-"""timm backbones with stages as encoders of masked images: Swin, ConvNeXt, Hiera, MaxViT, ResNet, EfficientNet, ….
+"""Hierarchical timm backbones as encoders: Swin, ConvNeXt, Hiera, MaxViT, ResNet, EfficientNet, ….
 
-Legend: B images, C channels, H = W pixels a side, N cells of a mask, T tokens, E width of a stage.
+Legend: B images, C channels, H = W pixels per side, N cells of a mask, T tokens, E width of a stage.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import SETTLED as VIT_SETTLED
 from wavemim.encoders.base import Encoder, check_name, check_options, create
 from wavemim.encoders.pretrained import fill, one_line
 
-REDUCTIONS = (4, 8, 16, 32)  # pixels a side of the tokens of stages 1 to 4
+REDUCTIONS = (4, 8, 16, 32)  # pixels per side of the tokens of stages 1 to 4
 SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # options here
 HierarchicalSees = Literal["masked", "whole"]
 
 
 class HierarchicalEncoder(Encoder):
-    """Any timm backbone whose last four stages have tokens of 4, 8, 16 and 32 pixels a side: taps are stages 1 to 4.
+    """Any timm backbone whose last four stages have tokens of 4, 8, 16 and 32 pixels per side; taps are stages 1 to 4.
 
-    What is hidden is replaced before anything mixes it with its neighbours, so that no masked pixel reaches a feature:
-    behind the patch embedding of Swin by a learned mask token (SimMIM, Xie et al. 2022), since its patches do not
-    overlap; in the image itself for all other models by a learned value a channel. That value starts at zero, the data
-    set's mean, but need not stay there: a network without it could not tell a hidden cell from a grey one.
+    Hidden parts are replaced before anything mixes them with their neighbours, so no masked pixel reaches a feature: in
+    Swin, whose patches do not overlap, by a learned mask token after the patch embedding (SimMIM, Xie et al. 2022); in
+    all other models in the image itself, by a learned value per channel. That value starts at zero, the data set's
+    mean; as it is learned, the network can tell a hidden cell from a grey one.
     """
 
     word = "stage"
@@ -45,22 +46,29 @@ class HierarchicalEncoder(Encoder):
         options: Mapping[str, Any] | None = None,
         pretrained: bool | str = False,
     ) -> None:
-        """`options` and `pretrained` as of `ViTEncoder`. `sees="whole"`: the mask is not looked at.
+        """Create the encoder. Parameters that the features do not depend on (such as a head's norm) are frozen.
 
-        Parameters of which the features do not depend (a norm or a convolution behind the last stage) are frozen.
-        Raises ValueError where the model has no such stages, cannot be built, or `pretrained` does not fit it.
+        Args:
+            name: timm's name of the model.
+            image_size: Pixels per side, H = W, a multiple of 32.
+            channels: C.
+            sees: "masked" replaces hidden parts, "whole" ignores the mask.
+            options: Further arguments of ``timm.create_model``.
+            pretrained: As for `wavemim.encoders.factory.make_encoder`.
+
+        Raises:
+            ValueError: If the model has no such stages, cannot be built, or `pretrained` does not fit it.
         """
         super().__init__()
         options = options or {}
         check_name(name)
         check_options(options, SETTLED)
         if sees not in get_args(HierarchicalSees):
-            raise ValueError(f"encoder.sees={sees!r}: only plain ViTs drop hidden tokens; '{name}' takes masked")
+            raise ValueError(f"encoder.sees={sees!r}: only plain ViTs drop hidden tokens; '{name}' needs masked")
         self.name, self.image_size = name, image_size
         self.depth, self.cell, self.drops, self.prefix = len(REDUCTIONS), REDUCTIONS[0], False, 0
         self.default_unit = REDUCTIONS[-1]
-        if image_size % self.default_unit:
-            raise ValueError(f"encoder.image_size={image_size}: '{name}' needs a multiple of {self.default_unit}")
+        check_image_size(image_size, self.default_unit)
         self.grid = image_size // self.cell
         plan = _plan(name, image_size, {"in_chans": channels, "num_classes": 0, **options})
         self.arguments, self._plan = dict(plan.arguments), plan
@@ -82,19 +90,19 @@ class HierarchicalEncoder(Encoder):
             self.mask_token = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def width(self, block: int) -> int:
-        """E of this stage."""
+        """Return E of this stage."""
         return self._plan.widths[block - 1]
 
     def token_size(self, block: int) -> int:
-        """4, 8, 16, 32."""
+        """Return 4, 8, 16 or 32."""
         return REDUCTIONS[block - 1]
 
     def normalised(self, block: int) -> bool:
-        """Only the last stage's tokens are, where the model has a norm that timm applies to its feature maps."""
+        """Whether it is the last stage of a model whose final norm timm applies to feature maps."""
         return block == self.depth and self._plan.normalised
 
     def use_channels_last(self, asked: bool | None = None) -> bool:
-        """As of `Encoder.use_channels_last`."""
+        """See `Encoder.use_channels_last`."""
         if asked is None:
             asked = sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > len(REDUCTIONS)
         self._format = torch.channels_last if asked else torch.contiguous_format
@@ -104,13 +112,13 @@ class HierarchicalEncoder(Encoder):
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:
-        """Tokens {stage: (B, T, E)} as of `Encoder.forward`."""
+        """Return tokens {stage: (B, T, E)}. Arguments as for `Encoder.forward`."""
         wanted = sorted(set(blocks))
         maps = self._embedded_maps(images, mask, wanted) if self._embeds else self._maps(images, mask, wanted)
         return {stage: one.flatten(2).transpose(1, 2) for stage, one in zip(wanted, maps, strict=True)}
 
     def _maps(self, images: torch.Tensor, mask: torch.Tensor, stages: Sequence[int]) -> list[torch.Tensor]:
-        """Feature maps (B, E, h, w) of images whose hidden pixels are replaced."""
+        """Feature maps (B, E, h, w) of images with hidden pixels replaced."""
         if self.mask_token is not None:
             cells = mask.reshape(-1, 1, self.grid, 1, self.grid, 1)
             hidden = cells.expand(-1, -1, -1, self.cell, -1, self.cell).reshape(-1, 1, *images.shape[2:])
@@ -119,7 +127,7 @@ class HierarchicalEncoder(Encoder):
         return _intermediates(self.model, images, [self._plan.first + stage - 1 for stage in stages], self._plan.norm)
 
     def _embedded_maps(self, images: torch.Tensor, mask: torch.Tensor, stages: Sequence[int]) -> list[torch.Tensor]:
-        """The same of Swin, whose hidden tokens are replaced behind the patch embedding."""
+        """Feature maps of Swin, whose hidden tokens are replaced after the patch embedding."""
         model: Any = self.model
         tokens = model.patch_embed(images)  # (B, h, w, E)
         if self.mask_token is not None:
@@ -135,17 +143,17 @@ class HierarchicalEncoder(Encoder):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What must be known of a model before it is built."""
+    """What must be known about a model before it is built."""
 
     arguments: dict[str, Any]  # of timm.create_model
     first: int  # index of stage 1 among timm's feature maps
     norm: bool  # whether timm can be asked for the final norm
     normalised: bool  # whether there is one
     widths: list[int]
-    used: set[str]  # names of the parameters on which the last stage depends
+    used: set[str]  # names of the parameters that the last stage depends on
 
 
-_plans: dict[str, _Plan] = {}  # a recipe's model is built several times in a process: checked, begun, evaluated
+_plans: dict[str, _Plan] = {}  # a process builds a recipe's model several times: to check, train and evaluate it
 
 
 def _plan(name: str, image_size: int, arguments: Mapping[str, Any]) -> _Plan:
@@ -156,7 +164,7 @@ def _plan(name: str, image_size: int, arguments: Mapping[str, Any]) -> _Plan:
 
 
 def _new_plan(name: str, image_size: int, arguments: Mapping[str, Any]) -> _Plan:
-    """The plan of a model, seen on a copy without memory or arithmetic (``torch.device("meta")``)."""
+    """The plan of a model, determined on the meta device, without memory or arithmetic."""
     with torch.device("meta"), torch.enable_grad():
         model, arguments = _build(name, image_size, arguments)
         first = _first_stage(model, name)
@@ -180,7 +188,7 @@ def _new_plan(name: str, image_size: int, arguments: Mapping[str, Any]) -> _Plan
 
 
 def _normed(model: nn.Module, images: torch.Tensor, indices: Sequence[int]) -> list[torch.Tensor] | None:
-    """Feature maps with the final norm; None where timm has none to apply."""
+    """Feature maps with the final norm; None if timm has none to apply."""
     try:
         return _intermediates(model, images, indices, norm=True)
     except AssertionError:  # of timm: "normalization of features not supported"
@@ -188,7 +196,7 @@ def _normed(model: nn.Module, images: torch.Tensor, indices: Sequence[int]) -> l
 
 
 def _build(name: str, image_size: int, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """A model and its arguments, with an image size where it takes one."""
+    """A model and its arguments, with an image size if it has that argument."""
     sized = {"img_size": image_size, **arguments}
     try:
         return create(name, sized), sized
@@ -199,13 +207,13 @@ def _build(name: str, image_size: int, arguments: Mapping[str, Any]) -> tuple[nn
 
 
 def _first_stage(model: nn.Module, name: str) -> int:
-    """Index of the stage with reduction 4, the fourth from the end. Raises ValueError where the stages are others."""
+    """Index of the stage with reduction 4, the fourth from the end; ValueError if the stages are different."""
     stages = getattr(model, "feature_info", None) or []
     reductions = [int(stage["reduction"]) for stage in stages]
     if tuple(reductions[-4:]) != REDUCTIONS or not hasattr(model, "forward_intermediates"):
         found = ", ".join(map(str, reductions)) if len(reductions) < 8 else f"{len(reductions)} × {reductions[-1]}"
         raise ValueError(
-            f"encoder.name: '{name}' has feature maps of reductions {found or 'unknown'}; it takes a plain vision "
+            f"encoder.name: '{name}' has feature maps of reductions {found or 'unknown'}; needed is a plain vision "
             "transformer (vit_base_patch16_224) or a backbone with stages of 4, 8, 16, 32 (swin_tiny_patch4_window7_224)"
         )
     return len(reductions) - len(REDUCTIONS)
@@ -219,7 +227,7 @@ def _intermediates(model: Any, images: torch.Tensor, indices: Sequence[int], nor
 
 
 def _parameters_of(output: torch.Tensor, model: nn.Module) -> set[str]:
-    """Names of the parameters that `output` depends on: the leaves of its graph, so that nothing is computed."""
+    """Names of the parameters that `output` depends on: the leaves of its graph."""
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     found, seen, waiting = set(), set(), [output.grad_fn]
     while waiting:

@@ -1,4 +1,4 @@
-"""Weights to start from: timm's own, a folder in timm's format, or a .safetensors file. Nothing is unpickled."""
+"""Initial weights: timm's own, a folder in timm's format, or a .safetensors file. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -14,22 +14,39 @@ from safetensors.torch import load_file
 from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-POOLING = ("num_classes", "global_pool", "fc_norm", "class_token")  # of the encoder, whatever the weights were made for
+POOLING = (
+    "num_classes",
+    "global_pool",
+    "fc_norm",
+    "class_token",
+)  # set by the encoder, whatever the weights were made for
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message, or its kind where it has none, in one line of at most 300 characters."""
+    """Return an error's message, or its class if it has none, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 def fill(model: nn.Module, name: str, arguments: Mapping[str, Any], pretrained: bool | str) -> bool:
-    """Fill `model` (made by ``timm.create_model(name, **arguments)``) with pretrained weights; False where none are set.
+    """Fill a model with pretrained weights.
 
-    timm builds the model of the weights, with their own pooling and classifier, in the size and channels of `arguments`,
-    and loads it strictly: it resamples positions and adapts the first convolution. From there every weight of `model`
-    is taken. Under ``torch.device("meta")`` there is nothing to fill. Raises ValueError where the weights cannot be had
-    or one of `model` is not among them.
+    timm builds the model of the weights, with their own pooling and classifier, for the image size and channels of
+    `arguments`, and loads it strictly: it resamples positions and adapts the first convolution. All weights of `model`
+    are copied from there. Under ``torch.device("meta")`` nothing is loaded.
+
+    Args:
+        model: The model, made by ``timm.create_model(name, **arguments)``.
+        name: timm's name of the model.
+        arguments: The arguments it was made with.
+        pretrained: False for none, True for timm's weights, or the path of a folder in timm's format or of a
+            .safetensors file.
+
+    Returns:
+        Whether the model has pretrained weights now.
+
+    Raises:
+        ValueError: If the weights cannot be obtained, or lack one of the model's.
     """
     if pretrained is False:
         return False
@@ -61,15 +78,17 @@ def _timm_weights(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         if "loading state_dict" in str(error):
             raise ValueError(f"encoder.pretrained=true does not fit '{name}': {one_line(error)}") from None
         raise ValueError(
-            f"encoder.pretrained=true: timm's weights of '{name}' cannot be had ({one_line(error)}); fetch them where "
-            "there is a network and name the .safetensors file or folder in encoder.pretrained"
+            f"encoder.pretrained=true: timm's weights of '{name}' cannot be loaded ({one_line(error)}); download them where "
+            "there is a network, and set encoder.pretrained to the .safetensors file or folder"
         ) from None
 
 
 def _local_weights(path: Path, name: str, arguments: Mapping[str, Any]) -> nn.Module:
     config_path, path = (path / CONFIG, path / WEIGHTS) if path.is_dir() else (path.parent / CONFIG, path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"encoder.pretrained='{path}' is no folder and no .safetensors file; other files are not read")
+        raise ValueError(
+            f"encoder.pretrained='{path}' is neither a folder nor a .safetensors file; other files are not read"
+        )
     try:
         weights = load_file(path)
         described = path.name == WEIGHTS and config_path.is_file()
@@ -78,7 +97,7 @@ def _local_weights(path: Path, name: str, arguments: Mapping[str, Any]) -> nn.Mo
         described_by = dict(config.get("pretrained_cfg", {})) if described else _guess(weights, name)
         own = dict(config.get("model_args") or {})
     except (OSError, SafetensorError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"encoder.pretrained: {path} cannot be read as weights of timm: {one_line(error)}") from None
+        raise ValueError(f"encoder.pretrained: {path} cannot be read as timm weights: {one_line(error)}") from None
     if architecture.partition(".")[0] != name.partition(".")[0]:
         raise ValueError(f"encoder.pretrained: {path} is of '{architecture}', encoder.name is '{name}'")
     if described:
@@ -93,7 +112,7 @@ def _local_weights(path: Path, name: str, arguments: Mapping[str, Any]) -> nn.Mo
 
 
 def _guess(weights: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
-    """What timm must know of weights that no config.json describes: their channels and classes, seen in their shapes."""
+    """Channels and classes of weights without a config.json, from their shapes."""
     known = timm.get_pretrained_cfg(name)
     assert known is not None
     size = list(known.input_size)
@@ -106,9 +125,9 @@ def _guess(weights: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
 
 
 def _as_pooled(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of a ViT of other pooling or without class token, by the names that `model` has."""
+    """Weights of a ViT with another pooling or without class token, under the names that `model` has."""
     wanted = model.state_dict()
-    if "norm.weight" in wanted and "norm.weight" not in weights:  # the norm stood behind the pooling
+    if "norm.weight" in wanted and "norm.weight" not in weights:  # the norm was behind the pooling
         for end in ("weight", "bias"):
             if f"fc_norm.{end}" in weights:
                 weights[f"norm.{end}"] = weights[f"fc_norm.{end}"]

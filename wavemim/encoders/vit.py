@@ -1,7 +1,7 @@
-"""timm models as encoders of masked images: plain vision transformers here, backbones with stages in `hierarchical`.
+"""Plain vision transformers of timm as encoders.
 
-Legend: B images, C channels, H = W pixels a side, N cells of a mask, T tokens, V visible tokens, R prefix tokens (class
-and registers), E embedding width.
+Legend: B images, C channels, H = W pixels per side, N cells of a mask, T tokens, V visible tokens, R prefix tokens
+(class and registers), E embedding width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, check_options, create
 from wavemim.encoders.pretrained import fill
 from wavemim.positions import sincos
@@ -23,9 +24,9 @@ from wavemim.positions import sincos
 class ViTEncoder(Encoder):
     """A plain timm VisionTransformer.
 
-    `sees="visible"`: hidden tokens are dropped (MAE, He et al. 2022). "masked": a learned token stands for the
-    embedding of each hidden patch (BEiT, Bao et al. 2022; SimMIM, Xie et al. 2022). "whole": the mask is not looked at,
-    for images that were corrupted before (MFM, Xie et al. 2023).
+    `sees="visible"` drops hidden tokens (MAE, He et al. 2022). "masked" replaces the embedding of each hidden patch by
+    a learned mask token (BEiT, Bao et al. 2022; SimMIM, Xie et al. 2022). "whole" ignores the mask, for images that
+    were corrupted beforehand (MFM, Xie et al. 2023).
     """
 
     word = "block"
@@ -47,39 +48,43 @@ class ViTEncoder(Encoder):
         options: Mapping[str, Any] | None = None,
         pretrained: bool | str = False,
     ) -> None:
-        """Raises ValueError where the model is no plain ViT, cannot be built, or `pretrained` does not fit it.
+        """Create the encoder. Arguments as for `wavemim.encoders.factory.make_encoder`.
 
-        `options` are further arguments of ``timm.create_model``. `pretrained`: timm's own weights (True), a folder in
-        timm's format, or a .safetensors file; positions then come with the weights: "sincos" keeps them as they are,
-        "learned" trains them.
+        With `pretrained`, positions are those of the weights: "sincos" keeps them fixed, "learned" trains them.
+
+        Raises:
+            ValueError: If the model is not a plain ViT, cannot be built, or `pretrained` does not fit it.
         """
         super().__init__()
         options = options or {}
         check_name(name)
         check_options(options)
         if sees not in get_args(Sees):
-            raise ValueError(f"encoder.sees={sees!r}: '{name}' takes {', '.join(get_args(Sees))}")
+            raise ValueError(f"encoder.sees={sees!r}: '{name}' needs one of {', '.join(get_args(Sees))}")
         if positions not in get_args(Positions):
             raise ValueError(f"encoder.positions={positions!r}: must be one of {', '.join(get_args(Positions))}")
         self.name, self.image_size, self.sees = name, image_size, sees
-        # Features for judging are the mean of the normalised patch tokens. The final norm stays where pretraining has
-        # it: timm would move it behind the pooling.
+        # Features for evaluation are the mean of the normalised patch tokens. The final norm stays in front of the
+        # pooling, as in pretraining; timm would move it behind.
         pooling = {"num_classes": 0, "global_pool": "avg", "fc_norm": False, "class_token": class_token}
         shape = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         given = {key: value for key, value in shape.items() if value is not None}
         self.arguments = {"img_size": image_size, **given, "in_chans": channels, **pooling, **options}
         self.model = model = _plain_vit(create(name, self.arguments), name)
         patch = int(model.patch_embed.patch_size[0])
-        if image_size % patch or len(set(model.patch_embed.patch_size)) > 1:
-            raise ValueError(f"encoder.image_size={image_size} is no multiple of encoder.patch_size={patch}")
+        check_image_size(image_size, patch)
+        if len(set(model.patch_embed.patch_size)) > 1:
+            raise ValueError(f"patches of '{name}' are not square")
         filled = fill(model, name, self.arguments, pretrained)
         if positions == "sincos" and not filled:
             if model.embed_dim % 4:
-                raise ValueError(f"encoder.width={model.embed_dim} is no multiple of 4, as sine-cosine positions need")
+                raise ValueError(
+                    f"encoder.width={model.embed_dim} is not a multiple of 4, as sine-cosine positions need"
+                )
             assert model.pos_embed is not None
-            prefix = model.pos_embed.shape[1] - (image_size // patch) ** 2  # without one where timm gives it none
+            prefix = model.pos_embed.shape[1] - (image_size // patch) ** 2  # 0 if timm gives the prefix no positions
             model.pos_embed = nn.Parameter(sincos(image_size // patch, model.embed_dim, prefix))
-        assert model.pos_embed is not None  # held by _plain_vit
+        assert model.pos_embed is not None  # ensured by _plain_vit
         model.pos_embed.requires_grad_(positions == "learned")
         self.depth, self.cell, self.grid = len(model.blocks), patch, image_size // patch
         self.drops, self.prefix, self.default_unit = sees == "visible", int(model.num_prefix_tokens), patch
@@ -89,28 +94,28 @@ class ViTEncoder(Encoder):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def width(self, block: int) -> int:
-        """E, the same everywhere."""
+        """Return E, the same after every block."""
         return int(self.model.embed_dim)
 
     def token_size(self, block: int) -> int:
-        """The patch, everywhere."""
+        """Return the patch size."""
         return self.cell
 
     def normalised(self, block: int) -> bool:
-        """Only the last block's tokens are, where the model has a final norm."""
+        """Whether it is the last block of a model with a final norm."""
         return block == self.depth and not isinstance(self.model.norm, nn.Identity)
 
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:
-        """Tokens after each of `blocks`, as of `Encoder.forward`; those of the last block are normalised."""
+        """Return the tokens after each of `blocks`; those of the last one are normalised. See `Encoder.forward`."""
         model, wanted = self.model, set(blocks)
         tokens = model.patch_embed(images)
         if self.mask_token is not None:
             tokens = torch.where(mask[:, :, None], self.mask_token.to(tokens.dtype), tokens)
         positions = model.pos_embed
-        assert positions is not None  # held by __init__
-        of_prefix = positions.shape[1] - tokens.shape[1]  # 0 where class and register tokens have no positions
+        assert positions is not None  # ensured by __init__
+        of_prefix = positions.shape[1] - tokens.shape[1]  # 0 if class and register tokens have no positions
         tokens = tokens + positions[:, of_prefix:]
         if self.drops:
             assert visible is not None, "visible indices are needed where hidden tokens are dropped"
@@ -132,13 +137,13 @@ class ViTEncoder(Encoder):
 
 
 def _plain_vit(model: nn.Module, name: str) -> VisionTransformer:
-    """`model`, where its parts are those that `ViTEncoder.forward` calls; ValueError otherwise."""
-    # Subclasses have further tokens. Other patch embeddings (convolutional stems) overlap: hidden pixels would leak.
+    """Return `model` if it has the parts that `ViTEncoder.forward` uses; ValueError otherwise."""
+    # Subclasses have further tokens. Other patch embeddings (convolutional stems) overlap, so hidden pixels would leak.
     plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed
     if not plain or model.pos_embed is None:
         raise ValueError(
-            f"encoder.name: '{name}' is no plain vision transformer with absolute positions; "
-            "take one such as vit_base_patch16_224, or a backbone with stages such as swin_tiny_patch4_window7_224"
+            f"encoder.name: '{name}' is not a plain vision transformer with absolute positions; "
+            "use one such as vit_base_patch16_224, or a backbone with stages such as swin_tiny_patch4_window7_224"
         )
     assert isinstance(model, VisionTransformer)
     return model

@@ -1,1 +1,1 @@
-"""Protocols for frozen features: probes, kNN, ranks and segmentation."""
+"""Evaluation of frozen features: probes, kNN, rank measures and segmentation."""

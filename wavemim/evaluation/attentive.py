@@ -1,10 +1,11 @@
-"""The attentive probe: a classifier that learns where to look, on frozen tokens of the last block.
+"""The attentive probe: a classifier on frozen tokens of the last block that learns which of them to attend to.
 
-The form of V-JEPA (Bardes et al. 2024): one cross-attention block whose only query is learned. The query attends to the
-normalised tokens, is added to what it gathered, goes through an MLP with a residual connection, and a linear layer
-classifies it. CAE (Chen et al. 2022) introduced such probes for masked image modelling; AIM's has no MLP.
+The form of V-JEPA (Bardes et al. 2024): one cross-attention block with a single learned query, its MLP with a residual
+connection, and a linear layer. It is timm's ``AttentionPoolLatent`` behind a norm. V-JEPA adds the query to what it
+gathered; timm's block does not, which is the same up to the bias of its projection. CAE (Chen et al. 2022) introduced
+such probes for masked image modelling; AIM's has no MLP.
 
-Legend: B images, n all of them, T tokens, E embedding width, c classes, h heads.
+Legend: B images of a batch, n images in all, T tokens, E embedding width, c classes.
 """
 
 from __future__ import annotations
@@ -16,54 +17,61 @@ from functools import partial
 
 import numpy as np
 import torch
+from timm.layers import AttentionPoolLatent
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
 from wavemim.evaluation.probes import held_out
 
-MLP_RATIO, HEAD_WIDTH, WARMUP = 4, 64, 0.1  # of widths; channels of a head; share of the steps
+HEAD_WIDTH, WARMUP = 64, 0.1  # channels of a head; share of the steps
 
 
 class AttentiveClassifier(nn.Module):
-    """Tokens (B, T, E) → logits (B, c)."""
+    """Classifies tokens (B, T, E): norm, attention pooling, linear layer."""
 
     def __init__(self, width: int, classes: int) -> None:
-        """Heads of about 64 channels."""
+        """Create the classifier; its heads have about 64 channels.
+
+        Args:
+            width: E.
+            classes: c.
+        """
         super().__init__()
         near = max(1, round(width / HEAD_WIDTH))
-        self.heads = next(heads for heads in range(near, 0, -1) if width % heads == 0)
-        self.query = nn.Parameter(torch.zeros(1, 1, width))
-        nn.init.trunc_normal_(self.query, std=0.02)
-        self.norm_tokens, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
+        heads = next(heads for heads in range(near, 0, -1) if width % heads == 0)
+        self.norm = nn.LayerNorm(width)
+        self.pool = AttentionPoolLatent(width, num_heads=heads, norm_layer=nn.LayerNorm)
         self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.pool.latent, std=0.02)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (B, c) of tokens (B, T, E)."""
-        b, t, width = tokens.shape
-        key, value = self.kv(self.norm_tokens(tokens)).reshape(b, t, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query = self.q(self.query).reshape(1, 1, self.heads, -1).transpose(1, 2).expand(b, -1, -1, -1)  # (B, h, 1, E/h)
-        gathered = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(b, 1, width)
-        pooled = self.query + self.out(gathered)
-        return self.head((pooled + self.mlp(self.norm(pooled)))[:, 0])
+        """Return logits (B, c) of tokens (B, T, E)."""
+        return self.head(self.pool(self.norm(tokens)))
 
 
 @dataclass(frozen=True)
 class AttentiveProbe:
-    """A trained attentive probe."""
+    """A trained attentive probe.
 
-    classifier: AttentiveClassifier  # on the device it was trained on
-    lr: float  # the learning rate that was chosen
-    held_out: float  # its accuracy on the held-out part of train, percent; NaN where there was one rate only
-    loss: float  # mean cross-entropy of the last epoch
+    Attributes:
+        classifier: The classifier, on the device it was trained on.
+        lr: The learning rate that was chosen.
+        held_out: Its accuracy on the held-out part of the training images, in percent; NaN if only one was given.
+        loss: Mean cross-entropy of the last epoch.
+    """
+
+    classifier: AttentiveClassifier
+    lr: float
+    held_out: float
+    loss: float
 
     def predict(self, tokens: np.ndarray, batch: int = 256) -> np.ndarray:
-        """Classes (n,) of tokens (n, T, E)."""
+        """Predict classes (n,) of tokens (n, T, E), `batch` images at a time."""
         return _predict(self.classifier, tokens, np.arange(len(tokens)), batch)
 
 
@@ -79,10 +87,25 @@ def fit_attentive(
     weight_decay: float = 0.05,
     classes: int | None = None,
 ) -> AttentiveProbe:
-    """Train on frozen tokens (n, T, E), float16 or float32 in host memory, and labels (n,), by AdamW.
+    """Train an attentive probe with AdamW.
 
-    The learning rate rises over the first tenth of the steps and falls to 0 along a cosine. Of several `lrs` the best
-    on a held-out fifth of the images is taken, the smaller one of equals, and trained anew on all of them.
+    The learning rate rises linearly over the first tenth of the steps and then falls to 0 along a cosine. Of several
+    `lrs`, the one with the best accuracy on a held-out fifth of the images is chosen (the smallest of equals), and the
+    probe is trained again with it on all images.
+
+    Args:
+        tokens: Frozen tokens (n, T, E), float16 or float32 in host memory.
+        labels: Classes (n,).
+        lrs: Peak learning rates to choose from.
+        epochs: Passes over the images.
+        seed: Decides the initial weights, the order of the images and the held-out part.
+        device: The device to train on.
+        batch: Images per step, at most.
+        weight_decay: Weight decay of matrices; biases, norms and the query have none.
+        classes: c; by default one more than the largest label.
+
+    Returns:
+        The trained probe.
     """
     everything, best, score = np.arange(len(labels)), lrs[0], float("nan")
     train = partial(
@@ -121,7 +144,7 @@ def _train(
     weight_decay: float,
     classes: int,
 ) -> tuple[AttentiveClassifier, float]:
-    """A classifier trained on the `chosen` images, and the mean loss of its last epoch."""
+    """Train a classifier on the `chosen` images; return it and the mean loss of its last epoch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = AttentiveClassifier(tokens.shape[2], classes).to(device).train()
@@ -134,13 +157,12 @@ def _train(
     )
     batch = min(batch, len(chosen))
     per_epoch = math.ceil(len(chosen) / batch)
-    total, order = epochs * per_epoch, np.random.default_rng(seed)
+    schedule, order = _schedule(optimizer, epochs * per_epoch), np.random.default_rng(seed)
     losses: list[torch.Tensor] = []
     for epoch in range(epochs):
         shuffled, losses = order.permutation(chosen), []
         for number, part in enumerate(np.array_split(shuffled, per_epoch)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * _schedule(epoch * per_epoch + number, total)
+            schedule.step_update(epoch * per_epoch + number + 1)  # the first step must not have a rate of 0
             loss = functional.cross_entropy(
                 classifier(_on(tokens, part, device)), torch.from_numpy(labels[part]).long().to(device)
             )
@@ -151,12 +173,12 @@ def _train(
     return classifier.eval(), float(torch.stack(losses).mean())
 
 
-def _schedule(step: int, total: int) -> float:
-    """Share of the learning rate: up over the warm-up, then down a cosine."""
-    warmup = max(1, round(WARMUP * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
+    """Linear warm-up to the full rate, then a cosine that would reach 0 one step after the last."""
+    warmup = max(1, round(WARMUP * steps))
+    return CosineLRScheduler(
+        optimizer, t_initial=steps - warmup + 1, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+    )
 
 
 @torch.inference_mode()

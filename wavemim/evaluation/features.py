@@ -1,6 +1,7 @@
-"""Features of every block of a timm model, out of one forward pass.
+"""Features of every block of a timm model from one forward pass.
 
-Legend: B images, n all of them, C channels, H = W pixels a side, F features, T patch tokens, E embedding width.
+Legend: B images of a batch, n images in all, C channels, H = W pixels per side, F features, T patch tokens,
+E embedding width.
 """
 
 from __future__ import annotations
@@ -17,39 +18,52 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Tapped:
-    """What one or several batches gave. Blocks are counted from 1; of backbones with stages they are its stages."""
+    """Features of one or several batches. Blocks are counted from 1; in hierarchical backbones they are the stages.
 
-    final: np.ndarray  # (n, F) float32: what the model itself gives, without a classifier
-    blocks: dict[int, np.ndarray]  # block: (n, E) float32, the mean of its patch tokens
-    tokens: np.ndarray | None  # (n, T, E) float16, patch tokens of the last block, of the first images at most
-    labels: np.ndarray  # (n,) int64, -1 for none
+    Attributes:
+        final: (n, F) float32, the model's own features: its output without a classifier.
+        blocks: {block: (n, E)} float32, the mean of its patch tokens.
+        tokens: float16, (up to n, T, E), patch tokens of the last block of the images that were asked for.
+        labels: (n,) int64, -1 for images without a label.
+    """
+
+    final: np.ndarray
+    blocks: dict[int, np.ndarray]
+    tokens: np.ndarray | None
+    labels: np.ndarray
 
     @property
     def set(self) -> tuple[np.ndarray, np.ndarray]:
-        """The model's own features, and labels."""
+        """The model's own features and the labels."""
         return self.final, self.labels
 
     def block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Features of a block, and labels."""
+        """Return the features of a block and the labels."""
         return self.blocks[number], self.labels
 
 
 class Taps:
-    """Reads a model's features, pooled patch tokens of each block and tokens of the last one.
+    """Computes a model's own features, pooled patch tokens of each block, and patch tokens of the last block.
 
-    Models in which timm finds no intermediate maps (``forward_intermediates``), and functions, have final features alone.
+    Functions, and models without timm's ``forward_intermediates``, only have their own features.
     """
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], *, blocks: bool, tokens: bool) -> None:
-        """`encode`: images (B, C, H, W) → features. `blocks`, `tokens`: whether they are wanted."""
+        """Create the reader.
+
+        Args:
+            encode: The model, or a function from images (B, C, H, W) to features.
+            blocks: Whether to compute features of every block.
+            tokens: Whether to return patch tokens of the last block.
+        """
         able = isinstance(encode, nn.Module) and hasattr(encode, "forward_intermediates")
         self.encode = encode
         self.blocks, self.tokens = blocks and able, tokens and able
-        self._in_one: bool | None = None  # whether the model's own features come of the same pass
+        self._in_one: bool | None = None  # whether the same pass gives the model's own features
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
-        """Features (B, F), {block: pooled patch tokens (B, E)} and the last block's patch tokens (B, T, E)."""
+        """Return features (B, F), {block: pooled patch tokens (B, E)} and the last block's patch tokens (B, T, E)."""
         if not (self.blocks or self.tokens):
             return self.encode(images).flatten(1), {}, None
         wanted = None if self.blocks else 1  # all, or the last one
@@ -59,7 +73,7 @@ class Taps:
         return final, pooled, maps[-1].flatten(2).transpose(1, 2) if self.tokens else None
 
     def _final(self, images: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """The model's own features out of its `last` tokens, where its head does that; found out on the first batch."""
+        """The model's own features from its `last` tokens if its head gives the same, which the first batch decides."""
         if self._in_one is None:
             own = self.encode(images).flatten(1)
             try:
@@ -74,7 +88,16 @@ class Taps:
 def extract_taps(
     taps: Taps, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], *, tokens_of: np.ndarray | None = None
 ) -> Tapped:
-    """All of it over batches of normalised images and labels; tokens of the images alone that `tokens_of` (n,) names."""
+    """Compute features over batches.
+
+    Args:
+        taps: The reader.
+        batches: Normalised images (B, C, H, W) and labels (B,).
+        tokens_of: bool (n,), the images whose tokens are kept; None: of none.
+
+    Returns:
+        The features of all batches.
+    """
     final, labels, tokens, blocks = [], [], [], dict[int, list[np.ndarray]]()
     done = 0
     for images, label in batches:
@@ -97,7 +120,15 @@ def extract_taps(
 
 
 def joined(parts: Iterable[Tapped], positions: Iterable[np.ndarray]) -> Tapped:
-    """Parts put together without their tokens, each image at its position; `positions` cover 0 to n - 1."""
+    """Concatenate parts, without their tokens, in the order of the images.
+
+    Args:
+        parts: Features of parts of the images.
+        positions: The positions of each part's images; together they cover 0 to n - 1.
+
+    Returns:
+        Features of all n images by position.
+    """
     parts, order = list(parts), np.argsort(np.concatenate(list(positions)))
 
     def together(arrays: Iterator[np.ndarray]) -> np.ndarray:

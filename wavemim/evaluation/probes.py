@@ -1,6 +1,6 @@
-"""Classifiers on frozen features: logistic regression, on all labels and on few, and nearest neighbours.
+"""Classifiers on frozen features: logistic regression, on all labels or few, and k nearest neighbours.
 
-Legend: n images, F features, c classes. A *set* is features (n, F) float32 and labels (n,).
+Legend: n images, F features, c classes. A *set* is a pair of features (n, F), float32, and labels (n,).
 """
 
 from __future__ import annotations
@@ -16,22 +16,38 @@ import torch
 from wavemim.evaluation.metrics import Accuracy
 
 Set = tuple[np.ndarray, np.ndarray]
-ITERATIONS = 1000  # of the solver: far more than it needs on standardised features
-CURVE = (1, 5, 10, 20, 50, 100, 200)  # neighbours
+ITERATIONS = 1000  # of the solver, at most: far more than it needs on standardised features
+CURVE = (1, 5, 10, 20, 50, 100, 200)  # values of k
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a linear probe came to."""
+    """The result of a linear probe.
 
-    predicted: np.ndarray  # int (n,): of the test images
-    strength: float  # scikit-learn's C that was chosen
-    held_out: float  # accuracy of that strength on the held-out part of train, percent; NaN where it was not asked
-    converged: bool  # the solver of the last fit, which predicts
+    Attributes:
+        predicted: Predicted classes (n,) of the test images.
+        strength: The value of scikit-learn's C that was chosen.
+        held_out: Its accuracy on the held-out part of the training images, in percent; NaN if it was not measured.
+        converged: Whether the solver converged in the last fit, which makes the predictions.
+    """
+
+    predicted: np.ndarray
+    strength: float
+    held_out: float
+    converged: bool
 
 
 def held_out(n: int, seed: int, share: float = 0.2) -> np.ndarray:
-    """A bool (n,) that is True for a seeded random `share` of the images."""
+    """Choose the images that are held out.
+
+    Args:
+        n: Number of images.
+        seed: Decides which.
+        share: The fraction of the images.
+
+    Returns:
+        bool (n,), True for the held-out images, at least one.
+    """
     chosen = np.zeros(n, bool)
     chosen[np.random.default_rng(seed).permutation(n)[: max(1, round(n * share))]] = True
     return chosen
@@ -46,18 +62,28 @@ def fit_probe(
     max_iterations: int = ITERATIONS,
     compare: bool = False,
 ) -> Probe:
-    """Multinomial logistic regression on standardised features, fitted by L-BFGS; predictions for features `test`.
+    """Fit multinomial logistic regression to standardised features by L-BFGS, and predict test images.
 
-    `strengths` are scikit-learn's C (inverse regularisation). It is chosen on a held-out fifth of `train`; of equals
-    the stronger regularisation is taken. The chosen one is then fitted to all of `train`. `compare`: its accuracy there
-    is wanted even of a single strength.
+    The strength is chosen on a held-out fifth of `train` (of equals, the stronger regularisation), then fitted to all
+    of `train`.
+
+    Args:
+        train: The training set.
+        test: Test features (n, F).
+        strengths: Values of scikit-learn's C, the inverse of the regularisation, to choose from.
+        seed: Decides which images are held out.
+        max_iterations: Iterations of the solver, at most.
+        compare: Measure the accuracy on the held-out part even if there is only one strength.
+
+    Returns:
+        Predictions, the chosen strength and its accuracy on the held-out part.
     """
     x, y = train
     x, test = _standardised(x, test)
     best, score = strengths[0], float("nan")
     if (compare or len(strengths) > 1) and len(y) > 1:
-        out = held_out(len(y), seed)  # of a handful of images it may leave a single class
-        # Strong regularisation first, which is soon solved: the next begin where it ended.
+        out = held_out(len(y), seed)  # of a handful of images this may leave a single class
+        # Strong regularisation first: it converges fast, and the next fits start from its solution.
         solver = _Solver(x[~out], y[~out], max_iterations)
         scores = [(float((solver.fit(c)(x[out]) == y[out]).mean()), -c) for c in sorted(strengths)]
         score, best = 100 * max(scores)[0], -max(scores)[1]
@@ -66,7 +92,7 @@ def fit_probe(
 
 
 def _standardised(x: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By mean and deviation of `x`. A feature that hardly varies there says nothing: it is 0 in both."""
+    """Standardise by the mean and deviation of `x`. A feature that hardly varies there becomes 0 in both."""
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
     scale = np.where(std > 1e-4 * std.max(initial=0), 1 / np.maximum(std, 1e-30), 0)
     return tuple(((values - mean) * scale).astype(np.float32) for values in (x, test))
@@ -75,14 +101,33 @@ def _standardised(x: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def linear_probe(
     train: Set, test: Set, *, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
 ) -> tuple[Accuracy, float]:
-    """As `fit_probe`: accuracy on `test` and the strength that was chosen, never on `test`. A class that train lacks
-    counts as wrong."""
+    """Fit a linear probe and evaluate it.
+
+    Args:
+        train: The training set. The strength is chosen on a held-out fifth of it.
+        test: The test set. Classes that `train` lacks count as wrong.
+        strengths: As for `fit_probe`.
+        seed: As for `fit_probe`.
+        max_iterations: As for `fit_probe`.
+
+    Returns:
+        Accuracy on `test`, and the strength that was chosen.
+    """
     probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations)
     return Accuracy.of(probe.predicted == test[1]), probe.strength
 
 
 def few_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Indices, ascending, of a seeded random `share` of the images of each class, at least one of each."""
+    """Draw a random fraction of the images of each class, at least one of each.
+
+    Args:
+        labels: Classes (n,).
+        share: The fraction, in (0, 1].
+        seed: Decides which.
+
+    Returns:
+        Indices of the drawn images, ascending.
+    """
     generator = np.random.default_rng(seed)
     chosen = []
     for label in np.unique(labels):
@@ -94,8 +139,17 @@ def few_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 def knn_predictions(
     train: Set, test: np.ndarray, *, ks: Sequence[int], temperature: float = 0.07
 ) -> dict[int, np.ndarray]:
-    """Classes (n,) by weighted kNN for each k, at most as many as there are neighbours: cosine similarity, weights
-    exp(similarity / temperature) (Wu et al., CVPR 2018)."""
+    """Classify by weighted k nearest neighbours with cosine similarity (Wu et al., CVPR 2018).
+
+    Args:
+        train: The training set.
+        test: Test features (n, F).
+        ks: Values of k; one above the number of training images means all of them.
+        temperature: A neighbour's vote has the weight exp(similarity / temperature).
+
+    Returns:
+        {k: predicted classes (n,)}.
+    """
     x, y = torch.from_numpy(train[0]), torch.from_numpy(train[1]).long()
     x = torch.nn.functional.normalize(x, dim=1)
     classes, most = int(y.max()) + 1, min(max(ks), len(y))
@@ -103,7 +157,7 @@ def knn_predictions(
     for part in torch.from_numpy(test).split(512):
         similarity = torch.nn.functional.normalize(part, dim=1) @ x.T
         values, neighbours = similarity.topk(most, 1)
-        # Relative to the nearest: e^(1/0.07) votes of many neighbours would lose the small ones to rounding.
+        # Relative to the nearest neighbour: with weights up to e^(1/0.07), rounding would lose the small ones.
         weights, votes = ((values - values[:, :1]) / temperature).exp(), y[neighbours]
         for k in ks:
             counted = torch.zeros(len(part), classes).scatter_add_(1, votes[:, :k], weights[:, :k])
@@ -112,12 +166,12 @@ def knn_predictions(
 
 
 def knn(train: Set, test: Set, *, k: int, temperature: float = 0.07) -> Accuracy:
-    """Accuracy of `knn_predictions` for one k."""
+    """Evaluate `knn_predictions` for one k on the set `test`."""
     return Accuracy.of(knn_predictions(train, test[0], ks=(k,), temperature=temperature)[k] == test[1])
 
 
 class _Solver:
-    """scikit-learn's logistic regression on standardised features, which begins each fit where the last one ended."""
+    """scikit-learn's logistic regression on standardised features; each fit starts from the last solution."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, max_iterations: int) -> None:
         # imported here: scikit-learn loads pandas, which loads pyarrow where it is installed
@@ -132,7 +186,7 @@ class _Solver:
         )
 
     def fit(self, strength: float) -> Any:
-        """Fit with this C; gives what predicts."""
+        """Fit with this C; return the function that predicts."""
         from sklearn.exceptions import ConvergenceWarning
 
         if "C" in self._classifier.get_params():

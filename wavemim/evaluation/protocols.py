@@ -1,7 +1,9 @@
-"""What an encoder is worth, by protocol: each gives names, numbers and predictions, and logs nothing.
+"""Evaluation protocols: each returns metrics and predictions, and logs nothing.
 
-Names: ``eval/PROTOCOL_top1`` in percent, with ``_low`` and ``_high`` (95 % Wilson interval over the test images) and
-``_n`` (how many those are). Strengths, learning rates and the best block are chosen on a held-out fifth of train.
+Metrics: ``eval/PROTOCOL_top1`` in percent, with ``_low`` and ``_high`` (95 % Wilson interval over the test images) and
+``_n`` (their number). Strengths, learning rates and the best block are chosen on a held-out fifth of the training set.
+
+Legend: n images, F features, T tokens, E embedding width. A *set* is a pair of features (n, F) and labels (n,).
 """
 
 from __future__ import annotations
@@ -29,28 +31,41 @@ from wavemim.evaluation.probes import (
 
 __all__ = ["Accuracy", "alpha_req", "extract", "held_out", "knn", "linear_probe", "rankme"]
 
-RANK_IMAGES = 10_000  # more would not change the spectrum, and take minutes
+RANK_IMAGES = 10_000  # more would hardly change the spectrum, and take minutes
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a protocol came to."""
+    """The result of a protocol.
+
+    Attributes:
+        values: Metrics by name.
+        predicted: Predicted classes (n,) of the test images, if the protocol makes one prediction per image.
+    """
 
     values: dict[str, float]
-    predicted: np.ndarray | None = None  # classes of the test images, where there is one prediction an image
+    predicted: np.ndarray | None = None
 
 
 def extract(
     encode: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> Set:
-    """Features (n, F) float32 and labels (n,) from batches of normalised images (B, C, H, W) and labels (B,)."""
+    """Compute a model's own features.
+
+    Args:
+        encode: A model or function from normalised images (B, C, H, W) to features.
+        batches: Images and labels (B,).
+
+    Returns:
+        Features (n, F), float32, and labels (n,).
+    """
     return extract_taps(Taps(encode, blocks=False, tokens=False), batches).set
 
 
 def judge_linear(
     train: Set, test: Set, *, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
 ) -> Judgement:
-    """Linear probe of the model's own features."""
+    """Evaluate a linear probe of the model's own features. Arguments as for `wavemim.evaluation.probes.fit_probe`."""
     probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations)
     values = Accuracy.of(probe.predicted == test[1]).named("eval/linear_top1")
     values |= {"eval/linear_strength": probe.strength, "eval/linear_converged": float(probe.converged)}
@@ -60,7 +75,10 @@ def judge_linear(
 def judge_block(
     train: Set, test: Set, *, number: int, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
 ) -> Judgement:
-    """Linear probe of the pooled patch tokens of a block, and its accuracy on the held-out part of train."""
+    """Evaluate a linear probe of the pooled patch tokens of block `number`, on the test set and on the held-out part.
+
+    Other arguments as for `wavemim.evaluation.probes.fit_probe`.
+    """
     probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations, compare=True)
     values = Accuracy.of(probe.predicted == test[1]).named(f"eval/linear_top1_block{number}")
     values[f"eval/linear_heldout_block{number}"] = probe.held_out
@@ -69,14 +87,28 @@ def judge_block(
 
 
 def best_block(values: Mapping[str, float]) -> dict[str, float]:
-    """The block that is best on the held-out part of train, the deepest of equals; {} where blocks were not judged."""
+    """Choose the block with the best held-out accuracy, the deepest of equals.
+
+    Args:
+        values: Metrics of `judge_block` for all blocks.
+
+    Returns:
+        ``eval/best_block``; nothing if no block was evaluated.
+    """
     start = "eval/linear_heldout_block"
     scores = [(score, int(name.removeprefix(start))) for name, score in values.items() if name.startswith(start)]
     return {"eval/best_block": float(max(scores)[1])} if scores else {}
 
 
 def judge_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE) -> Judgement:
-    """kNN at `k`, and its accuracy at every k of the curve that train has images for (``eval/knn_top1_kN``)."""
+    """Evaluate k nearest neighbours.
+
+    Args:
+        train: The training set.
+        test: The test set.
+        k: The k of ``eval/knn_top1``.
+        curve: Further values of k, up to the number of training images, for ``eval/knn_top1_kN``.
+    """
     ks = sorted({k, *(other for other in curve if other <= len(train[1]))})
     predicted = knn_predictions(train, test[0], ks=ks)
     values = Accuracy.of(predicted[k] == test[1]).named("eval/knn_top1")
@@ -95,8 +127,20 @@ def judge_few_labels(
     seed: int,
     max_iterations: int = ITERATIONS,
 ) -> Judgement:
-    """Linear probes on a share of the train labels, drawn class by class: ``eval/few1_top1`` is the mean over `draws`
-    of 1 %, ``_min``, ``_max`` and ``_std`` their spread. The interval is that of the test images alone."""
+    """Evaluate linear probes on a fraction of the training labels, stratified by class.
+
+    ``eval/few1_top1`` is the mean over the draws of 1 %; ``_min``, ``_max`` and ``_std`` are their spread. The interval
+    only covers the sampling of the test images.
+
+    Args:
+        train: The training set.
+        test: The test set.
+        shares: Fractions of the labels.
+        draws: Draws for each fraction.
+        strengths: As for `wavemim.evaluation.probes.fit_probe`.
+        seed: Of the first draw; each further draw adds 1.
+        max_iterations: As for `wavemim.evaluation.probes.fit_probe`.
+    """
     values: dict[str, float] = {}
     for share in shares:
         name = f"eval/few{100 * share:g}_top1"
@@ -125,7 +169,18 @@ def judge_attentive(
     device: torch.device,
     batch: int = 256,
 ) -> Judgement:
-    """Attentive probe, fitted to tokens (n, T, E) and labels (n,); `test` gives parts of the test set, tokens for x."""
+    """Evaluate an attentive probe.
+
+    Args:
+        tokens: Tokens (n, T, E) of the training images.
+        labels: Their classes (n,).
+        test: Parts of the test set: tokens and labels.
+        lrs: As for `wavemim.evaluation.attentive.fit_attentive`, and so are the others.
+        epochs: Passes over the training images.
+        seed: Decides all random choices.
+        device: The device to train on.
+        batch: Images per step.
+    """
     probe = fit_attentive(tokens, labels, lrs=lrs, epochs=epochs, seed=seed, device=device, batch=batch)
     predicted, truth = [], []
     for part, theirs in test:
@@ -138,6 +193,6 @@ def judge_attentive(
 
 
 def judge_rank(features: np.ndarray) -> Judgement:
-    """What needs no labels: RankMe and the exponent of α-ReQ, of the first 10,000 images' features (n, F)."""
+    """Compute RankMe and the exponent of α-ReQ, which need no labels, of the first 10,000 images' features (n, F)."""
     features = features[:RANK_IMAGES]
     return Judgement({"eval/rankme": rankme(features), "eval/alpha_req": alpha_req(features)})

@@ -1,6 +1,6 @@
-"""Segmentation by a linear head on frozen tokens: fitting it, and mean IoU with its interval. Logs nothing.
+"""Segmentation with a linear head on frozen tokens: fitting, and mean IoU with its interval. Logs nothing.
 
-Legend: n images, B images of a batch, c classes, D channels of a token, h·w tokens, S pixels a side.
+Legend: n images in all, B images of a batch, c classes, D channels of a token, h·w tokens, S pixels per side.
 """
 
 from __future__ import annotations
@@ -12,33 +12,41 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional
 
 from wavemim.evaluation.probes import held_out
 
-IGNORED = -1  # of a pixel that counts nowhere
-DRAWS = 1000  # of the bootstrap
-MOST_TO_CHOOSE = 1000  # images that rates and decays are tried on
+IGNORED = -1  # class of a pixel that is ignored everywhere
+DRAWS = 1000  # bootstrap samples
+MOST_TO_CHOOSE = 1000  # images, at most, on which learning rates and weight decays are tried
 
 
 class Tokens(Protocol):
-    """Frozen tokens with the classes of their pixels, wherever they are stored."""
+    """Frozen tokens with the classes of the pixels, wherever they are stored."""
 
     def __len__(self) -> int:
         """Number of images."""
         ...
 
     def fetch(self, rows: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Tokens of some images, a (B, D, h, w) for each block, and classes (B, S, S), int64, or IGNORED."""
+        """Return the tokens (B, D, h, w) of some images for each block, and classes (B, S, S), int64, or IGNORED."""
         ...
 
 
 def tokens_of(model: nn.Module, images: torch.Tensor, blocks: Sequence[int] | None) -> list[torch.Tensor]:
-    """Patch tokens (B, D, h, w) of a timm model after each of `blocks` (or stages), counted from 1; None: all.
+    """Compute patch tokens of a timm model.
 
-    They pass the model's last norm where timm applies it to intermediate features. Whatever order of axes the model
-    computes in, the channels come second.
+    They go through the model's final norm if timm applies it to intermediate features.
+
+    Args:
+        model: A timm model with ``forward_intermediates``.
+        images: Normalised images (B, C, H, W).
+        blocks: Blocks (or stages), counted from 1; None: all.
+
+    Returns:
+        Tokens (B, D, h, w) after each block.
     """
     indices = None if blocks is None else [block - 1 for block in blocks]
     found: list[torch.Tensor] = model.forward_intermediates(  # type: ignore[operator]
@@ -48,14 +56,20 @@ def tokens_of(model: nn.Module, images: torch.Tensor, blocks: Sequence[int] | No
 
 
 class LinearHead(nn.Module):
-    """Tokens of each block → logits: standardised channels, one linear map, and bilinear upsampling to the pixels.
+    """Linear classifier of tokens: standardised channels, one linear map, bilinear upsampling to pixels.
 
-    The maps of several blocks are added on the finest of their grids, which is one linear map of the concatenation.
-    It starts at zero: the loss is convex, so there is nothing to draw.
+    The logits of several blocks are added on the finest of their grids, which equals one linear map of the
+    concatenation. Weights start at zero: the loss is convex.
     """
 
     def __init__(self, means: Sequence[torch.Tensor], stds: Sequence[torch.Tensor], classes: int) -> None:
-        """`means` and `stds` (D,) of each block's channels."""
+        """Create the head.
+
+        Args:
+            means: Mean (D,) of each block's channels.
+            stds: Standard deviation (D,) of each block's channels.
+            classes: c.
+        """
         super().__init__()
         self.maps = nn.ModuleList(nn.Conv2d(len(mean), classes, 1, bias=not i) for i, mean in enumerate(means))
         for parameter in self.parameters():
@@ -65,7 +79,7 @@ class LinearHead(nn.Module):
             self.register_buffer(f"std{i}", std[:, None, None])
 
     def forward(self, tokens: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-        """Logits (B, c, size, size)."""
+        """Return logits (B, c, size, size) of each block's tokens (B, D, h, w)."""
         grid = max((tuple(values.shape[-2:]) for values in tokens), key=math.prod)
         parts = []
         for i, (linear, values) in enumerate(zip(self.maps, tokens, strict=True)):
@@ -81,7 +95,15 @@ def _resized(values: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def pixel_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of logits (B, c, S, S) over the pixels of truth (B, S, S) that are not IGNORED; 0 of none."""
+    """Compute the mean cross-entropy over the pixels that are not ignored.
+
+    Args:
+        logits: (B, c, S, S).
+        truth: Classes (B, S, S), int64, or IGNORED.
+
+    Returns:
+        The loss (), 0 if all pixels are ignored.
+    """
     total = functional.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum")
     return total / (truth != IGNORED).sum().clamp_min(1)
 
@@ -91,7 +113,7 @@ class Fitting:
     """How a head is fitted."""
 
     classes: int
-    size: int  # pixels a side
+    size: int  # S, pixels per side
     steps: int
     batch: int
     seed: int
@@ -101,7 +123,7 @@ class Fitting:
 def statistics_of_tokens(
     data: Tokens, rows: np.ndarray, batch: int = 64
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Mean and deviation (D,) of each block's channels over all tokens of `rows`, float32."""
+    """Compute the mean and standard deviation (D,), float32, of each block's channels over all tokens of `rows`."""
     sums: list[torch.Tensor] = []
     count = 0
     for part in _parts(rows, batch):
@@ -117,9 +139,20 @@ def statistics_of_tokens(
 
 
 def fit(data: Tokens, rows: np.ndarray, how: Fitting, *, lr: float, weight_decay: float) -> LinearHead:
-    """A head fitted to `rows` by AdamW, its rate on a cosine from `lr` to 0; weights decay, biases do not.
+    """Fit a head with AdamW. The order of images is a function of (seed, epoch).
 
-    The order of images is a function of (seed, epoch). Raises FloatingPointError if the loss is not finite.
+    Args:
+        data: Tokens and classes.
+        rows: The images to fit to.
+        how: Steps, batch size, seed and device.
+        lr: Initial learning rate; it falls to 0 along a cosine.
+        weight_decay: Weight decay of weights; biases have none.
+
+    Returns:
+        The head, in evaluation mode.
+
+    Raises:
+        FloatingPointError: If the loss is not finite at the end.
     """
     means, stds = statistics_of_tokens(data, rows)
     head = LinearHead(means, stds, how.classes).to(how.device)
@@ -129,9 +162,9 @@ def fit(data: Tokens, rows: np.ndarray, how: Fitting, *, lr: float, weight_decay
         [{"params": weights, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}], lr=lr
     )
     batches = _endless(rows, how.batch, how.seed)
+    schedule = CosineLRScheduler(optimizer, t_initial=how.steps, t_in_epochs=False)
     for step in range(how.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / how.steps))
+        schedule.step_update(step)
         tokens, truth = _on(how.device, data.fetch(next(batches)))
         loss = pixel_loss(head(tokens, how.size), truth)
         optimizer.zero_grad()
@@ -145,9 +178,18 @@ def fit(data: Tokens, rows: np.ndarray, how: Fitting, *, lr: float, weight_decay
 def choose(
     data: Tokens, how: Fitting, lrs: Sequence[float], weight_decays: Sequence[float]
 ) -> tuple[float, float, list[dict[str, float]]]:
-    """The rate and decay with the best mIoU on a held-out fifth of `data`, and the mIoU of each that was tried.
+    """Choose the learning rate and weight decay with the best mIoU on a held-out fifth of `data`.
 
-    Tried on at most MOST_TO_CHOOSE images, drawn by the seed. Those whose loss is not finite lose.
+    At most MOST_TO_CHOOSE images are used, drawn by the seed. A pair whose loss is not finite is never preferred.
+
+    Args:
+        data: Tokens and classes of the training images.
+        how: How heads are fitted.
+        lrs: Learning rates to try.
+        weight_decays: Weight decays to try.
+
+    Returns:
+        The learning rate, the weight decay, and {lr, weight_decay, miou} of each pair that was tried.
     """
     candidates = [(lr, decay) for lr in lrs for decay in weight_decays]
     if len(candidates) == 1 or len(data) < 2:
@@ -168,16 +210,23 @@ def choose(
 
 @dataclass(frozen=True)
 class Scores:
-    """What was predicted, counted in pixels of each image and class; pixels without a class are left out."""
+    """Pixel counts of predictions, per image and class. Ignored pixels are not counted.
 
-    confusion: np.ndarray  # int64 (c, c): true class, predicted class
-    hits: np.ndarray  # int64 (n, c): of the class and predicted as it
-    truth: np.ndarray  # int64 (n, c): of the class
-    predicted: np.ndarray  # int64 (n, c): predicted as the class
+    Attributes:
+        confusion: int64 (c, c): true class, predicted class.
+        hits: int64 (n, c): pixels of the class that are predicted as it.
+        truth: int64 (n, c): pixels of the class.
+        predicted: int64 (n, c): pixels predicted as the class.
+    """
+
+    confusion: np.ndarray
+    hits: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
 
     @classmethod
     def of(cls, truth: np.ndarray, predicted: np.ndarray, classes: int) -> Scores:
-        """From classes (n, …) of pixels, IGNORED in the truth alone."""
+        """Count classes (n, …) of pixels; only `truth` may hold IGNORED."""
         total = np.zeros((classes, classes), np.int64)
         counts = np.zeros((3, len(truth), classes), np.int64)
         for i, (true, found) in enumerate(zip(truth, predicted, strict=True)):
@@ -190,25 +239,25 @@ class Scores:
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
-        """Of several sets of images, in this order."""
+        """Concatenate the scores of several sets of images."""
         arrays = ([getattr(part, name) for part in parts] for name in ("hits", "truth", "predicted"))
         return cls(np.sum([part.confusion for part in parts], 0), *(np.concatenate(array) for array in arrays))
 
     def iou(self) -> np.ndarray:
-        """Intersection over union of each class (c,) over all pixels; NaN of one that is neither true nor predicted."""
+        """Return intersection over union (c,) over all pixels; NaN for a class that is neither true nor predicted."""
         return _iou(self.hits.sum(0), self.truth.sum(0), self.predicted.sum(0))
 
     def miou(self) -> float:
-        """Mean IoU of the classes that are true or predicted somewhere, in [0, 1]; NaN where nothing counts."""
+        """Return the mean IoU, in [0, 1], of the classes that are true or predicted anywhere; NaN if none is."""
         return float(_mean(self.iou()))
 
     def pixel_accuracy(self) -> float:
-        """Share of pixels whose class is predicted; NaN where nothing counts."""
+        """Return the fraction of pixels that are predicted correctly; NaN if all are ignored."""
         total = int(self.truth.sum())
         return float(self.hits.sum()) / total if total else math.nan
 
     def resampled(self, seed: int, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
-        """IoU of the classes (draws, c) and pixel accuracy (draws,) of images drawn anew with replacement."""
+        """Return IoU (draws, c) and pixel accuracy (draws,) of bootstrap samples of the images."""
         images = len(self.hits)
         generator = np.random.default_rng(seed)
         ious, accuracies = [], []
@@ -221,7 +270,7 @@ class Scores:
 
 
 def score(head: LinearHead, data: Tokens, rows: np.ndarray, how: Fitting) -> Scores:
-    """What the head predicts of `rows`, at every pixel."""
+    """Evaluate the predictions of a head for `rows` at every pixel."""
     parts = []
     for part in _parts(rows, how.batch):
         truth = data.fetch(part)[1]
@@ -230,17 +279,24 @@ def score(head: LinearHead, data: Tokens, rows: np.ndarray, how: Fitting) -> Sco
 
 
 def predict(head: LinearHead, data: Tokens, rows: np.ndarray, how: Fitting) -> np.ndarray:
-    """Predicted classes (B, S, S), int64."""
+    """Return predicted classes (B, S, S), int64, of the images `rows`."""
     with torch.inference_mode():
         tokens, _ = _on(how.device, data.fetch(rows))
         return head(tokens, how.size).argmax(1).cpu().numpy()
 
 
 def measures(scores: Scores, seed: int) -> Iterator[tuple[str, float]]:
-    """(name, value) in percent, with 95 % intervals: percentiles of a bootstrap over images.
+    """Yield mIoU and pixel accuracy in percent with 95 % intervals, the percentiles of a bootstrap over images.
 
-    Pixels of an image are not independent, so an interval that counted them one by one would be far too narrow. A class
-    that a draw lacks is left out of that draw's mean, as one that the set lacks is.
+    Pixels of an image are not independent: an interval that treats them so would be far too narrow. A class that a
+    bootstrap sample lacks does not count in that sample's mean.
+
+    Args:
+        scores: Counts of the test images.
+        seed: Of the bootstrap.
+
+    Yields:
+        (metric, value).
     """
     ious, accuracies = scores.resampled(seed)
     for name, value, drawn in (
@@ -254,7 +310,7 @@ def measures(scores: Scores, seed: int) -> Iterator[tuple[str, float]]:
 
 
 def interval(drawn: np.ndarray) -> np.ndarray:
-    """The middle 95 % (2, …) of values (draws, …); NaN of what occurs in no draw."""
+    """Return the central 95 % interval (2, …) of values (draws, …); NaN where no draw has a value."""
     filled = np.where(np.isnan(drawn).all(0), 0.0, drawn)
     found: np.ndarray = np.where(np.isnan(drawn).all(0), np.nan, np.nanquantile(filled, (0.025, 0.975), axis=0))
     return found
@@ -266,7 +322,7 @@ def _iou(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarr
 
 
 def _mean(ious: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN; NaN where nothing is left."""
+    """Mean over the last axis, ignoring NaN; NaN if nothing is left."""
     there = ~np.isnan(ious)
     count = there.sum(-1)
     return np.where(count > 0, np.where(there, ious, 0).sum(-1) / np.maximum(count, 1), np.nan)

@@ -1,1 +1,1 @@
-"""Figures: reconstructions, curves, confusion matrices and segmentation."""
+"""Figures: reconstructions, curves, confusion matrices and segmentations."""

@@ -1,4 +1,4 @@
-"""Curves of several runs: what was measured, against images seen and against time."""
+"""Figure of metrics of several runs, against images seen and against time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ import numpy as np
 from wavemim.figures.plots import plt, save_figure
 
 COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa3377", "#ccaa22", "#66ccee", "#777777", "#000000")
-DASHES = ("-", "--", ":", "-.")  # a set of colours each
+DASHES = ("-", "--", ":", "-.")  # one style per round of colours
 _UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value of a metric, and when it was measured."""
+    """A value of a metric, and when it was measured.
 
-    images: int  # seen in pretraining
-    seconds: float | None  # of pretraining until then; None where that is not known
+    Attributes:
+        images: Images seen in pretraining.
+        seconds: Seconds of pretraining until then; None if unknown.
+        value: The value.
+        interval: Its confidence interval, if there is one.
+    """
+
+    images: int
+    seconds: float | None
     value: float
     interval: tuple[float, float] | None = None
 
@@ -29,9 +36,12 @@ class Point:
 def compare_figure(
     path: Path, curves: Mapping[str, Mapping[str, Sequence[Point]]], titles: Mapping[str, str] | None = None
 ) -> None:
-    """Write a row a metric of `curves` (metric → run → points), against images seen and against wall-clock.
+    """Draw one row per metric: its curves against images seen and against wall-clock time.
 
-    `titles` are longer names of metrics. A single point is drawn as one, with its interval.
+    Args:
+        path: The PNG file to write.
+        curves: {metric: {run: points}}. A run with a single point is drawn as a point with its interval.
+        titles: Longer names of metrics.
     """
     runs = list(dict.fromkeys(run for of_runs in curves.values() for run in of_runs))
     figure, axes = plt.subplots(
@@ -51,14 +61,14 @@ def compare_figure(
         single = [run for run, points in of_runs.items() if len(points) == 1]
         for run, points in of_runs.items():
             style = _style(runs.index(run))
-            # Points of runs that saw as many images would hide each other.
+            # Points of runs with equally many images would hide each other.
             aside = 0.012 * (single.index(run) - (len(single) - 1) / 2) if run in single else 0.0
             _draw(left, [(point.images + aside * ends[0], point) for point in points], style)
             timed = [point for point in points if point.seconds is not None]
             _draw(right, [((point.seconds or 0.0) / unit, point) for point in timed], style)
         left.set_ylabel((titles or {}).get(metric, metric))
         left.set_xlabel("images seen in pretraining")
-        right.set_xlabel(f"{word} of pretraining (wall-clock)")
+        right.set_xlabel(f"wall-clock time of pretraining ({word})")
         left.xaxis.set_major_formatter(_thousands)
         for axis, end in zip((left, right), ends, strict=True):
             axis.grid(alpha=0.3)
@@ -66,7 +76,7 @@ def compare_figure(
     handles = [plt.Line2D([], [], label=run, **_style(index)) for index, run in enumerate(runs)]
     legend = figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 3), frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # names may hold dollars
+        text.set_parse_math(False)  # names may contain dollar signs
     save_figure(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what a sweep found, how losses fell, what shards hold. Of predictions: `wavemim.figures.reconstruction`."""
+"""Figures of sweeps, losses and pyramids, and what all figures share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ DPI = 110
 
 
 def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters: Sequence[str], metric: str) -> None:
-    """Write one panel a searched setting: its value in each trial against the objective; the best trial is marked.
+    """Draw one panel per searched setting: the objective of each trial against the setting's value.
 
-    `trials` are mappings with the parameters' values and the metric; trials without the metric are left out.
+    The best trial is marked.
+
+    Args:
+        path: The PNG file to write.
+        trials: Values of the settings and the metric of each trial; trials without the metric are skipped.
+        parameters: Names of the searched settings.
+        metric: Name of the objective.
     """
     done = [trial for trial in trials if isinstance(trial.get(metric), int | float) and np.isfinite(trial[metric])]
     shown = [name for name in parameters if any(name in trial for trial in done)] or list(parameters)
@@ -56,14 +62,19 @@ def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters:
 
 
 def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Write the loss of each level against the epoch."""
+    """Draw the loss of each level against the epoch.
+
+    Args:
+        path: The PNG file to write.
+        history: For each epoch its number ("epoch") and losses ("train/loss_…").
+    """
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name in history[0]:
         if name != "epoch":
             label = name.removeprefix("train/loss_").replace("level", "level ")
             axis.plot([line["epoch"] for line in history], [line[name] for line in history], label=label, marker=".")
     axis.set_xlabel("epoch")
-    axis.set_ylabel("loss on hidden cells")
+    axis.set_ylabel("loss on hidden positions")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     axis.grid(alpha=0.3)
@@ -71,10 +82,10 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and close it."""
+    """Write a matplotlib figure as PNG, completely or not at all, and close it."""
     partial = path.with_name(f".{path.name}.partial.png")
     try:
-        with warnings.catch_warnings():  # of names in scripts that the font lacks
+        with warnings.catch_warnings():  # about names in scripts that the font lacks
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(partial, dpi=DPI)
         partial.replace(path)
@@ -84,7 +95,14 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def shown_channels(channels: int) -> tuple[list[int], str]:
-    """Which channels a picture shows, and what to say of it: nothing where it is all of an RGB image."""
+    """Choose the channels that a picture shows.
+
+    Args:
+        channels: Channels of the images.
+
+    Returns:
+        Indices of the channels (one for grey, three for colour), and a note for the title; empty for RGB images.
+    """
     if channels == 3:
         return [0, 1, 2], ""
     if channels < 3:
@@ -101,9 +119,15 @@ def pyramid_figure(
     energies: Mapping[str, float],
     energy_of: str,
 ) -> None:
-    """Write images (C, H, W), below each its pyramid {level: (C, K, h, w)} as nested quarters, and bars of `energies`.
+    """Draw images, their pyramids as nested quadrants, and the energy of each level.
 
-    `energies` are shares of `energy_of`, by the text below the bar. Details are scaled level by level, around mid-grey.
+    Args:
+        path: The PNG file to write.
+        images: Images (C, H, W) in [0, 255].
+        pyramids: The pyramid {level: (C, K, h, w)} of each image. Details are scaled level by level around mid-grey.
+        titles: The images' titles.
+        energies: {label of a bar: share of `energy_of`, from 0 to 1}.
+        energy_of: What the energies are shares of, for the title.
     """
     channels, note = shown_channels(images[0].shape[0])
     levels = sorted(pyramids[0], reverse=True)
@@ -112,14 +136,14 @@ def pyramid_figure(
     figure = plt.figure(figsize=(width, 9.6), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=(3.3, 3.6, 2.7))
     top, middle, bottom = parts
-    top.suptitle(f"Rebuilt from the shards{note}", fontsize=11)
+    top.suptitle(f"Images reconstructed from the shards{note}", fontsize=11)
     scales = ", ".join(
         f"level\N{NO-BREAK SPACE}{level}\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{gain:.2g}"
         for level, gain in gains.items()
     )
     words = (
-        "Their pyramids: the approximation (A) top left; of every level H right of what is coarser, V below, D across. "
-        f"Mid-grey is 0; details are scaled to be seen: {scales}"
+        "Their pyramids: at each level, coarser levels top left, H top right, V bottom left, D bottom right; the "
+        f"approximation A in the corner. Mid-grey is 0. Details are amplified: {scales}"
     )
     middle.suptitle(textwrap.fill(words, int(width * 14)), fontsize=9)
     upper, lower = (part.subplots(1, len(images), squeeze=False)[0] for part in (top, middle))
@@ -135,9 +159,17 @@ def pyramid_figure(
 
 
 def nested(pyramid: Mapping[int, np.ndarray], gains: Mapping[int, float]) -> np.ndarray:
-    """A pyramid {level: (C, K, h, w)} as one picture (C, H, W) of values in about [0, 255]: A | H over V | D, nested."""
+    """Arrange a pyramid as one picture of nested quadrants: A and H above V and D.
+
+    Args:
+        pyramid: {level: (C, K, h, w)}.
+        gains: {level: factor of its details}.
+
+    Returns:
+        (C, H, W) with values in about [0, 255].
+    """
     coarsest = max(pyramid)
-    picture = pyramid[coarsest][:, 0] / 2**coarsest  # an A is 2^level times a mean of pixels
+    picture = pyramid[coarsest][:, 0] / 2**coarsest  # A is 2^level times the mean of the pixels
     for level in range(coarsest, 0, -1):
         h, v, d = np.moveaxis(127.5 + pyramid[level][:, -3:] * gains[level], 1, 0)
         upper, lower = np.concatenate((picture, h), -1), np.concatenate((v, d), -1)
@@ -146,7 +178,7 @@ def nested(pyramid: Mapping[int, np.ndarray], gains: Mapping[int, float]) -> np.
 
 
 def _gain(details: Sequence[np.ndarray]) -> float:
-    """A factor that makes details visible: their 99th percentile fills most of the range; 1 where there are none."""
+    """A factor that makes details visible: their 99th percentile fills most of the range; 1 if there are none."""
     peak = float(np.quantile(np.abs(np.stack(details)), 0.99))
     return 100.0 / peak if peak > 1e-6 else 1.0
 
@@ -163,7 +195,7 @@ def _level_borders(axis: Any, side: int, levels: int) -> None:
         line = {"color": "#cc3311", "linewidth": 1 if level <= 2 else 0.6}
         axis.plot([-0.5, end], [middle, middle], **line)
         axis.plot([middle, middle], [-0.5, end], **line)
-        if level <= 2:  # further in there is no room for text
+        if level <= 2:  # further in there is no room for labels
             pad = side / 100
             for band, x, y in (("H", middle, 0), ("V", 0, middle), ("D", middle, middle)):
                 axis.text(

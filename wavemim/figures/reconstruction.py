@@ -1,6 +1,6 @@
-"""What a model makes of hidden image parts: truth, prediction and error of every level, and the image rebuilt.
+"""Figure of a model's predictions: target, prediction and error of every level, and the reconstructed image.
 
-Legend: B images, C channels, H = W pixels a side, N cells of the mask, P positions a side of a tap.
+Legend: B images, C channels, H = W pixels per side, N cells of the mask, P positions per side of a tap.
 """
 
 from __future__ import annotations
@@ -22,46 +22,78 @@ from wavemim.targets.base import Target, elementwise, from_positions
 from wavemim.targets.fourier import FourierTarget
 from wavemim.views import View, Views
 
-PANEL, GAP, TITLE, NAME, BAR = 200, 10, 20, 34, 56  # pixels: a panel's side about, and what is between and above them
-PANELS_ACROSS = 6  # as many images stand side by side as have together no more panels than this
+PANEL, GAP, TITLE, NAME, BAR = (
+    200,
+    10,
+    20,
+    34,
+    56,
+)  # pixels: the approximate side of a panel, and the space between and above
+PANELS_ACROSS = 6  # panels side by side, at most, unless a single image has more
 HIDDEN_GREY = 200.0
-NOT_ASKED = 0.88  # grey, from 0 to 1, of what is not asked for
+VISIBLE_GREY = 0.88  # from 0 to 1, of parts that are visible and thus not predicted
 
 
 @dataclass(frozen=True)
 class LevelComparison:
-    """One level of B images. Pictures are (B, C or 1, h, w) in about [0, 255]."""
+    """One level of B images. Pictures are (B, C or 1, h, w) in about [0, 255].
+
+    Attributes:
+        level: The level.
+        true: Picture of the targets.
+        predicted: Picture of the predictions.
+        hidden: (B, P, P), the hidden fraction of each position; None if the whole image is predicted.
+        error: (B, P, P) per position, or (B, H, W) per frequency; NaN where nothing is predicted.
+        loss: (B,), the tap's loss of each image.
+        note: For titles of the pictures.
+    """
 
     level: int
     true: torch.Tensor
     predicted: torch.Tensor
-    hidden: torch.Tensor | None  # (B, P, P): hidden share of each position; None where all of the image is asked for
-    error: torch.Tensor  # (B, P, P) of each position, or (B, H, W) of each frequency; NaN where nothing is asked for
-    loss: torch.Tensor  # (B,): the tap's loss of each image
-    note: str = ""  # for titles of the pictures
+    hidden: torch.Tensor | None
+    error: torch.Tensor
+    loss: torch.Tensor
+    note: str = ""
 
     @property
     def name(self) -> str:
-        """What titles and lines call it."""
+        """Its name in titles and messages."""
         return f"level {self.level}" if self.level else "patch"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a model was shown, what it made of it, and what would have been right. Images are pixel values."""
+    """A model's input, predictions and targets. Images are in pixel values.
 
-    image: torch.Tensor  # (B, C, H, W)
-    seen: torch.Tensor  # (B, C, H, W): hidden patches grey, or without the frequencies that were taken away
-    seen_as: list[str]  # words for it
-    rebuilt: torch.Tensor | None  # (B, C, H, W), or None: the target's predictions determine no image
-    levels: list[LevelComparison]  # from coarse to fine
-    by_frequency: bool  # errors are those of frequencies, the lowest in the middle
+    Attributes:
+        image: (B, C, H, W).
+        seen: (B, C, H, W), the encoder's input: hidden patches grey, or without the removed frequencies.
+        seen_as: Title of each image's input.
+        rebuilt: (B, C, H, W), the reconstruction; None if predictions do not determine an image.
+        levels: From coarse to fine.
+        by_frequency: Whether errors are per frequency, the lowest in the middle.
+    """
+
+    image: torch.Tensor
+    seen: torch.Tensor
+    seen_as: list[str]
+    rebuilt: torch.Tensor | None
+    levels: list[LevelComparison]
+    by_frequency: bool
 
 
 def compare(model: MaskedImageModel, view: View) -> Comparison:
-    """Predict everything that is hidden in `view`; what is visible is the input's own.
+    """Predict everything that is hidden in a view and compare it with the targets.
 
-    Losses are over all hidden positions, also where training draws a part of them (decoder.predict).
+    Losses are over all hidden positions, even if training only predicts a part of them (decoder.predict).
+
+    Args:
+        model: The model.
+        view: The view.
+
+    Returns:
+        The comparison.
     """
     target, grid = model.target, model.encoder.grid
     with torch.no_grad():
@@ -79,7 +111,7 @@ def compare(model: MaskedImageModel, view: View) -> Comparison:
         else:
             seen = target.to_pixels(view.seen)
             without_mean = view.spectrum[:, 0, 0].tolist()
-            words = [f"{'high' if high else 'low'} frequencies seen" for high in without_mean]
+            words = [f"{'high' if high else 'low'}-pass filtered" for high in without_mean]
             if rebuilt is not None:
                 rebuilt = corrupt(image, view.spectrum) + corrupt(rebuilt, ~view.spectrum)
     return Comparison(image, seen, words, rebuilt, levels, isinstance(target, FourierTarget))
@@ -96,22 +128,41 @@ def reconstruction_figure(
     epoch: int = 0,
     names: Sequence[str] | None = None,
 ) -> Comparison:
-    """Write what `model` makes of stored images with row numbers (B,), as `draw` does; gives what was drawn."""
+    """Predict the hidden parts of stored images and draw the result with `draw`.
+
+    Args:
+        path: The PNG file to write.
+        model: The model.
+        views: Make the views.
+        stored: Integers {level: (B, C, K, h, w)}, of windows or whole images.
+        rows: Row numbers (B,) of the images.
+        crop: Windows to cut, if any.
+        epoch: For the masks.
+        names: Titles of the images.
+
+    Returns:
+        What was drawn.
+    """
     comparison = compare(model, views(stored, rows, epoch=epoch, crop=crop))
     draw(path, comparison, names)
     return comparison
 
 
 def draw(path: Path, comparison: Comparison, names: Sequence[str] | None = None) -> None:
-    """Write a PNG with a block of panels for each image, its name above.
+    """Draw a block of panels for each image.
 
-    Left, from top to bottom: the image, what the encoder saw of it, and the image rebuilt from the predictions. Beside
-    these a column a level, from coarse to fine: true, predicted, and the error as a heat map whose title is the tap's
-    loss of this image; its scale, at the foot of the column, is the same for all images.
+    The left column shows the image, the encoder's input, and the image reconstructed from the predictions. Each further
+    column shows a level, from coarse to fine: target, prediction, and the error as a heat map, with the tap's loss of
+    this image as its title. The scale of the errors, below the column, is the same for all images.
 
-    What is visible is not asked for: it is light grey in predictions and errors. Where frequencies were hidden, the
-    Fourier target's pictures are of these alone. Scales that a target does not predict (normalise="patch") are those of
-    the true image. Of more than three channels the first three are shown, of one or two the first.
+    Visible parts are not predicted and light grey in predictions and errors. If frequencies were hidden, the Fourier
+    target's pictures only show these. Scales that a target does not predict (normalise="patch") are those of the true
+    image. Of more than three channels the first three are shown, of two the first.
+
+    Args:
+        path: The PNG file to write.
+        comparison: What to draw.
+        names: Titles of the images.
     """
     figure = _figure(comparison, names)
     save_figure(figure, path)
@@ -127,7 +178,7 @@ def _compare_level(
     )
     if isinstance(target, FourierTarget):
         error = _spectral_error(target, level, prediction, truth, share, view.spectrum)
-        true, predicted = _asked_frequencies(target, level, true, predicted, view.spectrum)
+        true, predicted = _predicted_frequencies(target, level, true, predicted, view.spectrum)
     else:
         error = elementwise(prediction.float(), truth, target.loss).mean(-1)
         error = torch.where(share > 0, error, torch.nan).unflatten(1, (target.positions(level), -1))
@@ -144,7 +195,7 @@ def _spectral_error(
     share: torch.Tensor,
     spectrum: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Distance at each frequency that the tap answers for, the mean over channels (B, H, W), frequency 0 in the middle."""
+    """Distance at each of the tap's frequencies, the mean over channels (B, H, W), frequency 0 in the middle."""
     weight = share if spectrum is None else torch.ones_like(share)
     difference = (prediction.float() - truth) * weight[:, :, None]
     pixels = from_positions(difference, target.channels, 1, target.side(level))[:, :, 0]
@@ -153,10 +204,10 @@ def _spectral_error(
     return torch.fft.fftshift(torch.where(counted, distance, torch.nan), (-2, -1))
 
 
-def _asked_frequencies(
+def _predicted_frequencies(
     target: FourierTarget, level: int, true: torch.Tensor, predicted: torch.Tensor, spectrum: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of pictures (B, C, H, W) the frequencies that are asked for; around mid-grey, stretched, where the mean is not."""
+    """The predicted frequencies of pictures (B, C, H, W); amplified around mid-grey if the mean is not among them."""
     base = target.to_pixels(torch.zeros_like(true))
     with_mean = target.frequencies(level)[0, 0].expand(len(true))
     true, predicted = true - base, predicted - base
@@ -164,14 +215,14 @@ def _asked_frequencies(
         with_mean = with_mean & spectrum[:, 0, 0]
         true, predicted = corrupt(true, ~spectrum), corrupt(predicted, ~spectrum)
     peak = torch.quantile(true.abs().flatten(1), 0.99, dim=1)[:, None, None, None]
-    gain = 100 / torch.where(peak > 0.01, peak, 100)  # below there is rounding alone: nothing of the tap was hidden
+    gain = 100 / torch.where(peak > 0.01, peak, 100)  # below is only rounding: none of the tap's frequencies was hidden
     with_mean = with_mean[:, None, None, None]
     shown = [torch.where(with_mean, base + picture, 127.5 + gain * picture) for picture in (true, predicted)]
     return shown[0], shown[1]
 
 
 def _figure(comparison: Comparison, names: Sequence[str] | None) -> Any:
-    """The figure, with every panel at whole pixels of the file, so that small images stay sharp."""
+    """The figure, with every panel aligned to pixels of the file, so that small images stay sharp."""
     images, levels, side = len(comparison.image), comparison.levels, comparison.image.shape[-1]
     panel = side * max(1, round(PANEL / side)) if side <= 1.5 * PANEL else PANEL
     down = -(-images // max(1, PANELS_ACROSS // (1 + len(levels))))
@@ -207,10 +258,12 @@ def _figure(comparison: Comparison, names: Sequence[str] | None) -> Any:
 
 
 def _image_panel(axis: Any, comparison: Comparison, number: int, row: int) -> None:
-    title = ("image", comparison.seen_as[number], "rebuilt")[row]
+    title = ("image", comparison.seen_as[number], "reconstruction")[row]
     pictures = (comparison.image, comparison.seen, comparison.rebuilt)[row]
     if pictures is None:
-        axis.text(0.5, 0.5, "no image follows\nfrom this target", ha="center", va="center", fontsize=9, color="0.4")
+        axis.text(
+            0.5, 0.5, "this target does not\ndetermine an image", ha="center", va="center", fontsize=9, color="0.4"
+        )
         axis.axis("off")
         return
     _picture(axis, pictures[number], title)
@@ -218,10 +271,10 @@ def _image_panel(axis: Any, comparison: Comparison, number: int, row: int) -> No
 
 def _level_panel(axis: Any, level: LevelComparison, number: int, row: int, top: float) -> None:
     if row == 2:
-        colours = matplotlib.colormaps["magma"].with_extremes(bad=str(NOT_ASKED))
+        colours = matplotlib.colormaps["magma"].with_extremes(bad=str(VISIBLE_GREY))
         axis.imshow(level.error[number].detach().cpu().numpy(), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
-        asked = bool(level.error[number].isfinite().any())
-        words = f"error {float(level.loss[number]):.3g}" if asked else "nothing was hidden"
+        predicted = bool(level.error[number].isfinite().any())
+        words = f"error {float(level.loss[number]):.3g}" if predicted else "nothing was hidden"
         axis.set_title(f"{level.name} · {words}", fontsize=9, pad=4)
         axis.axis("off")
         return
@@ -229,12 +282,12 @@ def _level_panel(axis: Any, level: LevelComparison, number: int, row: int, top: 
     if row == 1 and level.hidden is not None:
         size = (picture.shape[-2], picture.shape[-1])
         visible = torch.nn.functional.interpolate((level.hidden[number][None, None] == 0).float(), size)[0]
-        picture = picture.masked_fill(visible > 0, 255 * NOT_ASKED)
-    _picture(axis, picture, f"{level.name} · {('true', 'predicted')[row]}{level.note}")
+        picture = picture.masked_fill(visible > 0, 255 * VISIBLE_GREY)
+    _picture(axis, picture, f"{level.name} · {('target', 'prediction')[row]}{level.note}")
 
 
 def _picture(axis: Any, picture: torch.Tensor, title: str) -> None:
-    """A picture (C, h, w) of values in about [0, 255]."""
+    """Draw a picture (C, h, w) with values in about [0, 255]."""
     channels, _ = shown_channels(picture.shape[0])
     values = picture[channels].detach().cpu().float().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     axis.imshow(values[..., 0] if len(channels) == 1 else values, cmap="gray", vmin=0, vmax=255)
@@ -249,7 +302,7 @@ def _name(figure: Any, name: str, x: float, y: float, wide: float) -> None:
 
 
 def _scale(error: torch.Tensor) -> float:
-    """Where a level's colours end: a few outliers must not make all others dark."""
+    """The upper end of a level's colour scale: a few outliers must not make all others dark."""
     known = error.detach().cpu().numpy()
     known = known[np.isfinite(known)]
     return max(float(np.quantile(known, 0.98)), 1e-6) if known.size else 1.0

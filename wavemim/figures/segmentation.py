@@ -1,4 +1,4 @@
-"""A picture of a segmentation: images, the truth and what was predicted."""
+"""Figure of segmentations: images, ground truth and predictions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from wavemim.figures.plots import save_figure, shown_channels
 
 matplotlib.use("Agg")
 
-NAMED = 24  # classes in the legend at most: those that cover most pixels of the truth
+NAMED = 24  # classes in the legend, at most: those that cover most pixels
 _IGNORED_COLOUR = (255, 255, 255)
 
 
 def class_colour(value: int) -> tuple[int, int, int]:
-    """The colour of a class by its value in the masks alone: the same in every picture; 0 is dark grey.
+    """Return the RGB colour of a class, which only depends on its value in the masks; 0 is dark grey.
 
-    Hues step by the golden ratio, so that near values differ most; brightness goes round with the value too.
+    Hues step by the golden ratio, so that consecutive values differ most; brightness and saturation vary too.
     """
     if value == 0:
         return 60, 60, 60
@@ -35,7 +35,15 @@ def class_colour(value: int) -> tuple[int, int, int]:
 
 
 def coloured(classes: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Classes (S, S) → RGB (S, S, 3), uint8; `values` are the classes' values in the masks; IGNORED is white."""
+    """Colour a segmentation.
+
+    Args:
+        classes: (S, S), or IGNORED, which is white.
+        values: The classes' values in the masks.
+
+    Returns:
+        RGB (S, S, 3), uint8.
+    """
     table = np.array([*(class_colour(value) for value in values), _IGNORED_COLOUR], np.uint8)  # -1 is the last
     assert IGNORED == -1
     return table[classes]
@@ -51,12 +59,19 @@ def segmentation_figure(
     values: Sequence[int],
     names: Sequence[str],
 ) -> None:
-    """Write a row an image: image (C, S, S) in [0, 255], truth (S, S), and the predictions by title; below, the classes.
+    """Draw one row per image: the image, its ground truth and its predictions; below, the classes.
 
-    `values` and `names` are those of the classes. White is what counts nowhere.
+    Args:
+        path: The PNG file to write.
+        images: Images (C, S, S) in [0, 255].
+        truths: Classes (S, S), or IGNORED, which is white.
+        predictions: {title: classes (S, S) of each image}.
+        titles: The images' titles.
+        values: The classes' values in the masks.
+        names: The classes' names.
     """
     channels, note = shown_channels(images[0].shape[0])
-    columns = [f"image{note}", "truth", *predictions]
+    columns = [f"image{note}", "ground truth", *predictions]
     legend_rows = -(-min(len(values), NAMED) // 4)
     figure, axes = plt.subplots(
         len(images),
@@ -73,8 +88,10 @@ def segmentation_figure(
         for axis, title, classes in zip(axes[row][1:], columns[1:], found, strict=True):
             _picture(axis, coloured(classes, values))
             counted = truths[row] != IGNORED
-            right = f", {100 * float((classes == truths[row])[counted].mean()):.0f} % right" if counted.any() else ""
-            axis.set_title(title if title == "truth" else f"{title}{right}", fontsize=9)
+            correct = (
+                f", {100 * float((classes == truths[row])[counted].mean()):.0f} % correct" if counted.any() else ""
+            )
+            axis.set_title(title if title == "ground truth" else f"{title}{correct}", fontsize=9)
     _legend(figure, truths, list(predictions.values()), values, names)
     save_figure(figure, path)
 
@@ -104,12 +121,12 @@ def _legend(
         for i in sorted(largest)
     ]
     if (shown == IGNORED).any():
-        handles.append(Patch(facecolor="white", edgecolor="0.3", label="counts nowhere"))
+        handles.append(Patch(facecolor="white", edgecolor="0.3", label="ignored"))
     more = int((pixels > 0).sum()) - len(largest)
     title = f"and {more} more classes" if more > 0 else None
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, title=title, frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a class may be called a$b
+        text.set_parse_math(False)  # a class may be named a$b
 
 
 def _short(text: str, most: int = 36) -> str:

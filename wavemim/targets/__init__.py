@@ -1,6 +1,10 @@
-"""What each tap is asked for: wavelet coefficients, pixels, histograms of oriented gradients, or the Fourier spectrum."""
+"""Prediction targets: wavelet coefficients, pixels, histograms of oriented gradients, and the Fourier spectrum.
+
+A target of one's own derives from `Target` and is added by `register_target`; `target.kind` of a recipe then names it.
+"""
 
 from wavemim.data_statistics import STD_FLOOR, Statistics
+from wavemim.registry import known_targets, register_target, target_class
 from wavemim.targets.base import Loss, Normalise, Tap, Target
 from wavemim.targets.fourier import FourierTarget
 from wavemim.targets.hog import HOGTarget
@@ -18,4 +22,7 @@ __all__ = [
     "Tap",
     "Target",
     "WaveletTarget",
+    "known_targets",
+    "register_target",
+    "target_class",
 ]

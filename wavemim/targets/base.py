@@ -1,26 +1,31 @@
-"""What every target has in common: taps, positions, and the error of predictions at hidden positions.
+"""The base class of prediction targets: taps, positions, and the error of predictions at hidden positions.
 
-Legend: B images, C channels, H = W pixels a side, P positions a side of a tap, D values a position, S predicted
-positions (P², or a part of them).
+Legend: B images, C channels, H = W pixels per side, P positions per side of a tap, D values per position, S predicted
+positions (P², or some of them), N cells of a mask.
 
-A *position* of a tap is what one prediction vector answers for: a token of the encoder at that tap, or, where the cells
-of the level are larger than a token, a cell. Cells of level n have 2^n pixels a side; level 0 stands for the token
-itself, whatever its size (pixels and Fourier alone).
+A *position* of a tap is what one prediction vector describes: a token of the encoder at that tap or, where the cells of
+the level are larger than a token, a cell. Cells of level n have 2^n pixels per side; level 0 stands for the token itself,
+whatever its size (pixels, Fourier, and targets of one's own).
+
+A target of one's own implements `values` and `forward`, and is registered by `wavemim.targets.register_target`. The rest
+has defaults: the error is compared position by position, `picture` draws the size of the vectors, and `rebuild` makes no
+image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from wavemim.constraints import check_cells
 from wavemim.data_statistics import STD_FLOOR, Statistics
 
-Normalise = Literal["dataset", "patch", "contrast", "none"]  # contrast: wavelet alone
+Normalise = Literal["dataset", "patch", "contrast", "none"]  # contrast: targets that predict bands only
 Loss = Literal["l2", "l1", "smooth_l1"]
 
 
@@ -30,11 +35,24 @@ class Tap:
 
     level: int
     block: int  # or stage of a hierarchical encoder; counted from 1
-    bands: str = ""  # of A, H, V, D, in this order; wavelet alone
+    bands: str = ""  # of A, H, V, D, in this order; targets that predict bands only
 
 
 class Target(nn.Module):
-    """What the taps of a model are asked for. Everything in here is float32, whatever the network computes in."""
+    """What the taps of a model predict. Everything is computed in float32, whatever the network's precision.
+
+    Attributes:
+        predicts_bands: Whether each tap predicts bands of its stored wavelet level. Then `target.bands` applies, levels
+            are at most those of the shard set, and each `Tap` names its bands.
+        taps: The taps, ordered by level.
+        image_size: H.
+        token_sizes: Level → pixels per side of a token of the encoder at that tap.
+        normalise: How targets are normalised.
+        loss: Error of each value.
+        channels: C.
+    """
+
+    predicts_bands: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -46,9 +64,18 @@ class Target(nn.Module):
         normalise: Normalise = "dataset",
         loss: Loss = "l2",
     ) -> None:
-        """`token_sizes`: level -> pixels a side of a token of the encoder at that tap.
+        """Create a target.
 
-        Raises ValueError where a level's cells and the tokens do not divide each other or the image.
+        Args:
+            taps: Where in the encoder which level is predicted.
+            statistics: Means and standard deviations of the training images.
+            image_size: Pixels per side of the images.
+            token_sizes: Level → pixels per side of a token of the encoder at that tap.
+            normalise: How targets are normalised; each target defines what this means for it.
+            loss: Error of each value.
+
+        Raises:
+            ValueError: If the cells of a level and the tokens do not divide each other or the image.
         """
         super().__init__()
         self.taps = sorted(taps, key=lambda tap: tap.level)
@@ -56,38 +83,37 @@ class Target(nn.Module):
         self.normalise, self.loss = normalise, loss
         self.channels = len(statistics.pixel_mean)
         for tap in self.taps:
-            token, cell = self.token_sizes[tap.level], self.cell_size(tap.level)
-            if max(token, cell) % min(token, cell) or image_size % max(token, cell):
-                raise ValueError(
-                    f"target.taps.{tap.level}: cells of {cell} pixels, tokens of {token} and images of {image_size} "
-                    "do not divide each other"
-                )
+            check_cells(tap.level, self.token_sizes[tap.level], image_size)
         self.register_buffer("pixel_mean", torch.tensor(statistics.pixel_mean).float(), persistent=False)
         self.register_buffer(
             "pixel_std", torch.tensor(statistics.pixel_std).float().clamp_min(STD_FLOOR), persistent=False
         )
 
     def cell_size(self, level: int) -> int:
-        """Pixels a side of a cell."""
+        """Return the pixels per side of a cell of `level`."""
         return 2**level if level else self.token_sizes[level]
 
     def positions(self, level: int) -> int:
-        """P: positions a side of the tap at `level`."""
+        """Return P, the positions per side of the tap at `level`."""
         return self.image_size // max(self.token_sizes[level], self.cell_size(level))
 
     def cells(self, level: int) -> int:
-        """Cells a side of one position."""
+        """Return the cells per side of one position at `level`."""
         return max(self.token_sizes[level] // self.cell_size(level), 1)
 
     def values(self, tap: Tap) -> int:
-        """D: values of one position."""
+        """Return D, the number of values that `tap` predicts for each position."""
         raise NotImplementedError
 
     def forward(self, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """What predictions are compared with, {level: tensor}, float32 and without gradient.
+        """Compute what predictions are compared with.
 
-        `images` (B, C, H, W) are normalised as the encoder takes them, `pyramid` {level: (B, C, K, h, w)} are their
-        coefficients. Each tensor is (B, P², D) where the target is compared position by position.
+        Args:
+            images: (B, C, H, W), normalised as the encoder takes them.
+            pyramid: Level → coefficients (B, C, K, h, w) of the images, K bands.
+
+        Returns:
+            Level → (B, P², D), float32 and without gradient.
         """
         raise NotImplementedError
 
@@ -100,12 +126,20 @@ class Target(nn.Module):
         index: torch.Tensor | None = None,
         spectrum: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Error of each image (B,) over its hidden positions, float32.
+        """Compute the error of each image over its hidden positions.
 
-        `prediction` (B, S, D) of all positions, or of those named by `index` (B, S); `target` as of `forward`; `share`
-        (B, P²) in [0, 1] is the hidden share of each position and its weight, so that visible ones count nothing
-        (LocalMIM, Wang et al. 2023, eq. 3, weights cells that are partly hidden in the same way). `spectrum`
-        (B, H, W): the frequencies that were taken away, where masking is done there; for Fourier alone.
+        Args:
+            level: The tap's level.
+            prediction: (B, S, D), of all positions, or of those that `index` names.
+            target: (B, P², D), from `forward`.
+            share: (B, P²) in [0, 1], the hidden share of each position. It is the position's weight, so that visible
+                positions do not count (LocalMIM, Wang et al. 2023, eq. 3, weights partly hidden cells in the same way).
+            index: (B, S), the predicted positions; None: all.
+            spectrum: (B, H, W), the frequencies that were removed from the input, where masking is done in the
+                spectrum. Used by the Fourier target only.
+
+        Returns:
+            (B,), float32.
         """
         if index is not None:
             target = target.gather(1, index[:, :, None].expand(-1, -1, target.shape[2]))
@@ -122,12 +156,23 @@ class Target(nn.Module):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """What `vectors` (B, P², D), true or predicted, show of `images`: (B, C or 1, h, w) in about [0, 255].
+        """Draw vectors as pictures, for the figures that compare ground truth and prediction.
 
-        Scales that are no part of the vectors (normalise="patch") are taken from the true image. `mask` (B, N) says
-        where they were asked for: to a target that does not compare position by position this matters.
+        This default draws the root mean square of each position's values, in grey, as bright as in the ground truth.
+
+        Args:
+            level: The tap's level.
+            vectors: (B, P², D), ground truth or predictions.
+            images: (B, C, H, W), normalised. Scales that are not part of the vectors (normalise="patch") come from them.
+            pyramid: As for `forward`.
+            mask: (B, N), True where the input was hidden. It matters to targets that do not compare position by position.
+
+        Returns:
+            (B, C or 1, h, w), with values in about [0, 255].
         """
-        raise NotImplementedError
+        truth = _magnitudes(self.forward(images, pyramid)[level])
+        peak = truth.amax(1, keepdim=True).clamp_min(1e-6)
+        return (255 * _magnitudes(vectors.float()) / peak).unflatten(1, (1, self.positions(level), -1))
 
     def rebuild(
         self,
@@ -136,20 +181,28 @@ class Target(nn.Module):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Images (B, C, H, W) in about [0, 255] of predictions {level: (B, P², D)}; what is visible is the input's.
+        """Rebuild images from predictions; visible parts are those of the input.
 
-        `mask` (B, N) on any square grid that divides the image. None where predictions determine no image.
+        Args:
+            predictions: Level → (B, P², D).
+            images: (B, C, H, W), normalised.
+            pyramid: As for `forward`.
+            mask: (B, N), on any square grid that divides the image.
+
+        Returns:
+            (B, C, H, W), with values in about [0, 255]; None where predictions do not determine an image, which is the
+            default.
         """
         return None
 
     def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) as pixel values."""
+        """Return normalised images (B, C, H, W) as pixel values in about [0, 255]."""
         mean, std = (self.get_buffer(name)[None, :, None, None] for name in ("pixel_mean", "pixel_std"))
         return images.float() * std + mean
 
 
 def elementwise(prediction: torch.Tensor, target: torch.Tensor, loss: Loss) -> torch.Tensor:
-    """Error of every element: squared, absolute, or Huber's with threshold 1 (torch's smooth_l1_loss)."""
+    """Return the error of every element: squared, absolute, or Huber's with threshold 1 (torch's smooth_l1_loss)."""
     if loss == "l2":
         return (prediction - target).square()
     if loss == "l1":
@@ -158,19 +211,24 @@ def elementwise(prediction: torch.Tensor, target: torch.Tensor, loss: Loss) -> t
 
 
 def to_positions(maps: torch.Tensor, cells: int) -> torch.Tensor:
-    """Maps (B, C, K, P·cells, P·cells) as vectors (B, P², C·K·cells²)."""
+    """Rearrange maps (B, C, K, P·cells, P·cells) into vectors (B, P², C·K·cells²)."""
     b, c, k, h, w = maps.shape
     split = maps.reshape(b, c, k, h // cells, cells, w // cells, cells)
     return split.permute(0, 3, 5, 1, 2, 4, 6).reshape(b, (h // cells) * (w // cells), c * k * cells * cells)
 
 
 def from_positions(vectors: torch.Tensor, channels: int, bands: int, cells: int) -> torch.Tensor:
-    """Inverse of `to_positions`: (B, C, K, P·cells, P·cells)."""
+    """Invert `to_positions`: vectors (B, P², C·K·cells²) become maps (B, C, K, P·cells, P·cells)."""
     side = round(vectors.shape[1] ** 0.5)
     split = vectors.reshape(-1, side, side, channels, bands, cells, cells)
     return split.permute(0, 3, 4, 1, 5, 2, 6).reshape(-1, channels, bands, side * cells, side * cells)
 
 
 def moments(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of each vector along its last axis, kept, as MAE normalises patches (unbiased, 1e-6)."""
+    """Return mean and standard deviation of each vector (..., 1), as MAE normalises patches (unbiased, 1e-6)."""
     return vectors.mean(-1, keepdim=True), (vectors.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def _magnitudes(vectors: torch.Tensor) -> torch.Tensor:
+    """Return the root mean square (B, P²) of the values of each position."""
+    return vectors.square().mean(-1).sqrt()

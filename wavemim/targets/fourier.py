@@ -1,4 +1,4 @@
-"""Predicted pixels, compared by their Fourier spectrum (MFM, Xie et al., ICLR 2023). Legend as in `base`."""
+"""Pixels compared by their Fourier spectrum (MFM, Xie et al., ICLR 2023). Legend as in `wavemim.targets.base`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, frequency_numbers, share_at
+from wavemim.registry import register_target
 from wavemim.targets.base import Normalise, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
 
 
+@register_target("fourier")
 class FourierTarget(PixelTarget):
-    """Vectors hold the pixels of a position as in `PixelTarget`; the error is that of the whole image's spectrum.
+    """The pixels of a position as in `PixelTarget`, with an error over the spectrum of the whole image.
 
-    One tap answers for all frequencies. Of several, the tap at level n answers for the octave of the wavelet level n:
-    max(|u|, |v|) in (H / 2^(n+1), H / 2^n] cycles a side. The coarsest one answers for all below too, each for what
-    lies between its octave and that of the next finer tap, and the finest for all above: every frequency has one tap.
+    A single tap covers all frequencies. With several taps, the tap at level n covers the octave of wavelet level n:
+    max(|u|, |v|) in (H / 2^(n+1), H / 2^n] cycles per side. The gap up to the octave of the next finer tap belongs to
+    the coarser of the two; the coarsest tap also covers all lower frequencies, the finest all higher ones. Every
+    frequency thus belongs to exactly one tap.
 
     `normalise`: "dataset" and "none" as in `PixelTarget`; "patch" divides the distances by the image's own root mean
-    square amplitude over the tap's frequencies, per channel, so that octaves and images of unlike contrast compare.
-    What is predicted has the same unit as with "dataset".
+    square amplitude over the tap's frequencies, per channel, so that octaves and images of different contrast become
+    comparable. Predictions have the same unit as with "dataset".
     """
 
     def __init__(
@@ -35,9 +38,19 @@ class FourierTarget(PixelTarget):
         gamma: float = 1.0,
         focal: float = 0.0,
     ) -> None:
-        """`gamma`: exponent of the distance (MFM: 1); `focal`: exponent of its weight (Jiang et al. 2021), 0 for none.
+        """Create the target.
 
-        Raises ValueError for exponents out of range, and for a tap at level 0 beside others, as it has no octave.
+        Args:
+            taps: The taps.
+            statistics: Statistics of the data set.
+            image_size: H = W, in pixels.
+            token_sizes: {level: pixels per side of the encoder's tokens at that tap}.
+            normalise: "dataset", "patch" or "none".
+            gamma: Exponent of the frequency distance, above 0 (MFM: 1).
+            focal: Exponent of the focal weight of the distance (Jiang et al. 2021); 0: no weight.
+
+        Raises:
+            ValueError: If an exponent is out of range, or level 0, which has no octave, is not the only tap.
         """
         super().__init__(taps, statistics, image_size=image_size, token_sizes=token_sizes, normalise=normalise)
         if gamma <= 0:
@@ -46,7 +59,7 @@ class FourierTarget(PixelTarget):
             raise ValueError(f"target.focal={focal}: the exponent of the focal weight cannot be below 0")
         if len(self.taps) > 1 and self.taps[0].level == 0:
             raise ValueError(
-                "target.taps.0: level 0 has no octave of frequencies of its own; beside other taps give it a level ≥ 1"
+                "target.taps.0: level 0 has no octave of frequencies; with several taps every level has to be 1 or more"
             )
         self.gamma, self.focal = gamma, focal
         numbers = frequency_numbers(image_size).abs()
@@ -59,7 +72,7 @@ class FourierTarget(PixelTarget):
             upper = lower
 
     def frequencies(self, level: int) -> torch.Tensor:
-        """Frequencies that the tap at `level` answers for, bool (H, W), laid out as of `torch.fft.fft2`."""
+        """Return the frequencies of the tap at `level`: bool (H, W) in the layout of `torch.fft.fft2`."""
         return self.get_buffer(f"ring{level}")
 
     def error(
@@ -71,12 +84,21 @@ class FourierTarget(PixelTarget):
         index: torch.Tensor | None = None,
         spectrum: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Error of each image (B,), float32: the mean of |F(prediction) − F(truth)|^gamma over frequencies and channels.
+        """Compute the mean of |F(prediction) − F(truth)|^gamma over frequencies and channels (MFM, eq. 3 and 4).
 
-        Predictions (B, S, D) are put into the true image where it is hidden, by `share`; positions that `index` does
-        not name keep the truth. Where frequencies were taken away, `spectrum` (B, H, W), everything is predicted, and
-        the mean is over these frequencies alone (MFM, eq. 3 and 4); an image of which the tap's frequencies are all
-        known has error 0. With `focal` each distance is weighted by its own power, at most 1 per image and channel.
+        With `focal`, each distance is weighted by a power of itself, scaled to at most 1 per image and channel.
+
+        Args:
+            level: The level of the tap.
+            prediction: (B, S, D). It replaces the true image in its hidden part.
+            target: (B, P², D), the true pixels.
+            share: (B, P²), the hidden fraction of each position.
+            index: (B, S), the predicted positions; all others keep the truth. None: all positions.
+            spectrum: bool (B, H, W), the removed frequencies if masking is by frequency. Every position is predicted
+                then, and the mean is over these frequencies only.
+
+        Returns:
+            Error (B,), float32; 0 for an image that hides none of the tap's frequencies.
         """
         with torch.autocast(prediction.device.type, enabled=False):
             difference = self._difference(level, prediction.float(), target, share, index, spectrum)
@@ -102,8 +124,11 @@ class FourierTarget(PixelTarget):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """The frequencies that the tap answers for, as an image (B, C, H, W): of the true image completed by it."""
-        return self.to_pixels(self._answer(level, vectors, images, mask))
+        """Return the tap's frequencies of the true image completed by the prediction, as an image (B, C, H, W).
+
+        Arguments as for `Target.picture`.
+        """
+        return self.to_pixels(self._in_octave(level, vectors, images, mask))
 
     def rebuild(
         self,
@@ -112,16 +137,19 @@ class FourierTarget(PixelTarget):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Hidden pixels of the sum of all taps' answers. For what was hidden by frequency, a mask that hides all."""
-        answers = [
-            self._answer(tap.level, predictions[tap.level], images, mask)
+        """Reconstruct the hidden pixels from the sum of all taps' frequencies. Arguments as for `Target.rebuild`.
+
+        If masking is by frequency, `mask` has to hide everything.
+        """
+        parts = [
+            self._in_octave(tap.level, predictions[tap.level], images, mask)
             for tap in self.taps
             if tap.level in predictions
         ]
-        return self.to_pixels(filled_in(images.float(), torch.stack(answers).sum(0), mask))
+        return self.to_pixels(filled_in(images.float(), torch.stack(parts).sum(0), mask))
 
     def _vectors(self, level: int, scaled: torch.Tensor) -> torch.Tensor:
-        """As in `PixelTarget`, but "patch" does not touch the pixels: seams between patches would fill the spectrum."""
+        """As in `PixelTarget`, but "patch" leaves the pixels alone: seams between patches would fill the spectrum."""
         return to_positions(scaled[:, :, None], self.side(level))
 
     def _spectral_images(self, level: int, vectors: torch.Tensor) -> torch.Tensor:
@@ -136,7 +164,7 @@ class FourierTarget(PixelTarget):
         index: torch.Tensor | None,
         spectrum: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Completed less true image (B, C, H, W): the transform is linear, so that one of it is enough."""
+        """Completed minus true image (B, C, H, W): the transform is linear, so one of the difference is enough."""
         if index is None:
             difference = prediction - target
         else:
@@ -153,10 +181,10 @@ class FourierTarget(PixelTarget):
         power = (spectral.real.square() + spectral.imag.square()) * ring
         return (power.sum((2, 3), keepdim=True) / ring.sum() + 1e-6).sqrt()
 
-    def _answer(self, level: int, vectors: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) of vectors (B, P², D), of the tap's frequencies alone.
+    def _in_octave(self, level: int, vectors: torch.Tensor, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) of vectors (B, P², D), limited to the tap's frequencies.
 
-        As in the error, vectors count at hidden positions: what a tap says elsewhere is never trained.
+        As in the error, vectors only count at hidden positions: elsewhere they are never trained.
         """
         image = self._spectral_images(level, vectors.float()) / self.get_buffer("unit")
         if len(self.taps) == 1:

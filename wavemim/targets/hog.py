@@ -1,4 +1,7 @@
-"""Histograms of oriented gradients (Dalal and Triggs 2005; as a target: MaskFeat, LocalMIM). Legend as in `base`."""
+"""Histograms of oriented gradients (HOG, Dalal and Triggs 2005), as a target: MaskFeat (Wei et al. 2022), LocalMIM.
+
+Legend as in `wavemim.targets.base`.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,35 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from wavemim.constraints import check_level
 from wavemim.data_statistics import Statistics
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, to_positions
 
-EPSILON = 1e-3  # pixel deviations: a cell whose gradients are below a twentieth of a grey level of 256 counts as flat
-FIXED_POINT = 2.0**24  # parts of a pixel deviation that votes are counted in
-STROKE = 16  # pixels a side at least that a picture gives to a cell
+EPSILON = (
+    1e-3  # in standard deviations of the pixels: gradients below about a twentieth of a grey level of 256 are flat
+)
+FIXED_POINT = 2.0**24  # votes are counted in this fraction of the pixels' standard deviation
+STROKE = 16  # pixels per side of a cell in pictures, at least
 
 
+@register_target("hog")
 class HOGTarget(Target):
     """A histogram of gradient directions for each cell and channel, as vectors in the order channel, bin, y, x.
 
-    Gradients are central differences x[i+1] − x[i−1] of the normalised image, 0 along the border. Each pixel counts in
-    the one bin that its direction falls into, by its magnitude; a cell has the mean over its pixels. 9 bins (or any
-    number) over [0, π) do not tell a direction from its opposite; `signed` ones over [0, 2π) do. A bin holds its lower
-    edge; the first one begins at 0, a gradient along x.
+    Gradients are central differences x[i+1] − x[i−1] of the normalised image, 0 along the border. Each pixel votes for
+    the one bin of its direction with the magnitude of its gradient; a cell's histogram is the mean over its pixels.
+    Unsigned bins cover [0, π), where opposite directions are the same; signed bins cover [0, 2π). The first bin starts
+    at 0, a gradient along x; a bin includes its lower edge.
 
-    `normalise`: "patch" divides each cell's histogram v by sqrt(|v|² + 0.001²), per channel; "dataset" by the
-    magnitude that a gradient spread evenly over the bins would have, told from the data set's finest H and V
-    (approximately: there are no statistics of the histograms themselves), so that a bin is of the order of 1; "none"
-    leaves mean magnitudes in units of the pixels' deviation.
+    `normalise`: "patch" divides each cell's histogram v by sqrt(|v|² + 0.001²), per channel; "dataset" divides by the
+    expected magnitude of a gradient spread evenly over the bins, estimated from the data set's finest H and V (there
+    are no statistics of the histograms themselves), so that values are of the order of 1; "none" leaves mean
+    magnitudes in units of the pixels' standard deviation.
 
-    With "patch" and 9 bins this is `skimage.feature.hog` per channel with cells_per_block=(1, 1), block_norm="L2", up
-    to its epsilon (1e-5). MaskFeat's code, which others build on, differentiates by Sobel's filter, begins its bins at
-    the other axis, weights pixels by a Gaussian in some variants, and has no epsilon.
+    With "patch" and 9 bins this equals `skimage.feature.hog` per channel with cells_per_block=(1, 1), block_norm="L2",
+    up to its epsilon (1e-5). MaskFeat's code differs: it uses Sobel filters, starts its bins at the other axis, weights
+    pixels by a Gaussian in some variants, and has no epsilon.
     """
 
     def __init__(
@@ -46,17 +54,28 @@ class HOGTarget(Target):
         normalise: Normalise = "patch",
         loss: Loss = "l2",
     ) -> None:
-        """`signed`: tell opposite directions apart; None: with 18 bins or more.
+        """Create the target.
 
-        Raises ValueError for less than 2 bins, and for a tap at level 0, which has no cells.
+        Args:
+            taps: The taps.
+            statistics: Statistics of the data set.
+            image_size: H = W, in pixels.
+            token_sizes: {level: pixels per side of the encoder's tokens at that tap}.
+            bins: Bins of a histogram, at least 2 (published: 9 unsigned or 18 signed ones).
+            signed: Whether opposite directions differ; None: with 18 bins or more.
+            normalise: "patch", "dataset" or "none".
+            loss: The error of an element.
+
+        Raises:
+            ValueError: If there are fewer than 2 bins, or a tap is at level 0, which has no cells.
         """
         super().__init__(
             taps, statistics, image_size=image_size, token_sizes=token_sizes, normalise=normalise, loss=loss
         )
         if bins < 2:
             raise ValueError(f"target.bins={bins}: a histogram has at least 2 (published: 9, or 18 signed ones)")
-        if any(tap.level < 1 for tap in self.taps):
-            raise ValueError("target.taps.0: histograms need cells of 2 pixels or more, that is levels from 1 on")
+        for tap in self.taps:
+            check_level(tap.level, 1)
         self.bins = bins
         self.period = 2 * math.pi if (bins >= 18 if signed is None else signed) else math.pi
         finest = min(statistics.std)
@@ -67,11 +86,11 @@ class HOGTarget(Target):
         self.register_buffer("unit", unit[None, :, None, None, None].clone(), persistent=False)
 
     def values(self, tap: Tap) -> int:
-        """D: C · bins · cells²."""
+        """Return D = C · bins · cells²."""
         return self.channels * self.bins * self.cells(tap.level) ** 2
 
     def forward(self, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Targets {level: (B, P², D)}; the pyramid is not looked at."""
+        """Compute targets {level: (B, P², D)} of images (B, C, H, W). The pyramid is not used."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             targets = {}
             for level, histograms in self.histograms(images).items():
@@ -83,7 +102,14 @@ class HOGTarget(Target):
             return targets
 
     def histograms(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Mean magnitude in each direction, before normalisation: {level: (B, C, bins, h, w)}, cells of 2^level pixels."""
+        """Compute histograms before normalisation.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+
+        Returns:
+            {level: (B, C, bins, h, w)}: mean magnitude per bin in cells of 2^level pixels.
+        """
         finest, *coarser = [tap.level for tap in self.taps]
         found = {finest: self._finest(images.float(), 2**finest)}
         for level in coarser:
@@ -95,13 +121,13 @@ class HOGTarget(Target):
     def _finest(self, images: torch.Tensor, cell: int) -> torch.Tensor:
         down = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))
         right = F.pad(images[..., 2:] - images[..., :-2], (1, 1, 0, 0))
-        # Images have many gradients along an axis, at the edge of a bin: the addend keeps rounding from moving them.
+        # Many gradients are parallel to an axis, on the edge of a bin: the offset keeps rounding from moving them.
         turns = torch.atan2(down, right) * (self.bins / self.period) + 1e-5
         place = turns.floor().remainder(self.bins).to(torch.int64)
         side = images.shape[-1] // cell
         at = torch.arange(side, device=images.device).repeat_interleave(cell)
         index = place * side**2 + at[:, None] * side + at
-        # Fixed point: whole numbers have the same sum in any order, and GPUs add in another order each time.
+        # Fixed point: sums of integers do not depend on the order, which varies on GPUs.
         votes = (torch.hypot(down, right) * FIXED_POINT).to(torch.int64)
         sums = votes.new_zeros(*images.shape[:2], self.bins * side**2)
         sums = sums.scatter_add(2, index.flatten(2), votes.flatten(2))
@@ -115,9 +141,10 @@ class HOGTarget(Target):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Strokes along the edges (across the gradients) of each cell, grey (B, 1, h, w), at 16 pixels a cell or more.
+        """Draw strokes along the edges (across the gradients) of each cell, grey (B, 1, h, w), 16 pixels per cell or more.
 
-        As bright as the magnitude, over all channels; with normalise="patch" at the true magnitude of each cell.
+        The brightness is the mean magnitude over channels; with normalise="patch" it is scaled by the true magnitude of
+        each cell. Arguments as for `Target.picture`.
         """
         truth = self.histograms(images)[level]
         shown = from_positions(vectors.float(), self.channels, self.bins, self.cells(level))
@@ -130,7 +157,7 @@ class HOGTarget(Target):
         return (255 * drawn.reshape(-1, 1, height, width)).clamp(0, 255)
 
     def _strokes(self, side: int, device: torch.device) -> torch.Tensor:
-        """A line through the middle of a cell for each bin, (bins, side, side) in [0, 1], across the bin's direction."""
+        """A line through the centre of a cell for each bin, (bins, side, side) in [0, 1], across the bin's direction."""
         angle = (torch.arange(self.bins, device=device) + 0.5) * (self.period / self.bins)
         at = torch.arange(side, device=device) - (side - 1) / 2
         along_gradient = at[None, :, None] * angle.sin()[:, None, None] + at[None, None, :] * angle.cos()[:, None, None]

@@ -1,4 +1,7 @@
-"""Wavelet coefficients of every tapped level (Xiang et al., AAAI 2025). Legend as in `wavemim.targets.base`; K bands."""
+"""Wavelet coefficients of every tapped level (Xiang et al., AAAI 2025).
+
+Legend as in `wavemim.targets.base`; K bands.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,23 @@ import torch
 
 from wavemim.data_statistics import Statistics
 from wavemim.masking import filled_in, share_at
+from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, moments, to_positions
 from wavemim.wavelets import decompose, reconstruct
 
 
+@register_target("wavelet")
 class WaveletTarget(Target):
-    """Wavelet coefficients as vectors a position.
+    """The wavelet coefficients of every position, as vectors.
 
-    `normalise`: "dataset" by the data set's mean and standard deviation per level, band and channel; "patch" in
-    addition by those of the position's own vector; "contrast" in addition by the mean and deviation of the position's
-    own pixels (for Haar: coefficients of the image that MAE's normalised patches make up, each level and band in its
-    own unit); "none" in units of the pixels' standard deviation, orthonormal, so that the sum over all levels is a
-    plain pixel loss.
+    `normalise`: "dataset": by the data set's mean and standard deviation per level, band and channel; "patch": in
+    addition by those of the position's own vector; "contrast": in addition by the mean and standard deviation of the
+    position's own pixels (for Haar these are the coefficients of the image of MAE's normalised patches, each level and
+    band in its own unit); "none": in units of the pixels' standard deviation, orthonormal, so that the sum over all
+    levels is a plain pixel loss.
     """
+
+    predicts_bands = True
 
     def __init__(
         self,
@@ -34,7 +41,21 @@ class WaveletTarget(Target):
         loss: Loss = "l2",
         on_device: bool = False,
     ) -> None:
-        """`on_device`: compute the coefficients from the images instead of taking those of the pyramid."""
+        """Create the target.
+
+        Args:
+            taps: The taps.
+            statistics: Statistics of the data set.
+            image_size: H = W, in pixels.
+            token_sizes: {level: pixels per side of the encoder's tokens at that tap}.
+            wavelet: PyWavelets' name of the wavelet.
+            normalise: "dataset", "patch", "contrast" or "none".
+            loss: The error of an element.
+            on_device: Compute the coefficients from the images instead of using the stored pyramid.
+
+        Raises:
+            ValueError: If a level's cells and the tokens do not divide each other or the image.
+        """
         super().__init__(
             taps, statistics, image_size=image_size, token_sizes=token_sizes, normalise=normalise, loss=loss
         )
@@ -50,21 +71,21 @@ class WaveletTarget(Target):
             elif normalise == "contrast":
                 mean = is_a * 2**tap.level * torch.tensor(statistics.pixel_mean)
             self.register_buffer(f"mean{tap.level}", mean.T[None, :, :, None, None].float().clone(), persistent=False)
-            # a band that never varies (a data set of flat images) must not become an infinity
+            # a band that never varies (a data set of flat images) must not become infinite
             self.register_buffer(
                 f"std{tap.level}", std.T[None, :, :, None, None].float().clamp_min(1e-6).clone(), persistent=False
             )
-            if normalise == "contrast":  # what a mean of 1 in normalised pixels adds to each value: to A alone
+            if normalise == "contrast":  # what a mean of 1 in normalised pixels adds to each value: only to A
                 shift = is_a * 2**tap.level * torch.tensor(statistics.pixel_std) / std.clamp_min(1e-6)  # (K, C)
                 shift = shift.T[:, :, None].expand(-1, -1, self.cells(tap.level) ** 2).flatten()
                 self.register_buffer(f"shift{tap.level}", shift.float().clone(), persistent=False)
 
     def values(self, tap: Tap) -> int:
-        """D: C · K · cells²."""
+        """Return D = C · K · cells²."""
         return self.channels * len(tap.bands) * self.cells(tap.level) ** 2
 
     def forward(self, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Targets {level: (B, P², D)}."""
+        """Compute targets {level: (B, P², D)}. Arguments as for `Target.forward`."""
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             pyramid = self.pyramid_of(images, pyramid)
             targets = {}
@@ -77,7 +98,7 @@ class WaveletTarget(Target):
             return targets
 
     def pyramid_of(self, images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The coefficients that targets come from: those given, or those of the images."""
+        """Return the coefficients {level: (B, C, K, h, w)} of the targets: those given, or those of the images."""
         if not self.on_device:
             return dict(pyramid)
         return decompose(self.to_pixels(images), max(tap.level for tap in self.taps), self.wavelet)
@@ -85,10 +106,18 @@ class WaveletTarget(Target):
     def coefficients(
         self, predictions: Mapping[int, torch.Tensor], images: torch.Tensor, pyramid: Mapping[int, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
-        """Predictions {level: (B, P², D)} as coefficients {level: (B, C, K, h, w)} of each tap's bands.
+        """Convert predictions to coefficients of each tap's bands.
 
-        With normalise="patch" or "contrast" the scale of a position is no part of the prediction: it is that of the
-        true `images` and `pyramid`.
+        With normalise="patch" or "contrast", predictions do not include the mean and scale of a position; those of the
+        true image are used.
+
+        Args:
+            predictions: {level: (B, P², D)}.
+            images: The true images (B, C, H, W), normalised.
+            pyramid: Their coefficients {level: (B, C, K, h, w)}.
+
+        Returns:
+            {level: (B, C, K, h, w)} in coefficient units.
         """
         found = {}
         for tap in self.taps:
@@ -110,7 +139,10 @@ class WaveletTarget(Target):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """What the bands of this level alone make of an image: around mid-grey, with A the image as A shows it."""
+        """Reconstruct an image from this level's bands only: details around mid-grey, or with A the blurred image.
+
+        Arguments as for `Target.picture`.
+        """
         pyramid = self.pyramid_of(images, pyramid)
         tap = next(tap for tap in self.taps if tap.level == level)
         found = self.coefficients({level: vectors}, images, pyramid)[level]
@@ -134,7 +166,7 @@ class WaveletTarget(Target):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Hidden pixels of the completed pyramid, visible ones of the input."""
+        """Fill hidden pixels with the image of the completed pyramid. Arguments as for `Target.rebuild`."""
         made = reconstruct(self.complete(predictions, images, pyramid, mask), self.wavelet)
         return filled_in(self.to_pixels(images), made, mask)
 
@@ -145,10 +177,19 @@ class WaveletTarget(Target):
         pyramid: Mapping[int, torch.Tensor],
         mask: torch.Tensor,
     ) -> dict[int, torch.Tensor]:
-        """The pyramid from the coarsest tap to level 1, of which nothing that is hidden is part.
+        """Complete the pyramid, from the coarsest tap to level 1, without using hidden pixels.
 
-        Cells that are wholly visible keep their own coefficients; all others, since theirs depend on hidden pixels too,
-        are predicted. A coefficient that no tap answers for is 0 there (A: that of the data set's mean).
+        Cells that are entirely visible keep their coefficients. All others depend on hidden pixels and are replaced by
+        predictions, or by 0 if no tap predicts them (A: by that of the data set's mean).
+
+        Args:
+            predictions: {level: (B, P², D)}.
+            images: The true images (B, C, H, W), normalised.
+            pyramid: Their coefficients {level: (B, C, K, h, w)}.
+            mask: (B, N), True = hidden.
+
+        Returns:
+            {level: (B, C, K, h, w)} with A at the coarsest level.
         """
         pyramid = self.pyramid_of(images, pyramid)
         grid = round(mask.shape[1] ** 0.5)
@@ -173,12 +214,12 @@ class WaveletTarget(Target):
         return completed
 
     def _vectors(self, tap: Tap, pyramid: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """The tap's coefficients, by the data set's (or no) normalisation, as vectors (B, P², D)."""
+        """The tap's coefficients, normalised by the data set's statistics (or not), as vectors (B, P², D)."""
         standardised = (self._bands(pyramid, tap) - self._mean(tap.level)) / self._std(tap.level)
         return to_positions(standardised, self.cells(tap.level))
 
     def _moments(self, tap: Tap, vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a position's own vector, or its own pixels, say of its mean (B, P², 1 or D) and scale (B, P², 1)."""
+        """Mean (B, P², 1 or D) and scale (B, P², 1) of each position, from its own vector or its own pixels."""
         if self.normalise == "patch":
             return moments(vectors)
         side = self.image_size // self.positions(tap.level)
@@ -186,7 +227,7 @@ class WaveletTarget(Target):
         return mean * self.get_buffer(f"shift{tap.level}"), scale
 
     def _bands(self, pyramid: Mapping[int, torch.Tensor], tap: Tap) -> torch.Tensor:
-        """(B, C, K, h, w) of the tap's bands; A of a level that stores none is rebuilt from the coarser levels."""
+        """The tap's bands (B, C, K, h, w); an A that is not stored is reconstructed from the coarser levels."""
         stored = pyramid[tap.level]
         details = {"H": stored[:, :, -3], "V": stored[:, :, -2], "D": stored[:, :, -1]}
         if "A" in tap.bands:

@@ -1,4 +1,4 @@
-"""An encoder as ONNX: pixels in, features out, checked against PyTorch when it is written."""
+"""Export of an encoder as ONNX, from pixels to features, compared with PyTorch when it is written."""
 
 from __future__ import annotations
 
@@ -19,27 +19,34 @@ from torch import nn
 FILE = "encoder.onnx"
 INPUT, OUTPUT = "pixels", "features"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4  # of features, relative to the largest where that is above 1
-_CHECKED = (1, 2, 3)  # images in a batch: the file takes any number
+TOLERANCE = 1e-4  # of features, relative to the largest one if that is above 1
+_CHECKED = (1, 2, 3)  # batch sizes that are compared; the file takes any
 
 
 class NormalisedEncoder(nn.Module):
-    """`encoder` on pixels (B, C, H, W) in [0, 255]: the normalisation is part of it."""
+    """An encoder of pixels (B, C, H, W) in [0, 255], with normalisation included."""
 
     def __init__(self, encoder: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
+        """Create the module.
+
+        Args:
+            encoder: A timm model of normalised images.
+            pixel_mean: Mean per channel, of pixels in [0, 255].
+            pixel_std: Standard deviation per channel.
+        """
         super().__init__()
         self.encoder = encoder
         self.register_buffer("mean", torch.tensor(pixel_mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(pixel_std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (B, F)."""
+        """Return features (B, F)."""
         features: torch.Tensor = self.encoder((pixels - self.mean) / self.std)  # type: ignore[operator]
         return features
 
 
 def missing_packages() -> list[str]:
-    """Those of the optional packages that are not installed."""
+    """Return the names of the packages needed for ONNX that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
@@ -52,11 +59,24 @@ def export_onnx(
     pixel_std: Sequence[float],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write `encoder` (a timm model that gives (B, F)) as ``encoder.onnx`` in `folder`, whole or not at all.
+    """Write an encoder as ``encoder.onnx`` in a folder, completely or not at all.
 
-    Input ``pixels``: float32 (B, C, H, W) in [0, 255], H = W = `image_size`, any B; output ``features`` (B, F). Weights
-    beyond 2 GB lie beside the file. Gives shapes, the opset, and the largest difference between onnxruntime and torch on
-    random images. Raises ValueError where that is above the tolerance, or the model cannot be exported.
+    Input ``pixels``: float32 (B, C, H, W) in [0, 255] for any B; output ``features`` (B, F). Weights above 2 GB are
+    stored in a second file.
+
+    Args:
+        folder: The folder to write. An existing one is replaced.
+        encoder: A timm model that returns (B, F).
+        image_size: H = W, in pixels.
+        pixel_mean: Mean per channel, of pixels in [0, 255].
+        pixel_std: Standard deviation per channel.
+        about: Stored in the file's metadata.
+
+    Returns:
+        Shapes, the opset, and the largest difference between onnxruntime and PyTorch on random images.
+
+    Raises:
+        ValueError: If the difference is above the tolerance, or the model cannot be exported.
     """
     missing = missing_packages()
     assert not missing, missing
@@ -87,7 +107,12 @@ def _write(path: Path, model: nn.Module, shape: tuple[int, ...], about: Mapping[
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # of torch.onnx, which have causes
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AssertionError,
+        ) as error:  # torch.onnx's errors are subclasses of these
             raise ValueError(f"the encoder cannot be exported to ONNX: {' '.join(str(error).split())[:300]}") from error
     assert program is not None
     program.model.metadata_props["wavemim"] = json.dumps(dict(about))
@@ -111,7 +136,7 @@ def _compare(path: Path, model: nn.Module, shape: tuple[int, ...]) -> tuple[int,
         if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
             raise ValueError(
                 f"the ONNX file differs from PyTorch by {difference:.2g} on {count} random images, {TOLERANCE:g} is "
-                "allowed; it is not written"
+                "allowed; it is not saved"
             )
         width, largest = expected.shape[1], max(largest, difference)
     return width, largest

@@ -30,28 +30,42 @@ def export_timm(
     classes: Sequence[str] = (),
     crop_pct: float = 1.0,
 ) -> dict[str, Any]:
-    """Write `encoder` (a timm model) as timm's own folder format, which is that of the Hugging Face hub too.
+    """Write a timm model in timm's folder format, which is also that of the Hugging Face hub.
 
-    ``model.safetensors``, ``config.json``, ``preprocessor_config.json`` and, with `card`, ``README.md``.
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it, and so do the architecture's name with
-    ``pretrained_cfg_overlay`` and transformers' ``AutoModel`` and ``AutoImageProcessor``. Means and deviations are those
-    of pixels in [0, 255]. `image_size` is that of pretraining, needed where `arguments` has no img_size: such a model
-    takes other sizes too. `classes`: names of those of a classifier. `crop_pct`: share of the side that
-    it looks at. Gives the content of config.json.
+    The folder holds ``model.safetensors``, ``config.json``, ``preprocessor_config.json`` and, with `card`,
+    ``README.md``. It is loaded by ``timm.create_model("local-dir:FOLDER", pretrained=True)``, by the architecture's
+    name with ``pretrained_cfg_overlay``, and by transformers' ``AutoModel`` and ``AutoImageProcessor``.
+
+    Args:
+        folder: The folder to write. An existing one is replaced.
+        encoder: The timm model.
+        architecture: timm's name of it.
+        arguments: Arguments of ``timm.create_model`` that build it.
+        pixel_mean: Mean per channel, of pixels in [0, 255].
+        pixel_std: Standard deviation per channel.
+        about: Stored in ``config.json``.
+        image_size: Pixels per side in pretraining; needed if `arguments` has no img_size (the model then also takes
+            other sizes).
+        card: The model card.
+        classes: Names of a classifier's classes.
+        crop_pct: Fraction of the image's side that is evaluated.
+
+    Returns:
+        The content of ``config.json``.
     """
     size = arguments.get("img_size", image_size)
-    assert size is not None, "image_size is needed for a model that has none of its own"
+    assert size is not None, "image_size is needed for a model without a fixed one"
     known: Mapping[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(plain_tensors(encoder.state_dict()), partial / MODEL)
     config = {
-        "architecture": architecture.partition(".")[0],  # without the name of the weights it started from
+        "architecture": architecture.partition(".")[0],  # without the tag of the initial weights
         "num_classes": len(classes),
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
         "global_pool": arguments.get("global_pool", "avg"),
-        # transformers gives num_classes=0 itself; timm takes it from pretrained_cfg
+        # transformers passes num_classes=0 itself; timm reads it from pretrained_cfg
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "input_size": [int(arguments["in_chans"]), int(size), int(size)],
@@ -70,7 +84,7 @@ def export_timm(
         "sha256": checksum(partial / MODEL),
         "wavemim": dict(about),
     }
-    processor = {"image_processor_type": "TimmWrapperImageProcessor"}  # which asks timm for the transforms
+    processor = {"image_processor_type": "TimmWrapperImageProcessor"}  # which gets the transforms from timm
     processor |= {key: config[key] for key in ("architecture", "pretrained_cfg")}
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
