@@ -12,6 +12,7 @@ import pytest
 import pywt
 import torch
 from PIL import Image
+from stage_calls import wavemim
 from tiny_checkpoint import SIDE, write_checkpoint
 from tiny_images import images_of
 
@@ -36,18 +37,6 @@ def here(tmp_path, monkeypatch):
         Image.fromarray(image.astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / name)
     Image.open("b.jpg").resize((90, 60)).save("b.jpg")
     return tmp_path
-
-
-def wavemim(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of one call."""
-    monkeypatch.setattr(sys, "argv", ["wavemim", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def literal_losses(model, stats, pixels, *, ratio, seed):
