@@ -24,7 +24,7 @@ test: $(READY)
 
 # Kills Rays, workers, nodes and servers in the middle of their work; minutes each.
 test-faults: $(READY)
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

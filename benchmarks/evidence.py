@@ -1,14 +1,14 @@
-"""Which target, decoder, mask or weighting gives the better encoder? One shard set, seed, data order, masks and budget.
+"""Which target, decoder, mask or weighting yields the best encoder? Same shard set, seed, data order, masks and budget.
 
     python benchmarks/evidence.py --shards SHARDS                 # reduced: about an hour on two cores
     python benchmarks/evidence.py --shards SHARDS --full --device cuda   # within 25 minutes on one GPU
 
-Trains every variant of a comparison from the same seed on the same rows with the same masks (they are a function of
-seed, epoch and row), without Ray, and judges the frozen encoder by a linear probe on val at several points in training.
-Variants take turns, seed by seed. Seconds are those of training alone, on a CPU of its process. States
-`wavelet_training_to_reach_best_pixel`: the images that the wavelet target needs to reach the pixel target's best
-accuracy, as a share of those that pixels needed. The same command goes on after a cut. Numbers go to
-results/evidence-DATE-DEVICE.json beside this file, the plot beside them.
+Every variant of a comparison is trained without Ray from the same seed on the same rows with the same masks (they are a
+function of seed, epoch and row). The frozen encoder is evaluated by a linear probe on val at several points during
+training. Variants take turns, seed by seed. Seconds are those of training only, on a CPU the CPU seconds of the process.
+`wavelet_training_to_reach_best_pixel` is the number of images that the wavelet target needs to reach the best accuracy
+of the pixel target, as a share of those that pixels needed. The same command resumes an interrupted call. The numbers go
+to results/evidence-DATE-DEVICE.json in this folder, with the plot beside them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Any
 
 from measure import BenchmarkError, in_child, machine_facts, usable_cores, write_json
 
-Curve = Sequence[Mapping[str, float]]  # as of evidence_training.curve
-Results = Mapping[str, Sequence[Curve]]  # variant -> a curve a seed
+Curve = Sequence[Mapping[str, float]]  # returned by evidence_training.curve
+Results = Mapping[str, Sequence[Curve]]  # variant -> one curve per seed
 
 # comparison -> variant -> (recipe, overrides)
 COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -84,22 +84,22 @@ COMPARISONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 class Journal:
-    """Curves that are done, beside the results while these are unfinished: the same command goes on after a cut."""
+    """Finished curves, kept in a file until the results are complete: the same command resumes an interrupted call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         lines = []
         for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):  # the last one may have been cut
+            with contextlib.suppress(ValueError):  # the last line may be incomplete
                 lines.append(json.loads(line))
         self._curves = {line["task"]: line["curve"] for line in lines}
         self._lock = threading.Lock()
         self._running: dict[str, threading.Lock] = {}
         if lines:
-            print(f"{len(lines)} curves are taken from {path}; remove it to begin anew", flush=True)
+            print(f"reusing {len(lines)} curves from {path}; remove it to start over", flush=True)
 
     def curve(self, threads: int, **task: Any) -> Curve:
-        """Train and probe in a process of its own, or what that gave before; the same task is never done twice."""
+        """Train and probe in a new process, or return the recorded curve; no task runs twice."""
         key = json.dumps(task, sort_keys=True)
         with self._lock:
             running = self._running.setdefault(key, threading.Lock())
@@ -112,19 +112,22 @@ class Journal:
             return self._curves[key]  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """All is in the results."""
+        """Remove the file: everything is in the results."""
         self.path.unlink(missing_ok=True)
 
 
-# Short runs lack steps more than images: with the recipes' batch of 128, HOG learnt nothing from 20,000 images.
+# Short runs need steps more than large batches: with the recipes' batch of 128, HOG learnt nothing from 20,000 images.
 REDUCED = {"train.batch": 32, "train.lr": 6e-3}
 
 
 def run(
     arguments: argparse.Namespace, variants: Mapping[str, tuple[str, dict[str, Any]]], journal: Journal
 ) -> dict[str, list[Curve]]:
-    """A curve of every variant for every seed; `jobs` of them at once. All begin with the first one's untrained encoder,
-    which is the same for all."""
+    """Train every variant with every seed, `jobs` of them at a time.
+
+    Returns:
+        The curves of each variant, by seed. All begin with the untrained encoder, which is probed once per seed.
+    """
     results: dict[str, list[Curve]] = {name: [] for name in variants}
     shared = {} if arguments.full else REDUCED
     first = next(iter(variants))
@@ -158,7 +161,7 @@ def run(
 
 
 def training_to_reach(curves: Sequence[Curve], goal: float, key: str = "images") -> float | None:
-    """Images (or seconds) at which the mean curve over seeds first reaches `goal`, between points by a straight line."""
+    """Images (or seconds) after which the mean curve over seeds first reaches `goal`, interpolated linearly."""
     mean = [
         (statistics.mean(curve[i][key] for curve in curves), statistics.mean(curve[i]["top1"] for curve in curves))
         for i in range(len(curves[0]))
@@ -172,7 +175,7 @@ def training_to_reach(curves: Sequence[Curve], goal: float, key: str = "images")
 
 
 def needed(results: Results) -> float | None:
-    """`wavelet_training_to_reach_best_pixel`; None where wavelets never reach it."""
+    """`wavelet_training_to_reach_best_pixel`; None if wavelets never reach it."""
     pixels = [name for name in results if name.startswith("pixels")]
     best = {
         name: max(statistics.mean(c[i]["top1"] for c in results[name]) for i in range(len(results[name][0])))
@@ -184,7 +187,7 @@ def needed(results: Results) -> float | None:
 
 
 def table(results: Results) -> str:
-    """Accuracy at the end of each variant: mean over seeds, spread, interval of the first seed, images/s."""
+    """Final accuracy of each variant: mean and values of all seeds, interval of the first seed, images/s."""
     lines = ["| variant | top-1, % | each seed | 95 % of one | images/s | TFLOP |", "|---|---|---|---|---|---|"]
     for name, curves in results.items():
         ends = [curve[-1] for curve in curves]
@@ -199,7 +202,7 @@ def table(results: Results) -> str:
 
 
 def draw(path: Path, results: Results) -> None:
-    """Accuracy against images seen, and against seconds of training; a line a variant, its seeds as a band."""
+    """Plot accuracy against images seen and against seconds of training: one line per variant, its seeds as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,27 +223,31 @@ def draw(path: Path, results: Results) -> None:
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
-    """What evidence.py and progressive.py are asked alike."""
+    """The options that evidence.py and progressive.py share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True, help="a labelled shard set of 64-px images (wavemim prepare)")
-    parser.add_argument("--images-seen", type=int, help="of every variant")
+    parser.add_argument("--images-seen", type=int, help="images that every variant is trained on")
     parser.add_argument("--points", type=int, default=4, help="probes during training")
-    parser.add_argument("--seeds", type=int, help="runs of every variant")
+    parser.add_argument("--seeds", type=int, help="seeds per variant")
     parser.add_argument(
         "--full",
         action="store_true",
-        help="200,000 images and 3 seeds in the recipes' batches, not 40,000 and 2 in small ones",
+        help="200,000 images and 3 seeds with the recipes' batches, instead of 40,000 and 2 with small batches",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, help="variants at once; on a CPU one a core")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each")
-    parser.add_argument("--json", type=Path, help="where the numbers go")
-    parser.add_argument("--plot", type=Path, help="where the plot goes")
+    parser.add_argument("--jobs", type=int, help="variants trained at the same time; on a CPU one per core")
+    parser.add_argument("--threads", type=int, default=1, help="threads per variant")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--plot", type=Path, help="file for the plot")
     return parser
 
 
 def settle(arguments: argparse.Namespace, name: str) -> None:
-    """Fill in what was not asked for. Raises SystemExit for a device that is not there."""
+    """Fill in the defaults.
+
+    Raises:
+        SystemExit: the device is not available.
+    """
     import torch
 
     if arguments.device != "cpu" and not torch.cuda.is_available():
@@ -257,7 +264,7 @@ def settle(arguments: argparse.Namespace, name: str) -> None:
 
 
 def journal_of(arguments: argparse.Namespace) -> Journal:
-    """Of these results."""
+    """The journal of these results."""
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     return Journal(arguments.json.with_suffix(".unfinished.jsonl"))
 
@@ -272,7 +279,7 @@ def keep(arguments: argparse.Namespace, goals: Mapping[str, float | None], resul
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, default=["targets"])
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of the comparisons alone")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these variants of the comparisons")
     arguments = parser.parse_args()
     known = {name for comparison in arguments.compare for name in COMPARISONS[comparison]}
     if unknown := set(arguments.variants or ()) - known:

@@ -1,4 +1,4 @@
-"""Trains one variant of a comparison and probes it on the way, without Ray: what evidence.py and progressive.py call."""
+"""Trains and probes one variant of a comparison, without Ray; called by evidence.py and progressive.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PROBE_IMAGES = 5_000  # of train, that a probe is fitted to at most
-ITERATIONS = 300  # of its solver: to convergence it would take as long as training
+PROBE_IMAGES = 5_000  # train images that a probe is fitted on, at most
+ITERATIONS = 300  # of its solver; converging would take as long as training
 STRENGTHS = (0.01, 0.1, 1.0)
 
 
@@ -24,10 +24,21 @@ def curve(
     device: str,
     untrained: bool = True,
 ) -> list[dict[str, float]]:
-    """Train `recipe_name` with `overrides` on so many images; a line a point: images, seconds, FLOPs, top-1, interval.
+    """Train a recipe and probe its encoder at several points.
 
-    Seconds are those of training alone, neither of probes nor of checkpoints: of the process on a CPU, whatever else the
-    machine does, and by the clock on a GPU. The first point is the untrained encoder, if asked for.
+    Args:
+        shards_at: folder or URL of the shard set.
+        recipe_name: the recipe.
+        overrides: settings to override in it.
+        seed: seed of the run.
+        images_seen: images to train on.
+        points: probes during training, evenly spaced; the last is at the end.
+        device: torch device.
+        untrained: begin with a point of the untrained encoder.
+
+    Returns:
+        One entry per point: images, seconds, FLOPs, top-1 and its interval in %. Seconds are those of training without
+        probes and checkpoints: CPU seconds of the process on a CPU, wall time on a GPU.
     """
     import torch
 
@@ -62,7 +73,7 @@ def curve(
             write(path)
             apart += clock() - stopped
             if lines and state["images"] - lines[-1]["images"] < images_seen / points / 2:
-                lines.pop(), kept.pop()  # a checkpoint shortly before the end: steps do not divide evenly
+                lines.pop(), kept.pop()  # shortly before the end, where the steps do not divide evenly
             flops = sum(part["flops"] for part in state["parts"])
             lines.append({"images": state["images"], "seconds": clock() - began - apart, "flops": flops})
             kept.append(path)
@@ -79,7 +90,7 @@ def curve(
 
 
 def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, float]:
-    """Linear probe on val, fitted to `PROBE_IMAGES` of train, its strength chosen on a fifth of these."""
+    """Linear probe on val, fitted on `PROBE_IMAGES` train images; its regularisation is chosen on a fifth of these."""
     from pipeline.evaluation.features import features_of
     from wavemim.evaluation.probes import linear_probe
 

@@ -1,18 +1,18 @@
-"""Faults, tried on real pretraining: the command as a user calls it, harmed from outside, one fault a run.
+"""Fault injection into real pretraining: the command as a user calls it, disturbed from outside, one fault per run.
 
     python benchmarks/faults.py --shards SET [--json FILE] [--folder FOLDER] [NAME …]
 
-Without NAME every fault is tried, one after another. Each run trains the same small model on the same images with two
-workers, so its end can be compared with that of an undisturbed run: weights with the same checksum. Per fault:
+Without NAME, all faults are tried one after another. Each run trains the same small model on the same images with two
+workers, so that its final weights can be compared with those of an undisturbed run by checksum. Reported per fault:
 
     lost        images that were trained again, or 0
-    noticed     seconds from the fault to the first sign of it in what the command says (–: nothing is said)
-    exit        what the command ended with, one number a call
+    noticed     seconds from the fault to the first message about it (None: no message)
+    exit        exit codes of the command, one per call
     same        whether the final weights are those of the undisturbed run, bit for bit
-    said        what the command said
+    said        the messages of the command
 
-Nothing in wavemim knows of this file: workers are stopped, killed and slowed down with signals, files are removed,
-damaged or replaced by a pipe that nobody writes to, disks and Ray's object store are filled. `disk_full` mounts a small
+wavemim has no code for this benchmark: workers are stopped, killed and slowed down with signals, files are removed,
+damaged or replaced by a pipe without a writer, disks and Ray's object store are filled. `disk_full` mounts a small
 tmpfs (Linux, root), `clock_back` needs the libfaketime package or --faketime LIBRARY.
 """
 
@@ -40,7 +40,7 @@ from measure import Missing, machine_facts, write_json
 
 
 def undisturbed(run: Run) -> dict[str, Any]:
-    """Nothing happens to it."""
+    """No fault."""
     run.start()
     run.end()
     return run.result(time.monotonic())
@@ -66,7 +66,7 @@ def _killed(run: Run, kill: Callable[[], Any]) -> dict[str, Any]:
 
 
 def ray_killed(run: Run) -> dict[str, Any]:
-    """kill -9 of the driver with its whole Ray; the same command again."""
+    """kill -9 of the driver with its whole Ray; then the same command again."""
     process = run.start()
     run.trained(run.middle)
     since = time.monotonic()
@@ -81,7 +81,7 @@ def ray_killed(run: Run) -> dict[str, Any]:
 
 
 def hang_stopped(run: Run) -> dict[str, Any]:
-    """SIGSTOP of one worker of two, for good; train.hang_timeout=20."""
+    """SIGSTOP of one worker of two, without SIGCONT; train.hang_timeout=20."""
     run.start("train.hang_timeout=20")
     run.trained(run.middle)
     since = time.monotonic()
@@ -91,7 +91,7 @@ def hang_stopped(run: Run) -> dict[str, Any]:
 
 
 def hang_reading(run: Run) -> dict[str, Any]:
-    """A file of the shard set becomes a pipe that nobody writes to: reading it never ends; train.hang_timeout=20."""
+    """A file of the shard set becomes a pipe without a writer, so that reading it blocks; train.hang_timeout=20."""
     run.start("train.hang_timeout=20")
     with _away(run) as file:
         os.mkfifo(file)
@@ -103,7 +103,7 @@ def hang_reading(run: Run) -> dict[str, Any]:
 
 
 def slow_worker(run: Run) -> dict[str, Any]:
-    """One worker of two runs a fifth of the time: stopped for 40 of every 50 ms."""
+    """One worker of two runs only a fifth of the time: stopped for 40 of every 50 ms."""
     run.start()
     run.trained(run.middle // 2)
     since, worker, ended = time.monotonic(), run.workers()[1], threading.Event()
@@ -126,7 +126,7 @@ def slow_worker(run: Run) -> dict[str, Any]:
 
 
 def clock_back(run: Run) -> dict[str, Any]:
-    """The clock of all processes is set back by two hours in the middle; checkpoints every 15 s by train.checkpoint_minutes."""
+    """The clock of all processes is set back by two hours; checkpoints every 15 s by train.checkpoint_minutes."""
     library = FAKETIME or _faketime()
     clock = run.folder / "clock"
     clock.write_text("+0\n")
@@ -142,7 +142,7 @@ def clock_back(run: Run) -> dict[str, Any]:
 
 
 def shard_missing(run: Run) -> dict[str, Any]:
-    """A shard is removed while training runs; put back after the command has ended, and called again."""
+    """A shard is removed during training and put back after the command has ended; then the command is called again."""
     run.start()
     with _away(run):
         since = time.monotonic()
@@ -153,7 +153,7 @@ def shard_missing(run: Run) -> dict[str, Any]:
 
 
 def shard_away(run: Run) -> dict[str, Any]:
-    """A shard is removed while training runs, and comes back as soon as the command says that it is missing."""
+    """A shard is removed during training and put back as soon as the command reports it missing."""
     run.start()
     with _away(run):
         since = time.monotonic()
@@ -163,7 +163,7 @@ def shard_away(run: Run) -> dict[str, Any]:
 
 
 def shard_damaged(run: Run) -> dict[str, Any]:
-    """Every page of a shard gets a wrong byte while training runs; mended after the command has ended, and called again."""
+    """Every page of a shard gets a wrong byte during training; repaired after the end, then called again."""
     run.start()
     with _away(run) as file:
         content = bytearray((run.folder / "away").read_bytes())
@@ -180,7 +180,7 @@ def shard_damaged(run: Run) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _away(run: Run) -> Iterator[Path]:
-    """While the block runs, the first train shard is somewhere else; from the first checkpoints on."""
+    """Move the first train shard away while the block runs, after the first checkpoints."""
     run.trained(run.middle // 2)
     file, away = run.shards / "train-00000.parquet", run.folder / "away"
     os.replace(file, away)
@@ -191,7 +191,7 @@ def _away(run: Run) -> Iterator[Path]:
 
 
 def disk_full(run: Run) -> dict[str, Any]:
-    """The disk of `out` is full for two checkpoints in a row, then no longer."""
+    """The disk of `out` is full for two successive checkpoints, then freed."""
     disk = run.folder / "out"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)], capture_output=True).returncode:
@@ -213,7 +213,7 @@ def disk_full(run: Run) -> dict[str, Any]:
 
 
 def second_run(run: Run) -> dict[str, Any]:
-    """The same command while it runs already."""
+    """The same command while it is already running."""
     first = run.start()
     run.trained(run.middle // 2)
     since = time.monotonic()
@@ -225,7 +225,7 @@ def second_run(run: Run) -> dict[str, Any]:
 
 
 def changed_recipe(run: Run) -> dict[str, Any]:
-    """Stopped in the middle, then gone on with another encoder (refused), another lr (refused), and that with force."""
+    """Stopped in the middle, then resumed with another encoder (refused), another lr (refused), and that with force."""
     process = run.start()
     run.trained(run.middle)
     since = time.monotonic()
@@ -238,8 +238,7 @@ def changed_recipe(run: Run) -> dict[str, Any]:
 
 
 def object_store_full(run: Run) -> dict[str, Any]:
-    """A cluster whose object store of 80 MB, without spilling, is full of another program's objects: prepare's tasks aside,
-    pretraining from begin to end."""
+    """Pretraining on a cluster whose object store of 80 MB, without spilling, is full of another program's objects."""
     port = 20000 + os.getpid() % 20000
     head = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"),
@@ -304,7 +303,7 @@ def _faketime() -> str:
 
 
 def copy_of(shards: Path, folder: Path) -> Path:
-    """A shard set of links, of which files can be taken away."""
+    """A shard set of symbolic links, so that files can be removed."""
     folder.mkdir(parents=True)
     for file in shards.iterdir():
         (folder / file.name).symlink_to(file.resolve())
@@ -312,7 +311,7 @@ def copy_of(shards: Path, folder: Path) -> Path:
 
 
 def attempt(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Try one fault."""
+    """Run one fault."""
     run = Run(folder, copy_of(Path(arguments.shards), folder / "shards"), arguments.images, arguments.images // 20)
     began = time.monotonic()
     try:
@@ -329,17 +328,17 @@ def attempt(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 
 def main() -> None:
-    """Try faults and say what happened."""
+    """Run the faults and report what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FAULTS)}; all where none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"faults to try: {', '.join(FAULTS)}; default: all")
     parser.add_argument("--shards", required=True, help="a local shard set with at least 2000 train images of 64 px")
-    parser.add_argument("--images", type=int, default=10_000, help="images that a run sees")
-    parser.add_argument("--folder", help="where the runs are kept; a temporary one that is removed otherwise")
-    parser.add_argument("--faketime", default="", help="path of libfaketime.so.1, for clock_back")
-    parser.add_argument("--json", help="file for the results; those of names that are not tried now are kept")
+    parser.add_argument("--images", type=int, default=10_000, help="images that a run trains on")
+    parser.add_argument("--folder", help="folder that keeps the runs; default: a temporary one")
+    parser.add_argument("--faketime", default="", help="path to libfaketime.so.1, for clock_back")
+    parser.add_argument("--json", help="file for the results; existing results of other faults are kept")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(FAULTS):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(FAULTS)}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; allowed: {', '.join(FAULTS)}")
     globals()["FAKETIME"] = arguments.faketime
     root = Path(arguments.folder or tempfile.mkdtemp(prefix="faults-"))
     results: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A real pretraining that benchmarks/faults.py harms: the command, what it writes and says, its worker processes."""
+"""The pretraining run that benchmarks/faults.py disturbs: the command, its files and messages, its worker processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
-BATCH, LOG_EVERY = 50, 2  # metrics, and with them what was lost, are known to 100 images
+BATCH, LOG_EVERY = 50, 2  # metrics are logged, and losses known, to within 100 images
 RECIPE: dict[str, Any] = {
     "encoder": {"name": "vit_base_patch16_224", "patch_size": 8, "width": 32, "depth": 2, "heads": 2},
     "decoder": {"width": 16, "heads": 2},
@@ -25,14 +25,14 @@ RECIPE: dict[str, Any] = {
     "train": {"workers": 2, "batch": BATCH, "warmup_epochs": 0.01, "log_every": LOG_EVERY, "monitor_minutes": None},
     "tracking": {"system_metrics": False},
 }
-PATIENCE = 900.0  # seconds for anything that is waited for
+PATIENCE = 900.0  # seconds to wait for anything
 
 
 class Run:
-    """One run in a folder of its own, and the calls of the command for it."""
+    """A run in its own folder, and the calls of the command for it."""
 
     def __init__(self, folder: Path, shards: Path, images: int, every: int) -> None:
-        """`images` are seen in all, with a checkpoint after `every` of them."""
+        """Train on `images` images, with a checkpoint after every `every` of them."""
         self.folder, self.shards, self.middle = folder, shards, images // 2
         folder.mkdir(parents=True, exist_ok=True)
         manifest = json.loads((shards / "manifest.json").read_text())
@@ -54,7 +54,7 @@ class Run:
         self._readers: list[threading.Thread] = []
 
     def start(self, *settings: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """Call the command, as a user does, in a process group of its own."""
+        """Call the command as a user does, in a new process group."""
         path = self.folder / "fault.yaml"
         path.write_text(yaml.safe_dump(self.recipe))
         self.process = subprocess.Popen(
@@ -81,34 +81,38 @@ class Run:
                 self.said.append((time.monotonic(), line.strip()))
 
     def steps(self) -> list[int]:
-        """Images seen at each logged line, in the order of writing."""
+        """Images seen at each logged line, in order."""
         with contextlib.suppress(OSError):
             lines = [json.loads(line) for line in (self.stage / "metrics.jsonl").read_text().splitlines()]
             return [line["step"] for line in lines if "train/loss" in line["metrics"]]
         return []
 
     def metrics(self, name: str) -> list[float]:
-        """A metric's values, in the order of writing."""
+        """The logged values of a metric, in order."""
         lines = [json.loads(line) for line in (self.stage / "metrics.jsonl").read_text().splitlines()]
         return [float(line["metrics"][name]) for line in lines if name in line["metrics"]]
 
     def trained(self, images: int) -> None:
-        """Wait until so many more images have been seen than the last checkpoint there is, and one there is."""
+        """Wait until `images` images have been logged and there is a checkpoint."""
         self.wait(lambda: bool(self.steps()) and self.steps()[-1] >= images and bool(self.checkpoints()))
 
     def checkpoints(self) -> list[int]:
-        """Images seen at the checkpoints that are there, the newest last."""
+        """Images seen at the existing checkpoints, the newest last."""
         return sorted(int(path.parent.name.partition("-")[2]) for path in self.stage.glob("images-*/state.json"))
 
     def wait(self, happened: Callable[[], bool]) -> None:
-        """Wait until something has happened; the command has to be running."""
+        """Wait until `happened()` is true.
+
+        Raises:
+            RuntimeError: the command ended, or it took longer than `PATIENCE`.
+        """
         assert self.process is not None
         ends = time.monotonic() + PATIENCE
         while not happened():
             if self.process.poll() is not None:
                 raise RuntimeError(f"the command ended with {self.process.returncode}: {self.said[-3:]}")
             if time.monotonic() > ends:
-                raise RuntimeError(f"nothing happened in {PATIENCE:.0f} s; said: {self.said[-3:]}")
+                raise RuntimeError(f"timed out after {PATIENCE:.0f} s; last messages: {self.said[-3:]}")
             time.sleep(0.1)
 
     def workers(self) -> list[psutil.Process]:
@@ -118,7 +122,7 @@ class Run:
         return [child for child in children if child.name().startswith("ray::RayTrainWo")]
 
     def result(self, since: float, until: Callable[[str], bool] | None = None) -> dict[str, Any]:
-        """What is reported: `since` is when the fault happened; `until` finds the line that says so."""
+        """The report of a fault at time `since`; `until` recognises the message about it."""
         steps, lost = self.steps(), 0
         for before, after in itertools.pairwise(steps):
             if after <= before:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: child processes on chosen cores, rates over whole epochs, facts of the machine, the JSON."""
+"""Shared by the benchmarks: child processes on chosen cores, rates over whole epochs, machine information, JSON."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# Read when numpy and torch are imported: in the child's environment before it begins.
+# numpy and torch read these when they are imported, so they are set in the child's environment.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 ANSWER = "answer: "
 
 
 class Missing(Exception):
-    """Something that a measurement needs is not there; the text says what."""
+    """A measurement lacks something it needs; the text says what."""
 
 
 class BenchmarkError(Exception):
-    """A measurement failed; the text is what the child said last."""
+    """A measurement failed; the text is the child's last message."""
 
 
 def usable_cores() -> list[int]:
-    """Cores this process may use."""
+    """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
@@ -42,10 +42,21 @@ def in_child(
     libraries: str | None = None,
     **arguments: Any,
 ) -> Any:
-    """Call "module:function" of this folder in a new process and give back its answer, which goes through JSON.
+    """Call a function of this folder in a new process.
 
-    `cores`: tie it, with everything it starts, to that many cores, and let libraries start as many threads; `threads`:
-    that alone. `libraries`: a folder of packages that only this process sees. Raises Missing and BenchmarkError.
+    Args:
+        function: "module:function".
+        cores: pin the process and its descendants to that many cores; libraries use as many threads.
+        threads: threads of the libraries; default: `cores`.
+        libraries: folder of additional packages that only this process can import.
+        arguments: passed to the function, as JSON.
+
+    Returns:
+        What the function returns, through JSON.
+
+    Raises:
+        Missing: something that the function needs is not there.
+        BenchmarkError: the function failed.
     """
     threads = cores if threads is None else threads
     environment = dict(os.environ)
@@ -79,7 +90,7 @@ def _be_child(call: Mapping[str, Any]) -> None:
 
         torch.set_num_threads(call["threads"])
     module, _, name = call["function"].partition(":")
-    # The same module object for everybody: this file is also imported, and its exceptions are caught here.
+    # This file runs as __main__ here, and the function raises the Missing of the imported module.
     missing = importlib.import_module("measure").Missing
     try:
         answer = {"value": getattr(importlib.import_module(module), name)(**call["arguments"])}
@@ -89,10 +100,14 @@ def _be_child(call: Mapping[str, Any]) -> None:
 
 
 def rate(epoch: Callable[[int], Iterable[int]], seconds: float) -> float:
-    """Images a second over whole epochs that last `seconds` or longer; `epoch(number)` gives the images of each batch.
+    """Images per second over whole epochs.
 
-    Whole epochs, because what is read ahead of an end that is not one would be work without images. Epoch 0 is left
-    out: it fills the page cache and starts what is started once.
+    Only whole epochs count: stopping inside one would waste what was read ahead. Epoch 0 is a warm-up that fills the
+    page cache.
+
+    Args:
+        epoch: called with the number of an epoch, yields the number of images of each batch.
+        seconds: minimum duration of the measurement.
     """
     for _ in epoch(0):
         pass
@@ -104,7 +119,7 @@ def rate(epoch: Callable[[int], Iterable[int]], seconds: float) -> float:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int, say: Callable[[str], None]) -> Rates:
-    """Measure all of them in turn, `repeats` times over, so that a machine's moods meet all alike."""
+    """Measure the contenders in turn, `repeats` times, so that changes in the machine's speed affect all of them."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     skipped: dict[str, str] = {}
     for repeat in range(repeats):
@@ -115,31 +130,31 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], repeats: int, say
                 rates[name].append(contender())
             except (Missing, BenchmarkError) as error:
                 skipped[name] = str(error)
-                say(f"{name}: left out, {error}")
+                say(f"{name}: skipped, {error}")
                 continue
             say(f"{name}: {rates[name][-1]:.1f} images/s (repeat {repeat + 1} of {repeats})")
     return Rates({name: found for name, found in rates.items() if name not in skipped}, skipped)
 
 
 class Rates:
-    """Repeats of every contender in images/s, and why others were left out."""
+    """The repeats of every contender in images/s, and why others were skipped."""
 
     def __init__(self, repeats: Mapping[str, list[float]], skipped: Mapping[str, str]) -> None:
         self.repeats, self.skipped = dict(repeats), dict(skipped)
 
     def median(self, name: str) -> float | None:
-        """Images/s; None for what was left out."""
+        """Images/s; None for a skipped contender."""
         return statistics.median(self.repeats[name]) if name in self.repeats else None
 
     def ratio(self, above: str, below: Iterable[str]) -> float | None:
-        """Median of one over the largest median of the others; None where either is missing."""
+        """Median of `above` divided by the largest median of `below`; None where either is missing."""
         mine = self.median(above)
         others = [median for name in below if (median := self.median(name)) is not None]
         return mine / max(others) if mine is not None and others else None
 
 
 def installed(package: str) -> str | None:
-    """Version of a distribution, None where it is not installed."""
+    """Version of a distribution; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -147,7 +162,7 @@ def installed(package: str) -> str | None:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Where and on what the numbers came to be. The path of nothing."""
+    """The machine, the versions and the commit of a measurement; no paths."""
     return {
         "cpu": _cpu_model(),
         "cores": len(usable_cores()),
@@ -170,7 +185,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Of this checkout, with + where files differ from it."""
+    """The commit of this checkout, with a + if files differ from it."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -181,7 +196,7 @@ def _commit() -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """All of it or nothing."""
+    """Write the file as a whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,11 +1,11 @@
-"""Does training that begins with smaller images reach the same accuracy in less time? Against one size throughout.
+"""Does training that begins with smaller images reach the accuracy of a fixed size in less time?
 
     python benchmarks/progressive.py --shards SHARDS
 
-Every schedule sees the same images in the same order, with the same recipe, seed and schedule of the learning rate, and
-is judged at the full size, as in evidence.py. States for each schedule its seconds of training, the share of the fixed
-size's time and FLOPs that it took, the gain in accuracy, and `time_to_equal_accuracy`: the seconds after which its mean
-accuracy first reached what the fixed size had in the end, as a share of what the fixed size needed for it.
+Every schedule sees the same images in the same order, with the same recipe, seed and learning-rate schedule, and is
+evaluated at the full size, as in evidence.py. Reported for each schedule: its time and FLOPs as shares of those of the
+fixed size, the gain in accuracy, and `time_to_equal_accuracy`: the training time until its mean accuracy first reached
+the final accuracy of the fixed size, as a share of the time that the fixed size needed for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEDULES: dict[str, Mapping[int, float]] = {
 
 
 def compare(results: Results) -> dict[str, dict[str, float | None]]:
-    """Of each schedule against the fixed size: time, FLOPs, accuracy in the end, and time to equal accuracy."""
+    """Each schedule compared with the fixed size: time, FLOPs, final accuracy, and time to equal accuracy."""
     goal = _end(results, FIXED, "top1")
     fixed_time = training_to_reach(results[FIXED], goal, "seconds")
     found: dict[str, dict[str, float | None]] = {}

@@ -1,11 +1,11 @@
-"""Preparing, storing and reading shard sets, measured against the usual ways: a table, and a JSON file.
+"""Preparing, storing and reading shard sets, compared with the usual ways: a table and a JSON file.
 
     python benchmarks/shards.py --images FOLDER --json FILE [--only NAME …] [--repeats 3] [--libraries FOLDER]
 
-FOLDER holds photos of full size as JPEG; a few hundred are enough. Rates are medians of repeats, the ways that are
-compared take turns, and "one core" means that a process and all of its threads and workers are tied to it.
-Public loaders are measured where they can be imported; to keep what they bring along away from everything else:
-`pip install --target LIBRARIES webdataset mosaicml-streaming litdata`, then `--libraries LIBRARIES`.
+FOLDER holds full-size JPEG photos; a few hundred are enough. Rates are medians over repeats, contenders take turns, and
+"one core" means that a process is pinned to it with all of its threads and workers. Public loaders are measured if they
+can be imported. To keep their dependencies apart: `pip install --target LIBRARIES webdataset mosaicml-streaming
+litdata`, then `--libraries LIBRARIES`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shards_preparing as preparing
 import shards_public as public
 from measure import BenchmarkError, Missing, Rates, in_child, interleaved, machine_facts, usable_cores, write_json
 
-# Every number that can be asked for, and its goal: a bound from below or above, or none.
+# Every number that can be measured, and its goal: a lower or upper bound, or none.
 GOALS: dict[str, tuple[str, float] | None] = {
     "prepare_vs_decode": (">=", 0.8),
     "prepare_vs_pil": None,
@@ -48,9 +48,9 @@ PUBLIC = {
     for stored in public.FORMATS
     if (library, stored) != (public.REFERENCE, "jpeg")
 }
-# Only what a library offers can be the best one; the reference is three lines of numpy.
+# Only libraries can be the best public loader; the reference is three lines of numpy.
 LOADERS = {name: stored for name, (library, stored) in PUBLIC.items() if library != public.REFERENCE}
-# Ratio of rates: one contender over the fastest of the others.
+# Ratio of rates: one contender divided by the fastest of the others.
 READING: dict[str, tuple[str, tuple[str, ...]]] = {
     "read_vs_pil_rrc": ("reader", ("pil_rrc",)),
     "pixels_vs_pil_rrc": ("reader_pixels", ("pil_rrc",)),
@@ -60,14 +60,14 @@ READING: dict[str, tuple[str, tuple[str, ...]]] = {
     "read_vs_best_public_raw": ("reader", tuple(name for name, stored in LOADERS.items() if stored == "raw")),
 }
 VARIANTS = {"steps 4,2,1": "[4,2,1]", "steps 5,5,4": "[5,5,4]", "steps 6": "[6]"}
-# Codecs of every level, where the writer has one for the finest and another for the rest.
+# One codec for all levels; the writer uses one for the finest and another for the rest.
 CODECS = {codec: {f"level{level}": codec for level in range(1, 6)} for codec in ("zstd", "lz4")}
 PLAN_COUNTS = {"list": (10_000, 100_000, 1_000_000), "folder": (10_000, 100_000)}
 
 
 @dataclass
 class Bench:
-    """One call: where things are, and what was found."""
+    """The settings, data and results of one call."""
 
     paths: list[str]
     work: Path
@@ -89,7 +89,7 @@ class Bench:
 
     @cached_property
     def photos(self) -> dict[str, Any]:
-        """The photos, decoded: {"file", "photos", "bytes"}."""
+        """The decoded photos: {"file", "photos", "bytes"}."""
         out = str(self.work / "photos.npy")
         workers, side = len(usable_cores()), self.side
         found = in_child("shards_reading:decode_photos", paths=self.paths, out=out, workers=workers, side=side)
@@ -97,22 +97,22 @@ class Bench:
 
     @cached_property
     def shards(self) -> dict[str, Any]:
-        """The shard set of the project's default settings: {"folder", "bytes_per_image", "written_per_second"}."""
+        """The shard set with default settings: {"folder", "bytes_per_image", "written_per_second"}."""
         return self.write_shards("default")
 
     def write_shards(self, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-        """Another shard set of the same photos."""
+        """Write another shard set of the same photos."""
         out = str(self.work / f"shards-{name}")
         photos = self.photos["file"]
         arguments = {"photos": photos, "out": out, "rows": self.rows, "overrides": overrides}
         return {"folder": out, **in_child("shards_reading:write_shards", cores=1, **arguments)}
 
     def asked(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that are wanted."""
+        """Those of `names` that the call asks for."""
         return [name for name in names if name in self.names]
 
     def keep(self, rates: Rates) -> Rates:
-        """Note the rates."""
+        """Record the rates."""
         self.raw |= rates.repeats
         self.skipped |= rates.skipped
         self.medians |= {name: median for name in rates.repeats if (median := rates.median(name)) is not None}
@@ -120,12 +120,12 @@ class Bench:
 
 
 def say(text: str) -> None:
-    """What is going on, apart from the table."""
+    """Progress, on stderr: stdout is for the table."""
     print(text, file=sys.stderr, flush=True)
 
 
 def measure_size(bench: Bench) -> None:
-    """Bytes of the shard set beside those of the photos, and what quantisation costs."""
+    """Bytes of the shard set compared with those of the photos, and the PSNR after quantisation."""
     jpeg = bench.photos["bytes"] / bench.photos["photos"]
     stored = bench.shards["bytes_per_image"]
     fidelity = in_child("shards_reading:fidelity", shards=bench.shards["folder"], photos=bench.photos["file"])
@@ -180,8 +180,8 @@ def _reading_contenders(bench: Bench) -> dict[str, Callable[[], float]]:
 
 
 def measure_reading(bench: Bench) -> None:
-    """The training reader beside its alternatives, on one core."""
-    _ = bench.shards  # made before anything is timed
+    """The training reader compared with its alternatives, on one core."""
+    _ = bench.shards  # written before anything is timed
     rates = bench.keep(interleaved(_reading_contenders(bench), bench.repeats, say))
     for number in bench.asked(tuple(READING)):
         mine, others = READING[number]
@@ -218,7 +218,7 @@ def measure_variants(bench: Bench) -> None:
 
 
 def measure_prepare(bench: Bench) -> None:
-    """The whole stage beside decoding alone, on all cores, on several copies of every photo."""
+    """The whole prepare stage compared with decoding only, on all cores and several copies of every photo."""
     paths = preparing.link_copies(bench.paths, bench.work / "copies", bench.copies)
     for path in paths:
         Path(path).read_bytes()  # into the page cache
@@ -240,7 +240,7 @@ def measure_prepare(bench: Bench) -> None:
 
 
 def measure_plan(bench: Bench) -> None:
-    """Planning very many inputs: memory, and how time grows. Nothing is decoded."""
+    """Memory and time of planning many inputs; nothing is decoded."""
     found: dict[str, list[dict[str, float]]] = {}
     for kind, counts in bench.plan_counts.items():
         for count in counts:
@@ -265,7 +265,7 @@ def _parts(names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Callable[[Be
 
 
 def run(bench: Bench, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Measure what is asked for, and save after every part; what cannot be measured is said, and the rest goes on."""
+    """Measure what the call asks for and save after every part; what cannot be measured is skipped with its reason."""
     facts = machine_facts()
     for numbers, part in _parts(bench.names):
         try:
@@ -273,7 +273,7 @@ def run(bench: Bench, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         except (Missing, BenchmarkError) as error:
             for number in bench.asked(numbers):
                 bench.skipped[number] = f"needs {error}" if isinstance(error, Missing) else str(error)
-            say(f"{', '.join(bench.asked(numbers))}: left out, {error}")
+            say(f"{', '.join(bench.asked(numbers))}: skipped, {error}")
         save(_result(bench, facts))
     return _result(bench, facts)
 
@@ -313,7 +313,7 @@ def verdict(name: str, value: float | None) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What people read."""
+    """The results as text."""
     lines = [f"{name:44} {value:12.1f} images/s" for name, value in result["images_per_second"].items()]
     for name, value in result["numbers"].items():
         goal = result["goals"].get(name, "")
@@ -324,12 +324,12 @@ def table(result: dict[str, Any]) -> str:
     for name, made in result["numbers"].get("variants", {}).items():
         speed = f"{made['images_per_second'] or 0:.0f}, finest=2 {made['images_per_second_finest2'] or 0:.0f} images/s"
         lines.append(f"variant {name:36} {made['bytes_per_image']:12.0f} B, {made['psnr_db']:.2f} dB, {speed}")
-    lines += [f"{name:44} left out: {reason}" for name, reason in result["left_out"].items()]
+    lines += [f"{name:44} skipped: {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 
 
 def find_photos(folder: Path) -> list[str]:
-    """JPEG files anywhere below a folder, in the order of their names."""
+    """All JPEG files below a folder, sorted by name."""
     suffixes = {".jpg", ".jpeg"}
     return sorted(str(path.absolute()) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
 
@@ -341,11 +341,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--only", nargs="+", choices=GOALS, default=list(GOALS), metavar="NAME", help=", ".join(GOALS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="least time of a repeat of reading")
-    parser.add_argument("--rows", type=int, default=8192, help="rows of an epoch: the photos over and over")
+    parser.add_argument("--seconds", type=float, default=5.0, help="minimum duration of a repeat of reading")
+    parser.add_argument("--rows", type=int, default=8192, help="rows per epoch; the photos repeat")
     parser.add_argument("--copies", type=int, default=8, help="copies of every photo for the prepare stage")
-    parser.add_argument("--libraries", help="folder of public loaders that nothing else sees")
-    parser.add_argument("--work", type=Path, help="where to put some GB meanwhile; the system's temporary folder")
+    parser.add_argument("--libraries", help="folder with the public loaders, imported only where they are measured")
+    parser.add_argument(
+        "--work", type=Path, help="folder for some GB of temporary data; default: the system's temporary folder"
+    )
     given = parser.parse_args(arguments)
     paths = find_photos(given.images)
     if not paths:

@@ -1,4 +1,4 @@
-"""Children of benchmarks/shards.py: the whole prepare stage on Ray, and the planning of very many inputs."""
+"""Measurements of benchmarks/shards.py: the whole prepare stage on Ray, and planning many inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLITS = ("train", "val")
 
 
 def link_copies(paths: Sequence[str], folder: Path, copies: int) -> list[str]:
-    """Every photo under `copies` names, as hard links where the file system allows it."""
+    """Give every photo `copies` names, by hard links where the file system supports them."""
     folder.mkdir(parents=True)
     found = []
     for copy in range(copies):
@@ -37,12 +37,12 @@ def link_copies(paths: Sequence[str], folder: Path, copies: int) -> list[str]:
 
 
 class PrepareRuns:
-    """The prepare stage on one Ray, which is started before anything is measured."""
+    """Runs of the prepare stage on a Ray that is started before anything is measured."""
 
     def __init__(self, images: Path, work: Path) -> None:
         self.images, self.work = images, work
-        self.seconds: list[float] = []  # of the stage by its own account
-        self.wall: list[float] = []  # of the call: with planning, the tracker's start and the summary
+        self.seconds: list[float] = []  # measured by the stage itself
+        self.wall: list[float] = []  # of the whole call, with planning, the start of the tracker and the summary
         self._stack = contextlib.ExitStack()
         self._ready = False
 
@@ -63,7 +63,7 @@ class PrepareRuns:
         self._load, self._prepare, self._ready = load, prepare, True
 
     def run(self) -> float:
-        """Prepare the folder once more, into a new place: images/s by the clock of the whole call."""
+        """Prepare the folder again, into a new folder; returns images/s over the wall time of the call."""
         if not self._ready:
             self._start()
         out = self.work / f"prepared-{len(self.wall)}"
@@ -80,7 +80,7 @@ class PrepareRuns:
 
 
 def plan(count: int, kind: str, work: str) -> dict[str, float]:
-    """Plan `count` inputs, named by a list or in a folder: seconds of each step, and the peak of memory in GB."""
+    """Plan `count` inputs from a list or a folder; returns the seconds of each step and the peak memory in GB."""
     try:
         from pipeline.images.sources import plan_source
         from pipeline.stages.prepare_task import make_units
@@ -96,7 +96,7 @@ def plan(count: int, kind: str, work: str) -> dict[str, float]:
         planned = time.perf_counter()
         rows = {split: len(found.splits[split]) for split in SPLITS}
         if sum(rows.values()) != count:
-            raise Missing(f"a plan with all of its {count} inputs; it has {rows}")
+            raise Missing(f"a plan with all {count} inputs; it has {rows}")
         units = make_units(found, load(RECIPE).data.rows_per_shard)
         cut = time.perf_counter()
         manifest_bytes = _manifest_bytes(units)
@@ -125,7 +125,7 @@ def _long_list(folder: Path, count: int) -> str:
 
 
 def _many_files(folder: Path, count: int) -> str:
-    """CLASS/IMAGE.jpg, a hundred classes of empty files: the plan looks at names alone."""
+    """A hundred classes of empty files, CLASS/IMAGE.jpg: planning reads only their names."""
     root = folder / "photos"
     for number in range(100):
         (root / f"class-{number:04d}").mkdir(parents=True)
@@ -159,7 +159,7 @@ def _manifest_bytes(units: Sequence[Any]) -> int:
 
 
 def _peak_gb() -> float:
-    """10^9 bytes. What getrusage says begins, on Linux, with the peak of the process that started this one."""
+    """Peak memory in 10^9 bytes; on Linux, the peak of getrusage includes that of the parent process."""
     status = Path("/proc/self/status")
     if status.exists():
         found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -169,7 +169,7 @@ def _peak_gb() -> float:
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """Slope of log(seconds) over log(inputs) by least squares: 1 is proportional."""
+    """Slope of log(seconds) over log(inputs) by least squares; 1 means proportional."""
     xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     spread = sum((x - x_mean) ** 2 for x in xs)

@@ -1,7 +1,7 @@
-"""Children of benchmarks/shards.py: public loaders that read pre-resized images, each with its own format.
+"""Measurements of benchmarks/shards.py: public loaders of pre-resized images, each with its own format.
 
-Every one stores the same images, as JPEG of quality 90 or as raw bytes, shuffles, and gives batches of random windows,
-mirrored half of the time, as uint8 tensors, in one process. JPEG is decoded by torchvision, which is faster than PIL.
+All of them store the same images, as JPEG of quality 90 or as raw bytes, shuffle, and yield batches of random windows,
+flipped with probability 0.5, as uint8 tensors, in one process. torchvision decodes the JPEGs, which is faster than PIL.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS_PER_FILE = 1024
 FILE_BYTES = 1 << 26
 PACKAGES = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
 FORMATS = ("jpeg", "raw")
-# Without an outside library: what a core does at most with raw pixels. It shuffles over everything, in memory.
+# Without a library: the upper bound of one core with raw pixels, with a global shuffle in memory.
 REFERENCE = "memmap"
 UNMEASURED = {
     "ffcv": "not part of this benchmark: pip builds it from source, which needs OpenCV's and libjpeg's headers"
@@ -31,7 +31,7 @@ UNMEASURED = {
 
 
 def version_of(library: str) -> str | None:
-    """Of a loader, where it is installed."""
+    """The version of a loader; None if it is not installed."""
     return installed(PACKAGES[library]) if library in PACKAGES else f"numpy {np.__version__}"
 
 
@@ -43,7 +43,7 @@ def _import(library: str) -> Any:
 
 
 def _samples(photos: str, rows: int, stored: str) -> Iterator[bytes | np.ndarray]:
-    """What is stored of every row: JPEG bytes, or an array (3, H, W)."""
+    """The stored form of every row: JPEG bytes, or an array (3, H, W)."""
     images = np.load(photos)
     encoded: list[Any] = list(images)
     if stored == "jpeg":
@@ -56,7 +56,7 @@ def _samples(photos: str, rows: int, stored: str) -> Iterator[bytes | np.ndarray
 
 
 def write(library: str, stored: str, photos: str, out: str, rows: int) -> dict[str, Any]:
-    """Write the photos in a loader's format: its version and bytes an image."""
+    """Write the photos in a loader's format; returns its version and bytes per image."""
     folder = Path(out)
     folder.mkdir(parents=True)
     _WRITERS[library](folder, stored, _samples(photos, rows, stored), rows)
@@ -183,8 +183,8 @@ _READERS: dict[str, Callable[[Path, Window, int], Iterable[Any]]] = {
 
 
 def read_rate(library: str, stored: str, folder: str, side: int, window: int, batch: int, seconds: float) -> float:
-    """Images/s of a loader."""
-    warnings.filterwarnings("ignore")  # of read-only buffers: nothing is written into them
+    """Images/s of a public loader."""
+    warnings.filterwarnings("ignore")  # about read-only buffers, which are only read
     random.seed(0)
     torch.manual_seed(0)
     loader = _READERS[library](Path(folder), Window(stored, side, window), batch)

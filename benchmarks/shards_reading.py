@@ -1,6 +1,6 @@
-"""Children of benchmarks/shards.py that decode photos, write shard sets of them and read these, or the photos.
+"""Measurements of benchmarks/shards.py: decoding photos, writing shard sets, reading these or the photos.
 
-Legend: n photos, H = W pixels a side.
+n is the number of photos, H = W the side in pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIDE, WINDOW, BATCH = 256, 224, 64
 
 
 def decode_as_prepare(data: bytes, name: str, side: int = SIDE) -> np.ndarray:
-    """uint8 (3, H, W) by the decoder of `wavemim prepare`."""
+    """Decode to uint8 (3, H, W) with the decoder of `wavemim prepare`."""
     try:
         from pipeline.images.arrays import Pixels as Wanted
         from pipeline.images.decode import decode_image
@@ -43,7 +43,7 @@ def decode_as_prepare(data: bytes, name: str, side: int = SIDE) -> np.ndarray:
 
 
 def decode_plainly(data: bytes, name: str, side: int = SIDE) -> np.ndarray:
-    """uint8 (3, H, W) as most scripts do it: the whole JPEG, the shorter side to `side`, the middle square."""
+    """Decode to uint8 (3, H, W) as usual: the whole JPEG, shorter side resized to `side`, centre crop."""
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
     scale = side / min(image.size)
@@ -62,7 +62,7 @@ def _decode_file(task: tuple[str, str, int]) -> np.ndarray | None:
         return DECODERS[decoder](Path(path).read_bytes(), path, side)
     except Missing:
         raise
-    except Exception:  # whatever a decoder says about a damaged file: it is not part of the measurement
+    except Exception:  # a damaged file is not part of the measurement, whatever the decoder raises
         return None
 
 
@@ -71,7 +71,7 @@ def _decode_and_drop(task: tuple[str, str, int]) -> bool:
 
 
 def decode_rate(decoder: str, paths: Sequence[str], workers: int, side: int = SIDE) -> float:
-    """Images/s of reading and decoding alone, in a pool that runs already."""
+    """Images/s of reading and decoding only, in a running pool."""
     tasks = [(decoder, path, side) for path in paths]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         pool.map(_decode_and_drop, tasks[: 4 * workers], chunksize=1)
@@ -84,7 +84,7 @@ def decode_rate(decoder: str, paths: Sequence[str], workers: int, side: int = SI
 
 
 def decode_photos(paths: Sequence[str], out: str, workers: int, side: int = SIDE) -> dict[str, Any]:
-    """Write the photos, decoded, to a .npy file (n, 3, H, W): how many, and the bytes of the files they come from."""
+    """Decode the photos into a .npy file (n, 3, H, W); returns their number and the bytes of their files."""
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         images = pool.map(_decode_file, [("prepare", path, side) for path in paths], chunksize=8)
     kept = [(path, image) for path, image in zip(paths, images, strict=True) if image is not None]
@@ -95,7 +95,7 @@ def decode_photos(paths: Sequence[str], out: str, workers: int, side: int = SIDE
 
 
 def write_shards(photos: str, out: str, rows: int, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """A shard set of the photos, over and over up to `rows`, all train: bytes an image, and images/s of writing."""
+    """Write a shard set of `rows` train rows, repeating the photos; returns bytes per image and images/s."""
     recipe = load(RECIPE, overrides)
     images = np.load(photos)
     layout = Layout(images.shape[-1], images.shape[1], recipe.steps_by_level(), recipe.data.wavelet)
@@ -119,7 +119,7 @@ def write_shards(photos: str, out: str, rows: int, overrides: Sequence[str] = ()
 
 
 def recode_shards(shards: str, out: str, codecs: dict[str, str]) -> dict[str, float]:
-    """The same shard set with other codecs for some of its columns."""
+    """Write the shard set again with other codecs for some of its columns."""
     source, folder = ShardSet.open(shards), Path(out)
     folder.mkdir(parents=True)
     files = []
@@ -169,7 +169,7 @@ def read_rate(
     window: int = WINDOW,
     batch: int = BATCH,
 ) -> float:
-    """Images/s of the training reader: integers that are ready to be copied to a device, or 8-bit images."""
+    """Images/s of the training reader: coefficients ready to be copied to the device, or 8-bit images."""
     opened = ShardSet.open(shards)
     reader = Reader(
         opened, "train", batch=batch, window=window, flip=True, threads=threads, finest=finest, pixels=pixels
@@ -187,7 +187,7 @@ def read_rate(
 
 
 class _Photos(torch.utils.data.Dataset[torch.Tensor]):
-    """Windows of the original files: decoded whole, RandomResizedCrop, mirrored half of the time."""
+    """Windows of the original files: full decoding, RandomResizedCrop, flipped with probability 0.5."""
 
     def __init__(self, paths: Sequence[str], window: int) -> None:
         from torchvision import transforms
@@ -221,7 +221,7 @@ def pil_rate(paths: Sequence[str], seconds: float, window: int = WINDOW, batch: 
 
 
 def fidelity(shards: str, photos: str) -> dict[str, float]:
-    """PSNR in dB of whole images rebuilt from the shard set, against those it was made of."""
+    """PSNR in dB of whole images reconstructed from the shard set, against the originals."""
     opened, images = ShardSet.open(shards), np.load(photos, mmap_mode="r")
     errors = []
     for batch in sequential(opened, "train", 32, window=images.shape[-1], max_rows=len(images), pixels=True):
@@ -229,7 +229,7 @@ def fidelity(shards: str, photos: str) -> dict[str, float]:
         rebuilt = batch.pixels.numpy().astype(np.float64)
         originals = images[batch.rows.numpy() % len(images)]
         errors += ((rebuilt - originals) ** 2).mean((1, 2, 3)).tolist()
-    # An image that comes back exactly has no PSNR: half of one grey level in one value bounds it.
+    # An exact reconstruction has no finite PSNR: bounded by an error of half a grey level in one value.
     floor = 0.25 / images[0].size
     return {
         "psnr_db": _psnr(max(statistics.fmean(errors), floor)),

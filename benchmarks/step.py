@@ -1,12 +1,13 @@
-"""A training step, forward, backward and optimiser, on synthetic input: a table, and a JSON file.
+"""A training step (forward, backward, optimiser) on synthetic input: a table and a JSON file.
 
     python benchmarks/step.py --json FILE [--recipes NAME …] [--batch 256] [--repeats 5] [--seconds 5]
-    python benchmarks/step.py --costs [NAME …]     the cost lines of recipes' headers
+    python benchmarks/step.py --costs [NAME …]     the cost lines in the headers of recipes
 
-What runs is the project's own `TrainStep`: integers of a shard set become images, masks and targets on the device, as
-in training. Recipes take turns, and rates are medians of the repeats. Model-FLOPs utilisation (mfu) is the counted
-work of forward and backward, 3 times the forward's, over what matrix products of the same device and type reach in
-the same run. On a GPU each recipe runs as it is and compiled; numbers without a mode are those of the compiled one.
+It runs the project's own `TrainStep`: quantised coefficients become images, masks and targets on the device, as in
+training. Recipes take turns, and rates are medians over the repeats. Model FLOPs utilisation (mfu) is the counted FLOPs
+of forward and backward (3 times those of forward) per second, divided by the rate that matrix products reach on the
+same device with the same type in the same run. On a GPU each recipe runs eagerly and compiled; numbers without a mode
+are those of the compiled one.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ MFU_GOAL = (">=", 0.45)  # on a GPU
 
 
 def say(text: str) -> None:
-    """What is going on, apart from the table."""
+    """Progress, on stderr: stdout is for the table."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run(settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
-    """Measure everything; what cannot be built is said, and the rest goes on."""
+    """Measure all recipes; those that cannot be built are skipped with their reason."""
     contenders, left_out = [], {}
     for name in settings.recipes:
         for mode in settings.modes:
@@ -54,7 +55,7 @@ def run(settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
                 contenders.append(make_contender(name, settings, mode))
             except (ValueError, torch.OutOfMemoryError) as error:
                 left_out[f"{name} {mode}"] = str(error).partition("\n")[0]
-                say(f"{name}: left out, {error}")
+                say(f"{name}: skipped, {error}")
     matmul: list[float] = []
     shares: dict[str, list[float]] = {"stored": [], "device": []}
     wavelet = next((one for one in reversed(contenders) if one.recipe.target.kind == "wavelet"), None)
@@ -83,7 +84,7 @@ def run(settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
 def numbers_of(
     contenders: Sequence[Contender], matmul: float, shares: dict[str, list[float]], device: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The named numbers, and how they stand to their goals."""
+    """The named numbers, and whether their goals are reached."""
     rates = {one.name: one.images_per_second for one in contenders}
     numbers: dict[str, Any] = {}
     for suffix, mode in ((" compiled", "compiled"), ("", "eager")):
@@ -131,7 +132,7 @@ def _described(one: Contender, matmul: float, settings: Settings) -> dict[str, A
 
 
 def table(result: dict[str, Any]) -> str:
-    """What people read."""
+    """The results as text."""
     lines = [f"{'recipe':32} {'images/s':>10} {'ms/step':>10} {'peak GiB':>9} {'GFLOP':>8} {'mfu':>6}"]
     for name, made in result["recipes"].items():
         peak = f"{made['peak_memory_bytes'] / 2**30:.2f}" if made["peak_memory_bytes"] else "-"
@@ -145,12 +146,12 @@ def table(result: dict[str, Any]) -> str:
         if isinstance(value, float):
             lines.append(f"{name:32} {value:10.4f} {result['goals'].get(name, '')}".rstrip())
     lines += [f"{name:32} {said}" for name, said in result["goals"].items() if name.startswith("mfu ")]
-    lines += [f"{name:32} left out: {reason}" for name, reason in result["left_out"].items()]
+    lines += [f"{name:32} skipped: {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 
 
 def costs(names: Sequence[str]) -> Iterator[str]:
-    """Name and cost line of recipes, of all by default."""
+    """Name and cost line of recipes; default: all."""
     from pipeline.config.load import load, names_of
     from pipeline.models.build import build_blank_model
     from wavemim.flops import cost_of
@@ -162,7 +163,7 @@ def costs(names: Sequence[str]) -> Iterator[str]:
 
 
 def describe(device: str, threads: int | None) -> dict[str, Any]:
-    """The machine, its device and the libraries that matter here."""
+    """The machine, its device and the relevant libraries."""
     facts = machine_facts() | {"timm": installed("timm"), "threads": threads or torch.get_num_threads()}
     if device.startswith("cuda"):
         found = torch.cuda.get_device_properties(device)
@@ -174,19 +175,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--costs", nargs="*", metavar="NAME", help="print the cost lines of recipes, and nothing else")
+    parser.add_argument("--costs", nargs="*", metavar="NAME", help="only print the cost lines of recipes")
     parser.add_argument("--recipes", nargs="+", default=list(DEFAULT), metavar="NAME", help="names or YAML files")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings changed in all recipes")
-    parser.add_argument("--batch", type=int, help="images in a step; 256 on a GPU, otherwise 8")
-    parser.add_argument("--repeats", type=int, help="5 on a GPU, otherwise 3")
-    parser.add_argument("--seconds", type=float, default=5.0, help="least time of a repeat")
-    parser.add_argument("--device", help="cuda where there is one, otherwise cpu")
-    parser.add_argument("--threads", type=int, help="threads of a CPU")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, otherwise float32")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to override in all recipes")
+    parser.add_argument("--batch", type=int, help="images per step; default: 256 on a GPU, 8 on a CPU")
+    parser.add_argument("--repeats", type=int, help="default: 5 on a GPU, 3 on a CPU")
+    parser.add_argument("--seconds", type=float, default=5.0, help="minimum duration of a repeat")
+    parser.add_argument("--device", help="default: cuda where there is a GPU, otherwise cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compiled alone, or not; both on a GPU"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="only compiled, or only eager; default: both on a GPU, eager on a CPU",
     )
-    parser.add_argument("--matrix", type=int, help="rows of the matrices that the device's rate is measured with")
+    parser.add_argument(
+        "--matrix", type=int, help="rows of the square matrices whose products measure the device's rate"
+    )
     given = parser.parse_args(arguments)
     if given.costs is not None:
         for line in costs(given.costs):

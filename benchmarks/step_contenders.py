@@ -1,4 +1,4 @@
-"""What the step benchmark measures: training steps on synthetic input, matrix products, and the target alone."""
+"""Measurements of benchmarks/step.py: training steps on synthetic input, matrix products, and targets only."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MATRIX = {"cuda": 8192, "cpu": 2048}  # rows of the square matrices whose produc
 
 @dataclass(frozen=True)
 class Settings:
-    """One call."""
+    """The settings of one call."""
 
     recipes: tuple[str, ...] = DEFAULT
     overrides: tuple[str, ...] = ()
     batch: int = 8
     repeats: int = 3
-    seconds: float = 5.0  # least time of a repeat
+    seconds: float = 5.0  # minimum duration of a repeat
     device: str = "cpu"
     dtype: str = "float32"
     modes: tuple[str, ...] = ("eager",)
@@ -34,7 +34,7 @@ class Settings:
 
 @dataclass
 class Contender:
-    """A recipe's training step, ready to be called."""
+    """The training step of a recipe, ready to run."""
 
     name: str
     given: str  # the recipe's name, or its file
@@ -64,9 +64,9 @@ class Contender:
 def synthetic(
     recipe: Any, batch: int, seed: int
 ) -> tuple[dict[int, Any], dict[int, dict[str, dict[str, list[float]]]]]:
-    """Integers of a shard set's pyramids, of random images, and the statistics of their bands.
+    """Quantised coefficients of random images, as a shard set stores them, and the statistics of their bands.
 
-    Where images are cropped on the device they are as large as stored, otherwise windows of the size of training.
+    They have the stored size where images are cropped on the device, otherwise the size of training.
     """
     from wavemim.wavelets import bands_of, decompose
 
@@ -78,7 +78,7 @@ def synthetic(
     for level, values in decompose(images, data.levels, data.wavelet).items():
         stored[level] = (values / recipe.steps_by_level()[level]).round().to(torch.int16)
         spread = {band: values[:, :, index] for index, band in enumerate(bands_of(level, data.levels))}
-        if "A" not in spread:  # not stored, but a target may ask for it
+        if "A" not in spread:  # not stored, but a target may need it
             spread["A"] = decompose(images, level, data.wavelet)[level][:, :, 0]
         found[level] = {
             band: {"mean": maps.mean((0, 2, 3)).tolist(), "std": maps.std((0, 2, 3)).tolist()}
@@ -98,7 +98,7 @@ def make_contender(name: str, settings: Settings, mode: str) -> Contender:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     batches, found = zip(*(synthetic(recipe, settings.batch, seed) for seed in range(2)), strict=True)
     channels = recipe.data.channels
-    shards: Any = SimpleNamespace(  # what the parts below read of a shard set
+    shards: Any = SimpleNamespace(  # the attributes of a shard set used below
         statistics=found[0],
         pixel_mean=[127.5] * channels,
         pixel_std=[74.0] * channels,
@@ -131,20 +131,20 @@ def make_contender(name: str, settings: Settings, mode: str) -> Contender:
 
 
 def load_recipe(name: str, settings: Settings) -> Any:
-    """The recipe with the call's overrides."""
+    """The recipe with the overrides of the call."""
     from pipeline.config.load import load
 
     return load(name, settings.overrides)
 
 
 def measure_rate(contender: Contender, settings: Settings) -> None:
-    """Note images/s over whole steps that last `seconds` or longer, and on a GPU the peak of its memory."""
+    """Record images/s over at least `seconds`, in whole steps, and on a GPU the peak memory."""
     device = torch.device(settings.device)
     before = _allocated(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        contender.run_once()  # memory is asked for again
+        contender.run_once()  # allocates memory again
         _wait(device)
     steps, group, began = 0, 1, time.perf_counter()
     while steps == 0 or time.perf_counter() - began < settings.seconds:
@@ -152,14 +152,14 @@ def measure_rate(contender: Contender, settings: Settings) -> None:
             contender.run_once()
         _wait(device)
         steps += group
-        group = min(2 * group, 16) if device.type == "cuda" else 1  # queued without waiting, as in training
+        group = min(2 * group, 16) if device.type == "cuda" else 1  # queued without synchronising, as in training
     contender.rates.append(steps * settings.batch / (time.perf_counter() - began))
     if device.type == "cuda":
         contender.peaks.append(torch.cuda.max_memory_allocated(device) - before + contender.kept)
 
 
 def matmul_rate(settings: Settings) -> float:
-    """FLOP/s of products of square matrices on this device, in this type: the best of some, as hardware is rated."""
+    """FLOP/s of products of square matrices on this device in this type: the best of several, as hardware is rated."""
     device, dtype, n = torch.device(settings.device), getattr(torch, settings.dtype), settings.matrix
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     calls = 10 if device.type == "cuda" else 1
@@ -174,7 +174,7 @@ def matmul_rate(settings: Settings) -> float:
 
 
 def target_seconds(contender: Contender, settings: Settings, *, on_device: bool, calls: int = 30) -> float:
-    """Median time of making the wavelet targets of a batch, from stored coefficients or from the images."""
+    """Median time in seconds to compute the wavelet targets of a batch, from stored coefficients or from the images."""
     device = torch.device(settings.device)
     step = contender.step
     target = copy.copy(step.model.target)
@@ -192,7 +192,7 @@ def target_seconds(contender: Contender, settings: Settings, *, on_device: bool,
 
 
 def peak_memory(recipe: str, **settings: Any) -> int:
-    """Most memory in bytes of a process that does two steps, libraries included. For a child process."""
+    """Peak memory in bytes of a process that runs two steps, with its libraries; called in a child process."""
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     contender = make_contender(recipe, Settings(**{**settings, **lists}), "eager")
     contender.run_once()

@@ -17,16 +17,16 @@ from harness import Call, Expected, Experiment, benchmark, main
 
 SAME, NOTHING = "the same weights", "nothing"
 LOST = {  # images that may be trained again at most, and how the table says it
-    "ray_killed": (100, "less than 100 images"),
-    "hang_stopped": (100, "less than 100 images"),
-    "hang_reading": (250, "less than 250 images"),
+    "ray_killed": (100, "fewer than 100 images"),
+    "hang_stopped": (100, "fewer than 100 images"),
+    "hang_reading": (250, "fewer than 250 images"),
     "disk_full": (0, NOTHING),
     "clock_back": (0, NOTHING),
     "slow_worker": (0, NOTHING),
     "shard_away": (0, NOTHING),
     "object_store_full": (0, NOTHING),
     "shard_missing": (100, "100 images"),
-    "shard_damaged": (250, "less than 250 images"),
+    "shard_damaged": (250, "fewer than 250 images"),
 }
 
 

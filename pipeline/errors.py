@@ -5,6 +5,10 @@ class StageError(RuntimeError):
     """A stage cannot go on, for a reason that the user can act on: one line."""
 
 
+class TrainingEndedError(StageError):
+    """Training has ended for a reason that restarting its workers would not change."""
+
+
 class SettingError(ValueError):
     """A mistake in the settings: one line that says what was wrong, what is allowed and what to do."""
 

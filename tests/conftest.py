@@ -1,8 +1,9 @@
-"""What tests share: a small folder of real JPEGs, a lean Ray, and how they are spread over processes."""
+"""Shared by the tests: a folder of small JPEGs, a private Ray, an MLflow store, and the distribution over processes."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,28 +16,32 @@ from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.runtime.ray_session import SessionInfo
 
-# Three processes of tests on two cores, since many of them wait: each computes on one. Before torch is imported anywhere.
+# Tests often wait, so three processes of them share two cores, each with one thread. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before Ray is imported anywhere: no token file in the home folder, no usage report.
+# Set before Ray is imported: no token file in the home folder, no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Of the object store that some tests start; Ray's workers have the environment of their start.
+# Credentials of the object store that some tests start; Ray's workers inherit the environment of their start.
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 
+
+# Processes that tests start by the method "forkserver" share these imports, which take longer than what they do.
+multiprocessing.set_forkserver_preload(["pipeline.training.pretrain_loop"])
 
 _session = contextlib.ExitStack()  # the Ray of `ray_local`
 
 
-# Files that start a Ray; each line is one process's work, so that there are two of them at a time. They come first,
-# since they take longest.
+# Files that start a Ray; those of a line run in one process. The first line has only faults, which run in two processes,
+# so that at most two Rays run at a time. They come first, as they take longest.
 _WITH_RAY = (
-    ("test_stages.py", "test_prepare.py", "test_specimens.py"),  # they share one
-    ("test_pretrain.py", "test_job_submit.py", "test_ray_session.py", "test_finetune.py", "test_segmentation.py"),
+    ("test_pretrain.py",),
+    ("test_stages.py", "test_specimens.py"),
+    ("test_prepare.py", "test_finetune.py", "test_segmentation.py", "test_job_submit.py", "test_ray_session.py"),
 )
 
 
 class _Scheduling(LoadScopeScheduling):
-    """Files stay whole, and those of a line of `_WITH_RAY` together."""
+    """Keeps the tests of a file in one process, and those of a line of `_WITH_RAY` too."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0].rpartition("/")[2]
@@ -44,14 +49,18 @@ class _Scheduling(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Groups by mark (``--dist loadgroup``) are lost in xdist 3.8 with pytest 9.2."""
+    """xdist 3.8 loses the groups of ``--dist loadgroup`` with pytest 9.2, hence a scheduler."""
     return _Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray first, of these those that share one; what needs none waits for no Ray's end."""
+    """Tests with Ray come first, and among these the ones that share a Ray."""
     order = [file for files in _WITH_RAY for file in files]
+    if strangers := {item.path.name for item in items if item.get_closest_marker("ray")} - set(order):
+        raise pytest.UsageError(
+            f"{', '.join(sorted(strangers))}: starts a Ray; add it to _WITH_RAY in tests/conftest.py"
+        )
     items.sort(
         key=lambda item: (
             item.get_closest_marker("ray") is None,
@@ -63,7 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The shared Ray, and what it needs in the environment, is gone before a test that does not use it."""
+    """End the shared Ray, and restore the environment, before a test that does not use it."""
     if not _shares_ray(item):
         _session.close()
 
@@ -85,8 +94,19 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store for tests that only need one to exist: making one takes seconds."""
+    from pipeline.tracking import mlflow_client
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    mlflow_client.import_mlflow()
+    mlflow_client.connect(uri, create=True)
+    return uri
+
+
+@pytest.fixture(scope="session")
 def ray_local() -> Iterator[SessionInfo]:
-    """A private Ray as the stages start it, for all tests that ask for it."""
+    """A private Ray as the stages start it, shared by all tests of the process that use it."""
     from pipeline.config.settings import Cluster
     from pipeline.runtime.ray_session import ray_session
 

@@ -133,6 +133,7 @@ def test_the_interrupted_run_is_resumed_by_the_loop(out):
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_the_interrupted_run_is_resumed_by_the_command(out):
     stage = out / "runs" / "old" / "pretrain"
     before = (stage / "metrics.jsonl").read_bytes()

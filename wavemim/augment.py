@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from wavemim.randomness import uniform
+from wavemim.thread_random import seed_thread
 
 _ATTEMPTS = 10  # torchvision's, before it falls back to a box in the middle
 
@@ -164,8 +165,7 @@ def _middle_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[in
 class RandAugment:
     """Crops and mirrors as `random_resized_crop`, then applies one of timm's RandAugment policies.
 
-    Boxes and mirroring are pure functions of (seed, epoch, row). RandAugment draws from the global generators of Python
-    and numpy, in the order in which threads call it.
+    Boxes, mirroring and what RandAugment draws are pure functions of (seed, epoch, row), in any number of threads.
     """
 
     def __init__(
@@ -218,6 +218,7 @@ class RandAugment:
         mirrored = (uniform(self.seed, "flip", epoch, rows, 1)[:, 0] < 0.5) & self.flip
         out = np.empty((*pixels.shape[:2], self.size, self.size), np.uint8)
         for b, (image, box) in enumerate(zip(pixels.numpy(), boxes.int().tolist(), strict=True)):
+            seed_thread(self.seed, "rand_augment", epoch, int(rows[b]))
             out[b] = self._augmented(image, box, bool(mirrored[b]))
         return torch.from_numpy(out)
 

@@ -29,21 +29,32 @@ from wavemim.augment import resized_crop
 from wavemim.encoders.base import create, is_plain_vit
 from wavemim.inputs import Inputs
 from wavemim.optim import NO_DECAY, Average
+from wavemim.step import StepResult, apply_gradients
 
-MIDDLE = 7 / 8  # of a stored image's side, what is judged: 224 of 256 pixels
-# Of ViTs: the mean of the patch tokens, normalised after pooling by a norm that is new (MAE); or the class token.
+MIDDLE = 7 / 8  # share of a stored image's side that is evaluated: 224 of 256 pixels
+# Pooling of ViTs: the mean of the patch tokens, normalised after pooling by a new norm (MAE); or the class token.
 _POOLING = {"mean": {"global_pool": "avg", "fc_norm": True}, "token": {"global_pool": "token", "fc_norm": False}}
-_HEAD_STD = 2e-5  # of a new head's weights (MAE)
+_HEAD_STD = 2e-5  # standard deviation of a new head's weights (MAE)
 
 
 def make_classifier(
     encoder: nn.Module, name: str, arguments: Mapping[str, Any], *, classes: int, drop_path: float, head: str = "mean"
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """`encoder`, a timm model without classifier, as a model that gives logits (B, K); and its arguments of timm's.
+    """Make a classifier of an encoder.
 
-    `arguments` are those of ``timm.create_model(name, …)`` that made the encoder. `head` is for plain ViTs, others have
-    their own pooling. Every parameter is trainable. Raises ValueError where timm cannot build it, it has no drop path,
-    or its weights do not fit.
+    Args:
+        encoder: A timm model without classifier.
+        name: Its architecture in timm.
+        arguments: Those of ``timm.create_model(name, …)`` that made it.
+        classes: Number of classes K.
+        drop_path: Drop path rate of the last block; less in earlier ones.
+        head: "mean" or "token", for plain ViTs; others have their own pooling.
+
+    Returns:
+        A model that returns logits (B, K), all of whose parameters are trainable; and its arguments in timm.
+
+    Raises:
+        ValueError: timm cannot build it, it has no drop path, or the weights do not fit.
     """
     if "distilled" in name and head == "mean":
         raise ValueError(f"'{name}' is classified by its class and distillation tokens; set finetune.head=token")
@@ -62,7 +73,7 @@ def make_classifier(
     known = {key: own[key] for key in model.state_dict() if key in own}
     model.load_state_dict(known, strict=False)
     for layer in layers:
-        for module in layer.modules():  # norms among them begin as timm has them
+        for module in layer.modules():  # norms among them start as in timm
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=_HEAD_STD)
                 if module.bias is not None:
@@ -84,13 +95,13 @@ def _create(name: str, arguments: Mapping[str, Any], drop_path: float) -> nn.Mod
 
 
 def _head(model: nn.Module) -> list[nn.Module]:
-    """The classifier; distilled models have two."""
+    """The classifier layers; distilled models have two."""
     found = model.get_classifier()  # type: ignore[operator]  # timm's
     return list(found) if isinstance(found, tuple) else [found]
 
 
 def freeze_encoder(model: nn.Module) -> None:
-    """Leave only the head to be trained: the classifier and the norm in front of it."""
+    """Freeze all but the head: the classifier and the norm in front of it."""
     model.requires_grad_(False)
     for layer in (*_head(model), getattr(model, "fc_norm", None)):
         if layer is not None:
@@ -98,7 +109,8 @@ def freeze_encoder(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """timm's groups with ``lr_scale`` = layer_decay^(layers above), and no decay on norms, biases, tokens, positions."""
+    """Parameter groups by timm, with ``lr_scale`` = layer_decay^(layers above); no weight decay on norms, biases, tokens and
+    positions."""
     exempt = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in NO_DECAY}
     if hasattr(model, "no_weight_decay"):
         exempt |= set(model.no_weight_decay())  # type: ignore[operator]  # timm's
@@ -108,14 +120,14 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
 def make_finetune_optimizer(
     model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float, betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """AdamW on `parameter_groups`; fused, so that a step can be left out on the device."""
+    """AdamW on `parameter_groups`; fused, so that a step can be skipped on the device."""
     groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images and labels of a batch are mixed with each other, and what is erased."""
+    """How images and labels of a batch are mixed with each other, and how much is erased."""
 
     classes: int
     mixup: float = 0.0
@@ -124,9 +136,17 @@ class Mixing:
     erasing: float = 0.0
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised images (n, C, H, W), changed in place, and targets (n, K) that sum to one.
+        """Mix and erase.
 
-        timm mixes an image with its mirror in the batch, and only even numbers: of an odd one the last stays as it is.
+        timm mixes an image with the one at the mirrored place in the batch, and only an even number of images: of an odd
+        number the last one stays as it is.
+
+        Args:
+            images: Normalised (n, C, H, W); changed in place.
+            labels: Classes (n,).
+
+        Returns:
+            The images, and targets (n, K) whose rows sum to one.
         """
         if self.erasing:
             RandomErasing(self.erasing, mode="pixel", device=str(images.device))(images)
@@ -140,16 +160,8 @@ class Mixing:
         return images, targets
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a step measured; tensors stay on the device, so that nothing waits for them."""
-
-    loss: torch.Tensor  # () of this worker's share of the batch, scaled so that the mean over workers is the loss
-    grad_norm: torch.Tensor  # () before clipping; not finite where the step was left out
-
-
 class FinetuneStep:
-    """Normalised images and labels in, one optimiser step done. One without a finite gradient changes nothing."""
+    """Does one optimiser step on normalised images and labels. A step without a finite gradient is skipped."""
 
     def __init__(
         self,
@@ -167,7 +179,22 @@ class FinetuneStep:
         world: int = 1,
         rank: int = 0,
     ) -> None:
-        """As `wavemim.step.TrainStep`: `wrapped` is the model behind DDP, `schedule` has timm's ``step_update``."""
+        """Prepare the step.
+
+        Args:
+            model: The classifier.
+            mixing: How images and labels are mixed.
+            optimizer: A fused one, which can skip a step on the device.
+            schedule: The learning-rate schedule, with timm's ``step_update``.
+            seed: Of everything random.
+            precision: The dtype of the network's arithmetic.
+            clip_grad: Largest gradient norm; None: any.
+            accumulate: Parts of a batch that are computed one after another (gradient accumulation).
+            averaged: Moving average of the weights, which is updated after each step.
+            wrapped: The model behind DDP.
+            world: Number of data-parallel workers.
+            rank: Rank of this worker.
+        """
         self.model, self.mixing, self.optimizer, self.schedule = model, mixing, optimizer, schedule
         self.wrapped = wrapped if wrapped is not None else model
         self.averaged, self.accumulate = averaged, accumulate
@@ -178,29 +205,37 @@ class FinetuneStep:
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int
-    ) -> FinetuneResult:
-        """Do step number `step` (from 0) on images (B, C, H, W) on the device, and labels and weights (B,) on the host."""
+    ) -> StepResult:
+        """Do step number `step`, from 0 on. The other arguments are those of `backward`.
+
+        Returns:
+            The loss as a single part (1,), and the gradient norm ().
+        """
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         loss = self.backward(images, labels, weight, total, step=step)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler says it
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update(self.model)
-        return FinetuneResult(loss, grad_norm.detach())
+        return StepResult(loss[None], apply_gradients(self.model, self.optimizer, self.clip_grad, self.averaged))
 
     def backward(
         self, images: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, total: float, *, step: int
     ) -> torch.Tensor:
-        """Gradients of the loss over the `total` images that count on all workers; gives this worker's share of it.
+        """Compute the gradients of the loss.
 
-        Images of weight 0, and without a label, are left out before anything is drawn or mixed: they change nothing.
+        Images of weight 0 and those without a label are removed before anything is drawn or mixed: they change nothing.
+
+        Args:
+            images: Normalised (B, C, H, W), on the device.
+            labels: Classes (B,), -1 for none, on the host.
+            weight: 1 for images that count, 0 for others (B,), on the host.
+            total: Sum of the weights over all workers.
+            step: Number of the step; what is random follows from it.
+
+        Returns:
+            This worker's share of the loss (), scaled so that the mean over workers is the loss.
         """
         self._seed(step)
         counts = (weight > 0) & (labels >= 0)
         counting = counts.nonzero().flatten()
-        # A worker without any has to take part all the same, and batch norm needs two images.
+        # A worker without such images has to take part nevertheless, and batch norm needs two images.
         filling = (~counts).nonzero().flatten()[: max(0, 2 - len(counting))]
         chosen = torch.cat((counting, filling))
         count = len(counting)
@@ -208,8 +243,8 @@ class FinetuneStep:
         total_loss = torch.zeros((), device=images.device)
         parts = _split(len(chosen), self.accumulate) if len(filling) == 0 else [slice(0, len(chosen))]
         for number, part in enumerate(parts, 1):
-            apart = self.wrapped.no_sync() if self.world > 1 and number < len(parts) else contextlib.nullcontext()  # type: ignore[operator]
-            with apart:
+            exchange = self.wrapped.no_sync() if self.world > 1 and number < len(parts) else contextlib.nullcontext()  # type: ignore[operator]
+            with exchange:
                 counted = min(part.stop, count) - part.start
                 loss = self._loss(images[part], labels[part], counted) * (counted * self.world / total)
                 loss.backward()
@@ -217,7 +252,7 @@ class FinetuneStep:
         return total_loss
 
     def _loss(self, images: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
-        """Mean loss of the first `count` images; 0, with gradients, where there is none."""
+        """Mean loss of the first `count` images; 0, with gradients, if there are none."""
         mixed, targets = self.mixing(images[:count].clone(), labels[:count])
         images = torch.cat((mixed, images[count:]))
         with torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -225,7 +260,7 @@ class FinetuneStep:
         return self.criterion(logits[:count].float(), targets) if count else logits.float().sum() * 0
 
     def _seed(self, step: int) -> None:
-        """What is drawn in a step follows from its number: timm draws from the generators of Python, numpy and torch."""
+        """Seed by the step: timm draws from the generators of Python, numpy and torch."""
         seed = zlib.crc32(f"{self.seed} {step} {self.rank}".encode())
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -233,18 +268,26 @@ class FinetuneStep:
 
 
 def _split(count: int, parts: int) -> list[slice]:
-    """`count` images in parts whose sizes differ by one at most; none is empty."""
+    """Split `count` images into parts whose sizes differ by one at most; none is empty."""
     ends = [count * number // parts for number in range(parts + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(ends) if end > start]
 
 
 def middle_side(side: int, size: int) -> int:
-    """Pixels of an image of `side` that are judged at `size`: the middle 7/8, and all that fit where those are fewer."""
+    """Side in pixels of the middle that is evaluated of a stored image.
+
+    Args:
+        side: Side of the stored image in pixels.
+        size: Side of the images that the network sees.
+
+    Returns:
+        7/8 of `side`, but at least `size`, and at most `side`.
+    """
     return min(side, max(size, round(side * MIDDLE)))
 
 
 def middle(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """The middle of whole images (B, C, H, W), as `middle_side` says, resized to (B, C, size, size)."""
+    """The middle of whole images (B, C, H, W), `middle_side` pixels wide, resized to (B, C, size, size)."""
     side = pixels.shape[-1]
     kept = middle_side(side, size)
     corner = (side - kept) // 2
@@ -261,9 +304,18 @@ def count_predictions(
     classes: int,
     precision: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Images by true class (rows) and predicted class (columns), int64 (K, K), of whole images in pixel values.
+    """Count predictions by class.
 
-    `batches` are (pixels (B, C, H, W) on the model's device, labels (B,)). Without a label an image is left out.
+    Args:
+        model: The classifier; it is left in evaluation mode.
+        inputs: Normalises pixels.
+        batches: Whole images in pixel values (B, C, H, W) on the model's device, and labels (B,); -1 is not counted.
+        size: Side in pixels of the images that the network sees.
+        classes: Number of classes K.
+        precision: The dtype of the network's arithmetic.
+
+    Returns:
+        Images by true class (rows) and predicted class (columns), int64 (K, K), on the model's device.
     """
     device = next(model.parameters()).device
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=device)

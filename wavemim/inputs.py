@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from wavemim.targets import STD_FLOOR, Statistics
+from wavemim.data_statistics import STD_FLOOR, Statistics
 from wavemim.wavelets import decompose, reconstruct
 
 
@@ -134,7 +134,16 @@ class Inputs(nn.Module):
 
 
 def window_of(values: torch.Tensor, crop: Crop, level: int) -> torch.Tensor:
-    """Cut windows (B, …, size/2^level, size/2^level) from the values (B, …, H/2^level, W/2^level) of a level."""
+    """Cut windows from a level.
+
+    Args:
+        values: (B, …, H/2^level, W/2^level).
+        crop: The windows.
+        level: The level; 0 for images.
+
+    Returns:
+        (B, …, crop.size/2^level, crop.size/2^level).
+    """
     side = crop.size >> level
     corners = (crop.corners >> level).to(values.device, non_blocking=True)
     cells = torch.arange(side, device=values.device)

@@ -94,23 +94,23 @@ def gather(
         get_optimizer_state_dict,
     )
 
+    entries = [] if optimizer is None else [value for state in optimizer.state.values() for value in state.values()]
+    used = {_memory(local(value)) for value in (*model.parameters(), *model.buffers(), *entries)}
+
+    def copied(value: torch.Tensor) -> torch.Tensor:
+        """torch does not copy what is whole and on the CPU already, such as buffers and step counts."""
+        return value.clone() if _memory(value) in used else value
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    buffers = {name for name, _ in model.named_buffers()}
-    # What is not sharded (buffers, step counts) is not copied where it is on the CPU already.
-    weights = {
-        name: value.clone() if name in buffers else value
-        for name, value in get_model_state_dict(model, options=options).items()
-    }
+    found: dict[str, Any] = get_model_state_dict(model, options=options)
+    weights = {name: copied(value) for name, value in found.items()}
     if optimizer is None or not optimizer.state:  # torch would initialise a missing state by a step of its own
         return weights, {}
-    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
-    return weights, {
-        name: {entry: value if value.ndim else value.clone() for entry, value in entries.items()}
-        for name, entries in moments.items()
-    }
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    return weights, {name: {entry: copied(value) for entry, value in state.items()} for name, state in moments.items()}
 
 
-def scatter(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def scatter(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load full weights into a sharded model. Every worker has to call it.
 
     Args:
@@ -130,7 +130,7 @@ def scatter(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     if weights and (missing or unexpected or unlike):
         raise RuntimeError(f"weights do not fit: missing {missing}, unexpected {unexpected}, of other shapes {unlike}")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, dict(weights), options=options)
 
 
 def scatter_moments(
@@ -152,8 +152,10 @@ def scatter_moments(
         set_optimizer_state_dict,
     )
 
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    content = {"state": {name: dict(entries) for name, entries in moments.items()}, "param_groups": groups}
+    content: dict[str, Any] = {
+        "state": {name: dict(entries) for name, entries in moments.items()},
+        "param_groups": get_optimizer_state_dict(model, optimizer)["param_groups"],
+    }
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_optimizer_state_dict(model, optimizer, content, options=options)
     loaded: list[Any] = [set(moments)]
@@ -165,6 +167,10 @@ def scatter_moments(
 
 def _is_dtensor(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing DTensor, which takes time
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _composite(module: nn.Module) -> bool:

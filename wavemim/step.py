@@ -1,4 +1,4 @@
-"""One training step, apart from the loop around it: the same with one worker and with many, on CPU and GPU."""
+"""One step of pretraining, apart from the loop around it: the same with one worker and with many, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -22,26 +22,54 @@ from wavemim.views import Views
 class StepResult:
     """What a step measured; tensors stay on the device, so that nothing waits for them."""
 
-    losses: torch.Tensor  # (T,) of this worker's share of the batch, scaled so that their mean over workers is the loss
-    grad_norm: torch.Tensor  # () before clipping; not finite where the step was left out
+    losses: (
+        torch.Tensor
+    )  # (T,) parts of the loss over this worker's share, scaled so that their mean over workers is the loss
+    grad_norm: torch.Tensor  # () before clipping; not finite if the step was skipped
+
+
+def apply_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float, averaged: Average | None
+) -> torch.Tensor:
+    """Clip the gradients and do an optimiser step, which is skipped on the device if the gradient is not finite.
+
+    Args:
+        model: The model, whose gradients are then deleted.
+        optimizer: A fused one.
+        clip_grad: Largest gradient norm; infinity: any.
+        averaged: Moving average of the weights, which is updated.
+
+    Returns:
+        The gradient norm () before clipping, on the device.
+    """
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip_grad))
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler sets it
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if averaged is not None:
+        averaged.update(model)
+    return grad_norm.detach()
 
 
 @dataclass(frozen=True)
 class Part:
-    """What goes through the network at once: a batch, or a part of one."""
+    """What goes through the network at once: a batch, or with gradient accumulation a part of one.
 
-    stored: Mapping[int, torch.Tensor]
-    rows: torch.Tensor
-    weight: torch.Tensor
-    crop: Crop | None
+    Legend: B images; weight 0 marks images that only fill up the batch.
+    """
+
+    stored: Mapping[int, torch.Tensor]  # level -> integers of a shard (B, C, K, h, w)
+    rows: torch.Tensor  # (B,) row numbers, on the host
+    weight: torch.Tensor  # (B,) float32, on the host
+    crop: Crop | None  # windows to cut, where `stored` holds whole images
 
     def __getitem__(self, chosen: slice | torch.Tensor) -> Part:
-        """Some of its rows."""
+        """Some of its images."""
         stored = {level: values[chosen] for level, values in self.stored.items()}
         return Part(stored, self.rows[chosen], self.weight[chosen], self.crop and self.crop[chosen])
 
     def split(self, count: int) -> Iterator[Part]:
-        """It in `count` parts of the same size, or of sizes that differ by one; none is empty."""
+        """Split it into at most `count` parts whose sizes differ by one at most; none is empty."""
         size, rest = divmod(len(self.rows), count)
         end = 0
         for number in range(min(count, len(self.rows))):
@@ -49,9 +77,9 @@ class Part:
             yield self[start:end]
 
     def without_filling(self, parts: int) -> Part:
-        """Only rows that count, two at least in each of `parts`: others would go into the statistics of batch norm.
+        """Only images that count, but at least two for each of `parts`: others would distort the statistics of batch norm.
 
-        On the host. All workers have as many parts to compute: those of a sharded model wait for each other in each.
+        All workers have the same number of parts, since those of a sharded model wait for each other in each part.
         """
         count = max(int(self.weight.count_nonzero()), min(2 * parts, len(self.weight)))
         if count == len(self.weight):
@@ -60,10 +88,10 @@ class Part:
 
 
 class TrainStep:
-    """Integers of a shard in, one optimiser step done.
+    """Does one optimiser step on integers of a shard.
 
-    A step whose gradient is not finite changes nothing: neither weights nor moments. Every worker sees the same
-    gradient, so all of them leave it out, and none waits to find out.
+    A step whose gradient is not finite is skipped: it changes neither weights nor moments. Every worker has the same
+    gradient, so all of them skip it, and none waits to find out.
     """
 
     def __init__(
@@ -83,12 +111,22 @@ class TrainStep:
         world: int = 1,
         rank: int = 0,
     ) -> None:
-        """`wrapped` is the model behind DDP or torch.compile; `schedule` has timm's ``step_update``.
+        """Prepare the step.
 
-        A model may also be shared out in place (`wavemim.sharding.shard`), before its optimiser is made.
-
-        `accumulate`: parts of a batch that are computed one after another. `averaged` follows the weights after each
-        step. The optimiser has to be a fused one, which can leave a step out on the device.
+        Args:
+            model: The model; it may be sharded in place (`wavemim.sharding.shard`), before its optimiser is made.
+            views: Makes what the network sees of a batch.
+            optimizer: A fused one, which can skip a step on the device.
+            schedule: The learning-rate schedule, with timm's ``step_update``.
+            seed: Of everything random.
+            total_steps: Steps of the whole training.
+            clip_grad: Largest gradient norm; None: any.
+            precision: The dtype of the network's arithmetic.
+            accumulate: Parts of a batch that are computed one after another (gradient accumulation).
+            averaged: Moving average of the weights, which is updated after each step.
+            wrapped: The model behind DDP or torch.compile.
+            world: Number of data-parallel workers.
+            rank: Rank of this worker.
         """
         self.model, self.views, self.optimizer, self.schedule = model, views, optimizer, schedule
         self.wrapped = wrapped if wrapped is not None else model
@@ -109,14 +147,27 @@ class TrainStep:
         progress: float = 0.0,
         crop: Crop | None = None,
     ) -> torch.Tensor:
-        """Gradients of the weighted loss; gives the losses (T,). `weight` (B,) counts images, `total` over all workers."""
+        """Compute the gradients of the weighted loss.
+
+        Args:
+            stored: level -> integers of a shard (B, C, K, h, w).
+            rows: Row numbers (B,), on the host.
+            weight: 1 for images that count, 0 for others (B,), on the host.
+            total: Sum of the weights over all workers.
+            epoch: From 0; masks are drawn by it.
+            progress: Share of training that is done.
+            crop: The windows to cut, where `stored` holds whole images.
+
+        Returns:
+            The losses (T,) of this worker, one per tap.
+        """
         losses = torch.zeros(len(self.model.levels), device=self.device)
         batch = Part(stored, rows, weight, crop)
         if self.mixes_images:
             batch = batch.without_filling(self.accumulate)
         parts = list(batch.split(self.accumulate))
         for number, part in enumerate(parts, 1):
-            with contextlib.nullcontext() if number == len(parts) else self._apart():
+            with contextlib.nullcontext() if number == len(parts) else self._without_exchange():
                 losses += self._backward(part, total, epoch, progress)
         return losses
 
@@ -125,7 +176,7 @@ class TrainStep:
         rows = part.rows.to(self.device, non_blocking=True)
         targets = self.model.target(view.images, view.pyramid)
         index = self.model.chosen(view.mask, rows, seed=self.seed, epoch=epoch)
-        # DDP takes the mean over workers of the gradients
+        # DDP averages the gradients over the workers
         share = part.weight.to(self.device, non_blocking=True) * (self.world / total)
         scheduled = self.model.level_weights.at(progress)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -133,13 +184,13 @@ class TrainStep:
         loss.backward()
         return losses.detach()
 
-    def _apart(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients are added up here alone; workers exchange them with the last part.
+    def _without_exchange(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block gradients are only accumulated; workers exchange them with the last part.
 
-        Those of a sharded model are exchanged with each part: none of the workers has room for all.
+        Those of a sharded model are exchanged with each part: no worker has memory for all of them.
         """
-        alone = getattr(self.wrapped, "no_sync", None)  # of DDP
-        return alone() if alone is not None else contextlib.nullcontext()
+        no_sync = getattr(self.wrapped, "no_sync", None)  # of DDP
+        return no_sync() if no_sync is not None else contextlib.nullcontext()
 
     def __call__(
         self,
@@ -152,19 +203,13 @@ class TrainStep:
         step: int,
         crop: Crop | None = None,
     ) -> StepResult:
-        """Do step number `step` (from 0). `crop`: the windows to cut, where `stored` holds whole images."""
-        # What is still drawn as it goes, such as drop path, follows from the step too: a resumed run draws the same.
+        """Do step number `step`, from 0 on. The other arguments are those of `backward`."""
+        # Drop path and the like draw from torch's generator: seeded by the step, so that a resumed run draws the same.
         torch.manual_seed(zlib.crc32(f"{self.seed} {step} {self.rank}".encode()))
         self.schedule.step_update(step + 1)  # the first step of a warm-up from 0 must not be a step of 0
         losses = self.backward(stored, rows, weight, total, epoch, self.progress(step), crop)
-        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad))
-        self.optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]  # as AMP's scaler says it
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update(self.model)
-        return StepResult(losses, grad_norm.detach())
+        return StepResult(losses, apply_gradients(self.model, self.optimizer, self.clip_grad, self.averaged))
 
     def progress(self, step: int) -> float:
-        """Share of training that is done at `step`."""
+        """Share of training that is done before `step`."""
         return step / max(self.total_steps, 1)

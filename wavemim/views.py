@@ -122,7 +122,17 @@ class Views:
             return self.of(self.inputs.normalise(pixels), pyramid, rows, epoch=epoch)
 
     def of(self, images: torch.Tensor, pyramid: dict[int, torch.Tensor], rows: torch.Tensor, *, epoch: int) -> View:
-        """Make the view of normalised images (B, C, H, W) and their pyramids {level: (B, C, K, h, w)}."""
+        """Make the view of normalised images.
+
+        Args:
+            images: (B, C, H, W).
+            pyramid: Their coefficients {level: (B, C, K, h, w)}.
+            rows: Row numbers (B,).
+            epoch: Of training.
+
+        Returns:
+            The view.
+        """
         with torch.no_grad():
             mask = self.masking(rows, pyramid, seed=self.seed, epoch=epoch)
             if self.frequencies is None:

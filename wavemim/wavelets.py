@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # imported when needed: workers that only write shards start 
     import torch
 
 Array = TypeVar("Array", np.ndarray, "torch.Tensor")
-Pyramid = dict[int, Array]
 
 BANDS = "AHVD"
 DETAILS = "HVD"

@@ -1,4 +1,4 @@
-"""Checkpoints brought here from an object store or another folder, verified: `checkpoint=URL`, and runs that go on."""
+"""Finding checkpoints: by folder, by ``best.json``, or by URL, which are downloaded and verified."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-import uuid
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,17 +15,24 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import Address, is_remote, masked, reaching
+from wavemim.atomic import new_folder
 from wavemim.weights import checkpoint
 
 log = logging.getLogger(__name__)
 
-FETCHED = "fetched"  # in the out folder: copies of checkpoints that were named by URL
+BEST = "best.json"  # which checkpoint was best, and its value
+FETCHED = "fetched"  # in the out folder: copies of checkpoints that were given by URL
 _NAME = re.compile(r"images-(\d+)")
-_PIECE = 64 << 20  # bytes that are brought here at a time
+_PIECE = 64 << 20  # bytes that are downloaded at a time
+
+
+def name_of(images: int) -> str:
+    """Name of the checkpoint's folder after so many images."""
+    return f"images-{images:012d}"
 
 
 def folders(place: Folder) -> dict[str, bool]:
-    """Names of the checkpoints' folders in `place`, and whether each has its state.json, which is written last."""
+    """The checkpoints in a folder: name -> whether it has its state.json, which is written last."""
     found: dict[str, bool] = {}
     for below, files in place.tree():
         name = below.partition("/")[0]
@@ -37,24 +42,30 @@ def folders(place: Folder) -> dict[str, bool]:
 
 
 def seen(place: Folder) -> list[tuple[int, str]]:
-    """(images seen, name) of the checkpoints in `place` that have their state.json, the last one first."""
+    """The checkpoints in a folder that have their state.json, the last one first, as (images seen, name)."""
     return sorted(((images_of(name) or 0, name) for name, whole in folders(place).items() if whole), reverse=True)
 
 
 def images_of(name: str) -> int | None:
-    """Images that the checkpoint of this name has seen; None of other names."""
+    """Images that the checkpoint with this name has seen; None for other names."""
     found = _NAME.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def fetch(source: Folder, target: Path) -> None:
-    """Bring the checkpoint in `source` to the local folder `target`, verified, whole or not at all.
+    """Download a checkpoint and verify it; the local folder has all of it or nothing.
 
-    Raises CheckpointError where it is half-written or damaged; StorageError, SettingError and OSError.
+    Args:
+        source: The checkpoint's folder.
+        target: The local folder, which is replaced.
+
+    Raises:
+        CheckpointError: The checkpoint is half-written or damaged.
+        StorageError: The store does not answer, or failed.
+        SettingError: It denies access.
+        OSError: The local folder cannot be written.
     """
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{checkpoint.PARTIAL}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as partial:
         name = checkpoint.STATE
         try:
             content = source.read(name)
@@ -68,10 +79,6 @@ def fetch(source: Folder, target: Path) -> None:
             checkpoint.read_state(partial)
         except checkpoint.CheckpointError as error:
             raise checkpoint.CheckpointError(str(error).replace(str(partial), str(source))) from None
-        shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(source: Folder, content: bytes) -> list[str]:
@@ -83,11 +90,12 @@ def _files(source: Folder, content: bytes) -> list[str]:
     for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            raise checkpoint.CheckpointError(f"{source.shown(checkpoint.STATE)} names a file outside of it: '{name}'")
+            raise checkpoint.CheckpointError(f"{source.shown(checkpoint.STATE)} names a file outside it: '{name}'")
     return names
 
 
 def _download(source: Folder, name: str, target: Path) -> None:
+    # Not by pyarrow's copy_files, which does not tell an error of the store from one of the local disk.
     with source.open(name) as remote, open(target, "xb") as file:
         while True:
             with reaching(source.shown(name)):
@@ -98,10 +106,17 @@ def _download(source: Folder, name: str, target: Path) -> None:
 
 
 def local_copy(where: str, out: str | Path) -> Path:
-    """What `checkpoint=` names as a local path: a path as it is, of a URL a verified copy in OUT/fetched.
+    """The local path of what `checkpoint=` gives: a path as it is; for a URL a verified copy in OUT/fetched.
 
-    The URL is that of a checkpoint, of a run's place in a store (or its `pretrain`), whose newest whole one is taken, or
-    of its best.json. A copy that is there already is not fetched again. Raises SettingError, StorageError, CheckpointError.
+    Args:
+        where: A path or a URL: of a checkpoint, of a run's place in a store (or its `pretrain`), whose newest complete
+            checkpoint is taken, or of its best.json.
+        out: The out folder. A copy that is there already is not downloaded again.
+
+    Raises:
+        SettingError: There is no checkpoint.
+        StorageError: The store does not answer, or failed.
+        CheckpointError: All checkpoints there are damaged.
     """
     if not is_remote(where):
         return Path(where)
@@ -119,7 +134,7 @@ def local_copy(where: str, out: str | Path) -> Path:
             try:
                 return _cached(place, name, Path(out))
             except checkpoint.CheckpointError as error:
-                log.warning("%s is passed over for the checkpoint before: %s", place.shown(name), error)
+                log.warning("%s is skipped, the checkpoint before it is tried: %s", place.shown(name), error)
                 damaged = damaged or error
     if damaged is not None:
         raise damaged
@@ -144,12 +159,17 @@ def _cached(parent: Folder, name: str, out: Path) -> Path:
     try:
         fetch(parent.sub(name), target)
     except OSError as error:
-        raise StageError(f"{parent.shown(name)} cannot be brought to {target}: {error}") from None
+        raise StageError(f"{parent.shown(name)} cannot be downloaded to {target}: {error}") from None
     return target
 
 
 def checkpoint_of(recipe: Recipe) -> Path:
-    """The checkpoint that a later stage uses: the one named, else the last whole one of the run."""
+    """The checkpoint that a later stage uses: that of checkpoint=, else the last complete one of the run.
+
+    Raises:
+        SettingError: checkpoint= gives none.
+        StageError: The run has none, or the store does not answer.
+    """
     if recipe.checkpoint:
         try:
             return found_at(local_copy(recipe.checkpoint, recipe.out))
@@ -164,20 +184,19 @@ def checkpoint_of(recipe: Recipe) -> Path:
 
 
 def recipe_of(checkpoint_path: Path) -> Recipe:
-    """The settings with which a checkpoint was trained."""
+    """The settings that a checkpoint was trained with."""
     return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
 
 
-BEST = "best.json"
-
-
-def name_of(images: int) -> str:
-    """Folder of the checkpoint after so many images."""
-    return f"images-{images:012d}"
-
-
 def find(path: Path) -> Path | None:
-    """A checkpoint by its own folder, by a `best.json` that points to it, or the last whole one of a folder."""
+    """The checkpoint at a path: its own folder, a `best.json`, or a folder with several, whose last complete one counts.
+
+    Returns:
+        The checkpoint's folder; None if there is none.
+
+    Raises:
+        SettingError: `path` is a best.json that does not exist, or that pretraining did not write.
+    """
     if path.name == BEST:
         best = best_of(path.parent)
         if best is None:
@@ -187,9 +206,11 @@ def find(path: Path) -> Path | None:
 
 
 def found_at(path: Path) -> Path:
-    """The checkpoint that a folder is or a best.json names, or the last whole one in it or in its `pretrain`.
+    """As `find`, also in the folder's `pretrain`.
 
-    Raises SettingError where there is none, CheckpointError where all that there are are damaged.
+    Raises:
+        SettingError: There is no checkpoint.
+        CheckpointError: All checkpoints there are damaged.
     """
     if not path.is_dir() and path.name != BEST:
         what = "a file; give the folder of a checkpoint" if path.exists() else "no such folder"
@@ -212,7 +233,7 @@ def found_at(path: Path) -> Path:
 
 
 def best_of(folder: Path) -> dict[str, Any] | None:
-    """Content of the best.json of a folder: `checkpoint`, `metric` and `value`; None without one, or its checkpoint."""
+    """Content of a folder's best.json: `checkpoint`, `metric` and `value`; None if it or its checkpoint is missing."""
     try:
         found = json.loads((folder / BEST).read_bytes())
         return found if (folder / found["checkpoint"] / checkpoint.STATE).is_file() else None
@@ -221,5 +242,5 @@ def best_of(folder: Path) -> dict[str, Any] | None:
 
 
 def is_better(metric: str, value: float, than: float) -> bool:
-    """Losses are better when small, measures of evaluation (eval/…) when large."""
+    """Whether a metric's value is better than another: larger for evaluation (eval/…), smaller for losses."""
     return value > than if metric.startswith("eval/") else value < than

@@ -1,12 +1,11 @@
-"""A second place for a run's checkpoints, an object store or another folder: copied there beside training, found again.
+"""A second place for a run's checkpoints (`train.checkpoints_at`): an object store or another folder.
 
-The place of a run is URL/NAME/pretrain. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in
-the stage's folder, and ``best.json``. A checkpoint's ``state.json`` is uploaded last and names the other files with their
-SHA-256: a folder without it, or with files of other checksums, is half-written or damaged, and is passed over.
+For a stage it is URL/NAME/STAGE, such as URL/NAME/pretrain. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
+stage's folder, and ``best.json``. A checkpoint's ``state.json`` is uploaded last and names the other files with their
+SHA-256: a folder without it, or with files of other checksums, is half-written or damaged, and is skipped.
 
-The stage's folder comes first: checkpoints are written there and copied from there. What the store lacks costs nothing but
-the copy, so that its failures never end training; but a run begins only where the store answers, since it might hold more
-than the folder does.
+Checkpoints are written to the stage's folder first and copied from there, so that failures of the store never end training.
+But a run starts only if the store answers, since it may hold a newer checkpoint than the folder.
 """
 
 from __future__ import annotations
@@ -28,29 +27,39 @@ from wavemim.weights import checkpoint
 
 log = logging.getLogger(__name__)
 
-DAMAGED = "state.damaged.json"  # what state.json of a checkpoint is called that was found damaged
+DAMAGED = "state.damaged.json"  # new name of the state.json of a checkpoint that was found damaged
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The place of one run's checkpoints. Small, and can be pickled."""
+    """The second place for one run's checkpoints. Small, and can be pickled."""
 
     folder: Folder
-    owner: str = ""  # id of the mark under which this run owns it; "": a local folder, which has a lock
+    owner: str = ""  # id of the mark with which this run owns it; "" for a local folder, which has a lock
 
     @classmethod
-    def of(cls, recipe: Recipe) -> CheckpointStore | None:
-        """As train.checkpoints_at says; None without. Raises SettingError for a malformed URL."""
+    def of(cls, recipe: Recipe, stage: str = "pretrain") -> CheckpointStore | None:
+        """That of train.checkpoints_at; None if it is not set. Raises SettingError if the URL is malformed."""
         where = recipe.train.checkpoints_at
-        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/pretrain"))
+        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/{stage}"))
 
     def __str__(self) -> str:
         return str(self.folder)
 
     def check(self, same: Mapping[str, Any], *, restart: bool, force: bool) -> list[str]:
-        """Raise SettingError where what it holds was trained with settings other than `same`, and may not be gone on with.
+        """Check whether a run with these settings may use it. Nothing is written.
 
-        Gives the lines of what differs and may (`force`); nothing is written. Raises StorageError if it does not answer.
+        Args:
+            same: The settings that the checkpoints must have been trained with.
+            restart: Whether the checkpoints there are replaced anyway.
+            force: Whether to resume although settings differ that may change.
+
+        Returns:
+            The settings that differ, a line each, which `force` allowed.
+
+        Raises:
+            SettingError: It holds checkpoints of other settings, or of unknown ones.
+            StorageError: The store does not answer, or failed.
         """
         try:
             content = self.folder.read(SETTINGS)
@@ -69,7 +78,7 @@ class CheckpointStore:
         changed = differences(known, same)
         allowed = all(line.partition(":")[0] in CHANGEABLE for line in changed)
         if changed and not (allowed and force):
-            on = ", go on with them with force=true," if allowed else ","
+            on = ", resume from them with force=true," if allowed else ","
             more = "; …" if len(changed) > 4 else ""
             raise SettingError(
                 f"{self} holds checkpoints of other settings ({'; '.join(changed[:4])}{more}); {other}{on} "
@@ -78,10 +87,21 @@ class CheckpointStore:
         return changed
 
     def restore(self, local: Path, *, best: bool = False) -> str | None:
-        """Bring the newest whole checkpoint to `local` if it is newer than those there; gives its name.
+        """Download the newest complete checkpoint to the folder `local` if it is newer than those there.
 
-        A damaged one is set aside in the store, with a warning, for the one before. `best`: also that of best.json.
-        Raises StorageError, SettingError and OSError.
+        A damaged one is marked as such in the store, with a warning, and the one before it is taken.
+
+        Args:
+            local: The stage's folder.
+            best: Whether to download the best checkpoint too.
+
+        Returns:
+            The name of the newest one; None if nothing was downloaded.
+
+        Raises:
+            StorageError: The store does not answer, or failed.
+            SettingError: It denies access.
+            OSError: A checkpoint cannot be written to `local`.
         """
         last = checkpoint.latest(local)
         reached = int(checkpoint.read_state(last, verify=False)["images"]) if last else -1
@@ -91,17 +111,17 @@ class CheckpointStore:
             try:
                 fetch(self.folder.sub(name), local / name)
             except checkpoint.CheckpointError as error:
-                log.warning("%s is passed over for the checkpoint before: %s", self.folder.shown(name), error)
+                log.warning("%s is skipped, the checkpoint before it is tried: %s", self.folder.shown(name), error)
                 self._set_aside(name)
                 continue
-            log.info("%s: training goes on from it", self.folder.shown(name))
+            log.info("%s: training resumes from it", self.folder.shown(name))
             if best:
                 self._restore_best(local)
             return name
         return None
 
     def _set_aside(self, name: str) -> None:
-        """So that it counts as half-written: the next one of this name replaces it, or it is removed."""
+        """Let a checkpoint count as half-written: the next one of this name replaces it, or it is removed."""
         with contextlib.suppress(FileNotFoundError):
             self.folder.write(f"{name}/{DAMAGED}", self.folder.read(f"{name}/{checkpoint.STATE}"))
             self.folder.remove(f"{name}/{checkpoint.STATE}")
@@ -115,13 +135,13 @@ class CheckpointStore:
         except FileNotFoundError:
             return
         except (checkpoint.CheckpointError, json.JSONDecodeError, KeyError, TypeError) as error:
-            log.warning("%s: the best checkpoint is not taken from there: %s", self, error)
+            log.warning("%s: the best checkpoint is not downloaded: %s", self, error)
             return
         Folder.at(local).write(BEST, content)
 
 
 def lease_mark(folder: Folder) -> str | None:
-    """The id of whose the store is; None where that cannot be told."""
+    """Id of the mark of the store's owner; None if it has none, or one that cannot be understood."""
     try:
         return str(json.loads(folder.read(OWNER))["id"])
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Copies checkpoints to an object store beside training, and owns the place there while a run does."""
+"""Copies checkpoints to their second place while training runs, which the run owns meanwhile."""
 
 from __future__ import annotations
 
@@ -15,38 +15,56 @@ from typing import Any
 from pipeline.checkpoints.find import BEST, best_of, folders, images_of, seen
 from pipeline.checkpoints.remote import CheckpointStore, lease_mark, log
 from pipeline.checkpoints.writer import FAILURES
-from pipeline.config.recipe import Recipe, identity
+from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
+from pipeline.retry import attempts
 from pipeline.runtime.stage_folder import SETTINGS, StageFolder, as_json
-from pipeline.shards.shard_set import ShardSet
 from pipeline.storage import locks
 from pipeline.storage.folder import OWNER, Folder
 from pipeline.storage.locks import owned
 from pipeline.storage.object_stores import StorageError
 from wavemim.weights import checkpoint
 
-_LEASE = ".store.json"  # in the stage's folder: the mark under which it owned the store
+_LEASE = ".store.json"  # in the stage's folder: the mark with which it owned the store
 _LOOK = 5.0  # seconds between looks at another owner's mark
-_RETRIES = (2.0, 10.0, 30.0)  # seconds before the last checkpoint of a run is copied again
+_RETRIES = (2.0, 10.0, 30.0)  # seconds before further attempts to copy the last checkpoint of a run
 
 
-def check_store(recipe: Recipe) -> None:
-    """Raise SettingError or StorageError where pretraining by `recipe` cannot use its train.checkpoints_at."""
-    store = CheckpointStore.of(recipe)
-    finished = (recipe.stage_dir("pretrain") / "result.json").is_file() and not (recipe.restart or recipe.force)
+def check_store(recipe: Recipe, stage: str, same: Mapping[str, Any]) -> None:
+    """Check, before training, whether a stage can use the recipe's train.checkpoints_at.
+
+    Args:
+        recipe: The settings of the run.
+        stage: "pretrain" or "finetune".
+        same: The identity of the stage's work: what its checkpoints must have been trained with.
+
+    Raises:
+        SettingError: It holds checkpoints of other settings, or denies access.
+        StorageError: It does not answer.
+    """
+    store = CheckpointStore.of(recipe, stage)
+    finished = (recipe.stage_dir(stage) / "result.json").is_file() and not (recipe.restart or recipe.force)
     if store is not None and not finished:
-        same = {**identity(recipe, "pretrain"), "shards": ShardSet.open(recipe.shards_at).fingerprint}
         store.check(same, restart=recipe.restart, force=recipe.force)
 
 
 @contextlib.contextmanager
 def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Iterator[CheckpointStore | None]:
-    """The store of a run whose folder is owned, owned too, under these settings; the newest checkpoint is then in the folder.
+    """Own a run's store while the block runs, after downloading its newest checkpoint to the stage's folder.
 
-    None where none is set, and for a run that is finished: then only what the store lacks is copied. Raises SettingError
-    for checkpoints of other settings, StageError where another run writes there or the store does not answer.
+    Args:
+        recipe: The settings of the run.
+        same: Those that its checkpoints must have been trained with.
+        stage: The stage's folder, which this process owns.
+
+    Yields:
+        The store; None if none is set, or the run is finished: then only what the store lacks is copied.
+
+    Raises:
+        SettingError: It holds checkpoints of other settings.
+        StageError: Another run writes there, or the store does not answer.
     """
-    store = CheckpointStore.of(recipe)
+    store = CheckpointStore.of(recipe, stage.path.name)
     if store is None:
         yield None
         return
@@ -58,19 +76,19 @@ def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Itera
     with _claimed(store, stage.path) as store:
         changed = store.check(same, restart=recipe.restart, force=recipe.force)
         if changed:
-            log.warning("%s goes on with other settings: %s", store, "; ".join(changed))
+            log.warning("%s: resuming with changed settings: %s", store, "; ".join(changed))
         if recipe.restart:
             store.folder.clear()
         store.folder.write(SETTINGS, as_json(same))
         try:
             store.restore(stage.path, best=best)
         except OSError as error:
-            raise StageError(f"a checkpoint of {store} cannot be brought to {stage.path}: {error}") from None
+            raise StageError(f"a checkpoint of {store} cannot be downloaded to {stage.path}: {error}") from None
         yield store
 
 
 def _catch_up(store: CheckpointStore, recipe: Recipe, same: Mapping[str, Any], local: Path) -> None:
-    """Copy the last checkpoint of a finished run to the store if it is not there; what is in the way is a warning."""
+    """Copy the last checkpoint of a finished run to the store if the store lacks it. A failure is only a warning."""
     last = checkpoint.latest(local)
     if last is None:
         return
@@ -91,10 +109,10 @@ def _catch_up(store: CheckpointStore, recipe: Recipe, same: Mapping[str, Any], l
 
 @contextlib.contextmanager
 def _claimed(store: CheckpointStore, local: Path) -> Iterator[CheckpointStore]:
-    """Own the store for the folder `local`, which this process owns already. Raises StageError where another run does.
+    """Own the store for the folder `local`, which this process owns already. Raises StageError if another run owns it.
 
-    A mark that was made for the same folder is a dead run's: its lock is ours now. One of another machine is given up
-    where its owner does not renew it, which takes up to a minute and a half to see.
+    A mark that was made for the same folder belongs to a process that has ended, since its lock on the folder is free.
+    Whether another mark is still renewed takes up to a minute and a half to see.
     """
     folder, lease = store.folder, local / _LEASE
     with contextlib.suppress(OSError, ValueError):
@@ -119,7 +137,11 @@ def _claimed(store: CheckpointStore, local: Path) -> Iterator[CheckpointStore]:
 
 
 def _given_up(folder: Folder) -> bool:
-    """Wait until the owner of a store renews its mark (then it lives), or has not for so long that the mark is void."""
+    """Wait until the owner of a store renews its mark, so that it is running, or the mark is too old to count.
+
+    Returns:
+        Whether the store is free.
+    """
     log.warning("%s: another run owned it a moment ago; waiting to see whether it still does", folder)
     seen = folder.modified(OWNER)
     ends = time.monotonic() + locks.STALE + 1
@@ -127,29 +149,29 @@ def _given_up(folder: Folder) -> bool:
         time.sleep(_LOOK)
         renewed = folder.modified(OWNER)
         if renewed != seen:
-            return renewed is None  # it ended in good order
+            return renewed is None  # its owner has ended and removed it
     return True
 
 
 class Copier:
-    """Copies the last checkpoint of a folder, and the best, to the store: in a thread, one at a time; removes older ones there.
+    """Copies the last checkpoint of a folder, and the best, to the store in a thread, and removes older ones there.
 
-    While one is copied others may be made: the newest is next, those between are left out. What fails is tried again
-    with the next checkpoint and by `finish`.
+    One at a time: of the checkpoints that are written meanwhile only the newest is copied. A copy that failed is tried
+    again with the next checkpoint, and by `finish`.
     """
 
     def __init__(self, store: CheckpointStore, local: Path, *, keep: int, best: bool) -> None:
         self.store, self.local, self.keep, self.best = store, local, keep, best
-        self.failures, self.error = 0, ""  # tries in a row that failed, and why the last one did
+        self.failures, self.error = 0, ""  # attempts in a row that failed, and why the last one did
         self.lock = threading.Lock()
         self.holding: frozenset[str] = frozenset()  # what is being copied and must stay; changed under the lock
         self._lost = False  # another run has taken the store over
         self._asked = False
         self._thread: threading.Thread | None = None
-        self.wake()  # what an earlier process could not copy
+        self.wake()  # for what an earlier process could not copy
 
     def wake(self) -> None:
-        """There is something to copy; returns at once."""
+        """Say that there is a checkpoint to copy; returns at once."""
         with self.lock:
             self._asked = True
             if self._thread is None:
@@ -157,13 +179,16 @@ class Copier:
                 self._thread.start()
 
     def finish(self, waiting: Callable[[], None] = lambda: None) -> str:
-        """Wait for the last copy, and try again if it failed. Gives why the last checkpoint is not there; else nothing.
+        """Wait for the last copy, and try again if it failed.
 
-        `waiting` is called now and then meanwhile.
+        Args:
+            waiting: Is called every few seconds meanwhile.
+
+        Returns:
+            Why the store lacks the last checkpoint; "" if it has it.
         """
-        for pause in (0.0, *_RETRIES):
-            if pause:
-                time.sleep(pause)
+        for attempt in attempts(_RETRIES):
+            if attempt:
                 self.wake()
             thread = self._thread
             while thread is not None and thread.is_alive():
@@ -173,7 +198,7 @@ class Copier:
                 break
         if not self.error:
             return ""
-        return f"the last checkpoint is in {self.local} alone, not in {self.store}: {self.error}"
+        return f"the last checkpoint is only in {self.local}, not in {self.store}: {self.error}"
 
     def _work(self) -> None:
         while True:
@@ -188,17 +213,17 @@ class Copier:
     def _try(self) -> None:
         try:
             self._copy()
-        except Exception as error:  # of the store, of the disk: whatever it is, training goes on
+        except Exception as error:  # of the store or the disk: training continues whatever it is
             self.error = " ".join(str(error).split())
             self.failures += 1
             if self._lost:
-                log.error("%s; checkpoints are written to %s alone", self.error, self.local)
+                log.error("%s; checkpoints are written only to %s", self.error, self.local)
             elif self.failures < FAILURES:
-                log.warning("%s: the last checkpoint could not be copied there (%s); it is tried again", *self._both())
+                log.warning("%s: the last checkpoint could not be copied (%s); trying again", self.store, self.error)
             elif self.failures == FAILURES:
                 log.error(
-                    "%s: %d times in a row no checkpoint could be copied there (%s); training goes on, its checkpoints are in "
-                    "%s alone until the store takes them again",
+                    "%s: %d times in a row no checkpoint could be copied (%s); training continues, its checkpoints are only "
+                    "in %s until the store takes them again",
                     self.store,
                     FAILURES,
                     self.error,
@@ -209,11 +234,8 @@ class Copier:
             with self.lock:
                 self.holding = frozenset()
         if self.failures >= FAILURES:
-            log.warning("%s takes checkpoints again; the last one is there", self.store)
+            log.warning("%s takes checkpoints again, and has the last one", self.store)
         self.failures, self.error = 0, ""
-
-    def _both(self) -> tuple[CheckpointStore, str]:
-        return self.store, self.error
 
     def _copy(self) -> None:
         with self.lock:
@@ -234,7 +256,7 @@ class Copier:
         self._remove(images_of(last.name) or 0, str(best["checkpoint"]) if best else None)
 
     def _check_owner(self) -> None:
-        """Raise StageError where another run owns the store now: this one could not renew its mark for long."""
+        """Raise StageError if another run owns the store now, because this one could not renew its mark for long."""
         found = lease_mark(self.store.folder) if self.store.owner else None
         if found is not None and found != self.store.owner:
             self._lost = True
@@ -246,7 +268,7 @@ class Copier:
         with contextlib.suppress(FileNotFoundError):
             if folder.read(mark) == state:
                 return
-            folder.remove(mark)  # one of the same name, trained otherwise: half-written from here on
+            folder.remove(mark)  # of the same name, but trained otherwise: from here on it counts as half-written
         for file in json.loads(state)["files"]:
             with open(self.local / name / file, "rb") as source:
                 mapped: Any = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
@@ -254,9 +276,11 @@ class Copier:
         folder.write(mark, state)
 
     def _remove(self, images: int, best: str | None) -> None:
-        """What is not kept: older ones, half-written ones, and newer ones that were passed over."""
+        """Remove what is not kept: older ones, half-written ones, and newer ones, which were skipped when resuming."""
         kept = [name for seen, name in seen(self.store.folder) if seen <= images][: self.keep]
         for name in folders(self.store.folder):
             if name not in kept and name != best:
-                self.store.folder.remove(f"{name}/{checkpoint.STATE}")  # first: the rest is then no checkpoint
+                self.store.folder.remove(
+                    f"{name}/{checkpoint.STATE}"
+                )  # first, so that the rest no longer counts as a checkpoint
                 self.store.folder.drop(name)

@@ -125,15 +125,15 @@ def behaviours(model: type[BaseModel]) -> dict[str, Behaviour]:
     return found
 
 
-def defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """The default of every setting of `model`, by its dotted key."""
+def values_of(settings: BaseModel) -> dict[str, Any]:
+    """The value of every setting as a plain JSON value, by its dotted key, in the order of the fields."""
     found: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        inner = getattr(field.annotation, "model_fields", None)
-        if inner is None:
-            found[name] = field.default
+    values = settings.model_dump(mode="json")
+    for name, field in type(settings).model_fields.items():
+        if is_section(field):
+            found |= {f"{name}.{key}": value for key, value in values[name].items()}
         else:
-            found |= {f"{name}.{key}": inner_field.default for key, inner_field in inner.items()}
+            found[name] = values[name]
     return found
 
 

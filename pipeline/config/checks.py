@@ -55,7 +55,7 @@ def check_together(recipe: Recipe) -> None:
     _check_train(recipe.train)
     check_sizes(recipe, data.image_size, data.levels)
     least = recipe.cluster.min_workers
-    if least is not None and least > recipe.train.workers:
+    if least is not None and least > max(recipe.train.workers, recipe.finetune.workers):
         raise SettingError(f"cluster.min_workers={least}: more than train.workers={recipe.train.workers}; use fewer")
     _check_finetune(recipe.finetune)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.behaviour import STAGES, Behaviour, behaviours, defaults, section, section_behaviours, setting
+from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting, values_of
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
 from pipeline.config.settings import Cluster, Data, Decoder, Encoder, Mask, Section, Target, Tracking, Train
 
@@ -84,7 +84,7 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this run: one folder a stage inside it."""
+        """Folder of this run, with a folder for each stage."""
         return Path(self.out) / "runs" / self.name
 
     def stage_dir(self, stage: str) -> Path:
@@ -103,7 +103,7 @@ class Recipe(Section):
         return {level: steps[min(level, len(steps)) - 1] for level in range(1, self.data.levels + 1)}
 
     def bands_by_level(self) -> dict[int, str]:
-        """Bands predicted at every tapped level: of wavelets; other targets have none."""
+        """Predicted bands of every tapped level; empty for targets that predict no bands."""
         if not self.target.predicts_bands:
             return dict.fromkeys(sorted(self.target.taps), "")
         coarsest = max(self.target.taps)
@@ -113,13 +113,13 @@ class Recipe(Section):
         }
 
     def weights_by_level(self) -> dict[int, float]:
-        """Level weights λ of every tapped level."""
+        """Loss weight λ of every tapped level."""
         return {level: self.target.weights.get(level, 1.0) for level in sorted(self.target.taps)}
 
 
 BEHAVIOURS: Mapping[str, Behaviour] = behaviours(Recipe)  # of every setting, by its dotted key
 _OF_SECTIONS = section_behaviours(Recipe)
-DEFAULTS: Mapping[str, Any] = defaults(Recipe)  # the same keys
+_DEFAULTS = values_of(Recipe())
 # Sections that a stage reads, in the order of its --help.
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     stage: tuple(name for name, behaviour in _OF_SECTIONS.items() if stage in behaviour.stages) for stage in STAGES
@@ -157,31 +157,45 @@ def identity(recipe: Recipe, stage: str) -> dict[str, Any]:
         Values by dotted key. Two runs of the stage with equal identities do the same work. A local `images` is made
         absolute.
     """
-    settings = recipe.dump()
     kept: dict[str, Any] = {}
-    for key, behaviour in BEHAVIOURS.items():
-        if stage in behaviour.identity:
-            group, _, name = key.rpartition(".")
-            value = settings[group][name] if group else settings[name]
-            if not (behaviour.added and value == DEFAULTS[key]):
-                kept[key] = value
+    for key, value in values_of(recipe).items():
+        behaviour = BEHAVIOURS[key]
+        if stage in behaviour.identity and not (behaviour.added and value == _DEFAULTS[key]):
+            kept[key] = value
     if kept.get("images") and "://" not in kept["images"]:
         kept["images"] = str(Path(kept["images"]).resolve())
     return kept
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines 'key: old → new' for every setting that differs between two identities."""
+    """Compare two identities.
+
+    Args:
+        old: The one identity.
+        new: The other one.
+
+    Returns:
+        A line "key: old → new" for every setting that differs, ordered by key.
+    """
     old, new = json.loads(json.dumps(dict(old))), json.loads(json.dumps(dict(new)))
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def for_size(recipe: Recipe, size: int, stored_size: int, stored_levels: int) -> tuple[Recipe, int]:
-    """The recipe for images of `size` pixels, and how often the stored ones, of `stored_size`, are halved for it.
+    """The recipe of a phase of progressive training, for images of `size` pixels.
 
-    As often as the network's images shrink, rounded up where the stored ones are large enough: then the fewest levels
-    are read. The recipe is as if the halved images had been stored; the wavelet target's levels that are then missing
-    are computed from the coarsest approximation.
+    Stored images are halved as often as the network's images shrink, rounded up where the stored ones are large enough: then
+    the fewest levels are read. The returned recipe is as if the halved images had been stored. Levels of the wavelet target
+    that are then missing are computed from the coarsest approximation.
+
+    Args:
+        recipe: All settings.
+        size: Pixels per side of the network's images in this phase.
+        stored_size: Pixels per side of the stored images.
+        stored_levels: Levels of the stored pyramids.
+
+    Returns:
+        The recipe, and how often stored images are halved.
     """
     halvings = 0
     while (

@@ -1,4 +1,4 @@
-"""Features of a split, read from shards: what evaluation, sweeps and benchmarks judge an encoder by. No Ray in here."""
+"""Features of a split of a shard set, for evaluation, sweeps and benchmarks. No Ray in here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,20 @@ from wavemim.inputs import Inputs
 def features_of(
     encode: Any, inputs: Inputs, shards: ShardSet, split: str, *, window: int, batch: int, max_rows: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, F) and labels (n,) of a split, images whole and centred, in file order."""
+    """Extract the features of a split.
+
+    Args:
+        encode: The encoder: a function of inputs that returns features.
+        inputs: Turns stored integers into the encoder's inputs.
+        shards: The shard set.
+        split: "train" or "val".
+        window: Side in pixels of the central window that is used of the stored images.
+        batch: Images in a batch.
+        max_rows: Number of images, taken from all over the split; None for all.
+
+    Returns:
+        Features (n, F) and labels (n,), in the order of the files.
+    """
     taps = Taps(encode, blocks=False, tokens=False)
     return tapped_of(taps, inputs, shards, split, window=window, batch=batch, max_rows=max_rows).set
 
@@ -34,10 +47,21 @@ def tapped_of(
     part: tuple[int, int] = (0, 1),
     token_rows: int = 0,
 ) -> Tapped:
-    """What `taps` read of a split, images whole and centred, in the order of the files.
+    """Extract what `taps` select of a split.
 
-    `part`: (number, parts), so that several share `max_rows` rows from all over the split out; `positions_of_part` says
-    which rows those are. Patch tokens are kept of `token_rows` of them all: see `with_tokens`.
+    Args:
+        taps: The encoder, and which of its outputs to keep.
+        inputs: Turns stored integers into the encoder's inputs.
+        shards: The shard set.
+        split: "train" or "val".
+        window: Side in pixels of the central window that is used of the stored images.
+        batch: Images in a batch.
+        max_rows: Number of images over all parts, taken from all over the split; None for all.
+        part: (index, number of parts), to divide the images among workers; see `positions_of_part`.
+        token_rows: Number of images over all parts of which patch tokens are kept; see `with_tokens`.
+
+    Returns:
+        The features, in the order of the files.
     """
 
     def images() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -50,7 +74,11 @@ def tapped_of(
 def with_tokens(
     shards: ShardSet, split: str, part: tuple[int, int], max_rows: int | None, token_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows of a part keep their patch tokens (n,), evenly over all parts, and the places of these among all kept."""
+    """Which images of a part keep their patch tokens, evenly spaced over all parts.
+
+    Returns:
+        Whether each image of the part is kept (n,), bool, and the positions of these among all kept images (k,).
+    """
     total = min(shards.rows[split], max_rows or shards.rows[split])
     places = positions_of_part(shards, split, part, max_rows)
     kept = chosen_evenly(places, token_rows, total)

@@ -1,7 +1,7 @@
-"""Tokens and masks of a segmentation set: made beside each other, kept in files, read back in any order.
+"""Evaluation by semantic segmentation: plan, patch tokens in files, and fitting a head to them.
 
-What runs in Ray's workers is here, and knows no Ray: decoding (a function of a batch), encoding (an object that lives in
-an actor), fitting a head (a function).
+The parts run in Ray's workers, but do not use Ray themselves: decoding (a function of a batch), encoding (an object for
+an actor), and fitting a head (a function).
 """
 
 from __future__ import annotations
@@ -29,21 +29,29 @@ from wavemim.encoders.pretrained import one_line
 from wavemim.evaluation.segmentation import IGNORED, Fitting, Scores, choose, fit, predict, score, tokens_of
 
 SUBJECTS = {"trained": "trained encoder", "untrained": "same encoder, untrained"}
-MOST_OPEN = 256  # files of one split
-VALUES = 2**16  # a mask's value is below
+MOST_OPEN = 256  # open files of one split
+VALUES = 2**16  # number of values that a mask can have
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Reads and decodes pairs, a batch at a time."""
+    """Reads and decodes image-mask pairs in batches."""
 
     images: Folder
     masks: Folder
     wanted: Pixels
-    allowed: frozenset[int] | None  # values that a mask may hold; None: any
+    allowed: frozenset[int] | None  # values allowed in a mask; None for all
 
     def decode(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows with `image` and `mask` → with `pixels` (B, C, S, S), `values` (B, S, S) and a `reason`, empty if well."""
+        """Decode a batch of B pairs.
+
+        Args:
+            batch: `row`, and the paths `image` and `mask`.
+
+        Returns:
+            `row`, `pixels` (B, C, S, S), uint8, `values` of the masks (B, S, S), uint16, and the `reason` why a pair is
+            rejected, empty if it is not.
+        """
         size = self.wanted.size
         count = len(batch["row"])
         pixels = np.zeros((count, self.wanted.channels, size, size), np.uint8)
@@ -61,12 +69,12 @@ class Decoding:
         unknown = [] if self.allowed is None else sorted(set(np.unique(values).tolist()) - self.allowed)
         if unknown:
             raise RejectedImage(
-                f"mask holds the value {unknown[0]}, which is none of segment.classes or segment.ignore"
+                f"mask holds the value {unknown[0]}, which is neither in segment.classes nor in segment.ignore"
             )
 
 
 class Encoding:
-    """Holds the encoders, and writes the tokens of each batch of images to files."""
+    """The trained and the untrained encoder; writes their patch tokens to files, a batch at a time."""
 
     def __init__(
         self,
@@ -77,7 +85,10 @@ class Encoding:
         use_gpu: bool,
         write: Callable[[Encoding, str, np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
-        """`write`: the method of this name, where somebody wants to measure it."""
+        """Load both encoders, for images of `size` pixels a side.
+
+        `blocks` are those whose tokens are kept; `write` replaces the method of this name, for example to measure it.
+        """
         if not use_gpu:
             torch.set_num_threads(1)
         self.device = torch.device("cuda" if use_gpu else "cpu")
@@ -92,7 +103,12 @@ class Encoding:
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write what is well of a batch; rows with the name of the part, the place in it, and the mask's values (JSON)."""
+        """Write the tokens of the images of a batch that are not rejected.
+
+        Returns:
+            For each row `row`, `reason`, the file `part` with its tokens (empty if rejected), its `place` in the file,
+            and the distinct `values` of its mask (JSON).
+        """
         kept = np.flatnonzero(batch["reason"] == "")
         part = uuid.uuid4().hex if len(kept) else ""
         if len(kept):
@@ -108,7 +124,7 @@ class Encoding:
         }
 
     def write(self, part: str, pixels: np.ndarray, values: np.ndarray) -> None:
-        """Masks, and the tokens of each encoder and block, of one batch."""
+        """Write masks (B, S, S), and the tokens of pixels (B, C, S, S) by each encoder and block, to files."""
         np.save(self.folder / f"{part}.masks.npy", values)
         limit = torch.finfo(torch.float16).max
         images = (torch.from_numpy(pixels).to(self.device).float() - self.mean) / self.std
@@ -120,14 +136,14 @@ class Encoding:
 
 
 def sized(model: nn.Module, subject: Subject, size: int) -> nn.Module:
-    """The model for images of this size: those that are bound to one have their positions resampled."""
+    """Adapt a model to images of this size in pixels: position embeddings for a fixed size are resampled."""
     if size != subject.image_size and hasattr(model, "set_input_size"):
         model.set_input_size((size, size))  # type: ignore[operator]
     return model
 
 
 def table_of(classes: Mapping[int, int]) -> np.ndarray:
-    """The class's number of every value that a mask may hold, int64; IGNORED of those that are no class."""
+    """Map every value of a mask to its class index: (65536,), int64, IGNORED for values that are not a class."""
     table = np.full(VALUES, IGNORED, np.int64)
     table[list(classes)] = list(classes.values())
     return table
@@ -135,17 +151,17 @@ def table_of(classes: Mapping[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """Where an image's tokens are."""
+    """Where the tokens of an image are stored: a file, and the place in it."""
 
     part: str
     place: int
 
 
 class StoredTokens:
-    """Tokens of one encoder in the files of `Encoding`, mapped into memory: what is read is the system's to forget."""
+    """Tokens of one encoder in memory-mapped files, written by `Encoding`; the system can evict them from memory."""
 
     def __init__(self, folder: str, subject: str, rows: Sequence[Row], blocks: int, classes: Mapping[int, int]) -> None:
-        """`classes` are their numbers by their values in the masks; every other value is IGNORED."""
+        """`classes` maps values of masks to class indices; all other values become IGNORED."""
         self.rows, self.blocks = rows, blocks
         self._folder, self._subject = Path(folder), subject
         self._table = table_of(classes)
@@ -155,7 +171,7 @@ class StoredTokens:
         return len(self.rows)
 
     def fetch(self, rows: np.ndarray) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """As `wavemim.evaluation.segmentation.Tokens` says."""
+        """Tokens and masks of some images, as in `wavemim.evaluation.segmentation.Tokens`."""
         chosen = [self.rows[int(row)] for row in rows]
         tokens = [
             torch.from_numpy(np.stack([self._of(f"{row.part}.{self._subject}-{i}")[row.place] for row in chosen]))
@@ -165,7 +181,7 @@ class StoredTokens:
         return tokens, torch.from_numpy(self._table[masks])
 
     def _of(self, name: str) -> np.ndarray:
-        """A file; those longest unused are closed, for a process may not have many open."""
+        """An open file; the least recently used ones are closed, since the number of open files is limited."""
         values = self._open.pop(name, None)
         if values is None:
             values = np.load(self._folder / f"{name}.npy", mmap_mode="r")
@@ -176,57 +192,74 @@ class StoredTokens:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What fitting a head to one encoder's tokens gave."""
+class FittedHead:
+    """The result of fitting a head to the tokens of one encoder."""
 
-    scores: Scores
-    lr: float
+    scores: Scores  # on val
+    lr: float  # chosen, like the weight decay
     weight_decay: float
-    tried: list[dict[str, float]]
-    shown: np.ndarray  # predictions of the val images that are drawn, (n, S, S)
+    tried: list[dict[str, float]]  # all combinations, with their scores
+    shown: np.ndarray  # predictions (n, S, S) for the val images in the figure
 
 
-def judge_tokens(
+def fit_head(
     train: StoredTokens,
     val: StoredTokens,
     how: Fitting,
     settings: Mapping[str, Any],
     shown: Sequence[int],
-) -> Judged:
-    """Choose and fit a head on train, and score it on val."""
+) -> FittedHead:
+    """Choose the hyperparameters of a head on train, fit it, and score it on val.
+
+    Args:
+        train: Tokens and masks of train.
+        val: Tokens and masks of val.
+        how: How heads are fitted.
+        settings: `lrs` and `weight_decays` to try.
+        shown: Indices of the val images whose predictions are returned.
+    """
     if how.device == "cpu":
         torch.set_num_threads(1)
     lr, weight_decay, tried = choose(train, how, settings["lrs"], settings["weight_decays"])
     head = fit(train, np.arange(len(train)), how, lr=lr, weight_decay=weight_decay)
     scores = score(head, val, np.arange(len(val)), how)
-    return Judged(scores, lr, weight_decay, tried, predict(head, val, np.array(shown), how))
+    return FittedHead(scores, lr, weight_decay, tried, predict(head, val, np.array(shown), how))
 
 
 ALWAYS_ALLOWED_REJECTS = 10
-# What timm and torch raise where a model does not take the images, or gives no tokens.
-_UNFIT = (RuntimeError, TypeError, ValueError, AssertionError, KeyError, AttributeError, IndexError, ZeroDivisionError)
+# What timm and torch raise if a model does not accept the images, or has no patch tokens.
+_UNSUITABLE = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ZeroDivisionError,
+)
 
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """All that is settled before anything is decoded."""
+    """Everything that is decided before anything is decoded."""
 
     subject: Subject
     pairs: Pairs
     images: Folder
     masks: Folder
-    wanted: Pixels  # what every image becomes
+    wanted: Pixels  # size and channels of the decoded images
     blocks: tuple[int, ...]  # from 1
-    bytes_per_image: int  # of the tokens of both encoders and the mask
-    names: tuple[str, ...] | None  # of the classes, from value 0 on; None: the values that train holds
+    bytes_per_image: int  # for the tokens of both encoders and the mask
+    names: tuple[str, ...] | None  # class names, from value 0 on; None for the values found in train
 
     @property
     def size(self) -> int:
-        """Pixels a side."""
+        """Side of the images in pixels."""
         return self.wanted.size
 
     def identity(self, recipe: Recipe) -> dict[str, Any]:
-        """What decides the result."""
+        """All settings and inputs that determine the result."""
         return {
             **identity(recipe, "segment"),
             "segment.images": str(self.images),
@@ -239,17 +272,22 @@ class SegmentPlan:
         }
 
     def allowed(self, ignore: tuple[int, ...]) -> frozenset[int] | None:
-        """Values that a mask may hold; None: any."""
+        """Values allowed in a mask; None for all."""
         return None if self.names is None else frozenset((*range(len(self.names)), *ignore))
 
 
 def plan_segmentation(recipe: Recipe) -> SegmentPlan:
-    """Settle what `recipe` asks for. Raises SettingError and StageError."""
+    """Plan the segmentation that a recipe asks for.
+
+    Raises:
+        SettingError: A setting does not fit the images, the masks or the encoder.
+        StageError: Too many files are rejected.
+    """
     settings = recipe.segment
     if not settings.images or not settings.masks:
         missing = "images" if not settings.images else "masks"
         raise SettingError(
-            f"segment.{missing} is not set; give a folder of images and one of masks: "
+            f"segment.{missing} is not set; give a folder of images and a folder of masks: "
             "wavemim segment segment.images=FOLDER segment.masks=FOLDER"
         )
     names = _names(settings.classes)
@@ -266,7 +304,7 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
     subject = subject_of(recipe, None)
     size = settings.image_size or subject.image_size
     blocks, count = _dry_run(recipe, subject, size)
-    # what 16-bit values mean to an encoder of ours is what they meant in its pretraining
+    # An encoder of this project expects values in the range that it was pretrained with.
     value_range = validate(subject.recipe).data.value_range if subject.recipe else recipe.data.value_range
     return SegmentPlan(
         subject=subject,
@@ -281,23 +319,24 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
 
 
 def check_rejects(recipe: Recipe, rejects: list[tuple[str, str]], inputs: int) -> None:
-    """Raise StageError where more are rejected than segment.max_rejected allows."""
+    """Raise StageError if more files are rejected than segment.max_rejected allows."""
     allowed = max(ALWAYS_ALLOWED_REJECTS, recipe.segment.max_rejected * inputs)
     if len(rejects) > allowed:
         shown = "; ".join(f"{path}: {reason}" for path, reason in rejects[:5])
         raise StageError(
             f"{len(rejects)} of {inputs} images and masks are rejected, segment.max_rejected="
-            f"{recipe.segment.max_rejected:g} allows {int(allowed)}; raise it to go on without them. The first: {shown}"
+            f"{recipe.segment.max_rejected:g} allows {int(allowed)}; raise it to continue without them. "
+            f"The first: {shown}"
         )
 
 
 def _names(classes: int | str | None) -> tuple[str, ...] | None:
-    """Names of the classes from value 0 on: their numbers, or the lines of a file."""
+    """Class names from value 0 on: the values themselves, or the lines of a file. Raises SettingError."""
     if classes is None:
         return None
     if isinstance(classes, int):
         if classes > VALUES:
-            raise SettingError(f"segment.classes={classes}: a 16-bit mask has {VALUES} values at most")
+            raise SettingError(f"segment.classes={classes}: a 16-bit mask has at most {VALUES} values")
         return tuple(str(value) for value in range(classes))
     path = Path(classes).expanduser()
     try:
@@ -305,24 +344,26 @@ def _names(classes: int | str | None) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingError(
-            f"segment.classes={classes}: {reason}; give a number of classes, or a text file with a name a line"
+            f"segment.classes={classes}: {reason}; give the number of classes, or a text file with one name per line"
         ) from None
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines or not all(line.strip() for line in lines):
-        raise SettingError(f"segment.classes={classes}: an empty line; give a name a line, the first for the value 0")
+        raise SettingError(
+            f"segment.classes={classes}: an empty line; give one name per line, the first for the value 0"
+        )
     return tuple(line.strip() for line in lines)
 
 
 def _dry_run(recipe: Recipe, subject: Subject, size: int) -> tuple[tuple[int, ...], int]:
-    """The blocks that are used, from 1, and how many numbers their tokens of one image are. Raises SettingError."""
+    """The blocks to use, from 1, and the number of values in their tokens of one image. Raises SettingError."""
     try:
         model = sized(subject.model(trained=False), subject, size).eval()
         with torch.inference_mode():
             tokens = tokens_of(model, torch.zeros(1, subject.channels, size, size), None)
-    except _UNFIT as error:
+    except _UNSUITABLE as error:
         raise SettingError(
-            f"segment.image_size={size}: the encoder gives no patch tokens of such images ({one_line(error)}); "
+            f"segment.image_size={size}: the encoder has no patch tokens for images of this size ({one_line(error)}); "
             f"it was trained on {subject.image_size} pixels"
         ) from None
     blocks = tuple(sorted(recipe.segment.blocks or (len(tokens),)))
@@ -333,26 +374,26 @@ def _dry_run(recipe: Recipe, subject: Subject, size: int) -> tuple[tuple[int, ..
                 f"{len(tokens)}"
             )
     if len(set(blocks)) < len(blocks):
-        raise SettingError(f"segment.blocks={list(blocks)}: names a block twice")
+        raise SettingError(f"segment.blocks={list(blocks)}: a block is repeated")
     known: Any = getattr(model, "feature_info", None) or ()
     pixels = [int(entry["reduction"]) for entry in known] if len(known) == len(tokens) else [1] * len(tokens)
     coarsest = max(pixels[block - 1] for block in blocks)
     if size % coarsest:
         raise SettingError(
-            f"segment.image_size={size}: no multiple of the {coarsest} pixels of a token, so a margin would not be seen; "
-            f"nearest allowed: {max(1, size // coarsest) * coarsest}"
+            f"segment.image_size={size}: not a multiple of the {coarsest} pixels of a token, so that a margin would "
+            f"be ignored; nearest allowed: {max(1, size // coarsest) * coarsest}"
         )
     return blocks, sum(tokens[block - 1][0].numel() for block in blocks)
 
 
 def check_disk(plan: SegmentPlan, folder: Path) -> None:
-    """Raise StageError where the tokens do not fit on the disk."""
+    """Raise StageError if the tokens do not fit on the disk of `folder`."""
     images = sum(len(pairs) for pairs in plan.pairs.splits.values())
     stats = os.statvfs(folder)
     needed, free = images * plan.bytes_per_image, stats.f_bavail * stats.f_frsize
     if needed > 0.9 * free:
         raise StageError(
-            f"tokens of {images:,} images take {needed / 2**30:.1f} GiB in {folder} while heads are fitted, "
-            f"{free / 2**30:.1f} GiB are free; set segment.max_images={max(1, int(images * 0.4 * free / needed))} or fewer "
-            "segment.blocks"
+            f"the tokens of {images:,} images need {needed / 2**30:.1f} GiB in {folder} while heads are fitted, but "
+            f"{free / 2**30:.1f} GiB are free; set segment.max_images={max(1, int(images * 0.4 * free / needed))} "
+            "or fewer segment.blocks"
         )

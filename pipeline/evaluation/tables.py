@@ -1,4 +1,4 @@
-"""Tables and pictures of what was judged: a line a class, and confusion matrices."""
+"""Tables and figures of an evaluation: per-class results, confusion matrices and the report."""
 
 from __future__ import annotations
 
@@ -19,10 +19,20 @@ COLUMNS = ("class", "n", "correct", "accuracy", "low", "high", "encoder")
 def write_tables(
     folder: Path, matrices: Mapping[str, Mapping[str, np.ndarray]], names: list[str], titles: Mapping[str, str]
 ) -> list[Path]:
-    """Write what `matrices` {protocol: {encoder: (c, c)}} say into `folder`; gives the files.
+    """Write per-class results and confusion matrices.
 
-    ``classes_PROTOCOL.csv``: accuracy within each class, in percent with its 95 % Wilson interval, of every encoder.
-    ``confusion_PROTOCOL.csv`` and ``.png``: of the trained encoder, true classes down and predicted ones across.
+    ``classes_PROTOCOL.csv`` has the accuracy within each class for every encoder, in percent with 95 % Wilson
+    intervals. ``confusion_PROTOCOL.csv`` and ``.png`` are the confusion matrix of the trained encoder, with true
+    classes in rows and predicted classes in columns.
+
+    Args:
+        folder: Where the files are written.
+        matrices: {protocol: {encoder: confusion matrix (c, c)}}.
+        names: Class names.
+        titles: {encoder: title}, in the order of the tables.
+
+    Returns:
+        The files written.
     """
     written = []
     for protocol, of_encoders in matrices.items():
@@ -51,7 +61,7 @@ def write_tables(
 
 
 def _text(value: float) -> str:
-    """Percent with two digits; nothing where a class has no images."""
+    """A percentage with two decimals; empty for a class without images."""
     return f"{value:.2f}" if np.isfinite(value) else ""
 
 
@@ -63,24 +73,28 @@ def _write(path: Path, header: Sequence[str], lines: Iterable[Sequence[object]])
 
 
 def evaluation_tables(result: Mapping[str, Any]) -> str:
-    """The measures of every encoder, the blocks of the trained one, and what they were judged on."""
+    """The report of an evaluation as text: metrics of every encoder, blocks of the trained one, and numbers of images.
+
+    Args:
+        result: The result of the stage `evaluate`.
+    """
     titles, measured = result["titles"], result["measured"]
     parts = [table(("", *titles.values()), [(name, *cells) for name, cells in _rows(titles, measured)])]
     if not result["labelled"]:
         return parts[0]
     if curve := _curve(titles, measured):
-        parts += [f"kNN by the number of neighbours, top-1 %:\n\n{curve}"]
+        parts += [f"kNN by number of neighbours, top-1 %:\n\n{curve}"]
     if blocks := _blocks(measured["trained"]):
-        parts += [f"Linear probes of each block of the {titles['trained']} (pooled patch tokens):\n\n{blocks}"]
+        parts += [f"Linear probe of each block of the {titles['trained']} (pooled patch tokens):\n\n{blocks}"]
     parts.append(
         f"Top-1 in percent with 95 % intervals over the val images. {result['classes']} classes, probes fitted to "
-        f"{result['train_images']:,} train images, judged on {result['val_images']:,} val images."
+        f"{result['train_images']:,} train images, evaluated on {result['val_images']:,} val images."
     )
     fitted = next(
         (found["eval/attentive_images"] for found in measured.values() if "eval/attentive_images" in found), 0
     )
     if 0 < fitted < result["train_images"]:
-        parts.append(f"The attentive probe was fitted to {fitted:,.0f} of these (evaluate.attentive_images).")
+        parts.append(f"The attentive probe was fitted to {fitted:,.0f} of them (evaluate.attentive_images).")
     open_ended = [
         titles[which]
         for which in titles
@@ -88,23 +102,25 @@ def evaluation_tables(result: Mapping[str, Any]) -> str:
     ]
     if open_ended:
         parts.append(
-            f"The linear probe of {' and '.join(open_ended)} did not converge: its number is a lower bound of sorts; "
-            "raise evaluate.probe_iterations."
+            f"The linear probe of {' and '.join(open_ended)} did not converge, so that its accuracy is an "
+            "approximate lower bound; raise evaluate.probe_iterations."
         )
     return "\n\n".join(parts)
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Whether pretraining was worth it, in one line; nothing without a linear probe."""
+    """One line on what pretraining gains over the untrained encoder; empty without a linear probe."""
     values = [result["measured"][which] for which in ("trained", "untrained")]
     if any("eval/linear_top1" not in found for found in values):
         return ""
     trained, untrained = values
-    begun = result["titles"]["untrained"]
+    untrained_title = result["titles"]["untrained"]
     gain = trained["eval/linear_top1"] - untrained["eval/linear_top1"]
     if trained["eval/linear_top1_low"] > untrained["eval/linear_top1_high"]:
-        return f"Pretraining is worth {gain:+.1f} points over the {begun}; the intervals do not overlap."
-    return f"Pretraining is worth {gain:+.1f} points over the {begun}, within the intervals: not shown to help."
+        return f"Pretraining gains {gain:+.1f} points over the {untrained_title}; the intervals do not overlap."
+    return (
+        f"Pretraining gains {gain:+.1f} points over the {untrained_title}, but the intervals overlap: no clear benefit."
+    )
 
 
 def _rows(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:
@@ -130,7 +146,7 @@ def _rows(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]
 def _curve(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]) -> str:
     start = "eval/knn_top1_k"
     ks = [name.removeprefix(start) for name in measured["trained"] if name.startswith(start)]
-    ks = [k for k in ks if k.isdigit()]  # not the ends of intervals
+    ks = [k for k in ks if k.isdigit()]  # without the bounds of intervals
     rows = [(titles[which], *(_number(measured[which], f"{start}{k}") for k in ks)) for which in titles]
     return table(("k", *ks), rows) if len(ks) > 1 else ""
 

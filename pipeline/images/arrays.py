@@ -1,4 +1,4 @@
-"""Arrays of samples (.npy, deep or many-banded TIFF) → uint8 pixels (C, H, W) of one size, or a reason in words."""
+"""From arrays of samples (.npy, TIFF of many bits or bands) to uint8 pixels (C, H, W) of one size."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ import numpy as np
 from PIL import Image
 
 NPY_MAGIC = b"\x93NUMPY"
-# Compressions of TIFF whose decoders never give more than they are asked for, by tag value: none, CCITT, LZW, deflate,
-# packbits, LZMA, Zstandard. JPEG and JPEG 2000 are asked for their size first; any other is refused.
+# TIFF compressions, by tag value, whose decoders return at most as much as was requested: none, CCITT, LZW, deflate,
+# packbits, LZMA, Zstandard. For JPEG and JPEG 2000 the size is checked first; all others are rejected.
 _BOUNDED = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 34926, 50000}
 _JPEG = {7, 33007, 34892}
 _JPEG_2000 = {33003, 33004, 33005, 34712}
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _YCBCR = 0, 1, 2, 6
-_MOST_PAGES = 64  # looked at for pages that are bands: 16 of them, and thumbnails
-# Tags that are one number each: width, length, samples and rows of a strip, of a tile, depth. As a text or many bytes,
-# one of them times another would be as much text.
+_MOST_PAGES = 64  # searched for pages that are bands: there are up to 16, and thumbnails
+# Tags that hold one number: width, length, samples, rows per strip, tile sizes, depth. If one were a string,
+# multiplying it would repeat the string.
 _SIZES = {256, 257, 277, 278, 322, 323, 32997, 32998}
-_TAG_TYPE_BYTES = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8)  # of one value, by its type's number
+_TAG_TYPE_BYTES = (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 1, 1, 8, 8, 8)  # of one value, by the number of its type
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What every image becomes, and which ones are not taken (settings of the section ``data``)."""
+    """What an image is turned into, and which images are rejected (see the settings of the section ``data``).
+
+    Attributes:
+        size: Side of the square in pixels.
+        channels: Number of channels, 1 to 16.
+        max_pixels: Images with more pixels are rejected.
+        min_side: Images with a shorter side in pixels are rejected.
+        value_range: The values that become 0 and 255; None for the range of the integer type.
+    """
 
     size: int
     channels: int = 3
@@ -40,35 +48,35 @@ class Pixels:
         if self.size < 1 or not 1 <= self.channels <= 16:
             raise ValueError(f"size {self.size} or channels {self.channels} out of range")
         low, high = self.value_range or (0, 1)
-        # Not only both ends: a width of infinity, or one too small to divide by, would make NaN of what is between.
+        # The width has to be finite and large enough to divide by, too: otherwise values in between would become NaN.
         if low == high or not all(map(math.isfinite, (low, high, high - low, 255 / (float(high - low) or 1e-320)))):
-            raise ValueError(f"value_range {self.value_range} is no range")
+            raise ValueError(f"value_range {self.value_range} is not a range")
 
 
 class RejectedImage(Exception):
-    """An input that cannot be stored, with the reason in words: one line, details in brackets at the end."""
+    """An input that cannot be stored. The message is the reason in one line, with details in brackets at the end."""
 
     def __init__(self, reason: str):
-        # What a decoder says may hold bytes of the file: control characters, or half a character.
+        # The message of a decoder may contain bytes of the file: control characters, or incomplete ones.
         line = "".join(char if char.isprintable() else "?" for char in " ".join(reason.split()))
         super().__init__(line if len(line) <= 160 else f"{line[:156]}…" + ")" * ("(" in line))
 
 
 @dataclass
 class Samples:
-    """Bands of one image as they are in the file: arrays (H, W) of one shape and type."""
+    """The bands of one image as they are in the file: arrays (H, W) of one shape and type."""
 
     bands: list[np.ndarray]
-    colour: bool = False  # the bands are red, green and blue
-    alpha: np.ndarray | None = None
-    premultiplied: bool = False  # the bands are, by alpha
-    bits: int | None = None  # of an unsigned integer that uses fewer than its type has
-    inverted: bool = False  # zero is white
-    orientation: int = 1  # of EXIF
+    colour: bool = False  # whether the bands are red, green and blue
+    alpha: np.ndarray | None = None  # (H, W)
+    premultiplied: bool = False  # whether the bands are multiplied by alpha
+    bits: int | None = None  # of unsigned integers that use fewer bits than their type
+    inverted: bool = False  # whether zero is white
+    orientation: int = 1  # EXIF, 1 to 8
 
 
 def check_size(width: int, height: int, wanted: Pixels) -> None:
-    """Raise RejectedImage for what a header says of the size."""
+    """Raise RejectedImage if a size in pixels, as the header declares it, is out of bounds."""
     if width * height > wanted.max_pixels:
         raise RejectedImage(f"too large ({width}×{height} pixels, data.max_pixels={wanted.max_pixels})")
     if min(width, height) < max(1, wanted.min_side):
@@ -76,25 +84,25 @@ def check_size(width: int, height: int, wanted: Pixels) -> None:
 
 
 def check_tile(width: int, height: int, image_width: int, image_height: int) -> None:
-    """Raise RejectedImage for tiles of a TIFF that are far larger than the image, and would be decoded whole."""
+    """Raise RejectedImage if the tiles of a TIFF are much larger than the image: they would be decoded in full."""
     if width * height > max(2**20, 4 * image_width * image_height):
         raise RejectedImage(f"damaged (TIFF tiles of {width}×{height} pixels)")
 
 
 def wrong_count(found: int, wanted: Pixels) -> RejectedImage:
-    """The reason for an image of another number of channels."""
+    """The error for an image with the wrong number of channels."""
     return RejectedImage(f"wrong channel count ({found}, data.channels={wanted.channels})")
 
 
 def middle_square(width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest square in the middle as a box for Pillow: the same one before and after turning the image."""
+    """The largest central square as Pillow's box (left, top, right, bottom); turning the image does not change it."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Square pixels (C, H, W) by what EXIF says of them, 1 to 8; anything else means upright."""
+    """Turn square pixels (C, H, W) upright. `orientation` is that of EXIF, 1 to 8; any other value means upright."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(1, 2)
     if orientation in (2, 3, 6, 7):
@@ -105,16 +113,20 @@ def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def from_samples(samples: Samples, wanted: Pixels) -> np.ndarray:
-    """The middle square resized in floating point and rounded once: uint8 (channels, size, size).
+    """Crop the central square and resize it in floating point, rounding once.
 
-    Raises RejectedImage on another number of channels, values without a known range, NaN, and sizes out of bounds.
+    Returns:
+        Pixels (channels, size, size), uint8.
+
+    Raises:
+        RejectedImage: Wrong number of channels, values without a known range, NaN, or a size out of bounds.
     """
     found, first = len(samples.bands), samples.bands[0]
     check_size(first.shape[1], first.shape[0], wanted)
     to_grey = wanted.channels == 1 and samples.colour
     if found != wanted.channels and not to_grey and not (found == 1 and wanted.channels == 3):
         raise wrong_count(found, wanted)
-    low, high = _limits(first.dtype, samples.bits, wanted.value_range)
+    low, high = _value_range(first.dtype, samples.bits, wanted.value_range)
     alpha = None if samples.alpha is None else _opacity(samples.alpha, samples.bits)
     out = np.empty((1 if to_grey else found, wanted.size, wanted.size), np.float32)
     weights = (0.299, 0.587, 0.114) if to_grey else (1.0,) * found
@@ -134,7 +146,7 @@ def from_samples(samples: Samples, wanted: Pixels) -> np.ndarray:
     return turned_upright(pixels, samples.orientation)
 
 
-def _limits(dtype: np.dtype, bits: int | None, value_range: tuple[float, float] | None) -> tuple[float, float]:
+def _value_range(dtype: np.dtype, bits: int | None, value_range: tuple[float, float] | None) -> tuple[float, float]:
     if dtype.kind not in "buif":
         raise RejectedImage(f"unsupported ({dtype} pixels)")
     if value_range is not None:
@@ -151,10 +163,10 @@ def _limits(dtype: np.dtype, bits: int | None, value_range: tuple[float, float] 
 
 
 def _mapped(band: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(H, W) of any number → float32 (H, W), low at 0 and high at 255, clipped."""
+    """Map values (H, W) to float32 (H, W): `low` becomes 0, `high` 255, and the rest is clipped."""
     if band.dtype.kind == "f" and not np.isfinite(band).all():
         raise RejectedImage("NaN or infinite pixels")
-    exact = band.dtype.itemsize <= 2 and band.dtype.kind in "bui"  # in float32
+    exact = band.dtype.itemsize <= 2 and band.dtype.kind in "bui"  # representable in float32
     values: np.ndarray = np.array(band, np.float32 if exact else np.float64, order="C")
     with np.errstate(over="ignore"):
         np.subtract(values, low, out=values)
@@ -171,9 +183,13 @@ def _opacity(alpha: np.ndarray, bits: int | None) -> np.ndarray:
 
 
 def npy_samples(data: bytes, wanted: Pixels) -> Samples:
-    """The array of a .npy: (H, W), (H, W, C) or (C, H, W), told apart by the channels wanted, the last first.
+    """The array of a .npy file: (H, W), (H, W, C) or (C, H, W), tried in this order by the number of channels wanted.
 
-    Shape, type and length are checked before any value is read. Raises RejectedImage; ValueError on a damaged header.
+    Shape, type and length are checked before any value is read.
+
+    Raises:
+        RejectedImage: It is not an image of this kind.
+        ValueError: The header is damaged.
     """
     stream = io.BytesIO(data)
     try:
@@ -193,7 +209,7 @@ def npy_samples(data: bytes, wanted: Pixels) -> Samples:
     axis = _channel_axis(shape, wanted)
     sides = [side for number, side in enumerate(shape) if number != axis]
     check_size(sides[1], sides[0], wanted)
-    _limits(dtype, None, wanted.value_range)
+    _value_range(dtype, None, wanted.value_range)
     missing = math.prod(shape) * dtype.itemsize - (len(data) - stream.tell())
     if missing > 0:
         raise RejectedImage(f"truncated ({missing} bytes of .npy missing)")
@@ -219,14 +235,17 @@ def _channel_axis(shape: tuple[int, ...], wanted: Pixels) -> int | None:
 
 
 def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
-    """Bands of a TIFF: the first page, or for channels other than 1 and 3 also that many pages of one band each.
+    """The bands of a TIFF: its first page, or, for channels other than 1 and 3, several pages of one band each.
 
-    Sizes in the directory are checked before anything is decoded; ``check_tags`` comes first. Raises RejectedImage, and
-    whatever tifffile raises.
+    Sizes in the directory are checked before anything is decoded. Call ``check_tags`` first.
+
+    Raises:
+        RejectedImage: It is not an image of this kind.
+        Exception: Whatever tifffile raises.
     """
-    import tifffile  # a fifth of a second, and few folders need it
+    import tifffile  # takes a fifth of a second to import, and is rarely needed
 
-    # Without any handler it would print what it finds wrong, which the reason says already.
+    # Without a handler its warnings would be printed; the reason for a rejection contains them already.
     if not (log := logging.getLogger("tifffile")).handlers:
         log.addHandler(logging.NullHandler())
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -251,13 +270,13 @@ def tiff_samples(data: bytes, wanted: Pixels) -> Samples:
 
 
 def _check_page(page: Any, wanted: Pixels) -> None:
-    """What must hold of a tifffile.TiffPage before it is decoded: sizes, decoders that keep to them, data inside the file."""
+    """Check a tifffile.TiffPage before it is decoded: sizes, compression, and that the data are inside the file."""
     if page.imagedepth != 1 or page.dtype is None or len(page.shape) not in (2, 3):
         raise RejectedImage(f"unsupported (TIFF of type {page.dtype}, shape {page.shape})")
     check_size(page.imagewidth, page.imagelength, wanted)
     if page.samplesperpixel > 17:  # 16 and alpha
         raise wrong_count(page.samplesperpixel, wanted)
-    _limits(page.dtype, None, wanted.value_range)
+    _value_range(page.dtype, None, wanted.value_range)
     if page.is_tiled:
         check_tile(page.tilewidth, page.tilelength, page.imagewidth, page.imagelength)
     if page.compression not in _BOUNDED | _JPEG | _JPEG_2000:
@@ -266,7 +285,7 @@ def _check_page(page: Any, wanted: Pixels) -> None:
         raise RejectedImage("damaged (TIFF without all its strips or tiles)")
     least = page.imagewidth * page.imagelength * page.samplesperpixel * page.bitspersample // 8
     if page.compression == 1 and all(page.databytecounts) and sum(page.databytecounts) < least:
-        raise RejectedImage(f"truncated ({least} bytes of TIFF expected, {sum(page.databytecounts)} there)")
+        raise RejectedImage(f"truncated ({least} bytes of TIFF expected, {sum(page.databytecounts)} found)")
     size = page.parent.filehandle.size
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         if offset + count > size:
@@ -279,7 +298,7 @@ def _check_page(page: Any, wanted: Pixels) -> None:
 
 
 def _coded_size(segment: bytes) -> int:
-    """Pixels that a JPEG or JPEG 2000 codestream declares; 0 where it declares none, which no decoder reads."""
+    """Number of pixels that a JPEG or JPEG 2000 codestream declares; 0 if it declares none, and cannot be decoded."""
     start = segment.find(b"\xff\x4f\xff\x51")
     if start >= 0 and len(segment) >= start + 16:
         width, height = struct.unpack_from(">II", segment, start + 8)
@@ -287,7 +306,7 @@ def _coded_size(segment: bytes) -> int:
     position, largest = 2, 0
     while position + 9 <= len(segment):
         if segment[position] != 0xFF:
-            position += 1  # a decoder skips to the next marker too
+            position += 1  # as decoders do
             continue
         marker = segment[position + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -297,7 +316,7 @@ def _coded_size(segment: bytes) -> int:
             break
         if marker == 0xFF:
             position += 1
-        elif marker <= 1 or 0xD0 <= marker <= 0xD9:  # without a length
+        elif marker <= 1 or 0xD0 <= marker <= 0xD9:  # markers without a length
             position += 2
         else:
             position += 2 + int.from_bytes(segment[position + 2 : position + 4], "big")
@@ -317,12 +336,12 @@ def _page_samples(page: Any, wanted: Pixels) -> Samples:
         return samples
     colours = {_MIN_IS_WHITE: 1, _MIN_IS_BLACK: 1, _RGB: 3}
     if page.photometric == _YCBCR and page.compression in _JPEG:
-        colours[_YCBCR] = 3  # its decoder gives RGB
+        colours[_YCBCR] = 3  # its decoder returns RGB
     if page.photometric not in colours:
         raise RejectedImage(f"unsupported (TIFF colours {getattr(page.photometric, 'name', page.photometric)})")
     count = colours[page.photometric]
     extra = tuple(int(kind) for kind in page.extrasamples)
-    # RGB with one sample more is a photo: with transparency, or a mask that is left out.
+    # RGB with an extra sample is a photo: either with transparency, or with a mask, which is ignored.
     if len(bands) == count + 1 and (extra[:1] in ((1,), (2,)) or count == 3):
         last = bands.pop()
         samples.alpha = last if extra[:1] in ((1,), (2,)) else None
@@ -333,9 +352,9 @@ def _page_samples(page: Any, wanted: Pixels) -> Samples:
 
 
 def check_tags(data: bytes) -> None:
-    """Refuse a TIFF whose tags together claim more than there is in the file, before anything reads them.
+    """Raise RejectedImage for a TIFF whose tags are together much larger than the file, before anything reads them.
 
-    Tags may overlap: 4096 of them that are each the whole file would be a bomb.
+    Tags may overlap: 4096 tags that each cover the whole file would be a decompression bomb.
     """
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
@@ -360,7 +379,7 @@ def check_tags(data: bytes) -> None:
         for _ in range(count):
             code, kind, values = struct.unpack_from(order + tag_format, data, position)
             if code in _SIZES and (values != 1 or kind not in (1, 3, 4, 13, 16)):
-                raise RejectedImage(f"damaged (TIFF tag {code} is no number)")
+                raise RejectedImage(f"damaged (TIFF tag {code} is not a number)")
             budget -= values * (_TAG_TYPE_BYTES[kind] if kind < len(_TAG_TYPE_BYTES) else 1)
             position += tag_bytes
         if budget < 0:

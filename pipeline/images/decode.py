@@ -1,4 +1,4 @@
-"""The encoded bytes of one image → uint8 pixels (C, H, W) of one size, or a reason in words why not."""
+"""Decoding: from the encoded bytes of an image to uint8 pixels (C, H, W) of one size, or the reason why not."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from pipeline.images.arrays import (
     wrong_count,
 )
 
-# Raster formats only, as far as this Pillow has them: it would hand EPS and the like to external programs. TGA has no
-# signature at its start, so it is tried last.
+# Raster formats that the installed Pillow supports; EPS and similar ones it would pass to external programs. TGA has no
+# signature, so it is tried last.
 Image.init()
 _WANTED = (
     "JPEG",
@@ -50,9 +50,9 @@ _WANTED = (
     "TGA",
 )
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
-# File name suffixes of what is read, lower case with the dot.
+# File name suffixes of readable images, in lower case with the dot.
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS) | {".npy"}
-# What a TIFF, JPEG or PNG says about its orientation.
+# The EXIF tag of the orientation.
 ORIENTATION_TAG = 0x0112
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -63,16 +63,26 @@ _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _EXTRA_SAMPLES, _SAMPLE_FORMAT =
     323,
     338,
     339,
-)  # tags of TIFF
-_pillow_bound = threading.Lock()
+)  # TIFF tags
+_pillow_limit_lock = threading.Lock()
 
 
 def decode_image(data: bytes, name: str, wanted: Pixels) -> np.ndarray:
-    """The middle square of an image, resized with antialiasing: uint8 (channels, size, size), C-contiguous.
+    """Decode an image, crop its central square and resize that with antialiasing.
 
-    Upright by its EXIF orientation, transparency on white, deeper values scaled to 8 bits (or by ``value_range``), of
-    an animation the first frame. What it is, the content decides; ``name`` is for words alone. Raises RejectedImage,
-    whatever goes wrong.
+    The image is turned upright by its EXIF orientation, transparency becomes white, values of more than 8 bits are
+    scaled (or mapped by `wanted.value_range`), and of an animation the first frame is used.
+
+    Args:
+        data: The encoded image. The format is recognised by its content.
+        name: File name, used in reasons only.
+        wanted: Size, channels and limits.
+
+    Returns:
+        Pixels (channels, size, size), uint8, C-contiguous.
+
+    Raises:
+        RejectedImage: Whatever goes wrong, with the reason.
     """
     try:
         if not data:
@@ -83,13 +93,13 @@ def decode_image(data: bytes, name: str, wanted: Pixels) -> np.ndarray:
     except RejectedImage:
         raise
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise RejectedImage(_in_words(error, data)) from None
+        raise RejectedImage(_reason(error, data)) from None
 
 
 def _decoded(data: bytes, suffix: str, wanted: Pixels) -> np.ndarray:
     if data.startswith(NPY_MAGIC) or (suffix == ".npy" and NPY_MAGIC.startswith(data)):
         return from_samples(npy_samples(data, wanted), wanted)
-    with _max_pixels_alone(wanted):
+    with _pillow_limit_raised(wanted):
         if data.startswith(_TIFF_MAGIC):
             return _from_tiff(data, wanted)
         with _opened(data, suffix) as image:
@@ -99,32 +109,31 @@ def _decoded(data: bytes, suffix: str, wanted: Pixels) -> np.ndarray:
 
 
 def _opened(data: bytes, suffix: str) -> Image.Image:
-    """What `Image.open` would give, without its bound, which rejects before the size is known."""
+    """As `Image.open`, but without its limit on the size: the reason for a rejection needs the size."""
     known = None
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(data[:16]) is True:
             try:
                 return factory(io.BytesIO(data), "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # as Image.open: not this format after all
+            except (SyntaxError, IndexError, TypeError, struct.error):  # as in Image.open: it is not this format
                 known = known or (name if accept else None)
     if known:
         raise RejectedImage(f"damaged (unreadable header of {known})")
-    raise RejectedImage("damaged (no header of .npy)" if suffix == ".npy" else "not an image (of no known format)")
+    raise RejectedImage("damaged (no header of .npy)" if suffix == ".npy" else "not an image (unknown format)")
 
 
 @contextmanager
-def _max_pixels_alone(wanted: Pixels) -> Iterator[None]:
-    """Keep Pillow's own bound out of the way where ``max_pixels`` is beyond it.
+def _pillow_limit_raised(wanted: Pixels) -> Iterator[None]:
+    """Raise Pillow's own limit on pixels while decoding an image for which ``max_pixels`` allows more.
 
-    Some formats ask for it in mid-decoding, and it belongs to the whole process: it is left as it is whenever it cannot
-    interfere (its error comes at twice its value), and otherwise raised for no longer than one image, never lowered;
-    by one thread at a time, so that it comes back as it was.
+    The limit is global, and some formats check it while they decode (an error comes at twice its value). It is changed
+    only if it would interfere, for one image and by one thread at a time, so that it is always restored.
     """
     if Image.MAX_IMAGE_PIXELS is None or wanted.max_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
         yield
         return
-    with _pillow_bound:
+    with _pillow_limit_lock:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = wanted.max_pixels
         try:
@@ -134,19 +143,21 @@ def _max_pixels_alone(wanted: Pixels) -> Iterator[None]:
 
 
 def _from_photo(image: Image.Image, wanted: Pixels) -> np.ndarray:
-    """An image that Pillow has opened and not yet decoded."""
+    """Pixels of an image that Pillow has opened but not decoded yet."""
     check_size(*image.size, wanted)
     if wanted.channels not in (1, 3):
         raise wrong_count(1 if Image.getmodebase(image.mode) == "L" else 3, wanted)
-    # A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still large enough, and for grey its luminance alone.
-    grey_at_once = wanted.channels == 1 and wanted.value_range is None
-    image.draft("L" if grey_at_once else None, (wanted.size, wanted.size))
+    # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is large enough, and for grey only its luminance.
+    decode_grey = wanted.channels == 1 and wanted.value_range is None
+    image.draft("L" if decode_grey else None, (wanted.size, wanted.size))
     white = _white_in_file(image)
     image.load()
     orientation = _orientation(image)
     if image.mode[0] in "IF" or (image.mode == "1" and wanted.value_range):
         values = np.asarray(image)
-        if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:  # a PGM, which Pillow scales to 16 bits
+        if (
+            image.mode == "I" and values.min() >= 0 and values.max() <= 65535
+        ):  # a PGM, whose values Pillow scales to 16 bits
             values = np.rint(values * (white / 65535)) if wanted.value_range and white else values.astype(np.uint16)
         return from_samples(Samples([values], orientation=orientation), wanted)
     value_range = wanted.value_range
@@ -159,12 +170,12 @@ def _from_photo(image: Image.Image, wanted: Pixels) -> np.ndarray:
 
 
 def _from_tiff(data: bytes, wanted: Pixels) -> np.ndarray:
-    """Photos of 8 bits by Pillow; deeper ones, those of many bands, and those that it does not know by tifffile."""
+    """Decode 8-bit photos by Pillow, and by tifffile higher bit depths, many bands and what Pillow does not know."""
     check_tags(data)
     if wanted.channels in (1, 3):
         try:
             image = _opened(data, "")
-        except Exception:  # Pillow raises KeyError on a compression that it does not know, and more
+        except Exception:  # for example a KeyError for an unknown compression
             image = None
         if image is not None and _is_photo(image, wanted):
             tags = image.tag_v2  # type: ignore[attr-defined]
@@ -174,11 +185,12 @@ def _from_tiff(data: bytes, wanted: Pixels) -> np.ndarray:
 
 
 def _is_photo(image: Image.Image, wanted: Pixels) -> bool:
+    """Whether Pillow decodes a TIFF without loss: 8 bits, no more than one extra band."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     if wanted.value_range and image.mode == "L" and tags.get(_PHOTOMETRIC) == 0:
-        return False  # white at zero, which Pillow turns round: the range counts in the file's values
+        return False  # white is zero: Pillow inverts this, but the range refers to the values in the file
     extra = tags.get(_EXTRA_SAMPLES, ())
-    if image.mode == "CMYK":  # of 16 bits too: Pillow keeps the upper 8
+    if image.mode == "CMYK":  # also with 16 bits, of which Pillow keeps the upper 8
         return len(extra) <= 1
     eight_bits = max(tags.get(_BITS, (1,))) <= 8 and set(tags.get(_SAMPLE_FORMAT, (1,))) == {1}
     many_bands = len(extra) > 1 or (image.mode == "L" and len(extra) > 0)
@@ -186,24 +198,24 @@ def _is_photo(image: Image.Image, wanted: Pixels) -> bool:
 
 
 def _from_deep_png(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarray:
-    """A PNG of 16 bits and not only grey: Pillow, which drops their lower half, is asked for all but the values."""
+    """A 16-bit PNG that is not plain grey: Pillow reads the metadata, but would drop the lower 8 bits of the values."""
     check_size(*image.size, wanted)
     colour = data[25] in (2, 6)
     if wanted.channels not in (1, 3):
         raise wrong_count(3 if colour else 1, wanted)
-    import imagecodecs  # some tenths of a second, and few folders need it
+    import imagecodecs  # takes tenths of a second to import, and is rarely needed
 
     values = imagecodecs.png_decode(data)
     counts = (3, 4) if colour else (1, 2)
     if values.dtype != np.uint16 or values.shape[:2] != image.size[::-1] or values[..., None].shape[2] not in counts:
-        raise RejectedImage(f"damaged (PNG of 16 bits decoded to {values.dtype} {values.shape})")
+        raise RejectedImage(f"damaged (16-bit PNG decoded to {values.dtype} {values.shape})")
     bands = list(values.reshape(*values.shape[:2], -1).transpose(2, 0, 1))
     alpha = bands.pop() if len(bands) == counts[1] else None
     return from_samples(Samples(bands, colour=colour, alpha=alpha, orientation=_orientation(image)), wanted)
 
 
 def _white_in_file(image: Image.Image) -> int | None:
-    """The value in the file that Pillow makes white (255, or 65535 in 16 bits) where it scales; asked before decoding."""
+    """The value in the file that Pillow scales to white (255, or 65535 for 16 bits), if any. Call before decoding."""
     args = image.tile[0].args if getattr(image, "tile", None) else None  # type: ignore[attr-defined]
     first, *others = args if isinstance(args, tuple) else (args,)
     if image.format == "PPM":
@@ -214,32 +226,32 @@ def _white_in_file(image: Image.Image) -> int | None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # damaged EXIF does not make the pixels worse
+    except Exception:  # damaged EXIF data do not affect the pixels
         return 1
 
 
 def _to_mode(image: Image.Image, mode: str, value_range: tuple[float, float] | None) -> Image.Image:
-    """Any 8-bit image → ``mode`` (RGB or L), transparency on white, its values mapped by the range if one is given."""
+    """Convert an 8-bit image to RGB or L: transparency becomes white, values are mapped by the range, if any."""
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     elif image.mode not in ("RGB", "L"):
         image = image.convert("RGB")
     if value_range is not None:
         low, high = value_range
-        table = np.clip((np.arange(256) - low) * (255 / (high - low)) + 0.5, 0, 255).astype(np.uint8).tolist()
-        tables = [list(range(256)) if band == "A" else table for band in image.getbands()]
+        mapping = np.clip((np.arange(256) - low) * (255 / (high - low)) + 0.5, 0, 255).astype(np.uint8).tolist()
+        tables = [list(range(256)) if band == "A" else mapping for band in image.getbands()]
         image = image.point([value for one in tables for value in one])
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == mode else image.convert(mode)
 
 
-def _in_words(error: Exception, data: bytes) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, Image.DecompressionBombError):
-        return "too large (a frame beyond data.max_pixels)"
+        return "too large (a frame exceeds data.max_pixels)"
     if "MAX_TEXT_" in text:
         return f"metadata too large ({text})"
     short_riff = data.startswith(b"RIFF") and 8 + int.from_bytes(data[4:8], "little") > len(data)  # WebP

@@ -1,15 +1,13 @@
-"""Demo images: a small labelled set, drawn rather than downloaded.
+"""Demo images: a small labelled data set that is drawn rather than downloaded.
 
-A class is a shape filled with a texture ("disc-stripes"). Colours, place, size, tilt, brightness, clutter and noise are
-drawn at random for each image and say nothing about the class: mean colour cannot tell the classes apart, and raw
-pixels hardly can. The textures have periods of 6 to 14 pixels, which is what the middle wavelet levels see.
+A class is a shape filled with a texture ("disc-stripes"). Colours, position, size, rotation, brightness, clutter and
+noise are random and independent of the class: it cannot be recognised by the mean colour, and hardly by raw pixels. The
+textures have periods of 6 to 14 pixels, which the middle wavelet levels represent.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,22 +17,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.errors import SettingError
+from wavemim.atomic import new_folder
 
 VERSION = 1
 MARK = "demo-images.json"
 QUALITY = 92
 _SPLITS = ("train", "val")
 
-# (y, x) → bool or float arrays, in units where the shape's radius is 1
+# (y, x) → values, float arrays of one shape; for shapes in units of the radius
 Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-# Signed fields, negative inside; areas are alike, so that the amount of foreground says little about the shape.
+# Negative inside. The areas are similar, so that the amount of foreground says little about the shape.
 SHAPES: dict[str, Field] = {
     "disc": lambda y, x: np.hypot(y, x) - 0.82,
     "cross": lambda y, x: np.maximum(np.minimum(np.abs(y), np.abs(x)) - 0.32, np.maximum(np.abs(y), np.abs(x)) - 1.0),
 }
-# Phases in radians → values that are positive where the light colour goes.
+# Phases in radians → values, positive for the light colour.
 TEXTURES: dict[str, Field] = {
     "stripes": lambda v, u: np.sin(u),
     "checks": lambda v, u: np.sin(u) * np.sin(v) * 1.6,
@@ -48,9 +47,21 @@ CLASSES: tuple[str, ...] = tuple(f"{shape}-{texture}" for shape in SHAPES for te
 def write_demo_images(
     folder: Path, *, train: int = 2000, val: int = 500, size: int = 64, seed: int = 0, progress: bool = True
 ) -> dict[str, Any]:
-    """Write ``folder/{train,val}/CLASS/00000.jpg``; returns the set's settings. The same call again only looks.
+    """Write ``folder/{train,val}/CLASS/00000.jpg``. A repeated call does nothing. No incomplete folder is left behind.
 
-    The folder appears whole or not at all. Raises SettingError where `folder` holds something else.
+    Args:
+        folder: The folder to write; it must not exist, unless it holds these images.
+        train: Number of train images.
+        val: Number of val images.
+        size: Side of the images in pixels.
+        seed: Seed of the images.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The settings of the data set.
+
+    Raises:
+        SettingError: The folder holds something else.
     """
     settings = {
         "version": VERSION,
@@ -65,24 +76,19 @@ def write_demo_images(
         if _settings_in(folder) == settings:
             return settings
         raise SettingError(f"{folder} exists and does not hold these demo images; remove it or give another out=")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(folder, replace=False) as partial:
         with tqdm(total=train + val, desc="demo images", unit=" images", disable=not progress) as bar:
             for split, count in zip(_SPLITS, (train, val), strict=True):
                 _write_split(partial / split, split, count, size, seed, bar)
         (partial / MARK).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return settings
 
 
 def draw(class_index: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One image of a class, (size, size, 3) uint8."""
+    """Draw one image (size, size, 3), uint8, of a class."""
     shape, texture = divmod(class_index, len(TEXTURES))
     side = np.arange(size, dtype=np.float32) + 0.5
-    y, x = side[:, None] * (64 / size), side[None, :] * (64 / size)  # all lengths below: of a 64-pixel image
+    y, x = side[:, None] * (64 / size), side[None, :] * (64 / size)  # lengths below are those of a 64-pixel image
     background, light, dark = _colours(rng)
     image = background + _shading(y, x, rng)[..., None]
     for _ in range(rng.integers(0, 3)):
@@ -103,7 +109,7 @@ def _rotated(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> tuple[np
 
 
 def _coverage(shape: Field, y: np.ndarray, x: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Share of each pixel that the shape covers, 0 to 1: edges are soft over one pixel."""
+    """Share of each pixel that the shape covers, 0 to 1, with edges one pixel wide."""
     y, x = _rotated(y / radius, x / radius, rng)
     return np.clip(0.5 - shape(y, x) * radius, 0, 1)
 
@@ -116,20 +122,20 @@ def _texture(texture: Field, y: np.ndarray, x: np.ndarray, rng: np.random.Genera
 
 
 def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Background and the two colours of the texture; the two differ enough to be seen."""
+    """The background and the two colours of the texture, which have some contrast."""
     background = rng.uniform(30, 225, 3)
     middle, contrast = rng.uniform(80, 175, 3), rng.uniform(35, 75, 3) * rng.choice([-1.0, 1.0], 3)
     return background, middle + contrast, middle - contrast
 
 
 def _shading(y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A slow change of brightness over the image, and a soft wave of a period longer than any texture's."""
+    """A brightness gradient, and a wave with a longer period than that of any texture."""
     v, u = _rotated(y - 32, x - 32, rng)
     return rng.uniform(-0.6, 0.6) * v + rng.uniform(0, 18) * np.sin(u * (2 * np.pi / rng.uniform(24, 48)))
 
 
 def _clutter(image: np.ndarray, y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A small plain or textured patch behind the shape: texture alone, or an edge alone, is not the class."""
+    """Draw a small plain or textured patch behind the shape: a texture or an edge by itself is not the class."""
     radius = rng.uniform(4, 9)
     centre_y, centre_x = rng.uniform(0, 64, 2)
     shape = list(SHAPES.values())[rng.integers(len(SHAPES))]
@@ -147,7 +153,7 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int, bar
         (folder / name).mkdir(parents=True)
     for index in range(count):
         label, number = index % len(CLASSES), index // len(CLASSES)
-        # of (seed, split, index) alone: a larger set begins with the smaller one
+        # depends only on (seed, split, index): a larger set begins with the smaller one
         rng = np.random.default_rng([seed, _SPLITS.index(split), index])
         path = folder / CLASSES[label] / f"{number:05d}.jpg"
         Image.fromarray(draw(label, size, rng)).save(path, quality=QUALITY)

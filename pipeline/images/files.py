@@ -1,7 +1,8 @@
-"""How a task gets at the encoded bytes of its inputs, wherever they lie: several at a time, never many in memory."""
+"""Fetching the encoded bytes of inputs, local or remote: several at a time, with a bound on memory."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -18,8 +19,8 @@ from pipeline.storage.object_stores import Address, StorageError, is_remote, mas
 
 LARGEST = 1 << 30  # bytes of one encoded image
 IN_FLIGHT = 256_000_000  # bytes fetched ahead, or in the shuffle buffer
-THREADS, AHEAD = 12, 48  # of fetching from a store: requests at a time, inputs begun before they are needed
-# Errors that say something about the way to the file rather than about the file.
+THREADS, AHEAD = 12, 48  # for object stores: concurrent requests, and inputs requested before they are needed
+# Errors of the connection to the file rather than of the file.
 _LOST = {
     errno.ESTALE,
     errno.ETIMEDOUT,
@@ -37,7 +38,7 @@ _LOST = {
 
 
 def too_large(size: int) -> str:
-    """The reason for files above the limit."""
+    """The reason for rejecting a file above the size limit."""
     return f"file too large ({size} bytes)"
 
 
@@ -45,7 +46,7 @@ def too_large(size: int) -> str:
 
 
 def fetch_files(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str]]:
-    """Yield (row number, bytes or the reason why not) for rows that name files."""
+    """Yield (index into `rows`, encoded image or the reason why there is none), in the order of `rows`."""
     root = Folder.at(origin.root)
     places = [_place(root, path) for path in rows.column("path").to_pylist()]
     if not any(is_remote(place) for place in places):
@@ -63,7 +64,7 @@ def fetch_files(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | s
 
 
 def _place(root: Folder, path: str) -> str:
-    """Where a path of a list or folder leads: paths are relative to `root`, and a URL takes over its options."""
+    """The full path or URL of an input. Paths are relative to `root`; URLs without options take those of `root`."""
     if is_remote(path):
         address = Address.of(path)
         if not address.options and is_remote(root.url):
@@ -78,7 +79,7 @@ def _place(root: Folder, path: str) -> str:
 
 def _local_file(place: str, root: Folder) -> bytes | str:
     try:
-        # A named pipe would be waited for without O_NONBLOCK.
+        # Without O_NONBLOCK, opening a named pipe would block.
         descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             about = os.fstat(descriptor)
@@ -95,14 +96,14 @@ def _local_file(place: str, root: Folder) -> bytes | str:
             raise StorageError(f"{place} cannot be read: {error.strerror}") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             if root.local is not None and not root.local.is_dir():
-                raise StorageError(f"{root} is gone") from None
+                raise StorageError(f"{root} no longer exists") from None
             return "no such file"
         if isinstance(error, PermissionError):
-            return "no permission to read it"
+            return "permission denied"
         if error.errno in (errno.EISDIR, errno.ENXIO, errno.ENODEV):
             return "not a regular file"
         return f"cannot be read ({error.strerror})"
-    except ValueError:  # a NUL in a list's path
+    except ValueError:  # a NUL character in the path
         return "no such file"
 
 
@@ -122,7 +123,7 @@ def _remote_file(url: str, room: Callable[[int], None]) -> bytes | str:
     except IsADirectoryError:
         return "not a regular file"
     if len(content) != size:
-        raise StorageError(f"{masked(url)}: {len(content)} of {size} bytes arrived")
+        raise StorageError(f"{masked(url)}: only {len(content)} of {size} bytes were received")
     return content or "empty file"
 
 
@@ -130,7 +131,7 @@ def _remote_file(url: str, room: Callable[[int], None]) -> bytes | str:
 
 
 class _Room:
-    """Bounds the bytes that are fetched and not yet given out."""
+    """A bound on the bytes that are fetched and not yet consumed."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used, self._head = limit, 0, 0
@@ -139,7 +140,7 @@ class _Room:
         self._ended = False
 
     def take(self, index: int, size: int) -> None:
-        """Wait for room. The input that is waited for always gets it: otherwise later ones could lock it out."""
+        """Wait until `size` bytes fit. The input that the consumer waits for always fits: later ones could block it."""
         with self._changed:
             while not (self._ended or index == self._head or self._used + size <= self._limit):
                 self._changed.wait()
@@ -147,14 +148,14 @@ class _Room:
             self._sizes[index] = self._sizes.get(index, 0) + size
 
     def given_out(self, index: int) -> None:
-        """The bytes of `index` are no longer held here; the next one is waited for."""
+        """Release the bytes of `index`; the consumer waits for the next input now."""
         with self._changed:
             self._used -= self._sizes.pop(index, 0)
             self._head = index + 1
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Let everyone go."""
+        """Release all waiting threads."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -163,7 +164,12 @@ class _Room:
 def fetch_ahead(
     one: Callable[[int, Callable[[int], None]], bytes | str], count: int
 ) -> Iterator[tuple[int, bytes | str]]:
-    """The results of `one` in their order, fetched by several threads; `one` asks for room before it reads."""
+    """Call `one` for 0 … count - 1 in several threads, and yield the results in order.
+
+    Args:
+        one: Called with an index and a function that it has to call with the number of bytes before it reads them.
+        count: Number of calls.
+    """
     room = _Room(IN_FLIGHT)
     waiting: deque[Future[bytes | str]] = deque()
     with ThreadPoolExecutor(THREADS, thread_name_prefix="fetch") as pool:
@@ -184,3 +190,22 @@ def fetch_ahead(
 
 def _with_room(one: Callable[[int, Callable[[int], None]], bytes | str], index: int, room: _Room) -> bytes | str:
     return one(index, lambda size: room.take(index, size))
+
+
+# Tar and Parquet files
+
+
+@contextlib.contextmanager
+def container_of(root: Folder, name: str) -> Iterator[None]:
+    """Raise StorageError if a tar or Parquet file cannot be reached: this affects all its inputs, not one image."""
+    try:
+        with reaching(root.shown(name)):
+            yield
+    except FileNotFoundError:
+        raise StorageError(f"{root.shown(name)}: no such file; it existed when the images were listed") from None
+    except PermissionError:
+        raise StorageError(f"{root.shown(name)}: permission denied") from None
+    except OSError as error:
+        if is_remote(root.url) or isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{root.shown(name)} cannot be read: {error}") from None

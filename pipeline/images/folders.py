@@ -1,4 +1,4 @@
-"""Sources of single files: a folder tree of images, and a list of paths in CSV or Parquet."""
+"""Folder trees of images: splits and classes by the names of folders."""
 
 from __future__ import annotations
 
@@ -17,24 +17,22 @@ from pipeline.images.plan import (
     TRAIN,
     VAL,
     ImagePlan,
-    Inputs,
     Origin,
     Paths,
+    PlanOptions,
+    SourceInputs,
     check_classes,
-    finish,
+    make_plan,
 )
 from pipeline.storage.folder import Folder
 
-# The first of each that is there, in any case, in a folder tree.
+# Names of the folders of a split, in any case; the first that exists is taken.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
-# Folder trees
-
-
 class Tree:
-    """The folder of images `images`, listed once: every folder with files in it, and the names of those."""
+    """The listing of a folder tree: every folder that holds files, with their names. Raises SettingError."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -44,21 +42,21 @@ class Tree:
             raise SettingError(f"images: '{error.filename}' cannot be read: {error.strerror}") from None
 
     def paths(self) -> Iterator[str]:
-        """All files, relative to the folder."""
+        """Paths of all files, relative to the folder."""
         for below, names in self.listing:
             yield from (f"{below}/{name}" if below else name for name in names)
 
 
 class _Split:
-    """What a tree has for one split: images, what is no image, and whether its folders are classes.
+    """One split of a tree: its images, its other files as rejects, and its classes.
 
-    ``CLASS/image`` or ``CLASS/images/image``, with at least two classes and no image anywhere else, is labelled.
+    A split is labelled if every image is in ``CLASS/`` or ``CLASS/images/`` and there are at least two classes.
     """
 
     def __init__(self, root: str, listing: list[tuple[str, list[str]]]) -> None:
         self.root, self.rejects = root, list[tuple[str, str]]()
         paths, counts, classes = Paths(), list[int](), list[str | None]()
-        bare: list[str] = []
+        unsorted: list[str] = []  # images in no folder of the split
         for below, names in listing:
             if root and below != root and not below.startswith(f"{root}/"):
                 continue
@@ -68,26 +66,26 @@ class _Split:
                 paths.add(images)
                 counts.append(len(images))
                 classes.append(_class_of(inner))
-                bare = images if not inner else bare
+                unsorted = images if not inner else unsorted
         self.paths = paths.column()
-        # Folders that images lie in, if all of them are such that may be classes.
+        # The folders that hold images, if every image is in one that may be a class.
         self.candidates = {name for name in classes if name is not None}
-        self.beside = ""  # what alone keeps them from being classes, in words
+        self.hint = ""  # why the folders are not classes, if only a few images outside them are in the way
         if None in classes:
-            if len(self.candidates) >= 2 and classes.count(None) == 1 and bare:
-                lie = "1 image lies" if len(bare) == 1 else f"{len(bare)} images lie"
-                self.beside = f" ({lie} beside the folders, such as {min(bare)})"
+            if len(self.candidates) >= 2 and classes.count(None) == 1 and unsorted:
+                count = "1 image is" if len(unsorted) == 1 else f"{len(unsorted)} images are"
+                self.hint = f" ({count} outside the class folders, such as {min(unsorted)})"
             self.candidates = set()
         self.classes = self.candidates if len(self.candidates) > 1 else set()
         self._counts, self._folders = counts, classes
 
     def labels(self, index: dict[str, int]) -> np.ndarray:
-        """Labels by class name."""
+        """Class indices (n,), int32, of the images, given those of the class names; -1 for other folders."""
         codes = np.array([index.get(name or "", -1) for name in self._folders], np.int32)
         return np.repeat(codes, self._counts)
 
     def _images(self, below: str, names: list[str]) -> list[str]:
-        """Paths that are images by their suffix; the others are rejected."""
+        """Paths of the files with the suffix of an image; the others become rejects."""
         images = []
         for name in names:
             path = f"{below}/{name}" if below else name
@@ -109,35 +107,35 @@ def _class_of(inner: str) -> str | None:
     return parts[0] if len(parts) == 1 or (len(parts) == 2 and parts[1] == "images") else None
 
 
-def plan_tree(tree: Tree, *, val_share: float | None, seed: int, more: str = "") -> ImagePlan:
-    """The plan of a folder tree, a pure function of its names, `val_share` and `seed`. Raises SettingError.
+def plan_tree(tree: Tree, options: PlanOptions, *, note: str = "") -> ImagePlan:
+    """Plan a folder tree; the result depends only on the names in it and on `options`.
 
-    Without a `val_share` it is all of the tree. Otherwise ``train/…`` or ``training/…``, with or without one of ``val/…``, ``valid/…``, ``validation/…``, ``test/…`` (the
-    first that is there, in any case), are the splits as given, and what lies beside them is ignored. Otherwise everything is one set, of which a share is
-    held out for val.
+    With a folder ``train/`` or ``training/``, the splits are this and the first that exists of ``val/``, ``valid/``,
+    ``validation/`` and ``test/`` (in any case), and everything outside is ignored. Without one, the tree is one set, of
+    which a share is held out for val. Without `options.val_share` there are no splits.
+
+    Args:
+        tree: The tree.
+        options: Options of the plan.
+        note: Added to the description of the plan.
+
+    Raises:
+        SettingError: There are no images, or train and val differ in their classes.
     """
-    if val_share is None:
-        return _plan_whole_tree(tree)
+    if options.val_share is None:
+        return _plan_whole_tree(tree, options)
     folder, listing = tree.folder, tree.listing
-    given = {below.partition("/")[0] for below, _ in listing}
-    if folder.local is not None:  # a folder without files counts too
-        given |= {entry.name for entry in os.scandir(folder.local) if entry.is_dir()}
-    roots, ignored = {"train": ""}, 0
-    if train := _first_of(TRAIN_FOLDERS, given):
-        val = _first_of(VAL_FOLDERS, given)
-        roots = {"train": train, **({"val": val} if val else {})}
+    roots = _roots(tree)
+    ignored = 0
+    if roots["train"]:
         ignored = sum(len(names) for below, names in listing if below.partition("/")[0] not in roots.values())
     splits = {name: _Split(root, listing) for name, root in roots.items()}
     rejects = [reject for split in splits.values() for reject in split.rejects]
     if not len(splits["train"].paths):
-        looked = folder.shown(roots["train"])
-        found = f"; the first of {len(rejects)} other files: {rejects[0][0]}" if rejects else ""
-        raise SettingError(
-            f"images={folder}: no image in '{looked}' or below it (by suffix: .jpg, .png, .webp, …){found}"
-        )
+        raise no_images(folder, roots["train"], [path for path, _ in rejects])
     names = _tree_classes(folder, splits)
     index = {name: number for number, name in enumerate(names)}
-    inputs = Inputs(
+    inputs = SourceInputs(
         path=pa.chunked_array([c for s in splits.values() for c in s.paths.chunks], pa.large_string()),
         label=np.concatenate([split.labels(index) for split in splits.values()]),
         split=np.repeat(
@@ -145,26 +143,38 @@ def plan_tree(tree: Tree, *, val_share: float | None, seed: int, more: str = "")
         ),
         rejects=rejects,
     )
-    words = " and ".join(f"{root}/" for root in roots.values()) if roots["train"] else "one folder, val held out"
+    layout = " and ".join(f"{root}/" for root in roots.values()) if roots["train"] else "one folder, val held out"
     if roots["train"] and "val" not in roots:
-        words += ", val held out"
-    plan = finish(
-        inputs,
-        names or None,
-        Origin("files", folder.url),
-        words + more,
-        shown=str(folder),
-        val_share=val_share,
-        seed=seed,
-        ignored=ignored,
-        given="val" in roots or None,
+        layout += ", val held out"
+    origin = Origin("files", folder.url)
+    val_given = True if "val" in roots else None  # also without images: val/ exists
+    plan = make_plan(inputs, names or None, origin, layout + note, options, ignored=ignored, val_given=val_given)
+    hint = next((split.hint for split in splits.values() if split.hint), "")
+    return replace(plan, layout=plan.layout + hint)
+
+
+def no_images(folder: Folder, below: str, others: list[str]) -> SettingError:
+    """The error for a folder without images: `below` is where they were looked for, `others` what was found instead."""
+    found = f"; the first of {len(others)} other files: {others[0]}" if others else ""
+    return SettingError(
+        f"images={folder}: no image in '{folder.shown(below)}' or its subfolders "
+        f"(suffixes: .jpg, .png, .webp, …){found}"
     )
-    beside = next((split.beside for split in splits.values() if split.beside), "")
-    return replace(plan, layout=plan.layout + beside)
 
 
-def _plan_whole_tree(tree: Tree) -> ImagePlan:
-    """Every image of a tree, by path; labels are classes where the tree, or each part for a split, has folders of them."""
+def _roots(tree: Tree) -> dict[str, str]:
+    """The folder of each split; "" for the whole tree as train."""
+    present = {below.partition("/")[0] for below, _ in tree.listing}
+    if tree.folder.local is not None:  # folders without files count too
+        present |= {entry.name for entry in os.scandir(tree.folder.local) if entry.is_dir()}
+    train, val = _first_of(TRAIN_FOLDERS, present), _first_of(VAL_FOLDERS, present)
+    if train is None:
+        return {"train": ""}
+    return {"train": train, **({"val": val} if val else {})}
+
+
+def _plan_whole_tree(tree: Tree, options: PlanOptions) -> ImagePlan:
+    """Every image of a tree, ordered by path; labelled where the tree, or each folder of a split, has class folders."""
     parts: dict[str, list[tuple[str, list[str]]]] = {}
     for below, names in tree.listing:
         first = below.partition("/")[0]
@@ -175,26 +185,19 @@ def _plan_whole_tree(tree: Tree) -> ImagePlan:
     path = pa.chunked_array([chunk for split in splits for chunk in split.paths.chunks], pa.large_string())
     label = np.concatenate([split.labels(index) for split in splits]) if splits else np.empty(0, np.int32)
     order = pc.sort_indices(path).to_numpy()
-    inputs = Inputs(path.take(order), label[order], np.full(len(path), NO_SPLIT, np.int8))
+    inputs = SourceInputs(path.take(order), label[order], np.full(len(path), NO_SPLIT, np.int8))
     inputs.rejects += [reject for split in splits for reject in split.rejects]
-    return finish(
-        inputs,
-        classes or None,
-        Origin("files", tree.folder.url),
-        "a folder",
-        shown=str(tree.folder),
-        val_share=None,
-        seed=0,
-    )
+    return make_plan(inputs, classes or None, Origin("files", tree.folder.url), "a folder", options)
 
 
 def _first_of(names: tuple[str, ...], given: set[str]) -> str | None:
-    """The first of `names` that is there, as it is written there; lower case before others."""
+    """The first of `names` that is in `given` in any case, as it is spelt there; lower case is preferred."""
     found = {name.casefold(): name for name in sorted(given)}  # capitals sort first
     return next((found[name] for name in names if name in found), None)
 
 
 def _tree_classes(folder: Folder, splits: dict[str, _Split]) -> list[str]:
+    """Class names of train, which val has to share; empty if unlabelled. A val with one class of train is labelled."""
     train = splits["train"]
     val = splits.get("val", train)
     if train.classes and val.candidates <= train.classes:
@@ -202,8 +205,8 @@ def _tree_classes(folder: Folder, splits: dict[str, _Split]) -> list[str]:
     if bool(train.classes) != bool(val.classes):
         labelled, flat = (val, train) if val.classes else (train, val)
         raise SettingError(
-            f"images={folder}: '{labelled.root}' has a folder for each class and '{flat.root}' has not{flat.beside}; "
-            "make them alike"
+            f"images={folder}: '{labelled.root}' has a folder for each class and '{flat.root}' does not{flat.hint}; "
+            "use class folders in both or in neither"
         )
     check_classes(train.classes, val.classes, (train.root, val.root), str(folder))
     return sorted(train.classes)

@@ -1,4 +1,4 @@
-"""CSV, TSV and Parquet lists of images: which path, label and split each row names."""
+"""Lists of images in CSV, TSV or Parquet: a path in each row, with an optional label and split."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.errors import SettingError
+from pipeline.images.columns import column_named, encode_labels
 from pipeline.images.parquet import opened_parquet
 from pipeline.images.plan import (
     IGNORED,
@@ -22,63 +23,64 @@ from pipeline.images.plan import (
     VAL,
     VAL_NAMES,
     ImagePlan,
-    Inputs,
     Origin,
-    column_named,
-    encode_labels,
-    finish,
-    without_doubles,
+    PlanOptions,
+    SourceInputs,
+    make_plan,
+    without_duplicates,
 )
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import reaching
 
-# Lists
 
+def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
+    """Plan a list with a column ``path``, and optionally ``label`` and ``split``.
 
-def plan_list(
-    folder: Folder, name: str, *, val_share: float | None, seed: int, image_column: str | None, label_column: str | None
-) -> ImagePlan:
-    """The plan of a list: column ``path``, and if they are there ``label`` and ``split``. Raises SettingError.
+    Paths are relative to the list's folder, absolute, or URLs. With a column ``split``, every row has to name a split.
 
-    Paths are relative to the list's folder, absolute, or URLs. With a column ``split``, every row has to name one.
+    Args:
+        folder: The folder that holds the list.
+        name: File name of the list; its suffix decides the format.
+        options: Options of the plan; `image_column` and `label_column` replace the names of the first two columns.
+
+    Raises:
+        SettingError: The list cannot be read, lacks a column, or has unknown splits or labels.
     """
-    shown = folder.shown(name)
-    wanted = {"path": image_column or "path", "label": label_column or "label", "split": "split"}
-    needed = {"path", "label"} if label_column else {"path"}
+    shown = options.shown
+    wanted = {"path": options.image_column or "path", "label": options.label_column or "label", "split": "split"}
+    needed = {"path", "label"} if options.label_column else {"path"}
     suffix = PurePosixPath(name).suffix.lower()
-    read, needs = {".parquet": (_read_parquet, ""), ".tsv": (_read_csv, "tabs")}.get(suffix, (_read_csv, "commas"))
-    table = read(folder, name, lambda columns: _list_columns(columns, wanted, needed, needs, shown))
+    read, separator = {".parquet": (_read_parquet, ""), ".tsv": (_read_csv, "tabs")}.get(suffix, (_read_csv, "commas"))
+    table = read(folder, name, lambda columns: _list_columns(columns, wanted, needed, separator, shown))
     if not len(table):
         raise SettingError(f"images={shown}: the list has no rows")
     labels, classes = np.full(len(table), -1, np.int32), None
     if "label" in table.column_names:
         labels, classes = encode_labels(table.column("label"), None, f"images={shown}: column '{wanted['label']}'")
-    whole = np.full(len(table), NO_SPLIT, np.int8), "all of it"
-    split, words = whole if val_share is None else _list_splits(table, shown)
-    inputs = Inputs(_list_paths(table.column("path"), shown), labels, split)
+    unsplit = np.full(len(table), NO_SPLIT, np.int8), "all of it"
+    split, splits_shown = unsplit if options.val_share is None else _list_splits(table, shown)
+    inputs = SourceInputs(_list_paths(table.column("path"), shown), labels, split)
     empty = pc.equal(inputs.path, "").to_numpy()
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]
     inputs.rejects += rejects
-    inputs = without_doubles(inputs.where(~empty), "listed twice")
-    return finish(
-        inputs, classes, Origin("files", folder.url), f"a list, {words}", shown=shown, val_share=val_share, seed=seed
-    )
+    inputs = without_duplicates(inputs.where(~empty), "listed twice")
+    return make_plan(inputs, classes, Origin("files", folder.url), f"a list, {splits_shown}", options)
 
 
 def _list_columns(
-    columns: list[str], wanted: dict[str, str], needed: set[str], needs: str, shown: str
+    columns: list[str], wanted: dict[str, str], needed: set[str], separator: str, shown: str
 ) -> dict[str, str]:
-    """What a list has of path, label and split → the column's own name. Raises SettingError."""
+    """Which of path, label and split a list has, and the name of its column for each. Raises SettingError."""
     found = {key: column_named(columns, name, shown) for key, name in wanted.items()}
     missing = [wanted[key] for key, column in found.items() if column is None and key in needed]
-    if found["path"] is None and needs and any(";" in column for column in columns):
+    if found["path"] is None and separator and any(";" in column for column in columns):
         raise SettingError(
-            f"images={shown}: no column '{missing[0]}'; the list seems to be separated by semicolons, {needs} are needed"
+            f"images={shown}: no column '{missing[0]}'; the columns seem to be separated by semicolons; use {separator}"
         )
     if missing:
         raise SettingError(
-            f"images={shown}: no column '{missing[0]}'; it has {', '.join(columns) or 'none'}. A list has the "
-            "columns path, and perhaps label and split; image_column and label_column name others"
+            f"images={shown}: no column '{missing[0]}'; the list has {', '.join(columns) or 'none'}. A list needs a "
+            "column path, and may have label and split; image_column and label_column set other names"
         )
     return {key: column for key, column in found.items() if column is not None}
 
@@ -87,12 +89,12 @@ def _list_paths(column: pa.ChunkedArray, shown: str) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise SettingError(f"images={shown}: the column of paths holds {column.type}; allowed are texts")
+        raise SettingError(f"images={shown}: the column of paths holds {column.type}; it has to hold strings")
     column = pc.fill_null(column.cast(pa.large_string()), "")
     unusual = pc.match_substring_regex(column, r"(^|/)\.{1,2}(/|$)|//")
     if not pc.any(unusual).as_py():
         return column
-    # Two ways of writing one path are one input.
+    # Different spellings of a path are the same input.
     chunks = [pa.array([_normal(path) for path in chunk.to_pylist()], pa.large_string()) for chunk in column.chunks]
     return pa.chunked_array(chunks, pa.large_string())
 
@@ -129,7 +131,7 @@ def _list_splits(table: pa.Table, shown: str) -> tuple[np.ndarray, str]:
 def _read_csv(folder: Folder, name: str, choose: Callable[[list[str]], dict[str, str]]) -> pa.Table:
     shown = folder.shown(name)
     delimiter = "\t" if PurePosixPath(name).suffix.lower() == ".tsv" else ","
-    # For the header alone, rows of another length do not matter.
+    # Only the header is wanted: rows with the wrong number of fields do not matter yet.
     lenient = pacsv.ParseOptions(delimiter=delimiter, invalid_row_handler=lambda row: "skip")
     try:
         with reaching(shown), folder.open(name) as source:
@@ -139,9 +141,9 @@ def _read_csv(folder: Folder, name: str, choose: Callable[[list[str]], dict[str,
         with reaching(shown), folder.open(name) as source:
             parse = pacsv.ParseOptions(delimiter=delimiter)
             table = pacsv.read_csv(source, parse_options=parse, convert_options=convert)
-    except SettingError:  # of `choose`, and a ValueError too
+    except SettingError:  # from `choose`; it is a ValueError too
         raise
-    except (ValueError, pa.ArrowException) as error:  # UnicodeDecodeError among them
+    except (ValueError, pa.ArrowException) as error:  # including UnicodeDecodeError
         raise SettingError(f"images={shown}: {_csv_mistake(str(error))}") from None
     return pa.table({key: table.column(column) for key, column in found.items()})
 
@@ -149,10 +151,10 @@ def _read_csv(folder: Folder, name: str, choose: Callable[[list[str]], dict[str,
 def _csv_mistake(text: str) -> str:
     text = " ".join(text.split())
     if re.search("utf-?8", text, re.IGNORECASE):
-        return "not in UTF-8; save the list as UTF-8"
+        return "not UTF-8; save the list in this encoding"
     if "Empty CSV" in text:
         return "the list is empty"
-    return f"not a list that can be read ({re.sub('CSV parse error: ', '', text)[:160]})"
+    return f"the list cannot be parsed ({re.sub('CSV parse error: ', '', text)[:160]})"
 
 
 def _read_parquet(folder: Folder, name: str, choose: Callable[[list[str]], dict[str, str]]) -> pa.Table:

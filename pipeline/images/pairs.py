@@ -1,4 +1,4 @@
-"""Images and their masks: which belong together, and one such pair → pixels and classes. No Ray in here."""
+"""Images with masks for segmentation: pairing the files of two folders, and reading a pair. No Ray in here."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from wavemim.evaluation.probes import held_out
 
 MASK_SUFFIX = ".png"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_PNG_BITS, _PNG_COLOUR = 24, 25  # places in a PNG's header
-_GREY, _PALETTE = 0, 3  # of PNG
+_PNG_BITS, _PNG_COLOUR = 24, 25  # offsets of bit depth and colour type in a PNG
+_GREY, _PALETTE = 0, 3  # colour types of PNG
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its mask, by their paths relative to the two folders."""
+    """An image and its mask, as paths relative to the two folders."""
 
     image: str
     mask: str
@@ -34,20 +34,27 @@ class Pair:
 
 @dataclass
 class Pairs:
-    """What two folders hold: every input is in one of the splits, or among the rejects, or left out."""
+    """The pairs of two folders. Every input is in one of the splits, rejected, or skipped.
 
-    splits: dict[str, list[Pair]]  # train and val
-    rejects: list[tuple[str, str]] = field(default_factory=list)  # (path, reason)
-    left_out: int = 0  # pairs beyond the number wanted
-    words: str = ""  # what the folders were taken for
+    Attributes:
+        splits: Pairs of train and val.
+        rejects: (path, reason) of files without a partner, and of others that cannot be used.
+        skipped: Number of pairs beyond the maximum.
+        layout: How the splits were found, in a few words.
+    """
+
+    splits: dict[str, list[Pair]]
+    rejects: list[tuple[str, str]] = field(default_factory=list)
+    skipped: int = 0
+    layout: str = ""
 
     @property
     def inputs(self) -> int:
-        """Pairs, and files that belong to none."""
-        return sum(map(len, self.splits.values())) + len(self.rejects) + self.left_out
+        """Number of pairs, and of files without a partner."""
+        return sum(map(len, self.splits.values())) + len(self.rejects) + self.skipped
 
     def digest(self, images: Folder, masks: Folder) -> str:
-        """Of the names of all that is used, in which split, and of local files' sizes and times: masks are mended."""
+        """SHA-256 of names and splits of all pairs, and of sizes and times of local files: masks may be corrected."""
         lines = (
             f"{split}\0{pair.image}\0{_version(images, pair.image)}\0{pair.mask}\0{_version(masks, pair.mask)}"
             for split, pairs in self.splits.items()
@@ -57,11 +64,12 @@ class Pairs:
 
 
 def _version(folder: Folder, path: str) -> str:
+    """Size and modification time of a local file; empty for a remote one."""
     if folder.local is None:
         return ""
     try:
         found = os.stat(folder.local / path)
-    except OSError:  # gone: reading says so
+    except OSError:  # missing: reading it will reject the pair
         return ""
     return f"{found.st_size} {found.st_mtime_ns}"
 
@@ -76,11 +84,22 @@ def find_pairs(
     max_images: int | None = None,
     seed: int = 0,
 ) -> Pairs:
-    """Images and masks of the same relative path without suffix (and without the endings). Raises SettingError.
+    """Pair images and masks that have the same relative path apart from suffix and endings.
 
-    ``train/…`` (or training) in both folders, and a val folder (val, valid, validation, test: the first in both), are
-    the splits; otherwise a share drawn by `seed` is held out. Of each split at most `max_images` are kept, also by
-    `seed`. A pure function of the names.
+    If both folders have ``train/`` or ``training/``, the splits are this and the first of ``val/``, ``valid/``,
+    ``validation/`` and ``test/`` that both have. The result depends only on the names and the arguments.
+
+    Args:
+        images: Folder or URL of the images.
+        masks: Folder or URL of the PNG masks.
+        image_ending: What the names of images end with, before the suffix; other files are skipped.
+        mask_ending: Likewise for masks.
+        val_share: Share of the pairs held out for val where the folders have no val.
+        max_images: Maximum number of pairs in each split; None for all.
+        seed: Decides which pairs are held out, and which are kept.
+
+    Raises:
+        SettingError: A folder does not exist, or there are no pairs.
     """
     image_folder, mask_folder = _folders(images, masks)
     files = _listing(image_folder, "images"), _listing(mask_folder, "masks")
@@ -94,16 +113,16 @@ def find_pairs(
         raise SettingError(_nothing_paired(images, masks, found))
     if "val" in roots and not found.splits["val"]:
         raise SettingError(
-            f"segment.masks={masks}: no image of {roots['val'][0]}/ has a mask; see to val, or take it away"
+            f"segment.masks={masks}: no image in {roots['val'][0]}/ has a mask; add masks, or remove the folder"
         )
     if "val" not in roots:
         _hold_out(found, val_share, seed)
     train = f"{roots['train'][0]}/" if roots["train"][0] else "one folder"
-    found.words = f"{train} and {roots['val'][0]}/" if "val" in roots else f"{train}, val held out"
+    found.layout = f"{train} and {roots['val'][0]}/" if "val" in roots else f"{train}, val held out"
     if max_images is not None:
         for split, pairs in found.splits.items():
             kept = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:max_images])
-            found.left_out += len(pairs) - len(kept)
+            found.skipped += len(pairs) - len(kept)
             found.splits[split] = [pairs[i] for i in kept]
     return found
 
@@ -114,14 +133,14 @@ def _folders(images: str, masks: str) -> tuple[Folder, Folder]:
         folder = Folder.at(place)
         kind = folder.kind()
         if kind != "folder":
-            what = "a file; give the folder that it is in" if kind == "file" else "no such folder"
+            what = "this is a file; give its folder" if kind == "file" else "no such folder"
             raise SettingError(f"segment.{key}={place}: {what}")
         folders.append(folder)
     first, second = (os.path.realpath(folder.url) if folder.local else folder.url for folder in folders)
     if f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/"):
         raise SettingError(
-            f"segment.images={images} and segment.masks={masks}: one holds the other, so masks would be taken for images; "
-            "give two folders beside each other"
+            f"segment.images={images} and segment.masks={masks}: one folder contains the other, so masks would be "
+            "recognised as images; give two separate folders"
         )
     return folders[0], folders[1]
 
@@ -132,12 +151,12 @@ def _listing(folder: Folder, key: str) -> list[str]:
     except OSError as error:
         raise SettingError(f"segment.{key}: '{error.filename}' cannot be read: {error.strerror}") from None
     if not paths:
-        raise SettingError(f"segment.{key}={folder}: holds no files")
+        raise SettingError(f"segment.{key}={folder}: no files in it")
     return paths
 
 
 def _roots(images: list[str], masks: list[str]) -> dict[str, tuple[str, str]]:
-    """The folder of each split, among the images and among the masks."""
+    """The folders of each split, for images and masks; "" for all."""
     tops = []
     for paths in (images, masks):
         names = {path.partition("/")[0] for path in paths if "/" in path}
@@ -155,7 +174,7 @@ def _roots(images: list[str], masks: list[str]) -> dict[str, tuple[str, str]]:
 def _keyed(
     paths: list[str], root: str, ending: str, suffixes: Set[str], what: str, rejects: list[tuple[str, str]]
 ) -> dict[str, str]:
-    """Paths below `root` by what pairs them; files without the ending are passed over, others that do not fit rejected."""
+    """Paths under `root` by the key that pairs them. Files without the ending are skipped, unsuitable ones rejected."""
     found: dict[str, str] = {}
     for path in sorted(paths):
         if root and not path.startswith(f"{root}/"):
@@ -169,14 +188,14 @@ def _keyed(
         elif suffix.lower() not in suffixes:
             rejects.append((path, f"not {what} ({f'suffix {suffix}' if suffix else 'no suffix'})"))
         elif key in found:
-            rejects.append((path, f"of the same name as {found[key]}"))
+            rejects.append((path, f"the same name as {found[key]}"))
         else:
             found[key] = path
     return found
 
 
 def _pair(found: Pairs, split: str, image_at: dict[str, str], mask_at: dict[str, str]) -> None:
-    """Add the pairs of one split, and what is in none."""
+    """Add the pairs of one split, and the files without a partner to the rejects."""
     for key in sorted(image_at.keys() | mask_at.keys()):
         if key not in mask_at:
             found.rejects.append((image_at[key], "no mask"))
@@ -189,7 +208,7 @@ def _pair(found: Pairs, split: str, image_at: dict[str, str], mask_at: dict[str,
 def _hold_out(found: Pairs, share: float, seed: int) -> None:
     pairs = found.splits["train"]
     if len(pairs) < 2:
-        raise SettingError("segment.images: one image with a mask is not enough, val needs one too; add more")
+        raise SettingError("segment.images: only one image has a mask, but val needs one too; add more")
     out = held_out(len(pairs), seed, share)
     if out.all():
         out[np.flatnonzero(out)[0]] = False
@@ -202,20 +221,24 @@ def _hold_out(found: Pairs, share: float, seed: int) -> None:
 def _nothing_paired(images: str, masks: str, found: Pairs) -> str:
     first = "; ".join(f"{path}: {reason}" for path, reason in (found.rejects[:1] + found.rejects[-1:]))
     return (
-        f"segment.images={images}, segment.masks={masks}: no image has a mask ({first or 'no file has the endings'}); a "
-        "mask is a PNG of the same relative path, but for segment.image_ending and segment.mask_ending"
+        f"segment.images={images}, segment.masks={masks}: no image has a mask ({first or 'no file has the endings'}); "
+        "a mask is a PNG with the relative path of its image, apart from segment.image_ending and segment.mask_ending"
     )
 
 
 def read_pair(images: Folder, masks: Folder, pair: Pair, wanted: Pixels) -> tuple[np.ndarray, np.ndarray]:
-    """The middle square of an image, uint8 (C, S, S), and the values of its mask there, uint16 (S, S).
+    """Read an image and its mask, both cropped to the central square and resized to S × S pixels.
 
-    Raises RejectedImage with the reason, also where one of the files cannot be read.
+    Returns:
+        Pixels (C, S, S), uint8, and values of the mask (S, S), uint16.
+
+    Raises:
+        RejectedImage: A file cannot be read or decoded, or the sizes of the two differ.
     """
     try:
         image, mask = images.read(pair.image), masks.read(pair.mask)
     except FileNotFoundError:
-        raise RejectedImage("image or mask is gone") from None
+        raise RejectedImage("image or mask no longer exists") from None
     except OSError as error:
         raise RejectedImage(f"cannot be read ({error.strerror or error})") from None
     pixels = decode_image(image, pair.image, wanted)
@@ -227,39 +250,43 @@ def read_pair(images: Folder, masks: Folder, pair: Pair, wanted: Pixels) -> tupl
 
 
 def mask_values(data: bytes) -> np.ndarray:
-    """Values (H, W) of a mask, uint16: of a palette PNG the indices, of a grey one the numbers in the file.
+    """Decode a PNG mask.
 
-    Raises RejectedImage on anything else.
+    Returns:
+        Values (H, W), uint16: the indices of a palette PNG, the numbers in the file of a grey PNG.
+
+    Raises:
+        RejectedImage: It is damaged, or not such a PNG.
     """
     if not data:
         raise RejectedImage("mask is an empty file")
     if not data.startswith(_PNG_MAGIC) or len(data) <= _PNG_COLOUR:
-        raise RejectedImage("mask is no PNG")
+        raise RejectedImage("mask is not a PNG")
     bits, colour = data[_PNG_BITS], data[_PNG_COLOUR]
     if colour not in (_GREY, _PALETTE):
-        raise RejectedImage("mask has colours or transparency (one number a pixel is needed: grey or palette)")
+        raise RejectedImage("mask has colours or transparency (one number per pixel is needed: grey or palette)")
     try:
         with Image.open(io.BytesIO(data)) as opened:
             values = np.asarray(opened)
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise RejectedImage(f"mask is damaged ({type(error).__name__}: {error})") from None
     if values.ndim != 2:
-        raise RejectedImage("mask is damaged (not one number a pixel)")
-    scale = {2: 85, 4: 17}.get(bits, 1) if colour == _GREY else 1  # Pillow spreads few bits over the range of 8
+        raise RejectedImage("mask is damaged (not one number per pixel)")
+    scale = {2: 85, 4: 17}.get(bits, 1) if colour == _GREY else 1  # Pillow scales fewer bits to the range of 8
     values = values.astype(np.int64) // scale
     return values.astype(np.uint16)
 
 
 def upright_size(data: bytes, wanted: Pixels) -> tuple[int, int]:
-    """Width and height of an image that `decode_image` has taken, as it is shown (by its EXIF orientation)."""
+    """Width and height in pixels of an image that can be decoded, turned upright by its EXIF orientation."""
     if data.startswith(NPY_MAGIC):
         height, width = npy_samples(data, wanted).bands[0].shape
         return width, height
     try:
         with Image.open(io.BytesIO(data)) as image:
             (width, height), turned = image.size, image.getexif().get(ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-            turned = turned and image.format != "TIFF"  # whose size Pillow gives as it is shown
-    except Exception:  # one that Pillow does not know
+            turned = turned and image.format != "TIFF"  # Pillow gives the upright size of a TIFF
+    except Exception:  # not supported by Pillow
         samples = tiff_samples(data, wanted)
         height, width = samples.bands[0].shape
         turned = samples.orientation in (5, 6, 7, 8)
@@ -267,7 +294,7 @@ def upright_size(data: bytes, wanted: Pixels) -> tuple[int, int]:
 
 
 def nearest_square(values: np.ndarray, size: int) -> np.ndarray:
-    """The middle square of values (H, W) at the nearest of size × size points: those that `decode_image` averages around."""
+    """Resize the central square of values (H, W) to (size, size) by nearest neighbours, aligned with `decode_image`."""
     height, width = values.shape
     left, top, right, bottom = middle_square(width, height)
     centres = (np.arange(size) + 0.5) / size

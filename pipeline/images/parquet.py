@@ -1,4 +1,4 @@
-"""Parquet files that hold the images themselves, as Hugging Face stores data sets."""
+"""Parquet files that hold encoded images, the format of data sets on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,48 +15,57 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SettingError
-from pipeline.images.files import IN_FLIGHT, LARGEST, too_large
+from pipeline.images.columns import column_named, encode_labels, folded
+from pipeline.images.files import IN_FLIGHT, LARGEST, container_of, too_large
 from pipeline.images.plan import (
     ImagePlan,
-    Inputs,
     Origin,
     Paths,
-    column_named,
-    encode_labels,
-    finish,
-    folded,
+    PlanOptions,
+    SourceInputs,
+    make_plan,
     split_codes,
     split_of_name,
 )
-from pipeline.images.tar import container_of
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError, is_remote, reaching
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes", "image_bytes", "data")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
-_THREADS = {False: 2, True: 12}  # of reading labels and footers: local, remote
+_THREADS = {False: 2, True: 12}  # that read labels and footers: local, remote
+_BATCH = 16  # rows decoded at a time
+_BUFFER = {False: 1 << 20, True: 8 << 20}  # bytes of one read: local, remote
+_NOT_EMBEDDED = "the image is not embedded, only its path"
+_DAMAGE = re.compile(r"thrift|end of stream|parquet|corrupt|decompress|magic|page|dictionary|invalid", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class _File:
-    """What a plan needs of one file."""
+    """What a plan needs to know of one file."""
 
-    groups: list[int]  # rows of each row group
+    groups: list[int]  # number of rows of each row group
     labels: pa.ChunkedArray | None
-    names: list[str] | None  # of the classes
+    names: list[str] | None  # class names
 
 
 @contextlib.contextmanager
 def opened_parquet(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file for reading. Raises SettingError where it is none, StorageError of a store."""
+    """Open a Parquet file for planning.
+
+    Raises:
+        SettingError: It does not exist, or is not a complete Parquet file.
+        StorageError: The object store does not answer.
+    """
     shown = folder.shown(name)
     remote = is_remote(folder.url)
     try:
         with folder.open(name) as source:
-            yield pq.ParquetFile(source, buffer_size=PARQUET_BUFFER[remote], pre_buffer=False)
+            yield pq.ParquetFile(source, buffer_size=_BUFFER[remote], pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         if is_damage(error, remote):
-            raise SettingError(f"images={shown}: not a whole Parquet file ({' '.join(str(error).split())})") from None
+            raise SettingError(
+                f"images={shown}: not a complete Parquet file ({' '.join(str(error).split())})"
+            ) from None
         if isinstance(error, FileNotFoundError | PermissionError):
             raise SettingError(f"images={shown}: {error.strerror or 'no such file'}") from None
         with reaching(shown):
@@ -64,7 +73,7 @@ def opened_parquet(folder: Folder, name: str) -> Iterator[pq.ParquetFile]:
 
 
 def holds_images(folder: Folder, name: str, image_column: str | None) -> bool:
-    """Whether a Parquet file has the bytes of images; otherwise it may be a list of paths."""
+    """Whether a Parquet file holds encoded images; otherwise it may be a list of paths. Raises SettingError."""
     with opened_parquet(folder, name) as parquet:
         schema = parquet.schema_arrow
     shown = folder.shown(name)
@@ -76,25 +85,23 @@ def holds_images(folder: Folder, name: str, image_column: str | None) -> bool:
     return column_named(schema.names, "path", shown) is None
 
 
-def plan_parquet(
-    folder: Folder,
-    names: list[str],
-    *,
-    val_share: float | None,
-    seed: int,
-    image_column: str | None,
-    label_column: str | None,
-    shown: str,
-) -> ImagePlan:
-    """The plan of Parquet files in `folder`. Row groups stay together: a task then reads few of them.
+def plan_parquet(folder: Folder, names: list[str], options: PlanOptions) -> ImagePlan:
+    """Plan Parquet files that hold images. Row groups stay together in the order, so that a task reads few of them.
 
-    Raises SettingError, with `shown` as what `images` is.
+    Args:
+        folder: The folder that holds the files.
+        names: Paths of the files in it, in their order.
+        options: Options of the plan; the two columns are searched for where they are not set.
+
+    Raises:
+        SettingError: A file is damaged, a column is missing or ambiguous, or labels differ in type or classes.
     """
-    split_of_file, words = split_codes([split_of_name(name) for name in names])
+    shown = options.shown
+    split_of_file, splits_shown = split_codes([split_of_name(name) for name in names])
     with opened_parquet(folder, names[0]) as parquet:
         schema = parquet.schema_arrow
-    image = _image_column(schema, image_column, shown)
-    label = _label_column(schema, label_column, image, shown)
+    image = _image_column(schema, options.image_column, shown)
+    label = _label_column(schema, options.label_column, image, shown)
     with ThreadPoolExecutor(_THREADS[is_remote(folder.url)]) as pool:
         files = list(pool.map(lambda name: _read(folder, name, image, label), names))
     counts = [sum(file.groups) for file in files]
@@ -104,7 +111,7 @@ def plan_parquet(
     number = np.concatenate([np.arange(len(file.groups)) for file in files])
     starts = np.cumsum(rows_of_groups) - rows_of_groups
     codes, classes = _labels(files, label, shown)
-    inputs = Inputs(
+    inputs = SourceInputs(
         path=_paths(names, counts),
         label=codes,
         split=np.repeat(np.array(split_of_file, np.int8), counts),
@@ -113,17 +120,10 @@ def plan_parquet(
         second=np.arange(sum(counts)) - np.repeat(starts, rows_of_groups),
     )
     groups = np.repeat(np.arange(len(rows_of_groups)), rows_of_groups)
-    files_in_words = f"{len(names)} Parquet files" if len(names) > 1 else "a Parquet file"
-    return finish(
-        inputs,
-        classes,
-        Origin("parquet", folder.url, tuple(names), image),
-        f"{files_in_words}, images in '{image}', {words}",
-        shown=shown,
-        val_share=val_share,
-        seed=seed,
-        groups=groups,
-    )
+    files_shown = f"{len(names)} Parquet files" if len(names) > 1 else "a Parquet file"
+    origin = Origin("parquet", folder.url, tuple(names), image)
+    layout = f"{files_shown}, images in '{image}', {splits_shown}"
+    return make_plan(inputs, classes, origin, layout, options, groups=groups)
 
 
 def _paths(names: list[str], counts: list[int]) -> pa.ChunkedArray:
@@ -140,7 +140,7 @@ def _read(folder: Folder, name: str, image: str, label: str | None) -> _File:
             if column is not None and column_named(schema.names, column, folder.shown(name)) != column:
                 raise SettingError(
                     f"images={folder.shown(name)}: no column '{column}', which other files have; "
-                    f"it has {', '.join(schema.names)}"
+                    f"the columns are {', '.join(schema.names)}"
                 )
         about = parquet.metadata
         groups = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
@@ -153,30 +153,32 @@ def _labels(files: list[_File], label: str | None, shown: str) -> tuple[np.ndarr
     if label is None:
         return np.full(sum(sum(file.groups) for file in files), -1, np.int32), None
     if any(file.names != files[0].names for file in files):
-        raise SettingError(f"images={shown}: the files have other classes in column '{label}'; give one set of them")
+        raise SettingError(
+            f"images={shown}: the files differ in the class names of column '{label}'; make them the same"
+        )
     what = f"images={shown}: column '{label}'"
     try:
         tables = [pa.table({"label": file.labels}) for file in files]
         raw = pa.concat_tables(tables, promote_options="permissive").column(0)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        raise SettingError(f"{what} is of another type in some files; make them alike") from None
+        raise SettingError(f"{what} differs in type between files; make it the same") from None
     return encode_labels(raw, files[0].names, what)
 
 
 def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
-    """Names of integer labels, where the file has them as Hugging Face's ``datasets`` writes them."""
+    """Class names of integer labels, if the file has them in the metadata of Hugging Face's ``datasets``."""
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
         names = about["names"] if about.get("_type") == "ClassLabel" else None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    if isinstance(names, dict):  # of older versions: {"0": name, …}
+    if isinstance(names, dict):  # older versions: {"0": name, …}
         names = [names[key] for key in sorted(names, key=int)]
     return [str(name) for name in names] if names else None
 
 
 def _kind(kind: pa.DataType) -> str | None:
-    """How a column may hold images: "struct", "binary" or not at all."""
+    """How a column of this type can hold images: "struct" (with bytes), "binary", or None."""
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return "struct" if index >= 0 and _kind(kind.field(index).type) == "binary" else None
@@ -190,7 +192,7 @@ def _image_column(schema: pa.Schema, asked: str | None, shown: str) -> str:
         if _kind(schema.field(asked).type) is None:
             raise SettingError(
                 f"images={shown}: image_column={asked} holds {schema.field(asked).type}; "
-                "allowed are binary and struct with bytes"
+                "allowed are binary, or struct with a field bytes"
             )
         return asked
     for kind in ("struct", "binary"):
@@ -200,10 +202,10 @@ def _image_column(schema: pa.Schema, asked: str | None, shown: str) -> str:
             column_named(schema.names, (named or found)[0], shown)
             return (named or found)[0]
         if found:
-            raise SettingError(f"images={shown}: several columns may be the image; name one of them by image_column: "
+            raise SettingError(f"images={shown}: several columns may hold the images; set image_column to one of "
                                f"{', '.join(found)}")  # fmt: skip
     raise SettingError(
-        f"images={shown}: no column of images (binary, or struct with bytes), nor a column path of a list; it has "
+        f"images={shown}: neither a column of images (binary, or struct with a field bytes) nor a column path; it has "
         f"{', '.join(f'{entry.name} ({entry.type})' for entry in schema)[:300]}"
     )
 
@@ -219,22 +221,19 @@ def _asked_column(schema: pa.Schema, name: str, setting: str, shown: str) -> str
     found = column_named(schema.names, name, shown)
     if found is None:
         near = difflib.get_close_matches(name, schema.names, n=1, cutoff=0.6)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(schema.names)}"
+        hint = f"; did you mean '{near[0]}'?" if near else f"; the columns are {', '.join(schema.names)}"
         raise SettingError(f"images={shown}: no column {setting}={name}{hint}")
     return found
 
 
-PARQUET_BATCH = 16  # rows decoded at a time
-PARQUET_BUFFER = {False: 1 << 20, True: 8 << 20}  # bytes of one read: local, remote
-_NOT_EMBEDDED = "the image is not embedded, only its path is"
-_DAMAGE = re.compile(r"thrift|end of stream|parquet|corrupt|decompress|magic|page|dictionary|invalid", re.IGNORECASE)
-
-
-# Rows of Parquet files
+# Reading images
 
 
 def fetch_parquet(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str]]:
-    """In the order of the files through a shuffle buffer, whose random numbers come from the rows."""
+    """Yield (index into `rows`, encoded image or the reason why there is none), shuffled.
+
+    Files are read in their order through a shuffle buffer, whose seed is a function of `rows`.
+    """
     generator = np.random.default_rng([len(rows), *rows.column("row").slice(0, 1).to_pylist()])
     buffer: list[tuple[int, bytes | str]] = []
     held = 0
@@ -274,7 +273,7 @@ def _cells_of_file(
     groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
     with container_of(root, name), root.open(name) as source:
         try:
-            parquet = pq.ParquetFile(source, buffer_size=PARQUET_BUFFER[remote], pre_buffer=False)
+            parquet = pq.ParquetFile(source, buffer_size=_BUFFER[remote], pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             if not is_damage(error, remote):
                 raise
@@ -297,7 +296,7 @@ def _damaged(error: Exception) -> str:
 
 
 def is_damage(error: Exception, remote: bool) -> bool:
-    """Whether an error of reading a Parquet file is about its content, and not about the way to it."""
+    """Whether an error while reading a Parquet file is about its content, rather than about reaching it."""
     if isinstance(error, pa.ArrowInvalid | pa.ArrowNotImplementedError | pa.ArrowSerializationError):
         return True
     text = str(error)
@@ -315,11 +314,11 @@ def _cells_of_group(
     if pa.types.is_struct(kind):
         leaves = [f"{column}.{name}" for name in ("bytes", "path") if kind.get_field_index(name) >= 0]
     start = done = 0
-    for batch in parquet.iter_batches(PARQUET_BATCH, row_groups=[number], columns=leaves, use_threads=False):
+    for batch in parquet.iter_batches(_BATCH, row_groups=[number], columns=leaves, use_threads=False):
         cells, paths = batch.column(0), None
         if pa.types.is_struct(cells.type):
             parts = dict(zip((field.name for field in cells.type), cells.flatten(), strict=True))
-            cells, paths = parts["bytes"], parts.get("path")  # with the nulls of the struct itself
+            cells, paths = parts["bytes"], parts.get("path")  # flatten passes on nulls of the struct
         while done < len(wanted) and place[wanted[done]] < start + len(cells):
             row = int(place[wanted[done]]) - start
             cell = cells[row].as_py()
@@ -329,12 +328,12 @@ def _cells_of_group(
         start += len(cells)
         if done == len(wanted):
             return
-    raise pa.ArrowInvalid("fewer rows than there were")
+    raise pa.ArrowInvalid("fewer rows than the plan has")
 
 
 def _checked_cell(cell: bytes | None) -> bytes | str:
     if cell is None:
-        return "the Parquet cell is null"
+        return "the image is null"
     if len(cell) > LARGEST:
         return too_large(len(cell))
     return bytes(cell) or "empty file"

@@ -1,6 +1,6 @@
-"""What every kind of source ends in: inputs with names, labels and splits → the plan of a shard set.
+"""The plan of a shard set: inputs of any source, with names, labels and splits, in their final order.
 
-Inputs stay in Arrow and numpy throughout: there may be many millions.
+Inputs stay in Arrow and NumPy arrays throughout, since there may be many millions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 
 from pipeline.errors import SettingError
 
-# Names of splits, and where val comes from: the first of these that is there.
+# Names of splits. The first of VAL_NAMES that a source has becomes val.
 VAL_NAMES = ("validation", "valid", "val", "test")
 SPLIT_NAMES = ("train", *VAL_NAMES)
-NO_SPLIT, TRAIN, VAL, IGNORED = -1, 0, 1, 2  # codes in Inputs.split
+NO_SPLIT, TRAIN, VAL, IGNORED = -1, 0, 1, 2  # codes in SourceInputs.split
 _CHUNK = 1 << 18  # rows: parts of a column stay far below the 2 GiB of an Arrow string array
 SCHEMA = pa.schema(
     {
@@ -35,79 +35,93 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class ImagePlan:
-    """What becomes of every input of a source, fixed before anything is decoded."""
+class Origin:
+    """Where the inputs of a plan are stored. Small, and can be pickled.
 
-    layout: str  # in words
+    In the tables of a plan, `container` is an index into `containers` (-1 for single files). `first` and `second` are
+    the offset and length of an image in bytes in a tar file, its row group and the row in it in a Parquet file.
+
+    Attributes:
+        kind: "files", "tar" or "parquet".
+        root: The folder that names are relative to: a path, or a URL, which may contain credentials.
+        containers: Names of the tar or Parquet files.
+        column: The image column of Parquet files.
+    """
+
+    kind: str
+    root: str
+    containers: tuple[str, ...] = ()
+    column: str | None = None
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """Which split every input of a source belongs to, decided before anything is decoded.
+
+    Attributes:
+        layout: A description of the source in one line.
+        classes: Class names in the order of the labels; None if unlabelled.
+        origin: Where the inputs are stored.
+        splits: A table for "train" and "val" each. `row` is the position in the split, `path` a unique name, `label`
+            the class index (-1 for none); `container`, `first` and `second` locate the input, see Origin.
+        rejects: (path, reason) of the inputs that the plan already knows cannot be stored.
+        ignored: Number of files, rows or samples outside the two splits.
+    """
+
+    layout: str
     classes: list[str] | None
     origin: Origin
-    # "train" and "val": `row` is the place in the order of the split, `path` a unique name, `label` -1 for none, and the
-    # last three say where it is, see Origin.
     splits: dict[str, pa.Table]
-    rejects: list[tuple[str, str]]  # inputs that cannot be stored, as far as the plan knows: (path, reason)
-    ignored: int  # files, rows or samples outside of the two splits
+    rejects: list[tuple[str, str]]
+    ignored: int
 
     @property
     def inputs(self) -> int:
-        """Number of inputs, those rejected already among them."""
+        """Number of inputs, including those already rejected."""
         return sum(len(split) for split in self.splits.values()) + len(self.rejects)
 
 
 @dataclass
-class Inputs:
-    """Columns of equal length, in any order."""
+class SourceInputs:
+    """The inputs of a source as n-element columns, in any order. The last three are None for single files."""
 
     path: pa.ChunkedArray  # large_string
     label: np.ndarray  # int32; -1 for none
     split: np.ndarray  # int8, one of the codes above
-    container: np.ndarray | None = None  # int32; None for single files
+    container: np.ndarray | None = None  # int32
     first: np.ndarray | None = None  # int64
-    second: np.ndarray | None = None
+    second: np.ndarray | None = None  # int64
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.path)
 
-    def where(self, kept: np.ndarray) -> Inputs:
-        """Those rows for which `kept` is true."""
+    def where(self, kept: np.ndarray) -> SourceInputs:
+        """Return the rows where `kept` (n,), bool, is true."""
         if kept.all():
             return self
         path = self.path.filter(pa.array(kept))
         container, first, second = (
             column if column is None else column[kept] for column in (self.container, self.first, self.second)
         )
-        return Inputs(path, self.label[kept], self.split[kept], container, first, second, self.rejects)
+        return SourceInputs(path, self.label[kept], self.split[kept], container, first, second, self.rejects)
 
-    def reject(self, rejected: np.ndarray, reason: str) -> Inputs:
-        """The other rows, and these among the rejects."""
+    def reject(self, rejected: np.ndarray, reason: str) -> SourceInputs:
+        """Add the rows where `rejected` (n,), bool, is true to the rejects, and return the others."""
         if rejected.any():
             self.rejects += [(path, reason) for path in self.path.filter(pa.array(rejected)).to_pylist()]
         return self.where(~rejected)
 
 
-def column_named(columns: list[str], wanted: str, shown: str) -> str | None:
-    """The column of that name, but for case and for spaces around it. Raises SettingError where there are several."""
-    found = [column for column in columns if folded(column) == folded(wanted)]
-    if len(found) > 1:
-        several = ", ".join(f"'{column}'" for column in found)
-        raise SettingError(f"images={shown}: column '{wanted}' is there {len(found)} times ({several}); give it once")
-    return found[0] if found else None
-
-
-def folded(name: str) -> str:
-    """A name of a column as it is compared."""
-    return name.strip().casefold()
-
-
 class Paths:
-    """Collects names without a Python object each."""
+    """Collects names in Arrow memory: a Python string for each would take several times as much."""
 
     def __init__(self) -> None:
         self._chunks: list[pa.Array] = []
         self._open: list[str] = []
 
     def add(self, names: Iterable[str]) -> None:
-        """Append names; UnicodeEncodeError where one is not valid UTF-8."""
+        """Append names. Raises UnicodeEncodeError if one is not valid UTF-8."""
         self._open += names
         if len(self._open) >= _CHUNK:
             self._close()
@@ -117,74 +131,29 @@ class Paths:
         self._open = []
 
     def column(self) -> pa.ChunkedArray:
-        """All of them."""
+        """All names, in the order in which they were added."""
         self._close()
         return pa.chunked_array(self._chunks, pa.large_string())
 
 
-def without_doubles(inputs: Inputs, reason: str) -> Inputs:
-    """Reject every name that came before, as "name (2)" and so on: names stay unique among the rejects too."""
+def without_duplicates(inputs: SourceInputs, reason: str) -> SourceInputs:
+    """Reject every repeated name, as "name (2)" and so on: names of rejects have to be unique too."""
     codes = pc.dictionary_encode(inputs.path.combine_chunks()).indices.to_numpy()
     _, first = np.unique(codes, return_index=True)
-    double = np.ones(len(codes), bool)
-    double[first] = False
+    repeated = np.ones(len(codes), bool)
+    repeated[first] = False
     seen: Counter[str] = Counter()
-    for path in inputs.path.filter(pa.array(double)).to_pylist():
+    for path in inputs.path.filter(pa.array(repeated)).to_pylist():
         seen[path] += 1
         inputs.rejects.append((f"{path} ({seen[path] + 1})", reason))
-    return inputs.where(~double)
-
-
-def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> tuple[np.ndarray, list[str] | None]:
-    """Labels as (int32 codes with -1 for none, class names, None where there are fewer than two).
-
-    `names` are those of integer labels, where the source has them; else the classes are the labels found: numbers in
-    their order, texts in theirs. `what` names the column in errors. Raises SettingError.
-    """
-    if pa.types.is_dictionary(raw.type):
-        raw = raw.cast(raw.type.value_type)
-    if pa.types.is_floating(raw.type):  # integers with gaps, as pandas writes them
-        try:
-            raw = pc.if_else(pc.is_nan(raw), None, raw).cast(pa.int64())
-        except pa.ArrowInvalid:
-            raise SettingError(f"{what} holds fractions; allowed are whole numbers and texts") from None
-    if pa.types.is_integer(raw.type) or pa.types.is_boolean(raw.type):
-        numbers = raw.cast(pa.int64())
-        if names is not None:
-            return _named(numbers, names, what), names if len(names) > 1 else None
-        distinct = sorted(value for value in pc.unique(numbers).to_pylist() if value is not None)
-        table, classes = pa.array(distinct, pa.int64()), [str(value) for value in distinct]
-        return _codes(numbers, table), classes if len(classes) > 1 else None
-    if not (pa.types.is_string(raw.type) or pa.types.is_large_string(raw.type) or pa.types.is_null(raw.type)):
-        raise SettingError(f"{what} holds {raw.type}; allowed are whole numbers and texts")
-    texts = pc.utf8_trim_whitespace(raw.cast(pa.large_string()))
-    texts = pc.if_else(pc.equal(texts, ""), None, texts)
-    found = [value for value in pc.unique(texts).to_pylist() if value is not None]
-    if all(re.fullmatch(r"-?\d{1,18}", value) for value in found):
-        found.sort(key=lambda value: (int(value), value))
-    else:
-        found.sort()
-    return _codes(texts, pa.array(found, pa.large_string())), found if len(found) > 1 else None
-
-
-def _codes(values: pa.ChunkedArray, table: pa.Array) -> np.ndarray:
-    return pc.fill_null(pc.index_in(values, value_set=table, skip_nulls=True), -1).to_numpy().astype(np.int32)
-
-
-def _named(numbers: pa.ChunkedArray, names: list[str], what: str) -> np.ndarray:
-    codes = pc.fill_null(numbers, -1).to_numpy()
-    wrong = codes[(codes < -1) | (codes >= len(names))]
-    if len(wrong):
-        raise SettingError(
-            f"{what} holds {wrong[0]}, and names of {len(names)} classes; allowed are 0 to {len(names) - 1}"
-        )
-    return codes.astype(np.int32)
+    return inputs.where(~repeated)
 
 
 def split_of_name(path: str) -> str | None:
-    """The split that a file of many images belongs to by its name: ``train/0.tar``, ``data/train-00000-of-2.parquet``.
+    """The split that the path of a tar or Parquet file names: ``train/0.tar``, ``data/train-00000-of-2.parquet``.
 
-    The nearest folder counts before the file's own name, in which the word has to stand by itself.
+    The innermost folder takes precedence over the file name, in which the split has to be a word of its own. None if
+    the path names no split.
     """
     *folders, name = path.lower().split("/")
     for folder in reversed(folders):
@@ -195,7 +164,7 @@ def split_of_name(path: str) -> str | None:
 
 
 def split_codes(named: list[str | None]) -> tuple[list[int], str]:
-    """Codes of splits by name, and in words: without a train nothing is split, with one the rest has to be named."""
+    """Codes of named splits, and a description. Unnamed files are ignored, unless no file is named train."""
     if "train" not in named:
         return [NO_SPLIT] * len(named), "val held out"
     val = next((name for name in VAL_NAMES if name in named), None)
@@ -203,85 +172,114 @@ def split_codes(named: list[str | None]) -> tuple[list[int], str]:
     return [codes.get(name or "", IGNORED) for name in named], f"train and {val}" if val else "train, val held out"
 
 
-def finish(
-    inputs: Inputs,
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is asked of a plan, whatever the kind of source.
+
+    Attributes:
+        shown: The source in error messages, without credentials.
+        val_share: Share of the inputs held out for val where the source names no val split; None for no splits at all.
+        seed: Decides which inputs are held out, and the order.
+        image_column: Column of a list or of Parquet files, or extension of members in tar files; None to find it.
+        label_column: Likewise for the label.
+    """
+
+    shown: str
+    val_share: float | None
+    seed: int
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+def make_plan(
+    inputs: SourceInputs,
     classes: list[str] | None,
     origin: Origin,
-    words: str,
+    layout: str,
+    options: PlanOptions,
     *,
-    shown: str,
-    val_share: float | None,
-    seed: int,
     groups: np.ndarray | None = None,
     ignored: int = 0,
-    given: bool | None = None,
+    val_given: bool | None = None,
 ) -> ImagePlan:
-    """The plan of these inputs; `groups` (int64, a number for each container and row group) stay together in the order.
+    """Divide inputs into train and val, and put both in a pseudo-random order.
 
-    Without a `val_share` all of them are train, as they come. Raises SettingError, with `shown` as what `images` is.
+    Without `options.val_share` everything is train, in the order given.
+
+    Args:
+        inputs: The n inputs; `label` and `rejects` are modified.
+        classes: Class names; None if unlabelled.
+        origin: Where the inputs are stored.
+        layout: Description of the source, to which the classes are added.
+        options: Options of the plan.
+        groups: A number (n,), int64, for each row group of each file, ascending; groups stay together in the order.
+        ignored: Number of files that were skipped before.
+        val_given: Whether the source names a val split, even an empty one; None to look at `inputs.split`.
+
+    Raises:
+        SettingError: There is nothing for train, or train and val differ in their classes.
     """
-    if val_share is None:
+    if options.val_share is None:
         splits = {"train": _table(inputs, np.arange(len(inputs))), "val": SCHEMA.empty_table()}
-        return ImagePlan(words, classes, origin, splits, sorted(inputs.rejects), ignored)
+        return ImagePlan(layout, classes, origin, splits, sorted(inputs.rejects), ignored)
     kept = inputs.split != IGNORED
     groups = groups[kept] if groups is not None else None
     inputs = inputs.where(kept)
-    if given is None:  # an empty val/ of a tree is given too
-        given = bool((inputs.split == VAL).any())
-    classes, inputs, groups = _labels(inputs, classes, given, shown, groups)
+    if val_given is None:
+        val_given = bool((inputs.split == VAL).any())
+    classes, inputs, groups = _labels(inputs, classes, val_given, options.shown, groups)
     if not (inputs.split != VAL).any():
         first = "; the first reject: {}: {}".format(*inputs.rejects[0]) if inputs.rejects else ""
-        raise SettingError(f"images={shown}: no image for train{first}")
-    if given:
-        val = inputs.split == VAL
-    else:
-        val = _hold_out(inputs, val_share, seed)
+        raise SettingError(f"images={options.shown}: no image for train{first}")
+    seed = options.seed
+    val = inputs.split == VAL if val_given else _hold_out(inputs, options.val_share, seed)
     order = digests(inputs.path, f"order {seed}") if groups is None else _group_digests(inputs.path, groups, seed)
     splits = {}
     for name, rows in (("train", np.flatnonzero(~val)), ("val", np.flatnonzero(val))):
         splits[name] = _table(inputs, rows[_sorted(order[rows], rows, inputs.path, groups)])
     labelled = f"{len(classes)} classes" if classes else "unlabelled"
     return ImagePlan(
-        f"{words}; {labelled}", classes, origin, splits, sorted(inputs.rejects), ignored + int((~kept).sum())
+        f"{layout}; {labelled}", classes, origin, splits, sorted(inputs.rejects), ignored + int((~kept).sum())
     )
 
 
 def _labels(
-    inputs: Inputs, classes: list[str] | None, given: bool, shown: str, groups: np.ndarray | None
-) -> tuple[list[str] | None, Inputs, np.ndarray | None]:
-    """Reject what has no label among what has one; no classes at all where train and val cannot both have them."""
+    inputs: SourceInputs, classes: list[str] | None, val_given: bool, shown: str, groups: np.ndarray | None
+) -> tuple[list[str] | None, SourceInputs, np.ndarray | None]:
+    """Reject inputs without a label if others have one, and compare the classes of train and val if both are given."""
     if classes is None or (inputs.label < 0).all():
         inputs.label = np.full(len(inputs), -1, np.int32)
         return None, inputs, groups
-    if given:
+    if val_given:
         has = {split: bool((inputs.label[inputs.split == split] >= 0).any()) for split in (TRAIN, VAL)}
         if has[TRAIN] != has[VAL]:
-            labelled, bare = ("train", "val") if has[TRAIN] else ("val", "train")
-            raise SettingError(f"images={shown}: {labelled} has labels and {bare} has none; make them alike")
-        train = np.unique(inputs.label[inputs.split == TRAIN])
-        check_classes(
-            {classes[i] for i in train if i >= 0},
-            {classes[i] for i in np.unique(inputs.label[inputs.split == VAL]) if i >= 0},
-            ("train", "val"),
-            shown,
-        )
-    bare_rows = inputs.label < 0
-    return classes, inputs.reject(bare_rows, "no label"), groups[~bare_rows] if groups is not None else None
+            labelled, unlabelled = ("train", "val") if has[TRAIN] else ("val", "train")
+            raise SettingError(
+                f"images={shown}: {labelled} has labels and {unlabelled} has none; label both or neither"
+            )
+        found = [
+            {classes[i] for i in np.unique(inputs.label[inputs.split == split]) if i >= 0} for split in (TRAIN, VAL)
+        ]
+        check_classes(found[0], found[1], ("train", "val"), shown)
+    unlabelled_rows = inputs.label < 0
+    groups = groups[~unlabelled_rows] if groups is not None else None
+    return classes, inputs.reject(unlabelled_rows, "no label"), groups
 
 
 def check_classes(train: set[str], val: set[str], names: tuple[str, str], shown: str) -> None:
-    """Raise SettingError where val has classes that train has not."""
+    """Raise SettingError if val has classes that train does not have; `names` are those of the two splits."""
     unknown = sorted(val - train)
     if unknown:
         some = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+        count = "a class" if len(unknown) == 1 else f"{len(unknown)} classes"
         raise SettingError(
-            f"images={shown}: '{names[1]}' has {len(unknown)} classes that '{names[0]}' has not ({some}); "
-            "both have to name the same classes"
+            f"images={shown}: '{names[1]}' has {count} that '{names[0]}' does not have ({some}); "
+            "both need the same classes"
         )
 
 
 def digests(paths: pa.ChunkedArray, salt: str) -> np.ndarray:
-    """A pseudo-random uint64 for each name, of nothing but the name and `salt`."""
+    """A pseudo-random number (n,), uint64, for each name; it depends on the name and `salt` only."""
     found = np.empty(len(paths), np.uint64)
     start = f"{salt}:".encode()
     place = 0
@@ -300,24 +298,25 @@ def _parts(paths: pa.ChunkedArray) -> Iterator[pa.Array]:
 
 
 def _group_digests(paths: pa.ChunkedArray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """That of the first input of each group, for all of it. A group's inputs are next to each other."""
+    """As `digests`, but one number for a whole group: that of its first input. Inputs of a group are contiguous."""
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     firsts = digests(pa.chunked_array([paths.take(pa.array(starts))]), f"order {seed}")
     return np.repeat(firsts, np.diff(starts, append=len(groups)))
 
 
 def _sorted(keys: np.ndarray, rows: np.ndarray, paths: pa.ChunkedArray, groups: np.ndarray | None) -> np.ndarray:
-    """The order by key, then by name; within a group as they came."""
+    """Indices that sort by key, then by name; groups keep their inner order."""
     order = np.argsort(keys, kind="stable")
-    if groups is None and (keys[order][1:] == keys[order][:-1]).any():  # one in many millions
+    if groups is None and (keys[order][1:] == keys[order][:-1]).any():  # two equal keys: one in many millions
         order = np.array(sorted(order, key=lambda i: (keys[i], paths[int(rows[i])].as_py())))
     return order
 
 
-def _hold_out(inputs: Inputs, share: float, seed: int) -> np.ndarray:
-    """Which inputs are val: class by class, such that val has its share of all and of each class within one image.
+def _hold_out(inputs: SourceInputs, share: float, seed: int) -> np.ndarray:
+    """Which inputs (n,), bool, are held out for val, stratified by class.
 
-    At least one image is held out if there are two and the share is above 0, and every class keeps one for train.
+    Val gets its share of all images and of each class, to within one image. If there are two images and the share is
+    above 0, at least one is held out; every class keeps one for train.
     """
     everything = np.arange(len(inputs))
     order = _sorted(digests(inputs.path, f"val {seed}"), everything, inputs.path, None)
@@ -333,7 +332,7 @@ def _hold_out(inputs: Inputs, share: float, seed: int) -> np.ndarray:
     return val
 
 
-def _table(inputs: Inputs, order: np.ndarray) -> pa.Table:
+def _table(inputs: SourceInputs, order: np.ndarray) -> pa.Table:
     paths = inputs.path.combine_chunks() if inputs.path.num_chunks != 1 else inputs.path.chunk(0)
     parts = [
         paths.take(pa.array(order[start : start + _CHUNK])).cast(pa.string()) for start in range(0, len(order), _CHUNK)
@@ -347,17 +346,3 @@ def _table(inputs: Inputs, order: np.ndarray) -> pa.Table:
         **{name: bare if column is None else column[order] for name, column in places.items()},
     }
     return pa.table(columns).cast(SCHEMA)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the inputs of a plan are. Small, and can be pickled.
-
-    Of the columns of a plan, `container` is an index into `containers` (-1 for single files); `first` and `second` are,
-    in a tar file, the offset and length of the image in bytes, and in a Parquet file its row group and the row in that.
-    """
-
-    kind: str  # "files", "tar" or "parquet"
-    root: str  # folder that names are relative to: a path or URL, which may hold credentials
-    containers: tuple[str, ...] = ()  # names of tar or Parquet files
-    column: str | None = None  # of the image, in Parquet

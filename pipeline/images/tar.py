@@ -1,12 +1,13 @@
-"""Tar files of samples, as WebDataset reads them: ``KEY.jpg``, ``KEY.cls``; only their headers are read for a plan.
+"""Tar files of samples in the WebDataset format: ``KEY.jpg``, ``KEY.cls``. A plan reads only headers and labels.
 
-A sample is a run of members with the same key, the path up to the first dot of the base name. Members beside its image
-and its label are left alone.
+A sample is a run of members with the same key: the path up to the first dot of the base name. Members other than its
+image and label are ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import tarfile
@@ -20,43 +21,33 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import SettingError
+from pipeline.images.columns import encode_labels
 from pipeline.images.decode import SUFFIXES
-from pipeline.images.files import LARGEST, fetch_ahead, too_large
+from pipeline.images.files import LARGEST, container_of, fetch_ahead, too_large
 from pipeline.images.plan import (
     ImagePlan,
-    Inputs,
     Origin,
     Paths,
-    encode_labels,
-    finish,
+    PlanOptions,
+    SourceInputs,
+    make_plan,
     split_codes,
     split_of_name,
-    without_doubles,
+    without_duplicates,
 )
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import StorageError, is_remote, reaching
+from pipeline.storage.object_stores import is_remote, reaching
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 LABEL_SUFFIX = "cls"
-# Also what WebDataset keeps for itself.
+# Hidden files, and the names that WebDataset reserves.
 _HIDDEN = re.compile(r"(^|/)\.|(^|/)__[^/]*__$")
 _BLOCK = tarfile.BLOCKSIZE
-_WINDOW = {False: 1 << 12, True: 4 << 20}  # bytes read at a time: local, where data is jumped over, and remote
-_THREADS = {False: 2, True: 12}
-_LARGEST_EXTRA = 1 << 20  # bytes of a long name, or of a label
-_DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-_EXTRAS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
-_KINDS = {
-    **dict.fromkeys((tarfile.LNKTYPE, tarfile.SYMTYPE), "a link inside the tar file"),
-    tarfile.GNUTYPE_SPARSE: "a sparse file inside the tar file",
-    **dict.fromkeys(_DEVICES, "not a regular file"),
-}
+_BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
+_THREADS = {False: 2, True: 12}  # that list tar files: local, remote
+_LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
+_DAMAGED = "the tar file is damaged here"
+_DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
 
 
 @dataclass(frozen=True)
@@ -67,23 +58,23 @@ class Member:
     offset: int  # of the data, bytes
     size: int
     problem: str = ""  # why it cannot be read
-    text: str | None = None  # its content, of the label
+    text: str | None = None  # content of a label
 
     @property
     def key(self) -> str:
-        """What the members of a sample have in common."""
+        """The key of the sample that it belongs to."""
         folder, slash, base = self.name.rpartition("/")
         return folder + slash + base.partition(".")[0]
 
     @property
     def extension(self) -> str:
-        """The rest, lower case, without the first dot."""
+        """What follows the key and its dot, in lower case."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
 @dataclass
 class _Index:
-    """The samples of one tar file."""
+    """The samples of one tar file, as columns."""
 
     paths: Paths = field(default_factory=Paths)
     offsets: list[int] = field(default_factory=list)
@@ -92,48 +83,46 @@ class _Index:
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _Window:
-    """Reads a file in large pieces, a small part of one at a time."""
+class _Reader(io.BufferedReader):
+    """A buffered reader for `tarfile` that refuses extended headers of huge size, which may be damage."""
 
-    def __init__(self, file: pa.NativeFile, length: int) -> None:
-        self.size = file.size()
-        self._file, self._length = file, length
-        self._start, self._held = 0, b""
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read `size` bytes. Raises tarfile.HeaderError if that is above the limit, or not a number of bytes."""
+        if size is None or not 0 <= size <= _LARGEST_EXTRA:
+            raise tarfile.HeaderError(f"a header of {size} bytes")
+        return super().read(size)
 
-    def at(self, offset: int, length: int) -> bytes:
-        """Bytes from `offset`; fewer at the end of the file."""
-        begin = offset - self._start
-        if begin < 0 or begin + length > len(self._held):
-            self._held = bytes(self._file.read_at(max(self._length, length), offset)) if offset < self.size else b""
-            self._start, begin = offset, 0
-        return self._held[begin : begin + length]
+    def at(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset`; fewer at the end of the file."""
+        self.seek(offset)
+        return self.read(size)
 
 
-def plan_tar(
-    folder: Folder,
-    names: list[str],
-    *,
-    val_share: float | None,
-    seed: int,
-    image_column: str | None,
-    label_column: str | None,
-    shown: str,
-) -> ImagePlan:
-    """The plan of tar files in `folder`; the columns are the extensions of image and label.
+def plan_tar(folder: Folder, names: list[str], options: PlanOptions) -> ImagePlan:
+    """Plan tar files of samples.
 
-    Raises SettingError, with `shown` as what `images` is.
+    Args:
+        folder: The folder that holds the files.
+        names: Paths of the files in it, in their order.
+        options: Options of the plan; the two columns are extensions of members, for the label "cls" by default.
+
+    Raises:
+        SettingError: A file cannot be read or is not a tar file, or no sample has the label that is asked for.
     """
-    split_of_file, words = split_codes([split_of_name(name) for name in names])
-    wanted = (image_column.lower().lstrip(".") if image_column else None, (label_column or LABEL_SUFFIX).lower())
+    split_of_file, splits_shown = split_codes([split_of_name(name) for name in names])
+    image = options.image_column.lower().lstrip(".") if options.image_column else None
+    label = (options.label_column or LABEL_SUFFIX).lower()
     with ThreadPoolExecutor(_THREADS[is_remote(folder.url)]) as pool:
-        found = list(pool.map(lambda name: _index(folder, name, *wanted), names))
+        found = list(pool.map(lambda name: _index(folder, name, image, label), names))
     columns = [index.paths.column() for index in found]
     counts = [len(column) for column in columns]
     labels = pa.chunked_array([pa.array(index.labels, pa.large_string()) for index in found], pa.large_string())
-    codes, classes = encode_labels(labels, None, f"images={shown}: the label '{wanted[1]}'")
-    if label_column and not any(label is not None for index in found for label in index.labels):
-        raise SettingError(f"images={shown}: no sample has a member .{wanted[1]} (label_column={label_column})")
-    inputs = Inputs(
+    codes, classes = encode_labels(labels, None, f"images={options.shown}: the label '{label}'")
+    if options.label_column and not any(text is not None for index in found for text in index.labels):
+        raise SettingError(
+            f"images={options.shown}: no sample has a member .{label} (label_column={options.label_column})"
+        )
+    inputs = SourceInputs(
         path=pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string()),
         label=codes,
         split=np.repeat(np.array(split_of_file, np.int8), counts),
@@ -142,29 +131,21 @@ def plan_tar(
         second=np.array([size for index in found for size in index.sizes], np.int64),
         rejects=[reject for index in found for reject in index.rejects],
     )
-    origin = Origin("tar", folder.url, tuple(names))
-    files_in_words = f"{len(names)} tar files" if len(names) > 1 else "a tar file"
-    return finish(
-        without_doubles(inputs, "a second time in the tar file"),
-        classes,
-        origin,
-        f"{files_in_words}, {words}",
-        shown=shown,
-        val_share=val_share,
-        seed=seed,
+    files_shown = f"{len(names)} tar files" if len(names) > 1 else "a tar file"
+    inputs = without_duplicates(inputs, "a second time in the tar file")
+    return make_plan(
+        inputs, classes, Origin("tar", folder.url, tuple(names)), f"{files_shown}, {splits_shown}", options
     )
 
 
 def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
     found = _Index()
     shown = folder.shown(name)
-    with reaching(shown), _opened(folder, name) as file:
-        window = _Window(file, _WINDOW[is_remote(folder.url)])
+    with reaching(shown), _opened(folder, name) as source, _Reader(source, _BUFFER[is_remote(folder.url)]) as file:
         sample: list[Member] = []
-        for member in _members(window, name, shown, found.rejects):
+        for member in _members(file, source.size(), name, shown, found.rejects):
             if member.extension == label and not member.problem and member.size <= _LARGEST_EXTRA:
-                # At once: the window only moves on.
-                content = window.at(member.offset, member.size)
+                content = file.at(member.offset, member.size)  # now, since it is probably still in the buffer
                 member = replace(member, text=content.decode("utf-8", "replace").strip())
             if sample and member.key != sample[0].key:
                 _add(found, name, sample, image)
@@ -183,7 +164,7 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
 
 
 def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> None:
-    """One sample: its image among the inputs, or a reject."""
+    """Add the image of one sample to the inputs, or to the rejects."""
     images = [member for member in sample if _is_image(member, image)]
     plain = [member for member in images if "." not in member.extension]
     if not images:
@@ -194,7 +175,7 @@ def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> No
     for other in images:
         path = f"{tar}!{_shown(other.name)}"
         if other is not chosen:
-            found.rejects.append((path, "another image of the same sample; image_column names the extension to take"))
+            found.rejects.append((path, "another image of the same sample; set image_column to the extension to use"))
         elif other.problem:
             found.rejects.append((path, other.problem))
         elif path != f"{tar}!{other.name}":
@@ -219,94 +200,79 @@ def _shown(name: str) -> str:
 # Headers
 
 
-def _members(window: _Window, tar: str, shown: str, rejects: list[tuple[str, str]]) -> Iterator[Member]:
-    """The files of a tar file but for hidden ones; where it is cut off or damaged, a reject is the last of it."""
-    if not window.size:
+def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tuple[str, str]]) -> Iterator[Member]:
+    """Files in a tar file of `length` bytes, except hidden ones; then a reject if it is truncated or damaged."""
+    if not length:
         rejects.append((tar, "empty file"))
         return
-    place, extra = 0, dict[str, str]()
-    while header := window.at(place, _BLOCK):
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            if not header.strip(b"\0") and len(header) == _BLOCK:
-                return  # the mark of the end
-            if place == 0:
-                raise SettingError(f"images={shown}: {_no_tar(header)}") from None
-            where = "is cut off" if len(header) < _BLOCK else f"is damaged ({error})"
-            rejects.append((f"{tar}!(byte {place})", f"the tar file {where} here"))
+    try:
+        archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+    except _DAMAGE:  # of the first entry
+        if (damage := _damage_at(file, 0)) != _DAMAGED:
+            raise SettingError(f"images={shown}: {_no_tar(file.at(0, _BLOCK))}") from None
+        rejects.append((f"{tar}!(byte 0)", damage))
+        return
+    start = 0  # where the entry begins, with its extended headers
+    while (info := _next(archive)) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+        declared = info.pax_headers.get("size", "0")  # what is not a number tarfile reads as 0
+        if info.size < 0 or archive.offset <= start or not re.fullmatch("[0-9]{1,30}", declared):
+            rejects.append((f"{tar}!(byte {start})", _DAMAGED))
             return
-        data = place + _BLOCK
-        size = _size(info, extra)
-        if size is None:
-            rejects.append((f"{tar}!(byte {place})", "the tar file is damaged here"))
-            return
-        has_data = info.type not in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, *_DEVICES)
-        place = data + (-(-size // _BLOCK) * _BLOCK if has_data else 0)
-        if info.type in _EXTRAS:
-            extra |= _extra(info.type, window.at(data, min(info.size, _LARGEST_EXTRA)))
-            continue
-        member = replace(_member(info, extra), offset=data, size=size)
-        if has_data and data + size > window.size:
+        member = Member(re.sub(r"^(\./)+", "", info.name), info.offset_data, info.size, _problem(info))
+        has_data = not (info.isdir() or info.islnk() or info.issym() or info.isdev())
+        if has_data and not info.issparse() and info.offset_data + info.size > length:
             yield replace(member, problem="the tar file ends inside it")
             return
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            place += _sparse_blocks(window, header, data)
-        extra = {}
-        if info.type != tarfile.DIRTYPE and not _HIDDEN.search(member.name):
+        start = archive.offset
+        if not info.isdir() and not _HIDDEN.search(member.name):
             yield member
+    if damage := _damage_at(file, start):
+        rejects.append((f"{tar}!(byte {start})", damage))
 
 
-def _size(info: tarfile.TarInfo, extra: dict[str, str]) -> int | None:
-    """Bytes of the data after a header, None where that is no number from 0 on: the next header is then nowhere."""
-    text = str(info.size) if info.type in _EXTRAS else extra.get("size", str(info.size))
-    return int(text) if re.fullmatch(r"[0-9]{1,30}", text) else None
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member; None at the end and at unreadable headers, which `tarfile` itself does not always tell apart."""
+    try:
+        return archive.next()
+    except _DAMAGE:
+        return None
 
 
-def _member(info: tarfile.TarInfo, extra: dict[str, str]) -> Member:
-    problem = _KINDS.get(info.type, "")
-    if any(key.startswith("GNU.sparse.") for key in extra):
-        problem = _KINDS[tarfile.GNUTYPE_SPARSE]
-    name = extra.get("GNU.sparse.name") or extra.get("path") or info.name
-    return Member(re.sub(r"^(\./)+", "", name), 0, 0, problem)
+def _damage_at(file: _Reader, start: int) -> str | None:
+    """What is wrong where the list of members ended; None at the end marker or the end of the file."""
+    header = file.at(start, _BLOCK)
+    if not header or header == tarfile.NUL * _BLOCK:
+        return None
+    if len(header) < _BLOCK:
+        return "the tar file is cut off here"
+    try:
+        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return f"the tar file is damaged ({error}) here"
+    return _DAMAGED  # an intact header, but what belongs to it is damaged
 
 
-def _extra(kind: bytes, content: bytes) -> dict[str, str]:
-    """What comes before a header that has no room for it: a long name, or records of the POSIX format."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
-    records: dict[str, str] = {}
-    while kind in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) and (found := re.match(rb"(\d{1,9}) ([^=]+)=", content)):
-        length = int(found[1])
-        value = content[found.end() : length - 1]
-        records[found[2].decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        if not length:
-            break
-        content = content[length:]
-    return records
-
-
-def _sparse_blocks(window: _Window, header: bytes, place: int) -> int:
-    """Bytes of the further headers of a sparse file in the old format, which come before its data."""
-    more, start = header[482:483] not in (b"", b"\0"), place
-    while more:
-        block = window.at(place, _BLOCK)
-        more = len(block) == _BLOCK and block[504:505] != b"\0"
-        place += _BLOCK
-    return place - start
+def _problem(info: tarfile.TarInfo) -> str:
+    """Why a member cannot be read as an image; empty if it may be one."""
+    if info.issparse():
+        return "a sparse file inside the tar file"
+    if info.islnk() or info.issym():
+        return "a link inside the tar file"
+    return "not a regular file" if info.isdev() else ""
 
 
 def _no_tar(header: bytes) -> str:
     if header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        return "a compressed tar file; its images cannot be read one by one, unpack it to .tar"
+        return "a compressed tar file, whose images cannot be read individually; decompress it to .tar"
     return "not a tar file"
 
 
-# Members of tar files
+# Reading images
 
 
 def fetch_tar(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str]]:
-    """Yield (row number, bytes or the reason why not) for rows that name members of tar files."""
+    """Yield (index into `rows`, encoded image or the reason why there is none), in the order of `rows`."""
     containers, offsets, sizes = (rows.column(name).to_pylist() for name in ("container", "first", "second"))
     root = Folder.at(origin.root)
     with contextlib.ExitStack() as stack:
@@ -332,7 +298,7 @@ def fetch_tar(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str
 
 
 class _Opened:
-    """The tar files of a task, each opened once, when it is first needed."""
+    """The tar files of a task, each opened when it is first needed. At most 64 local ones stay open."""
 
     def __init__(self, origin: Origin, root: Folder, stack: contextlib.ExitStack) -> None:
         self._origin, self._root, self._stack = origin, root, stack
@@ -341,7 +307,7 @@ class _Opened:
         self._lock = threading.Lock()
 
     def file(self, container: int) -> pa.NativeFile:
-        """The file; reads of several threads do not disturb each other."""
+        """An open file, for `read_at` from several threads."""
         with self._lock:
             found = self._files.get(container)
         if found is not None:
@@ -353,24 +319,8 @@ class _Opened:
             kept = self._files.setdefault(container, found)
             if kept is found and self._root.local is None:
                 self._stack.callback(found.close)
-            elif kept is found:  # a process may have a thousand files open, a source more
+            elif kept is found:  # the number of open files of a process is limited
                 self._order.append(container)
                 if len(self._order) > 64:
                     self._files.pop(self._order.popleft()).close()
         return kept
-
-
-@contextlib.contextmanager
-def container_of(root: Folder, name: str) -> Iterator[None]:
-    """A tar or Parquet file that is gone concerns all its inputs: no reject."""
-    try:
-        with reaching(root.shown(name)):
-            yield
-    except FileNotFoundError:
-        raise StorageError(f"{root.shown(name)}: no such file; it was there when the call began") from None
-    except PermissionError:
-        raise StorageError(f"{root.shown(name)}: no permission to read it") from None
-    except OSError as error:
-        if is_remote(root.url) or isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{root.shown(name)} cannot be read: {error}") from None

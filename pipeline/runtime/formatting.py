@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Numbers, durations and tables as text for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def scaled(value: float, step: int) -> str:
-    """Three digits and a prefix: 12.3 G, or with steps of 1024 12.3 Gi; the unit is to follow at once."""
+    """A value with three digits and a prefix: "12.3 G", or "12.3 Gi" with `step` 1024. The unit follows immediately."""
     prefixes = ["", "k" if step == 1000 else "Ki", *(p + ("i" if step == 1024 else "") for p in "MGTPEZ")]
     index = 0
     while abs(value) >= 999.5 and index < len(prefixes) - 1:
@@ -26,7 +26,7 @@ def scaled(value: float, step: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """In words, two units at most."""
+    """Seconds in two units at most, as in "2 h 5 min"; "? s" for None."""
     if seconds is None:
         return "? s"
     whole = round(seconds)

@@ -1,15 +1,15 @@
-"""How far training is: a bar on a terminal, elsewhere a line now and then. No Ray in here.
+"""Progress of training: a bar on a terminal, elsewhere a line every half minute. Does not import Ray.
 
-Both are fed by the metrics file that rank 0 writes, wherever it runs, and are followed by a thread of the driver.
+A thread of the driver reads it from the metrics file that rank 0 writes, wherever that runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,31 +19,31 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from pipeline.periodic import Periodic
 from pipeline.runtime.formatting import duration
 from pipeline.storage.jsonl import JsonLines
 
 MEMORY = "perf/memory_gib"
-WINDOW = 300.0  # seconds that the rate is taken over
-FEWEST = 5  # looks at training that are kept in any case: logging may be rarer than the window is long
-LATE = 3.0  # times the usual distance of two lines after which training counts as standing still
+WINDOW = 300.0  # seconds over which the rate is computed
+FEWEST = 5  # points that are kept in any case: logging may be rarer than the window is long
+LATE = 3.0  # training counts as stalled after so many times the usual time between two lines
 POLL = 0.3  # seconds
 
 
 class Pace:
-    """Images a second of late, and from it the time that is left. Times are of the caller's clock, in seconds.
+    """Recent rate in images per second, and from it the time left. Times are seconds of the caller's clock.
 
-    Images that were done before (by an earlier call) are no part of the rate, and neither is work that a restart from
-    a checkpoint does again: only the time since then counts.
+    Images of an earlier call are not part of the rate. After a restart from a checkpoint only the time since then counts.
     """
 
     def __init__(self, total: int, seen: int = 0) -> None:
-        """`total`: images of the whole run. `seen`: those that were done when this call began."""
+        """`total`: images of the whole run. `seen`: those that an earlier call has done."""
         self.total, self.images = total, seen
         self.points: deque[tuple[float, int]] = deque()  # (time, images)
-        self.first_rate = 0.0  # what training said itself, until there are two points
+        self.first_rate = 0.0  # as training measured it, until there are two points
 
     def add(self, now: float, images: int, rate: float = 0.0) -> None:
-        """Training says that it has seen so many images, at `rate` a second by its own measure."""
+        """Note that training has seen so many images, at `rate` images per second by its own measure."""
         if self.points and images <= self.points[-1][1]:
             self.points.clear()  # it was restarted from a checkpoint
         self.images, self.first_rate = min(images, self.total), rate
@@ -54,14 +54,14 @@ class Pace:
             self.points.popleft()
 
     def rate(self, now: float) -> float:
-        """Images a second; 0 where nothing is known. Falls while nothing comes though something should have."""
+        """Images per second; 0 if unknown. Falls while a line is overdue."""
         if len(self.points) < 2:
             return self.first_rate
         (begin, first), (end, last) = self.points[0], self.points[-1]
         return (last - first) / max((now if self.silent(now) else end) - begin, 1e-9)
 
     def silent(self, now: float) -> float:
-        """Seconds without news, where they are more than usual; else 0."""
+        """Seconds since the last line if it is overdue; else 0."""
         if len(self.points) < 2:
             return 0.0
         times = [at for at, _ in self.points]
@@ -69,7 +69,7 @@ class Pace:
         return now - times[-1] if now - times[-1] > max(LATE * usual, 1.0) else 0.0
 
     def left(self, now: float) -> float | None:
-        """Seconds until all images are seen, at the pace of late; None where no pace is known."""
+        """Seconds until all images are seen, at the recent rate; None if that is unknown."""
         rate = self.rate(now)
         if rate <= 0:
             return 0.0 if self.images >= self.total else None
@@ -78,7 +78,7 @@ class Pace:
 
 
 class Follower:
-    """Reads what is new in a metrics file and shows it."""
+    """Reads new lines of a metrics file and shows the progress."""
 
     def __init__(
         self,
@@ -91,9 +91,15 @@ class Follower:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`total`, `seen`: images of the whole run, and of it done before. `seconds`: between lines, where no terminal is.
-
-        Lines that `path` holds already are those of earlier calls. `stream` is stderr where none is given.
+        """
+        Args:
+            path: The metrics file. Lines that it holds already are those of earlier calls.
+            total: Images of the whole run.
+            seen: Images that an earlier call has done.
+            name: Of the stage.
+            seconds: Between two lines if `stream` is not a terminal.
+            stream: Where to write; stderr if not given.
+            clock: Seconds.
         """
         self.lines = JsonLines(path)
         self.position = self.lines.size()
@@ -115,9 +121,9 @@ class Follower:
             )
 
     def look(self) -> None:
-        """Read what training added; redraw the bar, or write a line where it is time for one."""
+        """Read what training added; redraw the bar, or write a line if it is time for one."""
         now = self.clock()
-        if self.lines.size() < self.position:  # another file in its place
+        if self.lines.size() < self.position:  # another file took its place
             self.position = 0
         for record, end in self.lines.read(self.position):
             self.position = end
@@ -132,7 +138,7 @@ class Follower:
             self.say(now)
 
     def say(self, now: float) -> None:
-        """Write a line, unless it says what the last one did."""
+        """Write a line, unless it is the same as the last one."""
         share = self.pace.images / max(self.pace.total, 1)
         line = f"{self.name}: {self.pace.images:,} of {self.pace.total:,} images ({share:.1%}), {self.words(now)}"
         self.shown = now
@@ -161,7 +167,7 @@ class Follower:
         return ", ".join(said)
 
     def close(self) -> None:
-        """The last look, and the last line."""
+        """Read and show what is new for the last time."""
         self.look()
         if self.bar is not None:
             self.bar.close()
@@ -173,36 +179,39 @@ class Follower:
 def following(
     path: Path, *, total: int, seen: int = 0, name: str = "pretrain", seconds: float = 30.0, enabled: bool = True
 ) -> Iterator[None]:
-    """Show how far training is while the block runs, as `Follower` does. What goes wrong with it is nobody's trouble."""
+    """Show the progress of training while the block runs, with the arguments of `Follower`. Its errors are ignored."""
     if not enabled:
         yield
         return
     follower = Follower(path, total=total, seen=seen, name=name, seconds=seconds)
-    done = threading.Event()
 
-    def follow() -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            while not done.wait(POLL):
-                follower.look()
-            follower.close()
+    def showing(show: Callable[[], None]) -> bool:
+        try:
+            show()
+        except (OSError, ValueError):  # the terminal is gone
+            return False
+        return True
 
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
-    thread.start()
-    try:
+    last = functools.partial(showing, follower.close)
+    with Periodic(functools.partial(showing, follower.look), POLL, name="progress", last=last, join=5):
         yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
 
 
 def images_of_run(total_steps: int, batches_per_epoch: int, batch: int, rows: int) -> int:
-    """Images that a whole run sees: the last batch of an epoch may be smaller."""
+    """Images that a whole run sees.
+
+    Args:
+        total_steps: Of the run.
+        batches_per_epoch: Steps of an epoch.
+        batch: Images of a step; the last one of an epoch may have fewer.
+        rows: Images of an epoch.
+    """
     epochs, batches = divmod(total_steps, batches_per_epoch)
     return epochs * rows + min(batches * batch, rows)
 
 
 def memory_metric(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: the device's peak as torch counts it, on a CPU what is resident. Waits for nothing."""
+    """Memory of this process in GiB, as a metric: torch's peak on a GPU, else resident memory. Does not synchronise."""
     if device.type == "cuda":
         used = torch.cuda.max_memory_reserved(device)
     else:
@@ -213,7 +222,7 @@ def memory_metric(device: torch.device) -> dict[str, float]:
 
 
 def number(value: Any) -> float:
-    """Of a metric, which is text where it is not finite; 0 for what is none."""
+    """Value of a metric, which is a string if it is not finite; 0 if it is not a finite number."""
     try:
         found = float(value)
     except (TypeError, ValueError):

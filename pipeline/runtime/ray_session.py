@@ -1,4 +1,4 @@
-"""The Ray that a stage runs on: a cluster that is there already, or a private Ray on this machine."""
+"""The Ray that a stage runs on: an existing cluster, or a private Ray on this machine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError, StageError
+from pipeline.runtime import ray_internals
 
 _log = logging.getLogger(__name__)
 
@@ -24,41 +25,58 @@ CONNECT_SECONDS = 10
 _MAX_OBJECT_STORE = 2 * 2**30
 _MIN_OBJECT_STORE = 128 * 2**20
 
-# Read by Ray here and in every process it starts; what the user has set is left as it is.
+# Read by Ray here and in every process that it starts; a value that the user has set stays.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning in every task without a GPU
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the stages have bars of their own
-    "RAY_AIR_NEW_OUTPUT": "0",  # and tables: Tune's newer output cannot be silenced
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the stages have their own bars
+    "RAY_AIR_NEW_OUTPUT": "0",  # the stages have their own tables, and Tune's newer output cannot be silenced
 }
-# A node of an autoscaled cluster is started, set up and only then joins.
+# An autoscaled cluster has to start and set up a node before it joins.
 _CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
 _PRIVATE = {
-    "RAY_AUTH_MODE": "disabled",  # or Ray writes a token into the home folder; only loopback is listened on
+    "RAY_AUTH_MODE": "disabled",  # else Ray writes a token into the home folder; it only listens on loopback
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon the end of a short training is seen
-    # Makes Ray take the loopback address for its own: nothing listens on any other interface.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # so that the end of a short training is seen soon
+    # Makes Ray use the loopback address, so that nothing listens on another interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """What the Ray of a session offers."""
+    """What the Ray of a session offers.
+
+    Attributes:
+        cpus, gpus: Of all nodes together, when the session began.
+        nodes: Number of nodes that are alive.
+        address: Of the head, HOST:PORT.
+        private: Whether it was started by and for this process.
+    """
 
     cpus: float
     gpus: float
     nodes: int
     address: str
-    private: bool  # started by and for this process
+    private: bool
 
 
 @contextlib.contextmanager
 def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterator[SessionInfo]:
-    """A Ray to work on, shut down at the end unless it was there before.
+    """Connect to a cluster, or start a private Ray; either is left or shut down at the end of the block.
 
-    `cluster.address`, then RAY_ADDRESS (set inside a Ray job), name a cluster; without either a private Ray is started.
-    Raises StageError where Ray cannot be reached or started. `log_level` INFO also shows what workers print.
+    A Ray that this process is connected to already is used, and stays.
+
+    Args:
+        cluster: The settings. Its address, else RAY_ADDRESS (which is set inside a Ray job), names a cluster; without
+            either a private Ray is started.
+        log_level: Of Ray's own messages; INFO also shows what workers print.
+
+    Yields:
+        What the Ray offers.
+
+    Raises:
+        StageError: Ray cannot be reached or started.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
     private = address == "local"
@@ -74,7 +92,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             try:
                 with _own_sigterm():
                     (_start if private else _connect)(address, log_level)
-            except Exception as error:  # that it took too long is a bare Exception of Ray's
+            except Exception as error:  # Ray raises a bare Exception if starting takes too long
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
             yield _info(private)
@@ -84,7 +102,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM by one that exits with status 15; this process has its own."""
+    """Keep this process's handler of SIGTERM, which Ray replaces by one that exits with status 15."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if main else None
     try:
@@ -96,23 +114,17 @@ def _own_sigterm() -> Iterator[None]:
 
 def _connect(address: str, log_level: int) -> None:
     import ray
-    from ray._private import ray_constants
 
-    # Each retry takes 40 seconds, and 20 are usual: too long to find out about a wrong port or token.
-    retries, ray_constants.NUM_REDIS_GET_RETRIES = ray_constants.NUM_REDIS_GET_RETRIES, 1
     try:
-        ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
+        with ray_internals.connecting_once():  # else a wrong port or token would be found out after many minutes
+            ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
     finally:
-        ray_constants.NUM_REDIS_GET_RETRIES = retries
         _keep_sigterm()
 
 
 def _start(address: str, log_level: int) -> None:
     import ray
-    from ray._private import ray_constants
 
-    # The variable is read when Ray is imported, which may have been before.
-    clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     start = functools.partial(
         ray.init,
         address=address,
@@ -123,39 +135,37 @@ def _start(address: str, log_level: int) -> None:
         log_to_driver=log_level <= logging.INFO,
     )
     try:
-        try:
-            start()
-        except Exception as error:  # a bare one
-            if "timed out" not in str(error):
-                raise
-            _log.warning("this machine is busy: Ray did not start within the time that it gives itself; once more")
-            ray.shutdown()
-            start()
+        with ray_internals.on_loopback():
+            try:
+                start()
+            except Exception as error:  # a bare one
+                if "timed out" not in str(error):
+                    raise
+                _log.warning(
+                    "this machine is busy: Ray did not start in the time that it allows itself; trying once more"
+                )
+                ray.shutdown()
+                start()
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
         _keep_sigterm()
 
 
 def _keep_sigterm() -> None:
-    """Ray's core takes SIGTERM for a crash, and would end the process with a stack trace: give it back to Python."""
+    """Give SIGTERM back to Python: Ray's core treats it as a crash, and ends the process with a stack trace."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _cpus() -> int:
-    """CPUs this process may use, and never less than the two that a worker and a task beside it wait for."""
-    from ray._private.utils import get_num_cpus
-
+    """CPUs that this process may use; at least two, which a worker and a task at the same time need."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(allowed, int(get_num_cpus())))
+    return max(2, min(allowed, ray_internals.cpu_count()))
 
 
 def _object_store_bytes() -> int:
-    """A modest store: stages hand files to each other, not objects."""
-    from ray._common.utils import get_system_memory
-
-    wanted = min(_MAX_OBJECT_STORE, int(get_system_memory() * 0.3))
-    with contextlib.suppress(OSError):  # with less shared memory than asked for, Ray warns and works on disk
+    """Size of the object store; small, because stages pass files to each other, not objects."""
+    wanted = min(_MAX_OBJECT_STORE, int(ray_internals.memory_bytes() * 0.3))
+    with contextlib.suppress(OSError):  # with less shared memory than this, Ray warns and uses the disk
         wanted = min(wanted, int(shutil.disk_usage("/dev/shm").free * 0.9))
     return max(_MIN_OBJECT_STORE, wanted)
 
@@ -174,7 +184,7 @@ def _info(private: bool) -> SessionInfo:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for many minutes, in lines of its own; a port that nobody listens on is known at once."""
+    """Raise StageError if nobody listens at an address. Ray itself would try for minutes, with messages of its own."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if address == "auto" or not host:
         return
@@ -183,7 +193,7 @@ def _check_reachable(address: str) -> None:
     except (OSError, ValueError) as error:
         raise StageError(
             f"no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head` or `ray up`, or "
-            "leave out cluster.address and RAY_ADDRESS to run on this machine alone"
+            "leave out cluster.address and RAY_ADDRESS to run on this machine only"
         ) from None
 
 
@@ -193,7 +203,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Variables set where they are not, for as long as the session lasts."""
+    """Set environment variables that are not set, while the block runs."""
     added = [name for name in defaults if name not in os.environ]
     os.environ.update({name: defaults[name] for name in added})
     try:
@@ -204,14 +214,21 @@ def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
 
 
 def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
-    """Whether training runs on GPUs: as set, else where there are any."""
+    """Whether workers run on GPUs: as cluster.gpus says, by default if the session has any."""
     return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
 
 
 def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str = "train") -> None:
-    """Raise SettingError where this machine can never hold so many workers; a cluster may still grow.
+    """Check that a private Ray has the CPUs and GPUs for so many workers; a cluster may still grow.
 
-    `section`: of the settings, the one that names the workers.
+    Args:
+        recipe: The settings, with each worker's CPUs and whether they use GPUs.
+        session: The Ray.
+        workers: Number of workers at a time.
+        section: Of the setting that gives the number of workers, for the message.
+
+    Raises:
+        SettingError: This machine can never hold so many workers.
     """
     needed = workers * recipe.cluster.cpus_per_worker
     if session.private and needed > session.cpus:
@@ -228,7 +245,7 @@ def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str 
 
 
 def root_cause(error: BaseException) -> str:
-    """The last line of what a worker raised."""
+    """The last line of the error that a worker raised, without Ray's wrapping and stack traces."""
     failures = getattr(error, "worker_failures", None)
     inner: Any = next(iter(failures.values())) if failures else (error.__cause__ or error)
     while getattr(inner, "cause", None) is not None:
@@ -250,5 +267,4 @@ def quiet_ray_data(*, in_order: bool = False) -> None:
     context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # This logger warns that Ray Data's own bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    ray_internals.silence_data_progress()

@@ -1,7 +1,8 @@
-"""What every stage does around its work: one owner a folder, a finishing mark written last, and saying which call it is.
+"""A stage's folder: one owner at a time, the settings it was made with, and a mark that the work is finished.
 
-A stage folder holds ``settings.json`` (what decides its content, written first) and a finishing mark (written last).
-Without the mark nothing in it counts as whole: the same call continues or starts over.
+The folder holds ``settings.json``, which is written first and says what decides its content, and a finishing mark
+(``result.json`` for most stages), which is written last. Without the mark nothing in the folder counts as complete: the
+same command resumes or starts over.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
 from pipeline.storage.locks import owned
 
-__all__ = ["StageError", "StageFolder", "stage_folder", "write_json"]
-
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
@@ -32,22 +31,22 @@ class StageFolder:
     """A stage's folder while this process owns it."""
 
     folder: Folder
-    mark: str
-    state: str  # "new", "unfinished" or "finished", as it was found
+    mark: str  # name of the finishing mark
+    state: str  # how it was found: "new", "unfinished" or "finished"
 
     @property
     def path(self) -> Path:
-        """Where it is, for stages that write to local folders only."""
+        """Its path, for stages that only write to local folders."""
         assert self.folder.local is not None, str(self.folder)
         return self.folder.local
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier call finished exactly this work."""
+        """Whether an earlier call finished this work, with the same settings."""
         return self.state == "finished"
 
     def clear(self) -> None:
-        """Remove what an unfinished call left, but for the settings and hidden marks (which MLflow run it was)."""
+        """Remove what an unfinished call left, except the settings and hidden files (which MLflow run it was)."""
         for entry in self.path.iterdir():
             if entry.name != SETTINGS and not entry.name.startswith("."):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -71,11 +70,23 @@ def stage_folder(
     changeable: Set[str] = frozenset(),
     force: bool = False,
 ) -> Iterator[StageFolder]:
-    """Own the folder at a path or URL for the work that `identity` describes.
+    """Own a stage's folder while the block runs.
 
-    Raises SettingError where the folder holds other work (unless `restart`, which empties it, or `force` where only
-    settings differ that are `changeable`: then that work is unfinished again, under these settings), and StageError
-    where another process owns it.
+    Args:
+        where: A path or URL.
+        identity: The settings that decide the folder's content.
+        restart: Whether to empty a folder that holds something.
+        mark: Name of the finishing mark.
+        changeable: Names of settings that may change on resume.
+        force: Whether to resume although settings in `changeable` differ: the work then counts as unfinished, with these
+            settings.
+
+    Yields:
+        The folder, with its settings written.
+
+    Raises:
+        SettingError: The folder holds work of other settings, or was not made by this stage.
+        StageError: Another process owns it, or a store does not answer.
     """
     folder = Folder.at(where)
     with owned(folder, "a stage"):
@@ -88,23 +99,21 @@ def _open(
     state = "new"
     if _holds_something(folder):
         if folder.size(SETTINGS) is None:
-            raise SettingError(f"{folder} is not empty and not a folder that a stage made; give another out= or name=")
+            raise SettingError(f"{folder} is not empty and was not made by a stage; give another out= or name=")
         known = _read(folder, SETTINGS)
         changed = differences(known, identity)
         if not known.keys() & identity.keys():  # somebody else's settings.json
-            raise SettingError(
-                f"{folder} is not empty and not a folder that this stage made; give another out= or name="
-            )
+            raise SettingError(f"{folder} is not empty and was not made by this stage; give another out= or name=")
         if restart:
             folder.clear()
         elif changed:
             allowed = all(line.partition(":")[0] in changeable for line in changed)
             if allowed and force:
-                log.warning("%s goes on with other settings: %s", folder, "; ".join(changed))
+                log.warning("%s: resuming with changed settings: %s", folder, "; ".join(changed))
                 folder.remove(mark)
                 folder.write(SETTINGS, as_json(identity))
                 return StageFolder(folder, mark, "unfinished")
-            other = ", go on with them from where it is with force=true," if allowed else ","
+            other = ", resume with the new settings with force=true," if allowed else ","
             more = "; …" if len(changed) > 4 else ""
             raise SettingError(
                 f"{folder} holds the work of other settings ({'; '.join(changed[:4])}{more}); "
@@ -120,13 +129,13 @@ def _open(
 
 
 def _holds_something(folder: Folder) -> bool:
-    if folder.local is not None:  # folders count too, also empty ones
+    if folder.local is not None:  # folders count too, even empty ones
         return folder.local.is_dir() and any(not entry.name.startswith(".") for entry in folder.local.iterdir())
     return next(folder.walk(), None) is not None
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
-    """JSON as all files of stages are written."""
+    """JSON in the form of all files of stages."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -136,10 +145,10 @@ def _read(folder: Folder, name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StageError(f"{folder.shown(name)} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise StageError(f"{folder.shown(name)} holds no mapping")
+        raise StageError(f"{folder.shown(name)} is not a JSON object")
     return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that `path` holds either the old content or the whole new one."""
+    """Write a JSON file; a reader sees either the old content or all of the new one."""
     Folder.at(path.parent).write(path.name, as_json(content))

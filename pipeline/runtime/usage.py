@@ -1,8 +1,8 @@
-"""What the run of a stage has cost: images, time, machines, arithmetic, memory and bytes. No Ray in here.
+"""What a stage has used: images, time, CPU and GPU hours, FLOPs, memory and bytes read. Does not import Ray.
 
-Metrics ``cost/…`` are sums since the work began, over all attempts: what is done again after a kill is paid again, so
-``cost/images_seen`` may be more than the images of the x axis. ``perf/…`` says how fast it is at a moment; GPU-hours are
-a sum and have one name, ``cost/gpu_hours``. Evaluation, sweeps and the like use `Meter`, training `TrainingMeter`.
+Metrics ``cost/…`` are sums since the work began, over all attempts: what is done again after a kill counts again, so
+``cost/images_seen`` may be larger than the images of the x axis. Metrics ``perf/…``, which are logged elsewhere, are rates
+at a moment. Training uses `TrainingMeter`, other stages use `Meter` or `measuring_tasks`.
 """
 
 from __future__ import annotations
@@ -12,77 +12,79 @@ import functools
 import logging
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pipeline.runtime.formatting import duration
+from pipeline.periodic import Periodic
+from pipeline.runtime.formatting import duration, scaled
 from pipeline.storage.jsonl import JsonLines
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-from pipeline.runtime.formatting import scaled
-
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 PREFIX = "cost/"
 _FRACTIONS = ("wall_clock_s", "worker_hours", "gpu_hours")
+_PEAKS = ("peak_memory_bytes", "gpu_peak_memory_bytes")
 _METRICS, _TASKS = "metrics.jsonl", ".costs.jsonl"  # in a stage's folder
-_EVERY = 30.0  # seconds
-_TAIL = 1 << 20  # bytes of a metrics file that are searched before all of it is
+_EVERY = 30.0  # seconds between records
+_TAIL = 1 << 20  # bytes at the end of a metrics file that are searched before all of it
 
 
 class CountsBytes(Protocol):
-    """Whatever reads the images of a training run."""
+    """A reader of images."""
 
     bytes_read: int  # so far
 
 
 @dataclass(frozen=True)
 class Spent:
-    """A cost. Two of them add up, but for peaks, of which the higher counts."""
+    """A cost. Costs add up, except peaks, of which the higher one counts.
 
-    images_seen: int = 0  # images that went through a network, or were decoded
-    wall_clock_s: float = 0.0  # seconds at work, without those between a kill and the next attempt
-    worker_hours: float = 0.0  # CPU core-hours: workers × cores that each of them holds × hours
+    Attributes:
+        images_seen: Images that went through a network, or were decoded.
+        wall_clock_s: Seconds at work, without those between a kill and the next attempt.
+        worker_hours: CPU core-hours: workers × cores that each of them holds × hours.
+        gpu_hours: GPU-hours.
+        flops: Counted ones of the networks only (see wavemim.flops), without those of activation checkpointing.
+        peak_memory_bytes: Resident memory of the worker that used most.
+        gpu_peak_memory_bytes: Memory that torch reserved on the GPU that used most; 0 without a GPU.
+        bytes_read: Of images: columns of shards as they are stored, or image files.
+    """
+
+    images_seen: int = 0
+    wall_clock_s: float = 0.0
+    worker_hours: float = 0.0
     gpu_hours: float = 0.0
-    flops: int = 0  # counted, of the networks alone: see wavemim.flops; what recomputing adds is not in it
-    peak_memory_bytes: int = 0  # resident, of the worker that took most
-    gpu_peak_memory_bytes: int = 0  # as torch reserved it, of the GPU with most; 0 without one
-    bytes_read: int = 0  # of images: columns of shards as they are stored; files of images
+    flops: int = 0
+    peak_memory_bytes: int = 0
+    gpu_peak_memory_bytes: int = 0
+    bytes_read: int = 0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            images_seen=self.images_seen + other.images_seen,
-            wall_clock_s=self.wall_clock_s + other.wall_clock_s,
-            worker_hours=self.worker_hours + other.worker_hours,
-            gpu_hours=self.gpu_hours + other.gpu_hours,
-            flops=self.flops + other.flops,
-            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
-            gpu_peak_memory_bytes=max(self.gpu_peak_memory_bytes, other.gpu_peak_memory_bytes),
-            bytes_read=self.bytes_read + other.bytes_read,
-        )
+        mine, others = asdict(self), asdict(other)
+        return Spent(**{n: max(mine[n], others[n]) if n in _PEAKS else mine[n] + others[n] for n in mine})
 
     def metrics(self) -> dict[str, float]:
-        """By the names of metrics; the GPU's memory only where there is a GPU."""
+        """The parts as metrics ``cost/…``; GPU memory only if there is a GPU."""
         values = {f"{PREFIX}{name}": float(value) for name, value in asdict(self).items()}
         if not self.gpu_peak_memory_bytes:
             del values[f"{PREFIX}gpu_peak_memory_bytes"]
         return values
 
     def record(self) -> dict[str, float]:
-        """As JSON, for results and checkpoints."""
+        """The parts by name, for JSON in results and checkpoints."""
         return asdict(self)
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> Spent:
-        """From `record` or `metrics`; what they do not name is 0."""
+        """Read what `record` or `metrics` returned; a missing part is 0."""
         found: dict[str, Any] = {}
         for name in cls.__dataclass_fields__:
             value = (values or {}).get(name, (values or {}).get(PREFIX + name, 0))
@@ -91,22 +93,22 @@ class Spent:
         return cls(**found)
 
     def __str__(self) -> str:
-        """One line for people."""
+        """One line for people, without the parts that are 0."""
         return ", ".join(text for name, text in said(self).items() if text)
 
 
 def said(spent: Spent) -> dict[str, str]:
-    """Each part of a cost in words, by its name; empty where it is nothing."""
+    """Each part of a cost as text, by its name; "" if it is 0."""
     words = {
         "images_seen": (spent.images_seen, f"{spent.images_seen:,} images seen"),
         "wall_clock_s": (spent.wall_clock_s, duration(spent.wall_clock_s)),
         "worker_hours": (spent.worker_hours, f"{spent.worker_hours:.3g} worker-hours"),
         "gpu_hours": (spent.gpu_hours, f"{spent.gpu_hours:.3g} GPU-hours"),
         "flops": (spent.flops, f"{scaled(spent.flops, 1000)}FLOP"),
-        "peak_memory_bytes": (spent.peak_memory_bytes, f"{scaled(spent.peak_memory_bytes, 1024)}B a worker at most"),
+        "peak_memory_bytes": (spent.peak_memory_bytes, f"{scaled(spent.peak_memory_bytes, 1024)}B per worker at most"),
         "gpu_peak_memory_bytes": (
             spent.gpu_peak_memory_bytes,
-            f"{scaled(spent.gpu_peak_memory_bytes, 1024)}B a GPU at most",
+            f"{scaled(spent.gpu_peak_memory_bytes, 1024)}B per GPU at most",
         ),
         "bytes_read": (spent.bytes_read, f"{scaled(spent.bytes_read, 1024)}B read"),
     }
@@ -114,7 +116,7 @@ def said(spent: Spent) -> dict[str, str]:
 
 
 def spent_in(folder: Path) -> Spent:
-    """What earlier attempts at a stage have spent, by the last record in its folder's metrics; nothing without one."""
+    """What earlier attempts at a stage have spent: the last record in its folder's metrics, or nothing."""
     lines = JsonLines(folder / _METRICS)
     size = lines.size()
     for start in (max(0, size - _TAIL), 0):
@@ -129,18 +131,27 @@ def spent_in(folder: Path) -> Spent:
 
 
 def flops_of(model: nn.Module, channels: int, image_size: int) -> int:
-    """FLOPs of a forward pass of one image; 0, with a warning, where they cannot be counted: that must not end a stage."""
+    """FLOPs of a forward pass of one image.
+
+    Args:
+        model: The network.
+        channels: Of an image.
+        image_size: Height and width in pixels.
+
+    Returns:
+        The count; 0, with a warning, if it cannot be counted, which must not end a stage.
+    """
     from wavemim.flops import forward_flops
 
     try:
         return forward_flops(model, channels, image_size)
-    except Exception as error:  # whatever a model of timm's does that tensors without values do not allow
+    except Exception as error:  # a timm model may do anything that tensors without values do not allow
         _log.warning("FLOPs of %s cannot be counted (%s); cost/flops is without them", type(model).__name__, error)
         return 0
 
 
 def together(parts: Iterable[Spent]) -> Spent:
-    """The cost of all of them; wall-clock adds up, as of stages one after another."""
+    """The sum of costs, also of their wall-clock time, as of stages that run one after another."""
     total = Spent()
     for part in parts:
         total += part
@@ -148,32 +159,35 @@ def together(parts: Iterable[Spent]) -> Spent:
 
 
 class Meter:
-    """Measures a stage, or a task of one, from the moment that it is made.
+    """Measures a stage, or one of its tasks, from the moment that it is created.
 
     In a driver with Ray tasks: ``with measuring_tasks(folder, tracker.log, step) as meter:``, give Ray
     ``meter.around(function)`` in place of the function, `add` images, FLOPs and bytes, and put
-    ``"cost": meter.read().record()`` into the result. In a process that works by itself: ``Meter(cores=1)``, `add`, `read`.
+    ``"cost": meter.read().record()`` into the result. In a process that does the work itself: ``Meter(cores=1)``, `add`,
+    `read`.
     """
 
     def __init__(self, *, cores: float = 0.0, gpus: float = 0.0, before: Spent | None = None) -> None:
-        """`cores` and `gpus` are held all the time by this process; 0 for a driver, whose tasks hold them.
-
-        `before`: what earlier attempts at the same work have spent.
+        """
+        Args:
+            cores: CPUs that this process holds all the time; 0 for a driver, whose tasks hold them.
+            gpus: GPUs that it holds.
+            before: What earlier attempts at the same work have spent.
         """
         self.cores, self.gpus = cores, gpus
         self.sum = before or Spent()
         self.began = time.monotonic()
 
     def add(self, *, images: int = 0, flops: int = 0, bytes_read: int = 0) -> None:
-        """Work that was done: FLOPs are those of all these images."""
+        """Add work that was done; `flops` are those of all these images."""
         self.sum += Spent(images_seen=images, flops=flops, bytes_read=bytes_read)
 
     def take(self, part: Spent) -> None:
-        """What a task has spent; its time is within this one's."""
+        """Add what a task has spent, without its wall-clock time, which is part of this one's."""
         self.sum += replace(part, wall_clock_s=0.0)
 
     def read(self, parts: Iterable[Spent] = ()) -> Spent:
-        """What has been spent up to now; also by tasks that are still at work, `parts`, and are not taken yet."""
+        """What has been spent up to now. `parts`: what tasks have spent that are still running, and were not added."""
         seconds = time.monotonic() - self.began
         held = Spent(
             wall_clock_s=seconds,
@@ -186,7 +200,7 @@ class Meter:
 
 
 class TaskMeter(Meter):
-    """Measures a stage whose work is done by tasks: each leaves what it spent as a line in the stage's folder."""
+    """Measures a stage whose work is done by tasks. Each task appends what it spent to a file in the stage's folder."""
 
     def __init__(self, folder: Path, *, before: Spent | None = None) -> None:
         super().__init__(before=before)
@@ -194,8 +208,17 @@ class TaskMeter(Meter):
         self._begin = JsonLines(self._file).size()
 
     def around(self, task: Callable[..., T], *, cores: float = 1.0, gpus: float = 0.0) -> Callable[..., T]:
-        """The function of a task, which then counts its time and memory: what it holds is `cores` and `gpus`."""
-        path = self._file  # the task gets nothing else of this
+        """Wrap the function of a task so that its time and memory are counted.
+
+        Args:
+            task: The function.
+            cores: CPUs that the task holds.
+            gpus: GPUs that it holds.
+
+        Returns:
+            A function with the same arguments and result.
+        """
+        path = self._file  # all that is pickled with the task
 
         @functools.wraps(task)
         def measured(*arguments: Any, **named: Any) -> T:
@@ -203,7 +226,7 @@ class TaskMeter(Meter):
             try:
                 return task(*arguments, **named)
             finally:
-                if path.parent.is_dir():  # not on a node that does not see it
+                if path.parent.is_dir():  # a node may not see the folder
                     JsonLines(path).append(meter.read().record())
 
         return measured
@@ -215,37 +238,48 @@ class TaskMeter(Meter):
 
 @contextlib.contextmanager
 def measuring_tasks(folder: Path, log: Callable[[dict[str, float], int], None], images: int) -> Iterator[TaskMeter]:
-    """A meter of a stage's tasks, on top of what earlier attempts spent; logged at step `images`.
+    """Measure a stage's tasks while the block runs, on top of what earlier attempts spent.
 
-    At the end, and every half minute by a thread, so that no more is lost when the stage is killed.
+    The cost is logged at the end, and every half minute so that no more is lost when the stage is killed.
+
+    Args:
+        folder: The stage's.
+        log: Takes metrics and a step.
+        images: The step.
+
+    Yields:
+        The meter.
     """
-    meter, ended = TaskMeter(folder, before=spent_in(folder)), threading.Event()
+    meter = TaskMeter(folder, before=spent_in(folder))
 
     def record() -> None:
-        while not ended.wait(_EVERY):
-            log(meter.read().metrics(), images)
-
-    thread = threading.Thread(target=record, name="cost", daemon=True)
-    thread.start()
-    try:
-        yield meter
-    finally:
-        ended.set()
-        thread.join()
         log(meter.read().metrics(), images)
+
+    try:
+        with Periodic(record, _EVERY, name="cost"):
+            yield meter
+    finally:
+        record()
 
 
 class TrainingMeter:
-    """Measures data-parallel training: every worker has one, rank 0's knows what all of them spend.
+    """Measures data-parallel training. Every worker has one; that of rank 0 knows what all of them have spent.
 
-    A step costs two additions. What the others have read and their memory are asked for in `read`, where metrics are
-    brought together anyway.
+    A step costs two additions. The bytes and the memory of other workers are gathered by `read`, which is called when metrics
+    are gathered anyway.
     """
 
     def __init__(
         self, device: torch.device, *, world: int, rank: int, cores: float, before: Iterable[Spent | None]
     ) -> None:
-        """`cores`: CPUs of a worker. `before`: records of what earlier attempts have spent, of which the last counts."""
+        """
+        Args:
+            device: That the worker trains on.
+            world: Number of workers.
+            rank: Of this worker.
+            cores: CPUs per worker.
+            before: What earlier attempts have spent, as recorded in several places; the latest counts.
+        """
         gpus = float(device.type == "cuda")
         known = [spent for spent in before if spent is not None]
         last = max(known, key=lambda spent: spent.wall_clock_s, default=Spent())
@@ -257,22 +291,32 @@ class TrainingMeter:
         self._peaks = (0, 0)
 
     def follow(self, reader: CountsBytes, image_flops: int) -> None:
-        """What trains from now on: where its images come from, and FLOPs of a forward and a backward pass of one."""
+        """Say what is trained from now on.
+
+        Args:
+            reader: Where its images come from.
+            image_flops: FLOPs of a forward and a backward pass of one image.
+        """
         self._readers.append(reader)
         self._image_flops = image_flops
 
     def step(self, images: int, rows: int) -> None:
-        """A step: images of all workers that count, and rows of this worker, of which some may only fill it up."""
+        """Add a step.
+
+        Args:
+            images: Of all workers, without rows that only fill up the batch.
+            rows: Of this worker, with those.
+        """
         self._images += images
         self._flops += rows * self._world * self._image_flops
 
     def read(self) -> dict[str, float]:
-        """Metrics up to now. Every worker has to call it."""
+        """The cost up to now as metrics. A collective call: all workers must make it."""
         self._gather()
         return self.spent().metrics()
 
     def spent(self) -> Spent:
-        """The cost up to now; of other workers' reading and memory as they were at the last `read`."""
+        """The cost up to now; the bytes and memory of other workers are those of the last `read`."""
         work = Spent(
             images_seen=self._images,
             flops=self._flops,
@@ -300,8 +344,8 @@ class TrainingMeter:
 
 
 def peak_memory() -> int:
-    """The most memory that this process ever held, in bytes."""
-    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux: getrusage would count who started it too
+    """Peak resident memory of this process, in bytes."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # on Linux getrusage also counts the parent before exec
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -310,7 +354,7 @@ def peak_memory() -> int:
 
 
 def gpu_peak_memory() -> int:
-    """The most memory that torch reserved on this process's GPU, in bytes."""
+    """Peak memory that torch reserved on this process's GPU, in bytes; 0 without one."""
     import torch
 
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0

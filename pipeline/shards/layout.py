@@ -1,6 +1,6 @@
-"""How one image is stored: its pyramid as integers, a column a level. No Ray, no files in here.
+"""How an image is stored: its wavelet pyramid as integers, with a column per level. No Ray and no files in here.
 
-Letters of shapes: n images, C channels, H × W pixels, K bands (H, V, D; at the coarsest level A, H, V, D), h × w cells.
+Dimensions: n images, C channels, H × W pixels, K bands (H, V, D; at the coarsest level A, H, V, D), h × w cells.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import numpy as np
 import pyarrow as pa
 import pywt
 
-from pipeline.errors import StageError
+from pipeline.shards.errors import ShardError
 from wavemim.integer_haar import HaarSums
 from wavemim.wavelets import BANDS, MODE, bands_of, coefficient_bound, is_haar
 
 DIGEST_BYTES = 16  # xxh3_128
 
 
-class ShardError(StageError):
-    """A shard set is missing, damaged or of another format: one line."""
-
-
 @dataclass(frozen=True)
 class Layout:
-    """How the pyramid of one image is stored: image side, channels, wavelet and the quantisation step of every level."""
+    """How the pyramid of an image is stored.
+
+    Attributes:
+        image_size: Side of the image in pixels.
+        channels: Number of channels.
+        steps: Quantisation step of each level, from 1, the finest.
+        wavelet: PyWavelets' name of the wavelet.
+    """
 
     image_size: int
     channels: int
@@ -34,41 +37,45 @@ class Layout:
     wavelet: str = "haar"
 
     def __post_init__(self) -> None:
-        # A step of 4 and one of 4.0 are the same step, also in JSON.
+        # 4 and 4.0 are the same step, in JSON as well.
         object.__setattr__(self, "steps", {level: float(step) for level, step in sorted(self.steps.items())})
         assert list(self.steps) == list(range(1, len(self.steps) + 1)), self.steps
 
     @property
     def levels(self) -> int:
-        """Number of levels; the coarsest one."""
+        """Number of levels, and thus the coarsest level."""
         return len(self.steps)
 
     @property
     def windows(self) -> bool:
-        """Whether a window of the pyramid is the pyramid of the window, and mirroring is an index reversal: Haar only."""
+        """Whether cropping and mirroring can be done on the coefficients, without an inverse transform: Haar only."""
         return is_haar(self.wavelet)
 
     def shape(self, level: int) -> tuple[int, int, int, int]:
-        """(C, K, h, w) of a level."""
+        """The shape (C, K, h, w) of a level."""
         side = self.image_size >> level
         return self.channels, len(bands_of(level, self.levels)), side, side
 
     def dtype(self, level: int) -> np.dtype[Any]:
-        """Smallest integer type that holds every coefficient of a level that an 8-bit image can have."""
+        """The smallest integer type for all quantised coefficients that 8-bit images can have at a level.
+
+        Raises:
+            ShardError: The step is so small that 32 bits are not enough.
+        """
         bands = bands_of(level, self.levels)
         peak = max(coefficient_bound(level, band, self.wavelet) for band in bands) / self.steps[level]
         for kind in ("<i1", "<i2", "<i4"):
-            # Half more than the largest integer still rounds to it; the factor forgives the bound's own rounding.
+            # Values up to max + 0.5 are rounded to max; the factor allows for rounding errors of the bound.
             if peak * (1 - 1e-9) <= np.iinfo(kind).max + 0.5:
                 return np.dtype(kind)
-        raise ShardError(f"step {self.steps[level]} of level {level} is too fine: values would not fit 32 bits")
+        raise ShardError(f"step {self.steps[level]} of level {level} is too small: values would exceed 32 bits")
 
     def row_bytes(self, level: int) -> int:
-        """Bytes of a level in one row, before compression."""
+        """Bytes of a level in a row, before compression."""
         return int(np.prod(self.shape(level))) * self.dtype(level).itemsize
 
     def schema(self) -> pa.Schema:
-        """Arrow schema of a shard."""
+        """The Arrow schema of a shard."""
         fields = [pa.field("row", pa.int64()), pa.field("path", pa.string()), pa.field("label", pa.int32())]
         fields.append(pa.field("pixels", pa.binary(DIGEST_BYTES)))
         for level in range(1, self.levels + 1):
@@ -76,11 +83,22 @@ class Layout:
         return pa.schema([field.with_nullable(False) for field in fields])
 
     def empty(self, count: int) -> dict[int, np.ndarray]:
-        """Uninitialised arrays (n, C, K, h, w) of every level, for `Encoder.quantise` to fill."""
+        """Uninitialised arrays (n, C, K, h, w) of every level, for `PyramidEncoder.quantise` to fill."""
         return {level: np.empty((count, *self.shape(level)), self.dtype(level)) for level in self.steps}
 
     def decode(self, data: pa.RecordBatch | pa.Table, levels: Iterable[int] | None = None) -> dict[int, np.ndarray]:
-        """Stored integers (n, C, K, h, w) of the levels asked for; read-only views of Arrow's memory, not copies."""
+        """View rows of a shard as arrays, without copying.
+
+        Args:
+            data: n rows with the columns of these levels.
+            levels: The levels; None for all.
+
+        Returns:
+            Stored integers (n, C, K, h, w) of each level, read-only.
+
+        Raises:
+            ShardError: A column has another type than the layout says.
+        """
         wanted = range(1, self.levels + 1) if levels is None else levels
         return {level: self._view(data.column(f"level{level}"), level) for level in wanted}
 
@@ -94,21 +112,26 @@ class Layout:
         return values.reshape(len(column), *self.shape(level))
 
 
-class Encoder:
-    """Pixels → stored integers, one image at a time; what it gives back is valid until the next call.
+class PyramidEncoder:
+    """Turns pixels into stored integers, one image at a time. Results are valid until the next call.
 
-    Haar works on sums, integers that are 2^level times the coefficients; every other wavelet on float32 coefficients.
+    Haar works on sums, which are integers and 2^level times the coefficients; other wavelets work on float32
+    coefficients.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._haar = HaarSums(layout.channels, layout.image_size, layout.levels) if layout.windows else None
-        # A coefficient is what the analysis gives, divided by this; a stored integer that, divided by the step.
+        # coefficient = result of `analyse` / scale; stored integer = coefficient / step, rounded
         self.scale = {level: 2**level if layout.windows else 1 for level in layout.steps}
         self._scratch: dict[int, list[np.ndarray]] = {}
 
     def analyse(self, image: np.ndarray) -> dict[int, np.ndarray]:
-        """Scaled coefficients of an image (C, H, W), uint8: Haar sums (C, K, h, w), or A, H, V, D at every level."""
+        """The wavelet transform of an image (C, H, W), uint8.
+
+        Returns:
+            Per level: Haar sums (C, K, h, w), int; for other wavelets float32 coefficients with K = A, H, V, D always.
+        """
         if self._haar is not None:
             return self._haar(image)
         found = {}
@@ -119,13 +142,13 @@ class Encoder:
         return found
 
     def quantise(self, found: Mapping[int, np.ndarray], out: Mapping[int, np.ndarray]) -> None:
-        """Write round(coefficient / step), halves towards zero, into `out` (C, K, h, w) a level."""
+        """Write round(coefficient / step), with halves towards zero, to `out`: (C, K, h, w) for each level."""
         for level, step in self.layout.steps.items():
             values = found[level][:, -len(bands_of(level, self.layout.levels)) :]
             self._divide(level, values, self.scale[level] * step, out[level])
 
     def encode(self, images: np.ndarray) -> dict[int, np.ndarray]:
-        """Integers to store, (n, C, K, h, w) a level, of uint8 images (n, C, H, W)."""
+        """Encode images (n, C, H, W), uint8: the integers (n, C, K, h, w) of each level."""
         out = self.layout.empty(len(images))
         for number, image in enumerate(images):
             self.quantise(self.analyse(np.ascontiguousarray(image)), {level: out[level][number] for level in out})
@@ -138,7 +161,7 @@ class Encoder:
         whole = int(divisor)
         room = values.dtype.kind == "i" and 255 * 4**level + whole // 2 <= np.iinfo(values.dtype).max
         if room and divisor == whole and whole & (whole - 1) == 0:
-            # A shift: for d = 2h, floor((s + h - 1) / d), and for s < 0 floor((s + h) / d). Half the time of floats.
+            # By shifting, twice as fast as floats: for d = 2h, floor((s + h - 1) / d), and floor((s + h) / d) if s < 0.
             rounded = self._scratch.setdefault(level, [np.empty(values.shape, values.dtype)])[0]
             np.right_shift(values, 8 * values.itemsize - 1, out=rounded)
             np.subtract(values, rounded, out=rounded)
@@ -153,5 +176,5 @@ class Encoder:
 
 
 def band_names(layout: Layout, level: int) -> str:
-    """Names along axis K of what `Encoder.analyse` gives at a level."""
+    """Names of the bands along axis K of `PyramidEncoder.analyse` at a level."""
     return bands_of(level, layout.levels) if layout.windows else BANDS

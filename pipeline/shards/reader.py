@@ -1,18 +1,18 @@
-"""The training reader: batches of windows out of a shard set, in an order that is a pure function. No Ray in here.
+"""The training reader: batches of random windows from a shard set, in a reproducible order. No Ray in here.
 
-The order of an epoch depends on (seed, epoch, batch, streams) alone. The row groups of the split are permuted,
-concatenated and cut into `streams` contiguous chunks; within a chunk rows are mixed over a few row groups at a time; a
-global batch takes the same number of rows from every chunk. Ranks share each global batch out among them, so that with
-the same `streams` any number of ranks sees the same global batches, and a run goes on in the middle of an epoch with
-what it would have seen.
+The order of an epoch depends only on (seed, epoch, batch, streams). The row groups of the split are permuted,
+concatenated and divided into `streams` contiguous chunks. Within a chunk, the rows of a few row groups at a time are
+shuffled (a *mix*). A global batch takes the same number of rows from every chunk, and is divided among the ranks. Thus,
+with the same `streams`, any number of ranks sees the same global batches, and a run resumed in the middle of an epoch
+continues with the batches that it would have seen.
 
-Threads read row groups and cut batches ahead of the consumer. What they hold is bounded: in every stream of this rank
-the mix in use, the next one, and of the one before what batches that are being cut still look at, so
-3 · mix_groups · rows_per_group rows at most; and over all streams `threads` + 1 batches being cut and `ahead` + 2
-finished ones. With the defaults (8 groups of 64 rows) a mix of 256-px images is 98 MiB, at most 293 MiB a stream; of
-64-px images 18 MiB.
+Threads read row groups and cut batches ahead of the consumer, with bounded memory. For each stream of this rank they
+hold the current mix, the next one, and what unfinished batches still use of the previous one: at most 3 · mix_groups ·
+rows_per_group rows. Over all streams they hold `threads` + 1 unfinished batches and `ahead` + 2 finished ones. With the
+defaults (8 groups of 64 rows), a mix of 256-pixel images takes 98 MiB, thus at most 293 MiB per stream; a mix of
+64-pixel images takes 18 MiB.
 
-Letters of shapes: B rows, C channels, K bands, h × w cells of a level's window.
+Dimensions: B rows, C channels, K bands, h × w cells of a level's window.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.shards.batches import Batch, Group, Inverse, checked_levels, draw_windows, read_ahead, row_groups
-from pipeline.shards.shard_set import ShardSet, read_patiently, stored_bytes
+from pipeline.shards.batches import Batch, read_ahead
+from pipeline.shards.row_groups import Group, read_patiently, row_groups, stored_bytes
+from pipeline.shards.shard_set import ShardSet
+from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
 from wavemim.randomness import uniform
 
 Pick = tuple[Group, int, float]  # row group, row in it, weight
@@ -35,15 +37,19 @@ Pick = tuple[Group, int, float]  # row group, row in it, weight
 
 @dataclass(frozen=True)
 class _Mix:
-    """Row groups mixed with each other: (group, first row, end row) of each part, and the order of their rows."""
+    """Row groups whose rows are shuffled together."""
 
-    parts: tuple[tuple[int, int, int], ...]
+    parts: tuple[tuple[int, int, int], ...]  # (index of the row group, first row, end row)
     rows: int
-    number: int  # within the epoch, over all streams
+    number: int  # in the epoch, over all streams
 
 
 class Reader:
-    """Reads a split for training. `batch` is the global batch; every rank gets batch/world rows of it, rounded up."""
+    """Reads a split for training.
+
+    Attributes:
+        bytes_read: Bytes of row groups read so far, as they are stored.
+    """
 
     def __init__(
         self,
@@ -64,39 +70,65 @@ class Reader:
         threads: int = 2,
         pin: bool = False,
     ) -> None:
-        """`pin`: batches lie in pinned memory, for a GPU. `pixels`: batches hold 8-bit images in place of coefficients, for what needs none (Haar only).
+        """Prepare to read a split.
 
-        `window`: side in pixels of the stored images. `finest`: levels below it are not read: images are then
-        1/2^(finest-1) of the window's side, out of fewer bytes. `streams`: chunks of the order, by default one a rank;
-        a restart with another `world` keeps the first one's."""
+        Args:
+            shards: The shard set.
+            split: "train" or "val".
+            batch: Rows in a global batch, over all ranks; each rank gets batch/world rows, rounded up.
+            rank: Index of this rank.
+            world: Number of ranks.
+            seed: Decides the order, the windows and the mirroring.
+            window: Side of the windows in pixels of the stored images.
+            flip: Whether half of the windows are mirrored horizontally.
+            mix_groups: Row groups that are shuffled together.
+            finest: The finest level to read. Images then have 1/2^(finest-1) of the window's side.
+            pixels: Whether batches hold 8-bit pixels instead of coefficients (Haar only).
+            streams: Number of chunks of the order; by default one per rank. A run resumed with another `world` keeps
+                it.
+            ahead: Finished batches read ahead.
+            threads: Threads that read and cut.
+            pin: Whether batches are in pinned memory, for a GPU.
+        """
         self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world
         self.seed, self.window, self.flip, self.mix_groups = seed, window, flip, mix_groups
         self.ahead, self.threads, self.pin = ahead, threads, pin
         self.levels = checked_levels(shards, finest, window)
         assert not pixels or shards.layout.windows, shards.layout.wavelet
-        self._inverse = Inverse(shards, self.levels, window) if pixels else None
+        self._pixel_windows = PixelWindows(shards, self.levels, window) if pixels else None
         self.streams = world if streams is None else streams
         self.rows = shards.rows[split]
         assert 0 <= rank < world, (rank, world)
         assert 0 < batch <= self.rows, f"a batch of {batch} out of {self.rows} rows: clip it"
         assert batch % self.streams == 0 and self.streams <= self.rows, (batch, self.streams, self.rows)
         self._groups = row_groups(shards, split)
-        self.bytes_read = 0  # of row groups, as they are stored: since it was made
+        self.bytes_read = 0
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of an epoch, the same for every rank; the last one may be filled up with rows of weight 0."""
+        """Batches of an epoch, the same for every rank. The last batch may be padded with rows of weight 0."""
         return -(-self.rows // self.batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
-        """Batches of one epoch from batch `start` on, read ahead by threads that end with the generator."""
+        """Iterate over one epoch.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            start: Index of the first batch.
+
+        Returns:
+            The batches of this rank, read ahead by threads that end with the generator.
+
+        Raises:
+            UnreadableError: A row group could not be read, even after several attempts.
+        """
         return read_ahead(self._batches(epoch, start), self.ahead)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         mixes = self._mixes(epoch)
         take = self.batch // self.streams
         per_rank = -(-self.batch // self.world)
-        # This rank's places in a global batch; beyond the end only where batch/world leaves a rest.
+        # This rank's positions in a global batch; some exceed it if batch is not divisible by world.
         mine = range(self.rank * per_rank, (self.rank + 1) * per_rank)
         parts = [
             (stream, max(mine.start, stream * take), min(mine.stop, (stream + 1) * take))
@@ -129,7 +161,7 @@ class Reader:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _mixes(self, epoch: int) -> list[list[_Mix]]:
-        """The epoch's plan: for every stream the row groups that are mixed with each other, one mix after another."""
+        """The order of an epoch: the mixes of each stream, one after another."""
         order = _permutation(self.seed, "groups", epoch, len(self._groups))
         ends = np.cumsum([self._groups[group][2] for group in order])
         plan: list[list[_Mix]] = []
@@ -151,7 +183,7 @@ class Reader:
         return plan
 
     def _batch(self, epoch: int, picks: list[Pick], total: float) -> Batch:
-        """Cut the windows of the chosen rows into new arrays."""
+        """Cut the windows of the chosen rows into new memory."""
         rows = torch.tensor([int(group[0][i]) for group, i, _ in picks], dtype=torch.int64)
         unit = 2**self.shards.levels
         places = (self.shards.image_size - self.window) // unit + 1
@@ -159,14 +191,14 @@ class Reader:
         corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
         mirrored = (draws[:, 2] < 0.5) & self.flip
         sources = [(group, i) for group, i, _ in picks]
-        pixels = self._inverse(sources, corners, mirrored) if self._inverse else None
+        pixels = self._pixel_windows(sources, corners, mirrored) if self._pixel_windows else None
         levels, crop = (
             ({}, None)
-            if self._inverse
-            else draw_windows(self.shards, sources, self.levels, corners, self.window, mirrored)
+            if self._pixel_windows
+            else cut_windows(self.shards, sources, self.levels, corners, self.window, mirrored)
         )
         weight = torch.tensor([weight for _, _, weight in picks], dtype=torch.float32)
-        if self.pin:  # a GPU fetches from such memory by itself
+        if self.pin:  # a GPU copies from pinned memory asynchronously
             rows, weight = rows.pin_memory(), weight.pin_memory()
             levels = {level: values.pin_memory() for level, values in levels.items()}
         return Batch(
@@ -181,7 +213,7 @@ class Reader:
 
 
 class _Stream:
-    """One chunk of an epoch: gives the rows at any place, and reads the next mix while this one is used."""
+    """One chunk of an epoch: finds the rows at any position, and reads the next mix while the current one is used."""
 
     def __init__(
         self, reader: Reader, mixes: list[_Mix], epoch: int, pool: ThreadPoolExecutor, ended: threading.Event
@@ -192,7 +224,7 @@ class _Stream:
         self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
 
     def rows(self, first: int, count: int) -> list[Pick]:
-        """(row group, row in it, weight) at places first … first + count - 1; the last row, weight 0, beyond the end."""
+        """(row group, row in it, weight) at positions from `first`; beyond the end, the last row with weight 0."""
         last = int(self._ends[-1]) - 1
         chosen = []
         for place in range(first, first + count):
@@ -203,6 +235,7 @@ class _Stream:
         return chosen
 
     def _mixed(self, mix: int) -> list[tuple[Group, int]]:
+        """The shuffled rows of a mix: (row group, row in it)."""
         if self._current[0] != mix:
             self._start(mix)
             groups = [future.result() for future in self._reading.pop(mix)]
@@ -218,6 +251,7 @@ class _Stream:
         return self._current[1]
 
     def _start(self, mix: int) -> None:
+        """Begin to read a mix, unless that has begun, or there is no such mix."""
         if mix in self._reading or mix >= len(self._mixes):
             return
         reader = self._reader
@@ -229,6 +263,6 @@ class _Stream:
 
 
 def _permutation(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:
-    """A random order of 0 … count - 1, by sorting random keys: the same with every version of every library."""
+    """A random permutation (count,) by sorting random keys, so that it does not depend on versions of libraries."""
     keys = uniform(seed, purpose, epoch, torch.arange(count), 2).numpy()
     return np.lexsort((keys[:, 1], keys[:, 0]))

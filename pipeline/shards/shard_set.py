@@ -1,31 +1,23 @@
-"""The shard format: images stored once, as quantised wavelet pyramids in Parquet files. No Ray in here.
+"""Shard sets: images stored as quantised wavelet pyramids in Parquet files, and their manifest. No Ray in here.
 
-FORMAT.md beside this file describes it for readers in other languages. A *shard set* is a folder, local or in an object
-store, with ``train-00000.parquet`` …, ``val-00000.parquet`` …, ``rejected.parquet`` (path and reason of every input that
-could not be stored) and ``manifest.json``, written last: a folder without one is no shard set.
+A *shard set* is a folder, local or in an object store, with ``train-00000.parquet`` …, ``val-00000.parquet`` …,
+``rejected.parquet`` (path and reason of every input that could not be stored) and ``manifest.json``. The manifest is
+written last: a folder without one is not a shard set. FORMAT.md in this folder describes the format for other readers.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import logging
-import os
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.shards.layout import Layout, ShardError
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import Layout
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import StorageError, reaching
 from wavemim.wavelets import bands_of
 
 FORMAT_VERSION = 2
@@ -35,7 +27,7 @@ SPLITS = ("train", "val")
 
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON of a manifest without its own fingerprint."""
+    """SHA-256 of the canonical JSON of a manifest, without the field `fingerprint`."""
     content = {key: value for key, value in manifest.items() if key != "fingerprint"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -50,7 +42,18 @@ def make_manifest(
     statistics: Mapping[str, Any],
     counts: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The manifest of a shard set whose files are all written. No times and no absolute paths: same data, same bytes."""
+    """Make the manifest of a shard set whose files are all written.
+
+    It contains no times and no absolute paths, so that the same data give the same manifest.
+
+    Args:
+        layout: How the images are stored.
+        rows_per_group: Rows of a row group.
+        classes: Class names; None if unlabelled.
+        splits: `name`, `rows`, `bytes` and `sha256` of the shards of each split, in order.
+        statistics: Mean and standard deviation of levels and pixels, see `Moments.statistics`.
+        counts: Numbers of inputs, kept, rejected and ignored.
+    """
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "wavelet": layout.wavelet,
@@ -77,7 +80,13 @@ def make_manifest(
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A finished shard set."""
+    """A complete shard set.
+
+    Attributes:
+        folder: Where it is.
+        manifest: The content of manifest.json.
+        layout: How its images are stored.
+    """
 
     folder: Folder
     manifest: dict[str, Any]
@@ -85,7 +94,15 @@ class ShardSet:
 
     @classmethod
     def open(cls, where: str | Path, *, check_files: bool = True) -> ShardSet:
-        """Read the manifest of the shard set at a path or URL and see that its files are there. Raises ShardError."""
+        """Open a shard set.
+
+        Args:
+            where: Path or URL of the folder.
+            check_files: Whether to check that all shards exist and have the right size.
+
+        Raises:
+            ShardError: It is not a shard set, is of another version, or a shard is missing or incomplete.
+        """
         folder = Folder.at(where)
         manifest = _read_manifest(folder)
         try:
@@ -97,19 +114,19 @@ class ShardSet:
             shards = cls(folder, manifest, layout)
             expected = {entry["name"]: entry["bytes"] for entry in shards.entries()}
         except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
-            raise ShardError(f"{folder.shown(MANIFEST)} is not a manifest of a shard set ({error!r})") from None
+            raise ShardError(f"{folder.shown(MANIFEST)} is not the manifest of a shard set ({error!r})") from None
         found = folder.sizes() if check_files else expected
         for name, size in expected.items():
             if found.get(name) != size:
                 state = f"has {found[name]} bytes, the manifest says {size}" if name in found else "is missing"
                 raise ShardError(
-                    f"{folder.shown(name)} {state}; copy the shard set again or prepare it with restart=true"
+                    f"{folder.shown(name)} {state}; copy the shard set again, or prepare it with restart=true"
                 )
         return shards
 
     @property
     def url(self) -> str:
-        """Where the shard set is, for messages and records: without credentials."""
+        """Path or URL of the shard set without credentials, for messages and records."""
         return str(self.folder)
 
     @property
@@ -119,7 +136,7 @@ class ShardSet:
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
+        """Number of channels of an image."""
         return self.layout.channels
 
     @property
@@ -129,7 +146,7 @@ class ShardSet:
 
     @property
     def steps(self) -> dict[int, float]:
-        """Quantisation step of every level: coefficient ≈ stored integer · step."""
+        """Quantisation step of each level: coefficient ≈ stored integer · step."""
         return dict(self.layout.steps)
 
     @property
@@ -139,13 +156,13 @@ class ShardSet:
 
     @property
     def classes(self) -> list[str] | None:
-        """Class names; None for an unlabelled set."""
+        """Class names in the order of the labels; None if unlabelled."""
         names: list[str] | None = self.manifest["classes"]
         return names
 
     @property
     def rows(self) -> dict[str, int]:
-        """Rows of every split."""
+        """Number of rows of each split."""
         return {split: content["rows"] for split, content in self.manifest["splits"].items()}
 
     @cached_property
@@ -165,21 +182,21 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, and with it of all files."""
+        """SHA-256 of the manifest, which includes those of all shards."""
         return str(self.manifest["fingerprint"])
 
     @cached_property
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of every shard, by name."""
+        """SHA-256 of each shard, by name."""
         return {entry["name"]: entry["sha256"] for entry in self.entries()}
 
     def files(self, split: str) -> list[tuple[str, int]]:
-        """(name, rows) of a split's shards, in their order."""
+        """(name, number of rows) of the shards of a split, in order."""
         assert split in SPLITS, split
         return [(entry["name"], entry["rows"]) for entry in self.manifest["splits"][split]["files"]]
 
     def entries(self) -> list[dict[str, Any]]:
-        """{"name", "rows", "bytes", "sha256"} of every shard of all splits."""
+        """`name`, `rows`, `bytes` and `sha256` of the shards of all splits, in order."""
         return [entry for split in SPLITS for entry in self.manifest["splits"][split]["files"]]
 
 
@@ -187,7 +204,7 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
     path = folder.shown(MANIFEST)
     if folder.size(MANIFEST) is None:
         unfinished = folder.size("settings.json") is not None
-        hint = "prepare was not finished there; call it again" if unfinished else "wavemim prepare writes one"
+        hint = "prepare was interrupted there; run it again" if unfinished else "wavemim prepare makes one"
         raise ShardError(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
     try:
         manifest = json.loads(folder.read(MANIFEST))
@@ -195,110 +212,10 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
         raise ShardError(f"{path} cannot be read: {error}") from None
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
-        raise ShardError(f"{path} is not a manifest of a shard set: it names no format version")
+        raise ShardError(f"{path} is not the manifest of a shard set: it has no format version")
     if version != FORMAT_VERSION:
         advice = "update wavemim" if version > FORMAT_VERSION else "prepare the images again"
         raise ShardError(f"{path} has format version {version}, this wavemim reads version {FORMAT_VERSION}; {advice}")
     if manifest.get("fingerprint") != manifest_fingerprint(manifest):
-        raise ShardError(f"{path} was changed after it was written: its fingerprint does not fit its content")
+        raise ShardError(f"{path} was changed after it was written: its fingerprint does not match its content")
     return manifest
-
-
-@functools.lru_cache(maxsize=512)
-def _footer(folder: Folder, name: str, sha256: str) -> pq.FileMetaData:
-    """A file's footer, read once: an object store would be asked twice for every row group otherwise."""
-    with reaching(folder.shown(name)), folder.open(name) as source, pq.ParquetFile(source) as parquet:
-        return parquet.metadata
-
-
-# (path, when it was written, row group, columns) that this process has read whole from a local disk.
-_sound: set[tuple[str, int, int, tuple[str, ...]]] = set()
-
-
-def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
-    """Some columns of one row group of a shard. Raises ShardError.
-
-    Checksums of pages cost a tenth of the reading. They are compared whenever bytes come over a network, and of a local
-    file when a process reads them for the first time: damage that is there when training starts is met in its first epoch.
-    """
-    local = shards.folder.local is not None
-    try:
-        path = shards.folder.place(name)
-        key = (path, os.stat(path).st_mtime_ns if local else 0, group, tuple(columns))
-        footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
-        with (
-            reaching(shards.folder.shown(name)),
-            shards.folder.open(name) as source,
-            pq.ParquetFile(
-                source,
-                metadata=footer,
-                page_checksum_verification=not (local and key in _sound),
-                pre_buffer=not local,  # a store is asked once for neighbouring columns
-            ) as parquet,
-        ):
-            table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
-        _sound.add(key)
-        return table
-    except FileNotFoundError:
-        raise ShardError(
-            f"{shards.folder.shown(name)} is missing (row group {group} was to be read); "
-            f"wavemim verify {shards.url} names all such files"
-        ) from None
-    except StorageError as error:  # of a store: away, or what it gave is damaged
-        raise ShardError(f"{error} (row group {group} was to be read)") from None
-    except (OSError, pa.ArrowException, KeyError) as error:
-        text = " ".join(str(error).split())
-        raise ShardError(
-            f"{shards.folder.shown(name)} is damaged (row group {group}): {text}; "
-            f"wavemim verify {shards.url} names all such files"
-        ) from None
-
-
-def read_group(
-    shards: ShardSet, name: str, group: int, levels: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
-    """One row group: `row` (n,), `label` (n,) and the stored integers (n, C, K, h, w) of `levels`. Raises ShardError."""
-    table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
-    row, label = (table.column(column).to_numpy() for column in ("row", "label"))
-    return row, label, shards.layout.decode(table, levels)
-
-
-def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int]) -> int:
-    """What `read_group` takes from the disk or the network: its column chunks as they are stored, by the file's footer."""
-    columns = {"row", "label", *(f"level{level}" for level in levels)}
-    chunks = _footer(shards.folder, name, shards.checksums.get(name, "")).row_group(group)
-    found = (chunks.column(index) for index in range(chunks.num_columns))
-    return sum(chunk.total_compressed_size for chunk in found if chunk.path_in_schema in columns)
-
-
-PAUSES = (1.0, 4.0, 15.0)  # seconds before rows are read again
-
-_log = logging.getLogger(__name__)
-_warned: set[str] = set()  # files
-
-
-class UnreadableError(ShardError):
-    """Rows that could not be read, again and again: one line."""
-
-    def __init__(self, message: str, name: str, group: int, levels: Sequence[int]) -> None:
-        super().__init__(message, name, group, levels)  # so that it can be pickled
-        self.message = message
-        self.place = {"name": name, "group": group, "levels": list(levels)}
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def read_patiently(shards: ShardSet, name: str, group: int, levels: Sequence[int], ended: threading.Event) -> Any:
-    """`read_group`, tried again after pauses, unless `ended`. Raises UnreadableError."""
-    for pause in (*PAUSES, None):
-        try:
-            return read_group(shards, name, group, levels)
-        except ShardError as error:
-            if pause is None or ended.is_set():
-                raise UnreadableError(str(error), name, group, levels) from None
-            if name not in _warned:
-                _warned.add(name)
-                _log.warning("%s; it is tried again for %.0f s", error, sum(PAUSES))
-        ended.wait(pause)
-    raise AssertionError

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of every level and band of a shard set, from sums that merge."""
+"""Mean and standard deviation of each level and band of a shard set, from sums that can be merged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _EXACT_IN_FLOAT32 = 2**24
 
 
 class Moments:
-    """Sums and sums of squares of coefficients, per level, band and channel, over any number of images.
+    """Sums and sums of squares of coefficients per level, band and channel, over any number of images.
 
-    For Haar they are those of the stored integers, exact. There the transform is orthonormal, so A of every finer level,
-    and the pixels, follow: their energy is that of all coarser bands together, their mean that of the coarsest A. For
-    other wavelets all four bands of every level, and the pixels, are summed in float64 before they are quantised.
+    For Haar, they are exact sums of the stored integers. Since the transform is orthonormal, those of A at finer levels
+    and of the pixels follow: the energy is that of all coarser bands together, the mean that of the coarsest A. For
+    other wavelets, all four bands of each level, and the pixels, are summed in float64 before quantisation.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -25,23 +25,23 @@ class Moments:
         self.images = 0
         kind: Any = np.int64 if layout.windows else np.float64
         shapes = {level: (layout.channels, len(band_names(layout, level))) for level in layout.steps}
-        # Of this process: 64 bits are enough for millions of images. Merged states are Python's own, unbounded integers.
+        # For this process, 64 bits are enough for millions of images. Merged sums are Python integers, without a bound.
         self._sums = {level: np.zeros(shape, kind) for level, shape in shapes.items()}
         self._squares = {level: np.zeros(shape, kind) for level, shape in shapes.items()}
         self._merged: list[Mapping[str, Any]] = []
         self._pixels = np.zeros((2, layout.channels), np.int64)
 
     def add_stored(self, stored: Mapping[int, np.ndarray]) -> None:
-        """Take in the stored integers {level: (n, C, K, h, w)} of n images; Haar only."""
+        """Add n images by their stored integers (n, C, K, h, w) of each level; Haar only."""
         self.images += len(stored[1])
         for level, images in stored.items():
-            for values in images:  # one at a time stays in the cache
+            for values in images:  # one at a time, which fits in the cache
                 total, squares = _exact_sums(values)
                 self._sums[level] += total
                 self._squares[level] += squares
 
     def add_found(self, found: Mapping[int, np.ndarray], image: np.ndarray) -> None:
-        """Take in an image (C, H, W), uint8, and what `Encoder.analyse` found in it; other wavelets than Haar."""
+        """Add an image (C, H, W), uint8, with its transform by `PyramidEncoder.analyse`; wavelets other than Haar."""
         self.images += 1
         for level, values in found.items():
             wide = values.astype(np.float64)
@@ -52,12 +52,12 @@ class Moments:
         self._pixels[1] += np.square(pixels).sum((-2, -1))
 
     def merge(self, state: Mapping[str, Any]) -> None:
-        """Take in the `state` of other moments."""
+        """Add the `state` of other moments."""
         self.images += state["images"]
         self._merged.append(state)
 
     def state(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Everything as JSON values, for `merge`."""
         return {
             "images": self.images,
             "pixels": self._total("pixels", self._pixels).tolist(),
@@ -68,7 +68,7 @@ class Moments:
         }
 
     def _total(self, what: str, own: np.ndarray, level: int | None = None) -> np.ndarray:
-        """Sum of this process's and all merged numbers, as Python numbers."""
+        """The sum of the numbers of this process and all merged ones, as Python numbers."""
         total = own.astype(object)
         for state in self._merged:
             total = total + np.array(state[what] if level is None else state[what][str(level)], object)
@@ -111,10 +111,10 @@ class Moments:
 
 
 def _exact_sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and sums of squares (C, K), int64 and exact, of integers (C, K, h, w).
+    """Exact sums and sums of squares (C, K), int64, of integers (C, K, h, w).
 
-    By products of float32 blocks so short that no sum leaves the whole numbers that float32 has, which is several times
-    faster than integer arithmetic in numpy.
+    Computed by products of float32 blocks, so short that all sums are exact in float32. This is several times faster
+    than integer arithmetic in NumPy.
     """
     shape, cells = values.shape[:2], values.shape[-2] * values.shape[-1]
     block = cells

@@ -1,4 +1,4 @@
-"""Writing one shard: a Parquet file of row groups, under a temporary name until it is whole. No Ray in here."""
+"""Writing one shard: a Parquet file, under a temporary name until it is complete. No Ray in here."""
 
 from __future__ import annotations
 
@@ -13,29 +13,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.shards.layout import DIGEST_BYTES, Encoder, Layout
+from pipeline.shards.layout import DIGEST_BYTES, Layout, PyramidEncoder
 from pipeline.shards.statistics import Moments
 
-# zstd halves the finest level, mostly small numbers, and takes its time; of the others it would save little.
+# zstd halves the size of the finest level, which has mostly small numbers, but is slow; other levels gain little by it.
 FINEST_COMPRESSION, COMPRESSION = "zstd", "lz4"
-COMPRESSION_LEVEL = 1  # of zstd; on these columns 3 takes twice the time and is no smaller
+COMPRESSION_LEVEL = 1  # of zstd; level 3 takes twice the time here and saves nothing
 
 
 class ShardWriter:
-    """Encodes images and writes them, a row group at a time."""
+    """Encodes images and writes them in row groups.
+
+    Attributes:
+        moments: Statistics of the images so far.
+        rows: Number of images so far.
+    """
 
     def __init__(self, folder: Path, layout: Layout, rows_per_group: int) -> None:
-        """`folder` holds the file while it is written; `close` says where it is."""
+        """Begin a shard in `folder`, with a temporary name."""
         self.layout, self.rows = layout, 0
         self.moments = Moments(layout)
-        self._encoder = Encoder(layout)
+        self._encoder = PyramidEncoder(layout)
         self._group = layout.empty(rows_per_group)
         self._rows: list[tuple[int, str, int, bytes]] = []
         self._file = folder / f".{uuid.uuid4().hex}.tmp"
         self._writer: pq.ParquetWriter | None = None
 
     def append(self, row: int, path: str, label: int, image: np.ndarray) -> None:
-        """Add an image (C, H, W), uint8."""
+        """Add an image.
+
+        Args:
+            row: Its number, unique in the split.
+            path: Its path, relative to the source.
+            label: Its class index, -1 for none.
+            image: Its pixels (C, H, W), uint8.
+        """
         image = np.ascontiguousarray(image)
         found = self._encoder.analyse(image)
         if not self.layout.windows:
@@ -74,7 +86,11 @@ class ShardWriter:
         self._rows = []
 
     def close(self) -> tuple[Path, dict[str, Any]] | None:
-        """Finish the file: where it is, and rows, bytes and SHA-256. None where no image was added."""
+        """Finish the file.
+
+        Returns:
+            Its temporary path, and `rows`, `bytes` and `sha256`; None if no image was added.
+        """
         self._flush()
         if self._writer is None:
             return None
@@ -82,20 +98,20 @@ class ShardWriter:
         return self._file, {"rows": self.rows, **file_entry(self._file)}
 
     def abort(self) -> None:
-        """Leave nothing behind, also after `close` where nobody has moved the file."""
+        """Remove the file, unless it was moved after `close`."""
         if self._writer is not None and self._writer.is_open:
             self._writer.close()
         self._file.unlink(missing_ok=True)
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """`bytes` and `sha256` of a file."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_rejected(path: Path, rejects: Sequence[tuple[str, str]]) -> None:
-    """Write a table of (path, reason) of every input that could not be stored."""
+    """Write the (path, reason) of each input that could not be stored to a Parquet file."""
     schema = pa.schema([("path", pa.string()), ("reason", pa.string())])
     columns = [pa.array([reject[i] for reject in rejects], pa.string()) for i in range(2)]
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")

@@ -17,7 +17,7 @@ from pipeline.models.build import build_blank_model
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.stages.model_card import evaluation_of, model_card
 from pipeline.tracking import mlflow_client as store
-from pipeline.tracking.sender import Position
+from pipeline.tracking.journal import SendOffset
 from pipeline.tracking.tracker import Tracker, store_uri
 from wavemim import __version__
 from wavemim.encoders.base import Encoder
@@ -211,7 +211,7 @@ def register(
         StageError: MLflow does not answer, or refuses.
     """
     uri = store_uri(recipe)
-    run_id = Position.of(folder).run_id
+    run_id = SendOffset.of(folder).run_id
     where = store.without_password(uri)
     again = f"the encoder is in {folder}; the same command tries again"
     if not run_id:

@@ -1,84 +1,137 @@
-"""Fine-tuning on Ray Train: data-parallel workers around the loop, restarted by Ray from our own checkpoints."""
+"""Fine-tuning on Ray Train: the same workers as in pretraining, around the loop of fine-tuning."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
-import ray.train.torch
-import torch
 
-from pipeline.checkpoints.writer import Keeper
-from pipeline.config.load import validate
+from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.encoder_source import Subject, build_classifier, subject_of
 from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo, check_room
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
-from pipeline.runtime.usage import TrainingMeter, spent_in
+from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages.pretrain import METRICS
-from pipeline.tracking.tracker import RunHandle, Tracker
-from pipeline.training.coordination import Orders
-from pipeline.training.finetune_loop import TOP1, Finetuned, NotFiniteError, finetune
-from pipeline.training.schedule import FinetuneSchedule
-from pipeline.workers.group import run_workers
-from pipeline.workers.process import alive, asked_to_stop, data_parallel, reader_threads, resume_from
+from pipeline.tracking.sender import METRICS
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.finetune_loop import TOP1, finetune
+from pipeline.training.schedule import TrainSchedule
+from pipeline.workers.group import least_workers, train_on_workers
+from pipeline.workers.harness import Harness
+from pipeline.workers.worker import LoopResult
 from wavemim import __version__
 from wavemim.evaluation.metrics import Accuracy, class_table
 from wavemim.finetune import middle_side
 from wavemim.weights import checkpoint
 from wavemim.weights.timm_folder import export_timm
 
+CHECKS: tuple[Callable[[Recipe], None], ...] = ()
 MODEL, CONFUSION, CLASSES = "model", "confusion.csv", "classes.csv"  # in the stage's folder
-_KEPT = 2  # checkpoints
 
 
-CHECKS = ()
+@dataclass(frozen=True)
+class Checked:
+    """What `check` has opened."""
+
+    subject: Subject
+    shards: ShardSet
 
 
-def check(recipe: Recipe) -> tuple[Subject, ShardSet]:
-    """The encoder and the shard set of `recipe`, which fit together. Raises SettingError and StageError."""
+def check(recipe: Recipe) -> Checked:
+    """Open the encoder and the shard set, and check that they and the settings fit together.
+
+    Raises:
+        SettingError: They do not, or train.checkpoints_at holds checkpoints of other settings.
+        StageError: The encoder or the shard set is missing or damaged, or a store does not respond.
+    """
     shards = ShardSet.open(recipe.shards_at)
     subject = subject_of(recipe, shards)
     build_classifier(recipe.finetune, subject, shards)
-    FinetuneSchedule.of(recipe.finetune, shards.rows["train"])
-    return subject, shards
+    TrainSchedule.of_finetuning(recipe, shards.rows["train"])
+    check_store(recipe, "finetune", _identity(recipe, subject, shards))
+    return Checked(subject, shards)
 
 
-def run(
-    recipe: Recipe, session: SessionInfo, checked: tuple[Subject, ShardSet], *, progress: bool = True
-) -> dict[str, Any]:
-    """Fine-tune the encoder that `checkpoint=` names; gives the summary that is also the stage's finishing mark."""
-    subject, shards = checked
-    check_room(recipe, session, recipe.finetune.workers, "finetune")
-    same = {**identity(recipe, "finetune"), "encoder": subject.fingerprint, "shards": shards.fingerprint}
-    with stage_folder(recipe.stage_dir("finetune"), same, restart=recipe.restart) as folder:
+def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: bool = True) -> dict[str, Any]:
+    """Fine-tune the encoder that checkpoint= names, or resume, or find that it is finished.
+
+    Args:
+        recipe: The settings.
+        session: The running Ray.
+        checked: The value of `check`.
+        progress: Show a progress bar or lines.
+
+    Returns:
+        The result that is also the stage's finishing mark, with its "state".
+
+    Raises:
+        SettingError: The folder holds work of other settings, or there is no room for the workers.
+        StageError: Training has failed.
+        KeyboardInterrupt: Training was stopped.
+    """
+    subject, shards, workers = checked.subject, checked.shards, recipe.finetune.workers
+    check_room(recipe, session, least_workers(recipe, workers), "finetune")
+    same = _identity(recipe, subject, shards)
+    with (
+        stage_folder(recipe.stage_dir("finetune"), same, restart=recipe.restart) as folder,
+        opened(recipe, same, folder) as store,
+    ):
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         last = checkpoint.latest(folder.path)
+        state = checkpoint.read_state(last, verify=False) if last else {}
+        rows = shards.rows["train"]
+        schedule = TrainSchedule.of_finetuning(recipe, rows, state.get("streams"))
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.source}
         with Tracker.start(recipe, "finetune", log_dir=folder.path, tags=tags) as tracker:
-            rows, plan = shards.rows["train"], FinetuneSchedule.of(recipe.finetune, shards.rows["train"])
-            total = images_of_run(plan.total_steps, plan.batches_per_epoch, plan.batch, rows)
-            seen = int(checkpoint.read_state(last, verify=False)["images"]) if last else 0
-            with following(folder.path / METRICS, total=total, seen=seen, name="finetune", enabled=progress):
-                counts = _fit(recipe, subject, shards, folder.path, tracker.handle, session)
+            with following(
+                folder.path / METRICS,
+                total=images_of_run(schedule.total_steps, schedule.batches_per_epoch, schedule.batch, rows),
+                seen=int(state.get("images", 0)),
+                name="finetune",
+                seconds=recipe.train.progress_seconds,
+                enabled=progress,
+            ):
+                counts = train_on_workers(
+                    _loop,
+                    recipe,
+                    session,
+                    folder.path,
+                    shards=shards,
+                    handle=tracker.handle,
+                    store=store,
+                    workers=workers,
+                    reader_threads=recipe.finetune.reader_threads,
+                    what="fine-tuning",
+                    subject=subject,
+                )
             result = _result(recipe, subject, shards, folder, tracker, counts)
             folder.finish(result)
         return {**result, "state": "new" if last is None else f"continued from {last.name}"}
 
 
+def _identity(recipe: Recipe, subject: Subject, shards: ShardSet) -> dict[str, Any]:
+    """What decides the content of the stage's folder."""
+    return {**identity(recipe, "finetune"), "encoder": subject.fingerprint, "shards": shards.fingerprint}
+
+
+def _loop(recipe: Recipe, harness: Harness, config: Mapping[str, Any]) -> LoopResult:
+    """In a worker: fine-tuning; the value is the val images by true and predicted class, int64 (K, K)."""
+    tuned = finetune(recipe, config["subject"], ShardSet.open(config["shards"]), **vars(harness))
+    return LoopResult(tuned.stopped, None if tuned.counts is None else tuned.counts.numpy())
+
+
 def _result(
     recipe: Recipe, subject: Subject, shards: ShardSet, folder: StageFolder, tracker: Tracker, counts: np.ndarray
 ) -> dict[str, Any]:
-    """Save the model and what was measured of it; gives the summary."""
+    """Export the model, write what was measured of it; returns the result."""
     final = checkpoint.latest(folder.path)
     if final is None:
         raise StageError(f"{folder.path} has no whole checkpoint after training")
@@ -143,61 +196,8 @@ def _export(
     )
 
 
-def _fit(
-    recipe: Recipe, subject: Subject, shards: ShardSet, folder: Path, handle: RunHandle, session: SessionInfo
-) -> np.ndarray:
-    """Run the workers to the end; gives val images by true and predicted class. SIGTERM saves a checkpoint and ends."""
-    config = {"recipe": recipe.dump(), "subject": subject, "shards": shards.folder.url, "handle": handle}
-    ended = run_workers(_worker, config, recipe, session, folder, workers=recipe.finetune.workers, what="fine-tuning")
-    return np.asarray(ended["counts"], np.int64)
-
-
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One data-parallel worker. Gives how it ended: an exception would make Ray begin again."""
-    recipe, folder = validate(config["recipe"]), Path(config["folder"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    resume = resume_from(folder, rank)
-    tracker = Tracker.attach(config["handle"]) if rank == 0 else None
-    keeper = Keeper(folder, keep=_KEPT) if rank == 0 else None
-    tuned: Finetuned | None = None
-    failed = ""
-    with alive(folder, rank, None):
-        try:
-            tuned = finetune(
-                recipe,
-                config["subject"],
-                ShardSet.open(config["shards"]),
-                device=device,
-                rank=rank,
-                world=world,
-                threads=reader_threads(recipe.finetune.reader_threads, context.get_local_world_size()),
-                wrap=data_parallel if world > 1 else None,
-                resume=resume,
-                on_log=tracker.log if tracker is not None else None,
-                on_checkpoint=keeper.save if keeper is not None else None,
-                orders=Orders(rank, world, stop=lambda: bool(keeper and keeper.given_up) or asked_to_stop(folder)),
-                costs=TrainingMeter(
-                    device, world=world, rank=rank, cores=recipe.cluster.cpus_per_worker, before=[spent_in(folder)]
-                ),
-            )
-        except NotFiniteError as error:
-            failed = str(error)
-        finally:
-            if keeper is not None:
-                keeper.wait()
-        if keeper is not None:
-            unsaved = keeper.finish()
-            failed = failed or keeper.given_up or unsaved
-    counts = tuned.counts.numpy() if tuned is not None and tuned.counts is not None else None
-    return {"failed": failed, "stopped": tuned is not None and tuned.stopped, "counts": counts}
-
-
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
-    """What fine-tuning reached, and where it is."""
+    """The accuracy that fine-tuning reached, and where the model is."""
     values = result["measured"]
     named = [values[f"eval/finetune_top1{end}"] for end in ("", "_low", "_high")]
     top1, low, high = (f"{value:.1f}" for value in named)

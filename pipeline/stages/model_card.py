@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.behaviour import values_of
 from pipeline.config.recipe import BEHAVIOURS, Recipe
 from wavemim import __version__
 
@@ -146,13 +147,11 @@ def _number(value: float) -> str:
 
 
 def _recipe(trained: Recipe) -> str:
-    values, settings = trained.dump(), dict[str, Any]()
-    for key, behaviour in BEHAVIOURS.items():
-        if behaviour.in_card:
+    settings: dict[str, Any] = {}
+    for key, value in values_of(trained).items():
+        if BEHAVIOURS[key].in_card:
             section, _, name = key.rpartition(".")
-            value = values[section][name]
             # Places on the machine where it was made are shown without their folders.
-            settings.setdefault(section, {})[name] = (
-                Path(value).name if behaviour.place and isinstance(value, str) else value
-            )
+            shown = Path(value).name if BEHAVIOURS[key].place and isinstance(value, str) else value
+            settings.setdefault(section, {})[name] = shown
     return yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

@@ -3,78 +3,79 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.collective
-import ray.train.torch
-import torch
-
-from pipeline.checkpoints.remote import CheckpointStore
-from pipeline.checkpoints.uploader import Copier, check_store, opened
-from pipeline.checkpoints.writer import Keeper
-from pipeline.config.load import validate
+from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import CHANGEABLE, Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.build import build_inputs, check_model, check_shards, model_of_checkpoint
 from pipeline.runtime.formatting import duration, scaled
 from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo, check_room
-from pipeline.runtime.stage_folder import stage_folder
+from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import spent_in
-from pipeline.shards.shard_set import ShardSet, UnreadableError
-from pipeline.tracking.tracker import RunHandle, Tracker
-from pipeline.training.coordination import Minutes, Orders
-from pipeline.training.divergence import BlowUpError, keep_blow_up
+from pipeline.shards.shard_set import ShardSet
+from pipeline.tracking.sender import METRICS
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.online_eval import draw_val, monitoring
-from pipeline.training.pretrain_loop import Trained, train
+from pipeline.training.pretrain_loop import train
 from pipeline.training.schedule import TrainSchedule
-from pipeline.workers.group import run_workers
-from pipeline.workers.heartbeat import CHECKPOINT, Pulse, watching
-from pipeline.workers.process import (
-    alive,
-    asked_to_stop,
-    data_parallel,
-    end_process,
-    forget,
-    note,
-    reader_threads,
-    resume_from,
-    still_unreadable,
-)
+from pipeline.workers.group import least_workers, train_on_workers
+from pipeline.workers.harness import Harness
+from pipeline.workers.worker import LoopResult
 from wavemim.figures.plots import loss_figure
 from wavemim.weights import checkpoint
-
-METRICS = "metrics.jsonl"
-_LEAVING = 10 / 60  # minutes between checkpoints once a node is known to go away
-
-log = logging.getLogger(__name__)
-
 
 CHECKS = (check_model,)
 
 
-def check(recipe: Recipe) -> ShardSet:
-    """The shard set, which the recipe can train on. Raises SettingError and StageError."""
+@dataclass(frozen=True)
+class Checked:
+    """What `check` has opened."""
+
+    shards: ShardSet
+
+
+def check(recipe: Recipe) -> Checked:
+    """Open the shard set and check that the recipe can be trained on it.
+
+    Raises:
+        SettingError: The settings do not fit the shard set, or the checkpoints that train.checkpoints_at holds.
+        StageError: The shard set is missing or damaged, or a store does not respond.
+    """
     shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
     TrainSchedule.of(recipe, shards.rows["train"])
-    check_store(recipe)
-    return shards
+    check_store(recipe, "pretrain", _identity(recipe, shards))
+    return Checked(shards)
 
 
-def run(recipe: Recipe, session: SessionInfo, checked: ShardSet, *, progress: bool = True) -> dict[str, Any]:
-    """Pretrain by `recipe` on its shard set; gives the summary that is also the stage's finishing mark."""
-    shards = checked
-    check_room(recipe, session, recipe.cluster.min_workers or recipe.train.workers)
-    same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
+def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: bool = True) -> dict[str, Any]:
+    """Pretrain, or resume, or find that it is finished.
+
+    Args:
+        recipe: The settings.
+        session: The running Ray.
+        checked: The value of `check`.
+        progress: Show a progress bar or lines.
+
+    Returns:
+        The result that is also the stage's finishing mark, with its "state".
+
+    Raises:
+        SettingError: The folder holds work of other settings, or there is no room for the workers.
+        StageError: Training has failed.
+        KeyboardInterrupt: Training was stopped.
+    """
+    shards, workers = checked.shards, recipe.train.workers
+    check_room(recipe, session, least_workers(recipe, workers))
+    same = _identity(recipe, shards)
+    place = recipe.stage_dir("pretrain")
     with (
-        stage_folder(
-            recipe.stage_dir("pretrain"), same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force
-        ) as folder,
+        stage_folder(place, same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:
@@ -82,174 +83,92 @@ def run(recipe: Recipe, session: SessionInfo, checked: ShardSet, *, progress: bo
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
         with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags) as tracker:
-            with _followed(recipe, shards, folder.path, last, tracker, progress=progress):
-                _fit(recipe, shards, folder.path, tracker.handle, session, store)
-            final = checkpoint.latest(folder.path)
-            if final is None:
-                raise StageError(f"{folder.path} has no whole checkpoint after training")
-            state = checkpoint.read_state(final)
-            picture = folder.path / "reconstruction.png"
-            model, _, _ = model_of_checkpoint(final)
-            draw_val(picture, model, build_inputs(shards), recipe, shards)
-            losses = folder.path / "losses.png"
-            loss_figure(losses, state["history"])
-            for figure in (picture, losses):
-                tracker.artifact(figure)
-            result = {
-                "checkpoint": final.name,
-                "images_seen": state["images"],
-                "steps": state["step"],
-                "history": state["history"],
-                "parts": state["parts"],
-                "cost": spent_in(folder.path).record(),
-                "reconstruction": picture.name,
-                "mlflow_run": tracker.handle.run_id,
-                "shards": shards.fingerprint,
-                "recipe": recipe.dump(),
-            }
+            with _following(recipe, shards, folder.path, last, tracker, progress=progress):
+                train_on_workers(
+                    _loop,
+                    recipe,
+                    session,
+                    folder.path,
+                    shards=shards,
+                    handle=tracker.handle,
+                    store=store,
+                    workers=workers,
+                    reader_threads=recipe.train.reader_threads,
+                    what="training",
+                )
+            result = _result(recipe, shards, folder, tracker)
             folder.finish(result)
-        state_word = "new" if last is None else f"continued from {last.name}"
-        return {**result, "state": state_word}
+        return {**result, "state": "new" if last is None else f"continued from {last.name}"}
+
+
+def _identity(recipe: Recipe, shards: ShardSet) -> dict[str, Any]:
+    """What decides the content of the stage's folder."""
+    return {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
+
+
+def _loop(recipe: Recipe, harness: Harness, config: Mapping[str, Any]) -> LoopResult:
+    """In a worker: pretraining."""
+    trained = train(recipe, ShardSet.open(config["shards"]), **vars(harness))
+    return LoopResult(trained.stopped)
 
 
 @contextlib.contextmanager
-def _followed(
+def _following(
     recipe: Recipe, shards: ShardSet, folder: Path, last: Path | None, tracker: Tracker, *, progress: bool
 ) -> Iterator[None]:
-    """Progress and now and then a picture and a probe, while the workers train."""
-    rows, train_ = shards.rows["train"], recipe.train
+    """Progress, and from time to time a picture and a probe, while the workers train."""
+    rows = shards.rows["train"]
     state = checkpoint.read_state(last, verify=False) if last else {}
-    plan = TrainSchedule.of(recipe, rows, state.get("streams"))
-    total = images_of_run(plan.total_steps, plan.batches_per_epoch, plan.batch, rows)
-    seen = int(state.get("images", 0))
+    schedule = TrainSchedule.of(recipe, rows, state.get("streams"))
     labelled = shards.classes is not None and bool(shards.rows.get("val"))
     with (
-        following(folder / METRICS, total=total, seen=seen, seconds=train_.progress_seconds, enabled=progress),
+        following(
+            folder / METRICS,
+            total=images_of_run(schedule.total_steps, schedule.batches_per_epoch, schedule.batch, rows),
+            seen=int(state.get("images", 0)),
+            seconds=recipe.train.progress_seconds,
+            enabled=progress,
+        ),
         monitoring(
             folder,
             shards.folder.url,
             labelled=labelled,
             log=tracker.log,
             artifact=tracker.artifact,
-            minutes=train_.monitor_minutes,
+            minutes=recipe.train.monitor_minutes,
         ),
     ):
         yield
 
 
-def _fit(
-    recipe: Recipe,
-    shards: ShardSet,
-    folder: Path,
-    handle: RunHandle,
-    session: SessionInfo,
-    store: CheckpointStore | None = None,
-) -> None:
-    """Run the workers to the end of training; SIGTERM makes them save a checkpoint and end, as KeyboardInterrupt."""
-    config = {"recipe": recipe.dump(), "shards": shards.folder.url, "handle": handle, "store": store}
-    forget(folder)
-    with watching(folder, recipe.train.hang_timeout, end_process):
-        run_workers(
-            _worker,
-            config,
-            recipe,
-            session,
-            folder,
-            workers=recipe.train.workers,
-            least=recipe.cluster.min_workers,
-            what="training",
-        )
-
-
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One data-parallel worker. Gives how it ended: an exception would make Ray begin again."""
-    folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
-    with alive(folder, rank, config["recipe"]["train"]["hang_timeout"]) as beat:
-        lost = still_unreadable(folder, config["shards"]) if rank == 0 else ""
-        if lost := ray.train.collective.broadcast_from_rank_zero(lost):
-            return {"failed": lost}
-        try:
-            return _train(config, beat)
-        except UnreadableError as error:
-            note(folder, error)
-            raise
-
-
-def _train(config: dict[str, Any], beat: Pulse) -> dict[str, Any]:
-    """Training in a worker, from the last whole checkpoint on."""
-    recipe, folder = validate(config["recipe"]), Path(config["folder"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
-    store: CheckpointStore | None = config["store"]
-    resume = resume_from(folder, rank, store)
-    tracker = Tracker.attach(config["handle"]) if rank == 0 else None
-    keep, best = recipe.train.keep_checkpoints, recipe.train.keep_best
-    uploader = Copier(store, folder, keep=keep, best=best is not None) if rank == 0 and store is not None else None
-    keeper = Keeper(folder, keep=keep, best=best, uploader=uploader) if rank == 0 else None
-    due, leaving = Minutes(recipe.train.checkpoint_minutes), Minutes(_LEAVING)
-
-    def on_log(metrics: dict[str, float], images: int) -> None:
-        assert tracker is not None and keeper is not None
-        tracker.log(metrics, images)
-        keeper.log(metrics)
-
-    def on_checkpoint(saver: checkpoint.Saver, state: dict[str, Any]) -> None:
-        due.saved()
-        leaving.saved()
-        if keeper is not None:
-            keeper.save(saver)
-        else:
-            saver.take_part()
-
-    def stop() -> bool:
-        return bool(keeper and keeper.given_up) or asked_to_stop(folder)
-
-    trained: Trained | None = None
-    failed = ""
-    try:
-        trained = train(
-            recipe,
-            ShardSet.open(config["shards"]),
-            device=device,
-            rank=rank,
-            world=world,
-            threads=reader_threads(recipe.train.reader_threads, context.get_local_world_size()),
-            wrap=data_parallel if world > 1 else None,
-            resume=resume,
-            on_log=on_log if rank == 0 else None,
-            on_checkpoint=on_checkpoint,
-            on_blow_up=lambda saver, error: keep_blow_up(
-                folder, saver, error, shards=config["shards"], rank=rank, world=world
-            ),
-            orders=Orders(rank, world, stop=stop, save=lambda: due() or (_node_goes_away() and leaving())),
-            beat=beat,
-            spent=spent_in(folder),
-        )
-    except BlowUpError as error:
-        failed = str(error)
-    finally:
-        if keeper is not None:
-            keeper.wait(lambda: beat(CHECKPOINT))
-    if keeper is not None:
-        unsaved = keeper.finish(lambda: beat(CHECKPOINT))
-        ended_early = trained is None or trained.stopped  # else the last one is there, whatever became of others
-        failed = failed or unsaved or (keeper.given_up if ended_early else "")
-    uncopied = keeper.uncopied if keeper is not None else ""
-    return {"failed": failed, "stopped": trained is not None and trained.stopped, "uncopied": uncopied}
-
-
-def _node_goes_away() -> bool:
-    """Whether Ray knows that a node of this run is about to be taken away. Its public question is one to all ranks."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
+def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:
+    """Draw the figures of the last checkpoint; returns the result."""
+    final = checkpoint.latest(folder.path)
+    if final is None:
+        raise StageError(f"{folder.path} has no whole checkpoint after training")
+    state = checkpoint.read_state(final)
+    picture, losses = folder.path / "reconstruction.png", folder.path / "losses.png"
+    model, _, _ = model_of_checkpoint(final)
+    draw_val(picture, model, build_inputs(shards), recipe, shards)
+    loss_figure(losses, state["history"])
+    for figure in (picture, losses):
+        tracker.artifact(figure)
+    return {
+        "checkpoint": final.name,
+        "images_seen": state["images"],
+        "steps": state["step"],
+        "history": state["history"],
+        "parts": state["parts"],
+        "cost": spent_in(folder.path).record(),
+        "reconstruction": picture.name,
+        "mlflow_run": tracker.handle.run_id,
+        "shards": shards.fingerprint,
+        "recipe": recipe.dump(),
+    }
 
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
-    """What pretrain wrote where."""
+    """What pretraining wrote, and where."""
     folder = recipe.stage_dir("pretrain")
     return (
         f"pretrain: {result['images_seen']:,} images seen → {folder / result['checkpoint']} ({result['state']}); "
@@ -258,7 +177,7 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
 
 
 def _parts(parts: Sequence[Mapping[str, float]]) -> str:
-    """What each image size has cost, where there were several."""
+    """What each image size has cost, if there were several."""
     if len(parts) < 2:
         return ""
     lines = [

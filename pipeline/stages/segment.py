@@ -25,13 +25,13 @@ from pipeline.evaluation.segmentation import (
     SUBJECTS,
     Decoding,
     Encoding,
-    Judged,
+    FittedHead,
     Row,
     SegmentPlan,
     StoredTokens,
     check_disk,
     check_rejects,
-    judge_tokens,
+    fit_head,
     plan_segmentation,
     sized,
     table_of,
@@ -164,14 +164,14 @@ def _result(
     plan: SegmentPlan,
     encoded: Encoded,
     classes: Classes,
-    found: Mapping[str, Judged],
+    found: Mapping[str, FittedHead],
     measured: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     return {
         "encoder": plan.subject.source,
         "titles": titles_of(plan.subject),
         "images_seen": plan.subject.images_seen,
-        "layout": plan.pairs.words,
+        "layout": plan.pairs.layout,
         "image_size": plan.size,
         "blocks": list(plan.blocks),
         "classes": len(classes.values),
@@ -180,7 +180,7 @@ def _result(
         "val_images": len(encoded.rows["val"]),
         "inputs": plan.pairs.inputs,
         "rejected": len(encoded.rejects),
-        "left_out": plan.pairs.left_out,
+        "left_out": plan.pairs.skipped,
         "reasons": dict(Counter(reason.partition(" (")[0] for _, reason in encoded.rejects).most_common()),
         "interval": f"95 %, percentiles of {DRAWS} bootstrap draws of val images",
         "heads": {
@@ -303,7 +303,7 @@ def _fit_heads(
     classes: Classes,
     meter: TaskMeter,
     progress: bool,
-) -> dict[str, Judged]:
+) -> dict[str, FittedHead]:
     """Fit and score a head for each encoder, each in its own task."""
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     how = Fitting(
@@ -314,7 +314,7 @@ def _fit_heads(
         seed=recipe.seed,
         device="cuda" if use_gpu else "cpu",
     )
-    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(meter.around(judge_tokens, gpus=float(use_gpu)))
+    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(meter.around(fit_head, gpus=float(use_gpu)))
     tried = {"lrs": settings.lrs, "weight_decays": settings.weight_decays}
     pending = {}
     for name in SUBJECTS:
@@ -323,7 +323,7 @@ def _fit_heads(
             for split in ("train", "val")
         )
         pending[task.remote(train, val, how, tried, _shown(encoded))] = name
-    found: dict[str, Judged] = {}
+    found: dict[str, FittedHead] = {}
     with tqdm(total=len(pending), desc="heads", unit=" encoder", disable=not progress) as bar:
         while pending:
             (ready,), _ = ray.wait(list(pending))
@@ -342,7 +342,7 @@ def _shown(encoded: Encoded) -> list[int]:
 
 
 def _write_tables(
-    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, found: Mapping[str, Judged]
+    folder: Path, recipe: Recipe, encoded: Encoded, classes: Classes, found: Mapping[str, FittedHead]
 ) -> None:
     """Write classes, the trained encoder's confusion matrix in pixels (rows: ground truth, columns: predicted), rejects."""
     scores = found["trained"].scores
@@ -368,7 +368,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
         writer.writerows(rows)
 
 
-def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, found: Mapping[str, Judged]) -> None:
+def _draw(path: Path, plan: SegmentPlan, encoded: Encoded, classes: Classes, found: Mapping[str, FittedHead]) -> None:
     chosen = [encoded.pairs["val"][number] for number in _shown(encoded)]
     pairs = [read_pair(plan.images, plan.masks, pair, plan.wanted) for pair in chosen]
     table = table_of(classes.numbers)

@@ -1,12 +1,15 @@
-"""One small door to local folders and object stores.
+"""One interface to local folders and object stores.
 
-A place is a local path or a URL: ``s3://BUCKET/FOLDER``, and every other scheme that pyarrow or an installed fsspec
-package knows. A URL is taken literally, as ``aws s3`` does: no percent-encoding; options come last, as in
+A folder is given by a local path or a URL: ``s3://BUCKET/FOLDER``, or any other scheme that pyarrow or an installed fsspec
+package knows. A URL is taken literally, as by ``aws s3``: no percent-encoding; options come last, as in
 ``s3://photos/2024?endpoint_override=127.0.0.1:9000&scheme=http``. Credentials come from the environment (``AWS_*``), or
-stand before the bucket as ``s3://KEY:SECRET@BUCKET``; they are masked in every message.
+precede the bucket as ``s3://KEY:SECRET@BUCKET``; they are masked in every message.
 
-Local errors are OSErrors as anywhere. Of a store, what the user can mend in the settings is a SettingError, and a store
-that does not answer is a StorageError, within about half a minute.
+Local errors are OSErrors. Errors of a store are SettingErrors if the user can correct them in the settings, and
+StorageErrors if the store does not answer (within about half a minute) or fails.
+
+What it adds to pyarrow's filesystems: writes that appear at once also locally, one-line errors, literal names, listings
+without hidden files, local symbolic links followed but not in circles, and no waiting for minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import contextlib
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,24 +26,24 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.storage.object_stores import Address, StorageError, client, is_remote, masked, reaching
-
-__all__ = ["Folder", "StorageError", "is_remote", "masked", "reaching"]
+from pipeline.storage.object_stores import Address, client, is_remote, masked, reaching
+from wavemim.atomic import new_file
 
 log = logging.getLogger(__name__)
 
-OWNER = ".owner.json"  # in a remote folder: whose it is
-_PARALLEL = 8
+OWNER = ".owner.json"  # in a remote folder: who owns it
+_PARALLEL = 8  # deletions at a time
 
 
 @dataclass(frozen=True, repr=False)
 class Folder:
-    """A folder, local or in an object store; it need not be there yet. Small, and can be pickled.
+    """A folder, local or in an object store; it need not exist. Small, and can be pickled.
 
-    Names may lead further down ("a/b.json"). In another process the folder is reached with that process's environment.
+    Names are relative to it, and may lead further down ("a/b.json"). In another process the store is reached with that
+    process's environment.
     """
 
-    url: str  # an absolute local path, or scheme://…; may hold credentials: show str(folder)
+    url: str  # an absolute local path, or scheme://…; may hold credentials: show str(folder) instead
 
     @classmethod
     def at(cls, where: str | Path) -> Folder:
@@ -65,11 +67,11 @@ class Folder:
         return None if is_remote(self.url) else Path(self.url)
 
     def sub(self, name: str) -> Folder:
-        """A folder in it."""
+        """The folder `name` in it."""
         return Folder(self.place(name))
 
     def place(self, name: str) -> str:
-        """URL or path of `name` in it."""
+        """URL or path of `name` in it; the URL may hold credentials."""
         if not is_remote(self.url):
             return os.path.join(self.url, name) if name else self.url
         address = Address.of(self.url)
@@ -80,14 +82,21 @@ class Folder:
         return masked(self.place(name))
 
     def read(self, name: str) -> bytes:
-        """Content of a file. Raises FileNotFoundError, OSError, StorageError, SettingError."""
+        """Content of a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The local file cannot be read.
+            StorageError: The store does not answer, or failed.
+            SettingError: It denies access, or has no such bucket.
+        """
         if self.local is not None:
             return Path(self.place(name)).read_bytes()
         with reaching(self.shown(name)), self._open(name) as file:
             return bytes(file.read())
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file for random access, from several threads too; put `reaching` around reads from it."""
+        """Open a file for random access, also from several threads. Put `reaching` around reads from it."""
         with reaching(self.shown(name)):
             return self._open(name)
 
@@ -96,19 +105,19 @@ class Folder:
         return files.open_input_file(path)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file; a reader sees the old content or the whole new one, never half."""
+        """Write a file; a reader sees either the old content or all of the new one."""
         if self.local is None:
             self._upload(name, pa.py_buffer(content))
             return
-        with _renamed_into(Path(self.place(name))) as temporary, open(temporary, "xb") as file:
+        with new_file(Path(self.place(name))) as partial, open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
     def put(self, file: Path, name: str) -> None:
-        """Move a finished local file to `name` in the folder, whole or not at all."""
+        """Move a finished local file to `name` in the folder, which then has all of it or nothing."""
         if self.local is None:
-            # Handed over in one piece: a half-read file can then not be completed into a half-written object.
+            # In one piece: an error while the file is read must not leave an object with its first half.
             with pa.memory_map(str(file)) as source:
                 self._upload(name, source.read_buffer())
             file.unlink()
@@ -118,9 +127,9 @@ class Folder:
         if file.stat().st_dev == target.parent.stat().st_dev:
             os.replace(file, target)
             return
-        with _renamed_into(target) as temporary:
-            shutil.copyfile(file, temporary)
-            with open(temporary, "rb") as written:
+        with new_file(target) as partial:
+            shutil.copyfile(file, partial)
+            with open(partial, "rb") as written:
                 os.fsync(written.fileno())
         file.unlink()
 
@@ -130,7 +139,7 @@ class Folder:
             stream.write(content)
 
     def kind(self, name: str = "") -> str | None:
-        """Whether `name` (without one: the folder itself) is there: "file", "folder" or None."""
+        """What `name` (by default the folder itself) is: "file", "folder", or None if it does not exist."""
         if self.local is not None:
             place = self.place(name)
             return "folder" if os.path.isdir(place) else "file" if os.path.exists(place) else None
@@ -138,7 +147,7 @@ class Folder:
         return {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}.get(kind)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Bytes of a file; None if there is none."""
         if self.local is not None:
             path = Path(self.place(name))
             return path.stat().st_size if path.is_file() else None
@@ -146,7 +155,7 @@ class Folder:
         return info.size if info.type == pafs.FileType.File else None
 
     def modified(self, name: str) -> float | None:
-        """When a file was written, in seconds, by the clock of the place where it lies; None if that is not known."""
+        """When a file was written, in seconds since 1970 by the clock of its store; None if that is not known."""
         info = self._info(name)
         return info.mtime.timestamp() if info.mtime is not None else None
 
@@ -156,7 +165,7 @@ class Folder:
             return files.get_file_info(path)
 
     def names(self) -> list[str]:
-        """Files directly in it but hidden ones, sorted; none if it is not there."""
+        """Names of the files directly in it, sorted, without hidden ones; none if it does not exist."""
         if self.local is not None:
             if not self.local.is_dir():
                 return []
@@ -166,22 +175,30 @@ class Folder:
         return sorted(name for name in files if not name.startswith("."))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file directly in it, by name, hidden ones left out; of a store, asked for once."""
+        """Bytes of the files directly in it, by name, without hidden ones; one request to a store."""
         if self.local is not None:
             return {name: size for name in self.names() if (size := self.size(name)) is not None}
         infos = [info for info in self._list(recursive=False) if info.type == pafs.FileType.File]
         return {info.base_name: info.size for info in infos if not info.base_name.startswith(".")}
 
     def walk(self) -> Iterator[str]:
-        """Paths, relative to it, of all files below it; hidden files and folders are left out."""
+        """Paths, relative to it, of all files below it; hidden files and folders are skipped."""
         for folder, names in self.tree():
             yield from (f"{folder}/{name}" if folder else name for name in names)
 
     def tree(self, below: str = "") -> Iterator[tuple[str, list[str]]]:
-        """Every folder from `below` on that has files, as its path relative to this one and the sorted file names.
+        """List everything below it, folder by folder. Hidden files and folders are skipped.
 
-        Hidden ones are left out; local links to folders are followed, but not in circles. Raises OSError of a local
-        folder that cannot be read.
+        Local links to folders are followed, but not in circles, which pyarrow's and fsspec's listings do not notice.
+
+        Args:
+            below: Path of the folder to begin at, relative to this one.
+
+        Yields:
+            Path of a folder with files, relative to this one, and their names, sorted.
+
+        Raises:
+            OSError: A local folder cannot be read.
         """
         if self.local is not None:
             if os.path.isdir(self.place(below)):
@@ -190,7 +207,7 @@ class Folder:
         found: dict[str, list[str]] = {}
         start = len(self._reach()[1].lstrip("/")) + 1
         infos = self.sub(below)._list(recursive=True) if below else self._list(recursive=True)
-        while infos:  # emptied as it is read: a million of them are large
+        while infos:  # emptied while it is read: a million of them take much memory
             info = infos.pop()
             path = info.path.lstrip("/")[start:]
             if info.type == pafs.FileType.File and not any(part.startswith(".") for part in path.split("/")):
@@ -206,7 +223,7 @@ class Folder:
         return []
 
     def remove(self, name: str) -> None:
-        """Remove a file; it need not be there."""
+        """Remove a file; it need not exist."""
         with contextlib.suppress(FileNotFoundError):
             if self.local is not None:
                 os.unlink(self.place(name))
@@ -216,13 +233,13 @@ class Folder:
                 files.delete_file(path)
 
     def drop(self, name: str) -> None:
-        """Remove the folder `name` in it with all that it holds; it need not be there."""
+        """Remove the folder `name` in it with everything in it; it need not exist."""
         files, path = self._reach(name)
         with contextlib.suppress(FileNotFoundError), reaching(self.shown(name)):
             files.delete_dir(path)
 
     def clear(self) -> None:
-        """Remove everything below it, hidden things too, but for the mark of its owner."""
+        """Remove everything in it, also hidden files and folders, except the mark of its owner."""
         if self.local is not None:
             for entry in list(self.local.iterdir()) if self.local.is_dir() else []:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -244,17 +261,6 @@ class Folder:
             return pafs.LocalFileSystem(), place
         address = Address.of(place)
         return client(address), place if address.scheme in ("http", "https") else address.path
-
-
-@contextlib.contextmanager
-def _renamed_into(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _local_tree(root: str, below: str, above: frozenset[str]) -> Iterator[tuple[str, list[str]]]:

@@ -1,41 +1,43 @@
-"""Append-only files of JSON lines: what is there survives a kill at any moment, several processes may add to one.
+"""Append-only files of JSON lines, which survive a kill at any moment and take lines of several processes.
 
-A line that could not be written (a full disk) waits in memory and goes before the next one.
+A line that cannot be written, because the disk is full, waits in memory and is written before the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
+from pipeline.retry import attempts
+
 _log = logging.getLogger(__name__)
 
-_WAITING = 20_000  # lines kept in memory while the disk is full; the oldest go first
-_TRIES, _PAUSE = 20, 0.005  # for the lock that writers hold for microseconds; seconds
+_WAITING = 20_000  # lines kept in memory while the disk is full; beyond that the oldest are dropped
+_PAUSES = 20 * (0.005,)  # seconds between attempts at the lock, which writers hold for microseconds
 
 
 class JsonLines:
-    """One file of JSON objects, a line each."""
+    """A file of JSON objects, one per line. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting: deque[str] = deque(maxlen=_WAITING)
-        self._turn = threading.Lock()  # several threads of a process may log
+        self._turn = threading.Lock()
         self._warned = False
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line. Where that fails, warn once and keep the line for the next call."""
+        """Add a line. If that fails, warn once and keep the line for the next call."""
         with self._turn:
             self._waiting.append(json.dumps(entry))
             try:
@@ -47,25 +49,32 @@ class JsonLines:
                     _log.warning("metrics cannot be written to %s (%s); the run goes on", self.path, reason)
 
     def waiting(self) -> list[dict[str, Any]]:
-        """What could not be written so far."""
+        """The lines that could not be written so far."""
         with self._turn:
             return [json.loads(line) for line in self._waiting]
 
     def size(self) -> int:
-        """Bytes in the file; 0 where there is none."""
+        """Bytes in the file; 0 if there is none."""
         with contextlib.suppress(OSError):
             return self.path.stat().st_size
         return 0
 
     def head(self) -> str:
-        """What tells this file from another of the same name: a digest of its first line; empty where there is none."""
+        """Digest of the first line, which tells the file from a later one of the same name; "" if there is no line."""
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             line = file.readline()
             return hashlib.sha256(line).hexdigest()[:16] if line.endswith(b"\n") else ""
         return ""
 
     def read(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """Whole lines from byte `start` on, each with the byte where it ends; {} for one that is damaged."""
+        """Read the lines that are complete.
+
+        Args:
+            start: Byte at which a line begins.
+
+        Yields:
+            A line's content, {} if it is damaged; and the byte at which it ends.
+        """
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -83,7 +92,7 @@ class JsonLines:
                 yield entry if isinstance(entry, dict) else {}, start
 
     def sync(self) -> None:
-        """Have the disk hold what was written, so that no mark reaches further than the file after a power cut."""
+        """Force what was written onto the disk, so that after a power cut no offset reaches beyond the end of the file."""
         with contextlib.suppress(OSError), self.path.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -100,7 +109,7 @@ class JsonLines:
                 _cut_torn_line(descriptor)
             while self._waiting:
                 data = (self._waiting[0] + "\n").encode()
-                written = os.write(descriptor, data)  # one call, so that lines of several processes do not mix
+                written = os.write(descriptor, data)  # in one call, so that lines of several processes do not mix
                 if written != len(data):
                     if alone:
                         os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
@@ -111,20 +120,15 @@ class JsonLines:
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether this writer is alone with the file until it closes it. Some network file systems have no locks."""
-    for _ in range(_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(_PAUSE)
-        except OSError:
-            return False
-    return False
+    """Lock the file until it is closed. False where others keep it locked, or the file system has no locks."""
+    try:
+        return any(lock_descriptor(descriptor, blocking=False) for _ in attempts(_PAUSES))
+    except OSError:
+        return False
 
 
 def _cut_torn_line(descriptor: int) -> None:
-    """Take away a last line without an end, which a killed writer or a power cut left: the next one would join it."""
+    """Remove a last line without an end, which a killed writer left: the next line would be joined to it."""
     end = os.fstat(descriptor).st_size
     if end == 0 or os.pread(descriptor, 1, end - 1) == b"\n":
         return

@@ -1,4 +1,4 @@
-"""Object stores behind URLs: which client, with which options, and their errors in one line."""
+"""Object stores behind URLs: the client, its options, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import os
 import re
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipeline.errors import SettingError, StageError
 
-# Three tries of this many seconds each: a dead endpoint fails in about 30. On Linux, the second is how long a transfer
-# may stand still.
+# Three attempts of so many seconds each, so that a dead endpoint fails within about 30. On Linux, the second is for how
+# long a transfer may stall.
 CONNECT_TIMEOUT, REQUEST_TIMEOUT, TRIES = 4, 8, 3
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-# A `?` may also be part of a glob: options are name=value to the end.
+# A `?` may also belong to a glob: options are name=value up to the end.
 _OPTIONS = re.compile(r"\?([A-Za-z_]+=[^?&]*(?:&[A-Za-z_]+=[^?&]*)*)$")
 _S3_OPTIONS = ("endpoint_override", "scheme", "region", "anonymous", "force_virtual_addressing", "tls_ca_file_path")
 _SECRET = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
 _DENIED = re.compile(
-    r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|EXPIRED_?TOKEN|PERMISSION_DENIED|HTTP response code 40[13]"
+    r"ACCESS_?DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|EXPIRED_?TOKEN|PERMISSION_DENIED|HTTP response code 40[13]"
     r"|forbidden|UNRECOGNIZED_CLIENT|INVALID_CLIENT_TOKEN|MISSING_AUTHENTICATION",
     re.IGNORECASE,
 )
 
 
 class StorageError(StageError):
-    """An object store does not answer, or failed: one line. The same call may go well later."""
+    """An object store does not answer, or failed: one line. The same call may succeed later."""
 
 
 def is_remote(where: str) -> bool:
@@ -51,10 +51,10 @@ class Address:
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """Take a URL apart. Raises SettingError."""
+        """Parse a URL. Raises SettingError if it is malformed."""
         match = _URL.match(url)
         if match is None:
-            raise SettingError(f"'{url}' is no URL; write scheme://bucket/folder")
+            raise SettingError(f"'{url}' is not a URL; write scheme://bucket/folder")
         rest = match[2]
         found = _OPTIONS.search(rest)
         options = found[1] if found else ""
@@ -73,7 +73,7 @@ class Address:
 
 
 def masked(url: str) -> str:
-    """`url` as it may be shown: without credentials."""
+    """`url` as it may be shown, with credentials masked."""
     url = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+://)([^?]*:[^?]*|[^/@]+)@", r"\1***@", url)
     found = _OPTIONS.search(url)
     if found is None or not is_remote(url):
@@ -88,54 +88,89 @@ def _pairs(options: str) -> list[tuple[str, str, str]]:
 
 def client(address: Address) -> pafs.FileSystem:
     """The filesystem of a URL, in this process and with its present environment. Raises SettingError, StorageError."""
-    # Settings of another environment or process are not to be met with an old client.
+    # One that was made in another process or with other settings in the environment must not be used again.
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
     bucket = address.path.partition("/")[0]
-    return _filesystem(address.scheme, address.user, bucket, address.options, os.getpid(), environment)
+    return _filesystem(replace(address, path=bucket), os.getpid(), environment)
 
 
 @functools.lru_cache(maxsize=16)
-def _filesystem(
-    scheme: str, user: str, bucket: str, options: str, process: int, environment: tuple[tuple[str, str], ...]
-) -> pafs.FileSystem:
-    url = Address(scheme, user, bucket, options).at(bucket)
+def _filesystem(address: Address, process: int, environment: tuple[tuple[str, str], ...]) -> pafs.FileSystem:
+    """The filesystem of a bucket; `process` and `environment` only tell the cached ones apart."""
+    url = address.at(address.path)
     with reaching(masked(url)):
-        if scheme == "s3":
-            return _s3(url, user, bucket, {key: value for key, _, value in _pairs(options)}, dict(environment))
+        if address.scheme == "s3":
+            return _s3(address)
         try:
-            if scheme in ("gs", "gcs"):
-                options = "&".join(filter(None, (options, "retry_limit_seconds=15")))
-            return pafs.FileSystem.from_uri(Address(scheme, user, bucket, options).at(bucket))[0]
+            if address.scheme in ("gs", "gcs"):
+                options = "&".join(filter(None, (address.options, "retry_limit_seconds=15")))
+                return pafs.FileSystem.from_uri(replace(address, options=options).at(address.path))[0]
+            return pafs.FileSystem.from_uri(url)[0]
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             if "nrecognized filesystem" not in str(error) and "not built" not in str(error):
                 raise SettingError(f"{masked(url)}: {_first_line(error)}") from None
-        return _fsspec(scheme, url)
+        return _fsspec(address.scheme, url)
 
 
-def _s3(url: str, user: str, bucket: str, options: dict[str, str], environment: dict[str, str]) -> pafs.FileSystem:
-    for name in options:
-        if name not in _S3_OPTIONS:
-            raise SettingError(f"{masked(url)}: unknown option '{name}'; allowed are {', '.join(_S3_OPTIONS)}")
-    key, _, secret = user.partition(":")
-    # pyarrow itself looks at the environment's endpoint only where it parses the URL.
-    endpoint = options.get("endpoint_override") or environment.get("AWS_ENDPOINT_URL_S3")
-    endpoint = endpoint or environment.get("AWS_ENDPOINT_URL")
-    transport = options.get("scheme")
-    if endpoint and "://" in endpoint:
-        named, _, endpoint = endpoint.rstrip("/").partition("://")
-        transport = transport or named
-    region = options.get("region")
-    if not region and not endpoint:
-        region = pafs.resolve_s3_region(bucket)
+@dataclass(frozen=True)
+class S3Options:
+    """How to reach an S3 store: what a URL and the environment say together."""
+
+    key: str | None  # None: the usual places for credentials are searched
+    secret: str | None
+    anonymous: bool
+    endpoint: str | None  # HOST:PORT; None: AWS itself
+    transport: str  # "https" or "http"
+    region: str
+    virtual: bool  # whether the bucket is part of the host name also at an endpoint of one's own
+    certificates: str | None  # file with those that are trusted; None: those of the system
+
+    @classmethod
+    def of(cls, address: Address) -> S3Options:
+        """The options of a URL in this process's environment. Raises SettingError for an unknown one."""
+        options = {key: value for key, _, value in _pairs(address.options)}
+        for name in options:
+            if name not in _S3_OPTIONS:
+                url = masked(address.at(address.path))
+                raise SettingError(f"{url}: unknown option '{name}'; allowed are {', '.join(_S3_OPTIONS)}")
+        key, _, secret = address.user.partition(":")
+        # pyarrow itself looks at the environment's endpoint only where it parses the URL.
+        endpoint = options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3")
+        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL")
+        transport = options.get("scheme")
+        if endpoint and "://" in endpoint:
+            named, _, endpoint = endpoint.rstrip("/").partition("://")
+            transport = transport or named
+        region = options.get("region")
+        if not region and not endpoint:
+            region = pafs.resolve_s3_region(address.path.partition("/")[0])
+        return cls(
+            key=urllib.parse.unquote(key) or None,
+            secret=urllib.parse.unquote(secret) or None,
+            anonymous=_is_true(options.get("anonymous", "")),
+            endpoint=endpoint,
+            transport=transport or "https",
+            region=region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+            virtual=_is_true(options.get("force_virtual_addressing", "")),
+            certificates=options.get("tls_ca_file_path"),
+        )
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes")
+
+
+def _s3(address: Address) -> pafs.FileSystem:
+    options = S3Options.of(address)
     return pafs.S3FileSystem(
-        access_key=urllib.parse.unquote(key) or None,
-        secret_key=urllib.parse.unquote(secret) or None,
-        anonymous=options.get("anonymous", "").lower() in ("1", "true", "yes"),
-        region=region or environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1",
-        scheme=transport or "https",
-        endpoint_override=endpoint,
-        force_virtual_addressing=options.get("force_virtual_addressing", "").lower() in ("1", "true", "yes"),
-        tls_ca_file_path=options.get("tls_ca_file_path"),
+        access_key=options.key,
+        secret_key=options.secret,
+        anonymous=options.anonymous,
+        region=options.region,
+        scheme=options.transport,
+        endpoint_override=options.endpoint,
+        force_virtual_addressing=options.virtual,
+        tls_ca_file_path=options.certificates,
         connect_timeout=CONNECT_TIMEOUT,
         request_timeout=REQUEST_TIMEOUT,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=TRIES),
@@ -156,15 +191,15 @@ def _fsspec(scheme: str, url: str) -> pafs.FileSystem:
 
 @contextlib.contextmanager
 def reaching(shown: str) -> Iterator[None]:
-    """What goes wrong with a store inside becomes StorageError or SettingError, about `shown` (a masked URL).
+    """Turn a store's errors in the block into StorageError or SettingError, about `shown` (a masked URL).
 
-    FileNotFoundError stays what it is, and so does every error where `shown` is a local path.
+    A FileNotFoundError passes unchanged, and so do all errors if `shown` is a local path.
     """
     try:
         yield
     except (FileNotFoundError, SettingError, StageError, MemoryError):
         raise
-    except Exception as error:  # of whatever library is behind the scheme
+    except Exception as error:  # of the library behind the scheme
         if not is_remote(shown):
             raise
         raise explained(shown, error) from None
@@ -173,7 +208,7 @@ def reaching(shown: str) -> Iterator[None]:
 def explained(shown: str, error: Exception) -> SettingError | StorageError:
     """The error of a store as one line about `shown`."""
     text = _first_line(error)
-    if "NO_SUCH_BUCKET" in text or re.search(r"Bucket '.*' not found", text):
+    if re.search(r"NO_SUCH_BUCKET|NoSuchBucket|Bucket '.*' not found", text):
         return SettingError(f"{shown}: no such bucket")
     if isinstance(error, PermissionError) or _DENIED.search(text):
         return SettingError(f"{shown}: access denied; check the credentials, and what they may read and write")

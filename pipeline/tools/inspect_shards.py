@@ -19,8 +19,10 @@ import pywt
 from tqdm import tqdm
 
 from pipeline.runtime.stage_folder import write_json
-from pipeline.shards.layout import DIGEST_BYTES, ShardError
-from pipeline.shards.shard_set import SPLITS, ShardSet, read_columns, read_group
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import DIGEST_BYTES
+from pipeline.shards.row_groups import read_columns, read_group
+from pipeline.shards.shard_set import SPLITS, ShardSet
 from pipeline.shards.verify import label_problem, opened, read_rows, rejected_rows
 from pipeline.tools.arguments import check_output
 from wavemim.wavelets import bands_of, reconstruct

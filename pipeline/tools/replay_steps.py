@@ -16,7 +16,8 @@ from pipeline.errors import SettingError
 from pipeline.models.build import build_model
 from pipeline.shards.batches import Batch
 from pipeline.shards.reader import Reader
-from pipeline.shards.shard_set import ShardSet, read_columns
+from pipeline.shards.row_groups import read_columns
+from pipeline.shards.shard_set import ShardSet
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS
 from pipeline.training.schedule import Phase, TrainSchedule, TrainState, phases_of
 from pipeline.training.setup import precision_of, reader_of, views_of
@@ -56,6 +57,8 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     """
     folder = _find(Path(where))
     about = json.loads((folder / STEPS).read_bytes())
+    if about.get("stage", "pretrain") != "pretrain":
+        raise SettingError(f"{folder}: steps of {about['stage']}; only those of pretraining can be replayed")
     state = checkpoint.read_state(folder / CHECKPOINT)
     recipe, position = validate(state["recipe"]), TrainState.of(state)
     data = ShardSet.open(shards or about["shards"])
@@ -67,7 +70,7 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     say(f"The run ended with: {about['error']}")
     found = []
     numbers = [entry["step"] for entry in about["steps"]]
-    for number, epoch, batch in _batches(reader_of(phase, plan, position, data), plan, numbers):
+    for number, epoch, batch in _batches(reader_of(phase, plan, data), plan, numbers):
         replayed = _replay(step, data, batch, number, epoch)
         found.append(replayed)
         say(_line(replayed))
@@ -99,7 +102,7 @@ def _step(phase: Phase, plan: TrainSchedule, data: ShardSet, folder: Path, parts
         seed=recipe.seed,
         total_steps=plan.total_steps,
         clip_grad=None,
-        precision=precision_of(recipe, device),
+        precision=precision_of(recipe.train, device),
         accumulate=parts,
     )
 

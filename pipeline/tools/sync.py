@@ -14,9 +14,10 @@ from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tools.arguments import tracking_uri
 from pipeline.tracking import mlflow_client as store
+from pipeline.tracking.journal import OUTBOX, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
 from pipeline.tracking.runs import recorded_address, stored_uri
-from pipeline.tracking.sender import OUTBOX, Busy, Position, Sender
+from pipeline.tracking.sender import Sender
 
 # Seconds: to wait for a stage that is sending itself; for one request, since no training waits for it.
 _WAIT, _LIMIT = 30.0, 120.0
@@ -79,7 +80,7 @@ def _send(folder: Path, uri: str | None) -> str:
     else:
         uri = stored_uri(folder, outbox)
     _end_with_parent(folder, outbox)
-    sender = Sender(folder, uri, create=chosen or not Position.of(folder).run_id, limit=_LIMIT)
+    sender = Sender(folder, uri, create=chosen or not SendOffset.of(folder).run_id, limit=_LIMIT)
     try:
         sender.send(wait=_WAIT)
     except (RunGone, Busy) as error:

@@ -1,1 +1,1 @@
-"""MLflow: what is logged is written locally first and sent beside the work."""
+"""MLflow: what is logged goes to a local journal first, and from there to the server, beside the work."""

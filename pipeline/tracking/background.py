@@ -1,4 +1,4 @@
-"""A thread that sends what was logged, so that nobody waits for it."""
+"""The thread that sends the journal, so that nobody who logs waits for MLflow."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ import threading
 import time
 from collections.abc import Callable
 
-# Seconds. After a failure MLflow is left alone for a while, doubled with every further one: a dead server costs nothing.
+# Seconds. After a failure MLflow is left alone for FIRST_PAUSE, and twice as long after each further one, so that a server
+# that is away costs nothing.
 FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
-_BETWEEN = 1.0
+_BETWEEN = 1.0  # between two rounds while all goes well
 
 
 class SendingThread:
-    """A thread that sends when there is something to send: at most once a second, and seldom while MLflow is away.
+    """Sends when there is something to send: at most once a second, and rarely while MLflow is away.
 
-    It holds up nobody: a call that hangs is left behind, also at the exit of the process.
+    It starts with the first line. A daemon thread: if a call hangs, neither `flush` nor the end of the process waits for it.
     """
 
     def __init__(self, send: Callable[[bool], bool | None]) -> None:
-        """`send(urgent)` says whether all was sent; None: somebody else is sending, try again soon."""
+        """
+        Args:
+            send: Does one round; its argument says whether somebody waits for it. Returns whether everything was sent; None
+                if another process is sending, so that it should be tried again soon.
+        """
         self._send = send
-        self._turn = threading.Condition()
-        self._asked = self._done = 0  # lines
-        self._failed = 0  # lines that there were when a try failed
+        self._turn = threading.Condition()  # guards all that follows
+        self._asked = 0  # lines that were logged
+        self._done = 0  # of these, lines that were sent
+        self._failed = 0  # lines that were logged when a round last failed
         self._urgent = self._closed = False
-        self._not_before = 0.0
-        self._pause = FIRST_PAUSE
+        self._not_before = 0.0  # time of the next round
+        self._pause = FIRST_PAUSE  # after the next failure
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Say that a line was logged; returns at once."""
         with self._turn:
             self._asked += 1
             if self._thread is None:
@@ -38,24 +44,24 @@ class SendingThread:
             self._turn.notify_all()
 
     def pause(self) -> None:
-        """Leave MLflow alone for a while."""
+        """Do not send for a while."""
         with self._turn:
             self._not_before = time.monotonic() + FIRST_PAUSE
 
     def flush(self, seconds: float) -> bool:
-        """Send at once; whether that succeeded in `seconds`."""
+        """Send at once. Returns whether all that was logged before the call was sent within so many seconds."""
         until = time.monotonic() + seconds
         with self._turn:
             wanted, self._failed = self._asked, -1
             self._urgent = True
             self._turn.notify_all()
-            # A try under way may have begun before the last line: then the next one counts.
+            # A round in progress may have begun before the last line was logged: then the next one counts.
             while self._done < wanted and self._failed < wanted and time.monotonic() < until:
                 self._turn.wait(until - time.monotonic())
             return self._done >= wanted
 
     def close(self) -> None:
-        """No more lines come: end when all is sent, or when that fails."""
+        """Say that no more lines come: the thread ends when all are sent, or when that fails."""
         with self._turn:
             self._closed = True
             self._turn.notify_all()

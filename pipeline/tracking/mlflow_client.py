@@ -1,7 +1,7 @@
-"""What is asked of MLflow: the only module that imports it.
+"""The calls of MLflow: the only module that imports it.
 
-Every call may fail and may hang; nothing here catches that, but for `within`, which limits the time. Runs are addressed
-by explicit ids through `MlflowClient`: the fluent interface keeps its active run per thread, and opens stray runs.
+Every call may fail and may hang; only `within` limits the time, and the functions at the end classify errors. Runs are
+addressed by id through `MlflowClient`: the fluent interface keeps an active run per thread, and creates stray runs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KEY = "wavemim.key"  # tag: made by the writer of a run before MLflow knows it, so that none is created twice
+KEY = "wavemim.key"  # tag: the run's key, which the writer makes up, so that no run is created twice
 Value = tuple[str, float, int, int]  # of a metric: name, value, time (ms), step
-_LONGEST_PARAM = 6000  # MLflow's limit
-_PARAMS_IN_BATCH, METRICS_IN_BATCH = 100, 1000  # MLflow's limits
+# MLflow's limits.
+_LONGEST_PARAM, _PARAMS_IN_BATCH, METRICS_IN_BATCH = 6000, 100, 1000
 
 
 class RunGone(Exception):
@@ -38,7 +38,10 @@ class RunGone(Exception):
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or a TimeoutError. A daemon thread: a call that hangs does not hold up the exit either."""
+    """Returns the result of `call`. Raises its errors, and TimeoutError if it takes longer than `seconds`.
+
+    A call that hangs is left behind in a daemon thread, which does not hold up the end of the process either.
+    """
     outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -58,13 +61,13 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def import_mlflow() -> None:
-    """Import MLflow with short time-outs and without its messages; a slow import counts to no call's limit."""
+    """Import MLflow with short time-outs and without its messages. Apart from the calls, whose time is limited."""
     for key, value in {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what matters comes as an exception, and is told once
+        "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what matters is raised, and logged once by the caller
     }.items():
         os.environ.setdefault(key, value)
     import mlflow  # noqa: F401
@@ -76,20 +79,23 @@ def import_mlflow() -> None:
 
 
 def connect(uri: str, *, create: bool) -> MlflowClient:
-    """A client of the store; with `create`, a SQLite store is made where there is none."""
+    """A client of the store. With `create`, a SQLite store is created if there is none; else FileNotFoundError is raised."""
     from mlflow import MlflowClient
 
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         if not create:
-            # MLflow would make an empty store, unseen by the driver.
+            # MLflow would create an empty store, which the driver does not see.
             raise FileNotFoundError(2, f"no {path} on this machine; on a cluster set tracking.uri to an MLflow server")
         _make_sqlite(path)
     return MlflowClient(uri)
 
 
 def _make_sqlite(path: Path) -> None:
-    """Make a SQLite store at once or not at all: writers that meet while the tables are made break each other."""
+    """Create a SQLite store at once or not at all: processes that create its tables together break it.
+
+    A link instead of a rename, so that a store that another process has created meanwhile is not replaced.
+    """
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +105,7 @@ def _make_sqlite(path: Path) -> None:
         try:
             os.link(fresh, path)
         except FileExistsError:
-            pass  # another run was faster
+            pass  # another process was faster
         except OSError:  # a file system without hard links
             if not path.exists():
                 os.replace(fresh, path)
@@ -108,7 +114,7 @@ def _make_sqlite(path: Path) -> None:
 
 
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
-    """Id of the experiment, made if need be; artifacts of a local store lie beside its file."""
+    """Id of the experiment, which is created if needed. The artifacts of a SQLite store lie beside its file."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -117,7 +123,7 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
         try:
             return client.create_experiment(name, artifact_location=str(path.parent / "mlartifacts") if path else None)
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another run was faster
+            found = client.get_experiment_by_name(name)  # another process was faster
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
@@ -126,10 +132,10 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def find_or_create_run(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], started: int) -> str:
-    """Id of the run with the key in `tags`; a new one begun at `started` (ms) where there is none.
+    """Id of the run that has the key in `tags`; if there is none, of a new one that began at `started` (ms).
 
-    An earlier call may have created it without an answer, and MLflow's own repetition of a slow request may have done
-    so twice: the further ones are empty, and deleted.
+    The answer to an earlier request may have been lost, and MLflow repeats a slow request by itself, so that there may be
+    several: all but the one with metrics are empty, and deleted.
     """
     where = f"tags.`{KEY}` = '{tags[KEY]}'"
     found = sorted(client.search_runs([experiment], where), key=lambda run: (-len(run.data.metrics), run.info.run_id))
@@ -142,7 +148,7 @@ def find_or_create_run(client: MlflowClient, experiment: str, name: str, tags: M
 
 
 def check_run(client: MlflowClient, run_id: str) -> Run:
-    """The run. Raises RunGone unless the store has it."""
+    """The run. Raises RunGone if the store does not have it, or it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -157,7 +163,7 @@ def check_run(client: MlflowClient, run_id: str) -> Run:
 
 
 def reopen_run(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Go on with a run. Raises RunGone."""
+    """Resume a run, with these tags. Raises RunGone."""
     from mlflow.entities import RunTag
 
     check_run(client, run_id)
@@ -166,24 +172,24 @@ def reopen_run(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> No
 
 
 def end_run(client: MlflowClient, run_id: str, status: str, at: int, *, force: bool) -> None:
-    """End a run at a time (ms); without `force` only one that has not ended. Raises RunGone."""
+    """End a run at the time `at` (ms); without `force` only one that is RUNNING. Raises RunGone."""
     if check_run(client, run_id).info.status == "RUNNING" or force:
         client.set_terminated(run_id, status, end_time=at)
 
 
 def log_values(client: MlflowClient, run_id: str, values: Sequence[Value]) -> None:
-    """Store up to 1000 values. One that is there with the same name, step, time and value is not stored again."""
+    """Store up to 1000 values. One that the store has, with the same name, step, time and value, changes nothing."""
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(*value) for value in values], synchronous=True)
 
 
 def not_stored(client: MlflowClient, run_id: str, values: Sequence[Value]) -> Sequence[Value]:
-    """What is left of values whose sending may have been cut off.
+    """The rest of `values`, which may have been sent in part, from the first one on that the store lacks.
 
-    MLflow stores a batch whole or not at all, and batches come in order: all up to the last one that it shows as a
-    metric's newest is there. Storing them again would do no harm, but MLflow looks through the whole run for each value
-    that it has (25 ms a value in a SQLite store of 200,000).
+    MLflow stores a batch whole or not at all, and batches come in order: everything up to the last value that it shows as
+    the newest of a metric is there. Sending it again would do no harm, but for each value that it has MLflow searches the
+    whole run (25 ms a value in a SQLite store of 200,000).
     """
     newest = {
         (m.key, m.value, m.timestamp, m.step) for m in getattr(check_run(client, run_id).data, "_metric_objs", ())
@@ -193,7 +199,7 @@ def not_stored(client: MlflowClient, run_id: str, values: Sequence[Value]) -> Se
 
 
 def log_file(client: MlflowClient, run_id: str, source: Path, into: str | None) -> None:
-    """Store a file, or a folder with all that is in it, in the artifact folder `into`."""
+    """Store a file, or a folder with everything in it, in the artifact folder `into`."""
     if source.is_dir():
         client.log_artifacts(run_id, str(source), into)
     else:
@@ -201,7 +207,7 @@ def log_file(client: MlflowClient, run_id: str, source: Path, into: str | None) 
 
 
 def system_monitors() -> list[Any]:
-    """MLflow's probes of this machine; the GPU's only where there is one."""
+    """MLflow's monitors of this machine; that of the GPU only if there is one."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -213,13 +219,13 @@ def system_monitors() -> list[Any]:
         try:
             monitors.append(kind())
             break
-        except Exception:  # each has errors of its own for a machine without one
+        except Exception:  # each raises errors of its own on a machine without one
             continue
     return monitors
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
-    """Log parameters; MLflow does not let them change, so what a resumed run has otherwise becomes a tag."""
+    """Log parameters. MLflow does not let them change: those that a resumed run changed become a tag."""
     from mlflow.entities import Param
 
     values = {clean_key(key): _shortened(value) for key, value in params.items()}
@@ -233,9 +239,9 @@ def log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> 
 
 
 def running_children(client: MlflowClient, experiment: str, parent_run_id: str) -> Iterator[Any]:
-    """Runs nested in a run that have not ended."""
+    """Runs nested in a run that are RUNNING."""
     where = f"tags.`mlflow.parentRunId` = '{parent_run_id}' and attributes.status = 'RUNNING'"
-    found: list[Any] = []  # all of them first: ending runs moves the pages
+    found: list[Any] = []  # all of them before the first is yielded: ending runs shifts the pages
     token: str | None = None
     while True:
         page = client.search_runs([experiment], where, page_token=token)
@@ -262,15 +268,22 @@ def find_runs(client: MlflowClient, where: str = "", at_most: int = 10_000) -> l
 
 
 def history(client: MlflowClient, run_id: str, name: str) -> dict[int, tuple[float, int]]:
-    """A metric by its steps: value and time (ms). Of several values at a step the last: a resumed run does some again."""
+    """A metric: step -> (value, time in ms). A resumed run repeats some steps: the last value at a step counts."""
     values = sorted(client.get_metric_history(run_id, name), key=lambda value: value.timestamp)
     return dict(sorted({value.step: (value.value, value.timestamp) for value in values}.items()))
 
 
 def save_onnx(file: Path, folder: Path, *, shape: Sequence[int], features: int, about: Mapping[str, Any]) -> None:
-    """Write an ONNX file as a model of MLflow's: with signature, an example of its input, and what it needs to load.
+    """Write an ONNX file as an MLflow model: with signature, an input example, and the packages that load it.
 
-    `shape` (C, H, W) and `features` are those of one image. MLflow, onnx and onnxruntime load it, nothing of ours.
+    Loading it needs MLflow, onnx and onnxruntime, and nothing of this project.
+
+    Args:
+        file: The ONNX file.
+        folder: Where to write the model; must not exist.
+        shape: (C, H, W) of an image.
+        features: Length of its feature vector.
+        about: Metadata of the model.
     """
     import mlflow.onnx
     import numpy as np
@@ -294,7 +307,7 @@ def save_onnx(file: Path, folder: Path, *, shape: Sequence[int], features: int, 
 
 
 def register_version(client: MlflowClient, run_id: str, name: str, model: Path, tags: Mapping[str, Any]) -> str:
-    """Store a model's folder in the run's artifacts, as a new version of the registered model `name`: its number."""
+    """Store a model's folder among the run's artifacts, as a new version of the registered model `name`; its number."""
     from mlflow.exceptions import MlflowException
 
     run = check_run(client, run_id)
@@ -310,7 +323,7 @@ def register_version(client: MlflowClient, run_id: str, name: str, model: Path, 
 
 
 def absolute_uri(uri: str) -> str:
-    """A store URI that means the same in every working folder."""
+    """A store URI that means the same in every working directory."""
     if uri in ("databricks", "databricks-uc", "uc"):
         return uri
     for prefix in ("sqlite:///", "file://", "file:"):
@@ -323,18 +336,18 @@ def absolute_uri(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite store."""
+    """The file of a SQLite store; None for other stores, and for one in memory."""
     place = uri.removeprefix("sqlite:///").partition("?")[0]
     return Path(place) if uri.startswith("sqlite:///") and place not in ("", ":memory:") else None
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be shown and stored."""
+    """The URI as it may be shown and stored, with the password masked."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def clean_key(name: str) -> str:
-    """A name with what MLflow does not allow in one replaced."""
+    """A name with the characters replaced that MLflow does not allow."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
@@ -354,7 +367,7 @@ _INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
 def refused(error: Exception) -> bool:
-    """Whether the store is there, and does not take what it was given."""
+    """Whether the store answered that it does not take what it was given."""
     if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
         return False
     code = getattr(error, "error_code", "")
@@ -362,12 +375,12 @@ def refused(error: Exception) -> bool:
 
 
 def invalid(error: Exception) -> bool:
-    """Whether what was given can never be stored; not, for example, for want of permission, which may be given."""
+    """Whether what it was given can never be stored; a permission that is missing, for example, may be granted."""
     return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
 
 
 def unreachable(error: Exception) -> bool:
-    """Whether there was no answer at all; not, for example, an answer that the place for files has no room."""
+    """Whether there was no answer at all; an answer that the disk for files is full, for example, is one."""
     import requests
 
     none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
@@ -375,10 +388,10 @@ def unreachable(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The innermost system error in a few words, else the first line of the error itself."""
+    """The innermost system error, else the first line of the error itself, without a password."""
     words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
     text = str(words[-1] if words else error).strip()
-    if "timed out" in text:  # else half a page of connection pools
+    if "timed out" in text:  # instead of half a page about connection pools
         return "timed out"
     line = text.splitlines()[0] if text else type(error).__name__
     return without_password(line if len(line) <= 200 else line[:199] + "…")

@@ -1,4 +1,4 @@
-"""Runs as MLflow has them, found by what a person calls them: an id, a name, or the folder of a run."""
+"""Runs in MLflow, found by what the user gives: an id, a name, or a run's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
-from pipeline.tracking.sender import OUTBOX, Position
+from pipeline.tracking.journal import OUTBOX, SendOffset
 
 STAGE, RUN, RECIPE, OUT, PARENT = (
     *("wavemim.stage", "wavemim.run", "wavemim.recipe", "wavemim.out"),
@@ -24,19 +24,27 @@ _SHOWN = 8  # names in a message
 
 @dataclass
 class Run:
-    """What belongs together: of each stage the newest run. `uri` is the store that has them."""
+    """The stages of one run of the pipeline: of each stage the newest run in MLflow."""
 
-    label: str
-    uri: str
-    stages: dict[str, Any] = field(default_factory=dict)  # stage -> run of MLflow's
-    notes: list[str] = field(default_factory=list)
+    label: str  # for people
+    uri: str  # of the store
+    stages: dict[str, Any] = field(default_factory=dict)  # stage -> MLflow's run
+    notes: list[str] = field(default_factory=list)  # what the user should know, a line each
 
 
 def find(names: Sequence[str], uri: str | None) -> list[Run]:
-    """The runs of these names, in this order, with labels that differ. May take long, and raise what MLflow raises.
+    """Find runs. May take long, and raises MLflow's errors too.
 
-    `uri` is the store; None: that of a run's folder, MLFLOW_TRACKING_URI, or that of the default out folder. Raises
-    SettingError for what is unknown or ambiguous, StageError for what MLflow was not sent.
+    Args:
+        names: Ids, names, or folders (OUT/runs/NAME, or that of a stage).
+        uri: The store; None for that of a folder, else MLFLOW_TRACKING_URI, else that of the default out folder.
+
+    Returns:
+        The runs in this order, with different labels.
+
+    Raises:
+        SettingError: A name is unknown or ambiguous, or the store is not known.
+        StageError: A folder has not been sent to MLflow.
     """
     folders = {name: folders for name in names if (folders := _folders(name))}
     uris = {name: store.absolute_uri(uri) if uri else _uri_of(found[0]) for name, found in folders.items()}
@@ -54,11 +62,11 @@ def find(names: Sequence[str], uri: str | None) -> list[Run]:
 
 
 def _folders(name: str) -> list[Path]:
-    """Folders of stages, where `name` is a folder of a run or of a stage."""
+    """The stages' folders, if `name` is the folder of a run or of a stage; none if it may be a name or an id."""
     place = Path(name).expanduser()
     if not place.is_dir():
         if os.sep in name or name.startswith("~"):
-            raise SettingError(f"{name} is no folder; give OUT/runs/NAME, a run's name, or an id of MLflow's")
+            raise SettingError(f"{name} is not a folder; give OUT/runs/NAME, a run's name, or a run id of MLflow")
         return []
     place = place.absolute()
     if (place / OUTBOX).is_file():
@@ -73,7 +81,7 @@ def _folders(name: str) -> list[Path]:
         )
     if os.sep in name:
         raise SettingError(f"{name} has nothing that was logged; give OUT/runs/NAME or the folder of a stage in it")
-    return []  # the name of a run that is a folder's too
+    return []  # a run's name that is also the name of some folder
 
 
 def _uri_of(folder: Path) -> str:
@@ -95,7 +103,7 @@ def _uri_of_names(uri: str | None, of_folders: Sequence[str]) -> str:
 def _in_folders(client: Any, name: str, folders: Sequence[Path], uri: str) -> Run:
     runs = []
     for folder in folders:
-        run_id = Position.of(folder).run_id
+        run_id = SendOffset.of(folder).run_id
         if not run_id:
             raise StageError(f"{folder} has not reached MLflow; wavemim sync {name} sends it")
         try:
@@ -131,7 +139,7 @@ def _named(client: Any, name: str, uri: str) -> Run:
     if len(places) > 1:
         raise SettingError(
             f"{name}: ambiguous, runs of this name are in {len(places)} out folders ({_listed(places)}); give the folder "
-            f"OUT/runs/{name}, or an id of MLflow's: {_listed([run.info.run_id for run in runs])}"
+            f"OUT/runs/{name}, or a run id of MLflow: {_listed([run.info.run_id for run in runs])}"
         )
     return _together(name, runs, uri)
 
@@ -144,7 +152,7 @@ def _unknown(client: Any, name: str, uri: str) -> str:
 
 
 def _together(label: str, runs: Sequence[Any], uri: str) -> Run:
-    """Of several runs of a stage the newest counts: the others were replaced, or gone on with."""
+    """Put the runs of stages together. Of several runs of a stage the newest counts: it replaced or resumed the others."""
     found = Run(label, uri)
     for run in sorted(runs, key=lambda run: run.info.start_time, reverse=True):
         stage = run.data.tags.get(STAGE) or _name_of(run)
@@ -180,13 +188,17 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def recorded_address(outbox: JsonLines) -> str:
-    """Where the folder's runs go, without a password."""
+    """The store that the folder's runs go to, with its password masked; "" if the outbox does not say."""
     uris = [entry["uri"] for entry, _ in outbox.read() if entry.get("do") in ("start", "store")]
     return str(uris[-1]) if uris else ""
 
 
 def stored_uri(folder: Path, outbox: JsonLines) -> str:
-    """The store to send to. Its password is not in the folder, it has to come from the environment."""
+    """The store to send a folder to. A password is not in the folder: it must come from the environment.
+
+    Raises:
+        SettingError: The folder does not say where the store is, or not its password.
+    """
     address = recorded_address(outbox)
     from_outside = os.environ.get("MLFLOW_TRACKING_URI")
     if from_outside:

@@ -1,21 +1,16 @@
-"""Brings what a stage's folder holds to MLflow, and marks how far it came.
+"""One round of sending: brings what the journal holds to MLflow, and marks how far it came.
 
-The folder is the truth: ``metrics.jsonl`` has the values, ``.mlflow-outbox.jsonl`` everything else in its order (a run
-begins, a tag, a file, a run ends); both only grow. ``.mlflow-sent.json`` says up to which byte of each MLflow has
-confirmed, and for which run. It is written after the confirmation: a kill in between has the same sent again, which
-changes nothing, since MLflow stores a value of the same name, step, time and number once, and the rest is replaced by
-itself. One process sends at a time.
+The protocol is described in `pipeline.tracking.journal`. In short: the offset is written after MLflow has confirmed, so a
+kill in between has the same lines sent again, which changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
+from pipeline.tracking.journal import METRICS, OUTBOX, SENT, SendOffset, metric_batches, metric_values, sending_alone
 from pipeline.tracking.mlflow_client import RunGone, Value
 
 if TYPE_CHECKING:
@@ -31,55 +27,33 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-METRICS, OUTBOX, SENT, LOCK = "metrics.jsonl", ".mlflow-outbox.jsonl", ".mlflow-sent.json", ".mlflow.lock"
-# Seconds. A fresh SQLite store takes 2 to 3, but its many small transactions are slow on network file systems.
+# Seconds that a call may take. Creating a SQLite store takes 2 to 3, but its many small transactions are slow on network
+# file systems.
 START_LIMIT, CALL_LIMIT, ARTIFACT_LIMIT = 120.0, 20.0, 120.0
 
 
 @dataclass
-class Position:
-    """How far a folder's files have been sent."""
-
-    run_id: str = ""
-    key: str = ""  # of the run; a folder may hold several runs after another
-    begin: int = 0  # bytes of the metrics before the run
-    begin_outbox: int = 0
-    metrics: int = 0  # bytes that MLflow has
-    outbox: int = 0
-    head: str = ""  # tells whether the metrics are still the same file
-    files: list[dict[str, Any]] = field(default_factory=list)  # that MLflow did not take for now
-    refused: int = 0  # values that it never takes
-
-    @classmethod
-    def of(cls, folder: Path) -> Position:
-        """The folder's mark; the beginning where there is none, or a damaged one: then all is sent again."""
-        try:
-            return cls(**json.loads((folder / SENT).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return cls()
-
-
-@dataclass
 class Tally:
-    """What was sent."""
+    """What a sender has sent."""
 
-    values: int = 0
-    names: set[str] = field(default_factory=set)
+    values: int = 0  # of metrics
+    names: set[str] = field(default_factory=set)  # of the metrics
     files: int = 0
-    runs: int = 0  # begun or ended
-    refused: int = 0
+    runs: int = 0  # begun, resumed or ended
+    refused: int = 0  # values that MLflow never takes
     missing: list[str] = field(default_factory=list)  # files that are no longer there
 
     def __bool__(self) -> bool:
         return bool(self.values or self.files or self.runs or self.refused or self.missing)
 
 
-class Busy(Exception):
-    """Another process is sending from this folder."""
-
-
 class Sender:
-    """Sends from one folder to one store. Its errors are MLflow's, OSError, RunGone and Busy; all may be tried again."""
+    """Sends from one folder to one store, again and again.
+
+    Attributes:
+        tally: What was sent since the sender was made.
+        trouble: Why MLflow did not take the last file that it did not take.
+    """
 
     def __init__(
         self,
@@ -92,40 +66,57 @@ class Sender:
         metrics: JsonLines | None = None,
         outbox: JsonLines | None = None,
     ) -> None:
+        """
+        Args:
+            folder: The stage's, with the journal.
+            uri: Of the store.
+            run_id: Of the run, where only another machine has the outbox that says it.
+            create: Whether to create a SQLite store that does not exist.
+            limit: Seconds that a call may take; None for limits that suit training.
+            metrics, outbox: The files as they are open elsewhere in this process: their lines that wait for a full disk are
+                sent from memory.
+        """
         self.folder, self.uri = folder, uri
         self.metrics = metrics or JsonLines(folder / METRICS)
         self.outbox = outbox or JsonLines(folder / OUTBOX)
         self.tally = Tally()
-        self._known_run = run_id  # where the outbox lies on another machine
-        self._limit = limit  # seconds a call may take
-        self._create = create  # makes the store where there is none
+        self.trouble = ""
+        self._known_run = run_id
+        self._limit = limit
+        self._create = create
         self._client: MlflowClient | None = None
-        self._at = Position()
-        self._unsaved: Position | None = None
-        self._marked: Position | None = None  # by this sender
-        self._certain = False  # that nothing after the mark was sent
-        self._told: set[str] = set()  # files of which was said that MLflow does not take them
-        self.trouble = ""  # why it did not take the last of them
-        self._direct: set[str] = set()  # lines sent from memory, because the disk is full
+        self._offset = SendOffset()
+        self._unsaved: SendOffset | None = None  # what a full disk did not take
+        self._saved: SendOffset | None = None  # by this sender
+        self._certain = False  # that nothing beyond the offset was sent
+        self._warned: set[str] = set()  # files of which was said that MLflow does not take them
+        self._from_memory: set[str] = set()  # lines that were sent although the full disk lacks them
 
     @property
     def held(self) -> int:
-        """Files that MLflow does not take for now."""
-        return len(self._at.files)
+        """Number of files that MLflow does not take for now."""
+        return len(self._offset.files)
 
     @property
     def run_id(self) -> str:
-        """Of the run that the folder's newest lines belong to; empty while MLflow does not know it."""
-        return self._at.run_id
+        """MLflow's id of the run that the newest lines belong to; "" while MLflow does not know it."""
+        return self._offset.run_id
 
     def send(self, *, wait: float = 0.0, files: bool = True) -> None:
-        """Send all that is left. Raises what goes wrong; what was confirmed until then is marked.
+        """Send all that is left. What was confirmed before an error is marked as sent; all errors may be tried again.
 
-        `wait`: seconds to wait for another process. `files`: also those that MLflow did not take before.
+        Args:
+            wait: Seconds to wait for another process that is sending.
+            files: Whether to try files again that MLflow did not take before.
+
+        Raises:
+            Busy: Another process is still sending.
+            RunGone: The run was deleted in MLflow.
+            Exception: MLflow's own, or OSError: it is away, slow, or refuses.
         """
-        with _alone(self.folder, wait):
-            self._at = self._load()
-            self._certain = self._certain and self._at == self._marked
+        with sending_alone(self.folder, wait):
+            self._offset = self._load()
+            self._certain = self._certain and self._offset == self._saved
             for last in (False, True):
                 try:
                     self._send_outbox()
@@ -134,104 +125,109 @@ class Sender:
                 except RunGone as gone:
                     if gone.deleted or last:
                         raise
-                    self._begin_anew()
+                    self._rewind()
 
     def _send_outbox(self) -> None:
-        entries = list(self.outbox.read(self._at.outbox))
+        entries = list(self.outbox.read(self._offset.outbox))
         last_start = max((end for entry, end in entries if entry.get("do") == "start"), default=0)
         for entry, end in entries:
             try:
                 self._apply(entry)
             except RunGone as gone:
                 if not gone.deleted or end >= last_start:
-                    raise  # else a later start begins another run, with all metrics of this one
-            self._at.outbox = end
+                    raise  # before that, a later start creates another run with all metrics of this one
+            self._offset.outbox = end
             self._save()
 
     def _send_rest(self, files: bool) -> None:
-        for entry in [entry for entry in self.outbox.waiting() if json.dumps(entry) not in self._direct]:
+        for entry in [entry for entry in self.outbox.waiting() if json.dumps(entry) not in self._from_memory]:
             self._apply(entry)
-            self._direct.add(json.dumps(entry))
-        if not self._at.run_id:
+            self._from_memory.add(json.dumps(entry))
+        if not self._offset.run_id:
             raise ConnectionError("its run is not there yet")
         if files:
             self._retry_files()
         self._send_metrics(None)
-        lines = [line for line in self.metrics.waiting() if json.dumps(line) not in self._direct]
+        lines = [line for line in self.metrics.waiting() if json.dumps(line) not in self._from_memory]
         if lines:
-            self._send_values([value for line in lines for value in _values(line)])
-            self._direct |= {json.dumps(line) for line in lines}
+            self._send_values([value for line in lines for value in metric_values(line)])
+            self._from_memory |= {json.dumps(line) for line in lines}
 
-    def _begin_anew(self) -> None:
-        """The store lost the run: all of it is sent to a new one."""
-        at = self._at
-        self._at = replace(at, run_id="", metrics=at.begin, outbox=at.begin_outbox, files=[])
+    def _rewind(self) -> None:
+        """The store has lost the run: go back to where it began, so that all of it is sent to a new one."""
+        offset = self._offset
+        self._offset = replace(offset, run_id="", metrics=offset.begin, outbox=offset.begin_outbox, files=[])
         self._known_run = ""
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        """Do what a line of the outbox says."""
+        """Do in MLflow what a line of the outbox says."""
         do = entry.get("do")
         if do == "start":
             self._start(entry)
-        elif do == "end" and self._at.run_id:
+        elif do == "end" and self._offset.run_id:
             self._send_metrics(entry["at"])
             self._retry_files()
             self._call(
                 lambda client: store.end_run(client, self.run_id, entry["status"], entry["time"], force=entry["force"])
             )
             self.tally.runs += 1
-        elif do == "tag" and self._at.run_id:
+        elif do == "tag" and self._offset.run_id:
             self._skipping_refused(lambda client: client.set_tag(self.run_id, entry["key"], entry["value"]))
-        elif do in ("file", "text") and self._at.run_id:
+        elif do in ("file", "text") and self._offset.run_id:
             self._file(entry)
 
     def _start(self, entry: dict[str, Any]) -> None:
-        at = self._at
-        if at.run_id and at.key not in ("", entry["key"]):
-            with contextlib.suppress(RunGone):  # the former run: what comes now is another one's
-                self._send_metrics(entry["at"])
-            begin = min(entry["at"], self.metrics.size())
-            self._at = at = replace(at, run_id="", begin=begin, metrics=begin, begin_outbox=at.outbox, files=[])
-            at.head = self.metrics.head()
-        elif not at.key:
-            at.begin = at.metrics = min(entry["at"], self.metrics.size())
-            at.begin_outbox, at.head = at.outbox, self.metrics.head()
-        at.key = entry["key"]
+        """Create or resume a run."""
+        self._move_to_run(entry)
         tags = {**entry["tags"], store.KEY: entry["key"]}
         parent = self._parent(entry)
         if parent:
             tags["mlflow.parentRunId"] = parent
-        run_id = at.run_id
-        if run_id:
+        if self._offset.run_id:
             try:
-                self._call(lambda client: store.reopen_run(client, run_id, tags))
-            except RunGone:  # deleted: whoever starts the stage again wants to see it
-                self._at = at = replace(at, run_id="", metrics=at.begin, files=[])
-        if not self._at.run_id:
+                self._call(lambda client: store.reopen_run(client, self.run_id, tags))
+            except RunGone:  # deleted, and wanted again: the stage was started again
+                self._offset = replace(self._offset, run_id="", metrics=self._offset.begin, files=[])
+        if not self._offset.run_id:
             self._create_run(entry, tags)
         self._call(lambda client: store.log_params(client, self.run_id, entry["params"]))
         self.tally.runs += 1
+
+    def _move_to_run(self, entry: dict[str, Any]) -> None:
+        """Let the offset stand in the run that a line begins or resumes."""
+        offset = self._offset
+        if offset.run_id and offset.key not in ("", entry["key"]):
+            with contextlib.suppress(RunGone):  # the rest of the run before
+                self._send_metrics(entry["at"])
+            begin = min(entry["at"], self.metrics.size())
+            offset = replace(offset, run_id="", begin=begin, metrics=begin, begin_outbox=offset.outbox, files=[])
+            offset.head = self.metrics.head()
+        elif not offset.key:
+            offset.begin = offset.metrics = min(entry["at"], self.metrics.size())
+            offset.begin_outbox, offset.head = offset.outbox, self.metrics.head()
+        offset.key = entry["key"]
+        self._offset = offset
 
     def _create_run(self, entry: dict[str, Any], tags: dict[str, str]) -> None:
         def find_or_create(client: MlflowClient) -> str:
             experiment = store.experiment_id(client, entry["experiment"], self.uri)
             return store.find_or_create_run(client, experiment, entry["name"], tags, entry["time"])
 
-        self._at.run_id = self._call(find_or_create, START_LIMIT)
+        self._offset.run_id = self._call(find_or_create, START_LIMIT)
         self._save()
 
     def _parent(self, entry: dict[str, Any]) -> str:
-        """Id of the run that this one is nested in. Raises ConnectionError while that is not there."""
+        """Id of the run that this one is nested in; "" without one. Raises ConnectionError while MLflow lacks it."""
         if not entry["parent"]:
             return str(entry["parent_id"])
         folder = Path(os.path.normpath(self.folder / entry["parent"]))
-        known = Position.of(folder).run_id or entry["parent_id"]
+        known = SendOffset.of(folder).run_id or entry["parent_id"]
         if not known and (folder / OUTBOX).is_file():
             raise ConnectionError(f"the run of {folder} is not there yet")
         return str(known)
 
     def _file(self, entry: dict[str, Any]) -> None:
-        """Send a file or a text; one that cannot be stored now does not hold up what comes after it."""
+        """Send a file or a text; one that MLflow does not take now is put aside, so that it holds up nothing."""
         text = entry["do"] == "text"
         source = entry["file"] if text else self.folder / entry["path"]
         if not text and not source.exists():
@@ -249,13 +245,14 @@ class Sender:
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
             self.trouble = store.reason(error)
-            if str(source) not in self._told:
-                self._told.add(str(source))
+            if str(source) not in self._warned:
+                self._warned.add(str(source))
                 _log.warning("MLflow does not take %s for now (%s); wavemim sync sends it", source, self.trouble)
-            self._at.files.append(entry)
+            self._offset.files.append(entry)
 
     def _retry_files(self) -> None:
-        entries, self._at.files = self._at.files, []
+        """Send the files that were put aside."""
+        entries, self._offset.files = self._offset.files, []
         if not entries:
             return
         try:
@@ -263,21 +260,21 @@ class Sender:
                 self._file(entries[0])
                 entries.pop(0)
         finally:
-            self._at.files.extend(entries)
+            self._offset.files.extend(entries)
         self._save()
 
     def _send_metrics(self, stop: int | None) -> None:
-        """Send the lines that MLflow has not confirmed, up to byte `stop`."""
-        at = self._at
-        if at.metrics > self.metrics.size() or (at.metrics and at.head != self.metrics.head()):
-            at.metrics = at.begin = 0  # another file took its place: the stage was started over
-        for values, end in _groups(self.metrics, at.metrics, stop):
+        """Send the metrics that MLflow has not confirmed, up to byte `stop`."""
+        offset = self._offset
+        if offset.metrics > self.metrics.size() or (offset.metrics and offset.head != self.metrics.head()):
+            offset.metrics = offset.begin = 0  # another file took its place: the stage was restarted
+        for values, end in metric_batches(self.metrics, offset.metrics, stop):
             certain, self._certain = self._certain, False
             left = values if certain or not values else self._call(self._not_stored(values))
             self._send_values(left)
             self._certain = True
             self.metrics.sync()
-            at.metrics, at.head = end, self.metrics.head()
+            offset.metrics, offset.head = end, self.metrics.head()
             self._save()
 
     def _not_stored(self, values: Sequence[Value]) -> Callable[[MlflowClient], Sequence[Value]]:
@@ -288,7 +285,7 @@ class Sender:
             self._send_batch(values[start : start + store.METRICS_IN_BATCH])
 
     def _send_batch(self, batch: Sequence[Value]) -> None:
-        """Send up to 1000 values; where MLflow refuses the batch, find the value that it means."""
+        """Send up to 1000 values; if MLflow refuses the batch, halve it until the value is found that it means."""
         try:
             self._call(lambda client: store.log_values(client, self.run_id, batch))
         except Exception as error:
@@ -298,7 +295,7 @@ class Sender:
             if not store.invalid(error):
                 raise
             if len(batch) == 1:
-                self._at.refused += 1
+                self._offset.refused += 1
                 self.tally.refused += 1
                 return
             self._send_batch(batch[: len(batch) // 2])
@@ -316,7 +313,7 @@ class Sender:
             self._call(lambda client: store.check_run(client, self.run_id))
 
     def _call(self, call: Callable[[MlflowClient], T], limit: float | None = None) -> T:
-        """What MLflow answers. It may fail, and it may hang: it gets `limit` seconds."""
+        """What MLflow answers. Raises its errors, and TimeoutError after `limit` seconds."""
         store.import_mlflow()
         return store.within(
             limit or self._limit or (CALL_LIMIT if self._client else START_LIMIT), lambda: call(self._connected())
@@ -327,71 +324,24 @@ class Sender:
             self._client = store.connect(self.uri, create=self._create)
         return self._client
 
-    def _load(self) -> Position:
-        at, unsaved = Position.of(self.folder), self._unsaved
+    def _load(self) -> SendOffset:
+        """The folder's offset, or the one in memory if the disk was too full for it and no other process went further."""
+        offset, unsaved = SendOffset.of(self.folder), self._unsaved
         if (
             unsaved
-            and at.run_id in ("", unsaved.run_id)
-            and (at.outbox, at.metrics) <= (unsaved.outbox, unsaved.metrics)
+            and offset.run_id in ("", unsaved.run_id)
+            and (offset.outbox, offset.metrics) <= (unsaved.outbox, unsaved.metrics)
         ):
             return unsaved
-        if not at.run_id and self._known_run:
-            at.run_id = self._known_run
-        return at
+        if not offset.run_id and self._known_run:
+            offset.run_id = self._known_run
+        return offset
 
     def _save(self) -> None:
-        self._marked = replace(self._at, files=list(self._at.files))
-        content = json.dumps(asdict(self._at)).encode()
+        self._saved = replace(self._offset, files=list(self._offset.files))
+        content = json.dumps(asdict(self._offset)).encode()
         try:
             Folder.at(self.folder).write(SENT, content)
             self._unsaved = None
         except OSError:  # a full disk
-            self._unsaved = self._at
-
-
-def _values(line: dict[str, Any]) -> list[Value]:
-    """What a line of the metrics holds for MLflow: finite numbers. Others are text in the file."""
-    numbers = {name: value for name, value in line.get("metrics", {}).items() if isinstance(value, int | float)}
-    stamp, step = round(1000 * line.get("time", 0)), int(line.get("step", 0))
-    return [(store.clean_key(name), float(value), stamp, step) for name, value in numbers.items()]
-
-
-def _groups(record: JsonLines, start: int, stop: int | None) -> Iterator[tuple[list[Value], int]]:
-    """Whole lines of together at most a batch (or one longer line), with the byte where they end."""
-    group: list[Value] = []
-    end = start
-    for line, line_end in record.read(start):
-        if stop is not None and line_end > stop:
-            break
-        values = _values(line)
-        if group and len(group) + len(values) > store.METRICS_IN_BATCH:
-            yield group, end
-            group = []
-        group += values
-        end = line_end
-    if end > start:
-        yield group, end
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, wait: float) -> Iterator[None]:
-    """Be the only process that sends from the folder. Raises Busy after `wait` seconds."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
-    except OSError:  # a disk that is full or read-only: sending twice does no harm
-        yield
-        return
-    with file:
-        until = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise Busy(f"another process is sending from {folder}") from None
-                time.sleep(0.05)
-            except OSError:  # a network file system without locks
-                break
-        yield
+            self._unsaved = self._offset

@@ -1,13 +1,11 @@
-"""Runs, metrics and files of a stage, on their way to MLflow.
+"""What a stage logs: its runs, metrics, files and tags.
 
-Tracking never costs a run. Whoever logs only adds a line to a local file; a thread sends what is there, and may fail,
-which gives one warning. What it could not send is sent when MLflow is back, by this process, by the next one that goes
-on with the stage, or by `wavemim sync`.
+`Tracker` writes each of them to the stage's journal, at once and without waiting for MLflow, and has a thread send it. The
+journal, and what happens when MLflow is away or the process is killed, is described in `pipeline.tracking.journal`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
 import logging
@@ -28,26 +26,28 @@ from typing import Any
 import yaml
 
 from pipeline.config.recipe import Recipe
+from pipeline.periodic import Periodic
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.background import SendingThread
+from pipeline.tracking.journal import METRICS, OUTBOX, Busy, SendOffset, unfinished_key
 from pipeline.tracking.mlflow_client import without_password
-from pipeline.tracking.sender import METRICS, OUTBOX, Busy, Position, Sender
+from pipeline.tracking.sender import Sender
 
 _log = logging.getLogger(__name__)
 
-# Seconds.
+# Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end.
 _START_LIMIT, _END_LIMIT = 120.0, 20.0
 
 
 def store_uri(recipe: Recipe) -> str:
-    """Where MLflow keeps the runs: the setting, MLFLOW_TRACKING_URI or SQLite in the out folder. Always absolute."""
+    """Where MLflow keeps the runs: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the out folder; absolute."""
     uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     return store.absolute_uri(uri) if uri else f"sqlite:///{Path(recipe.out).expanduser().absolute() / 'mlflow.db'}"
 
 
 def ui_command(recipe: Recipe) -> str:
-    """What the user types, or opens, to see the runs."""
+    """The command, or the address after "open", with which the user sees the runs."""
     uri = store_uri(recipe)
     if "://" in uri and not uri.startswith(("http:", "https:", "databricks")):
         # One worker: MLflow starts four by default, of 250 MB each.
@@ -58,19 +58,29 @@ def ui_command(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class RunHandle:
-    """What a worker needs to log to a run; plain strings, so that it can be pickled."""
+    """What another process needs to log to a run. Plain strings, so that it can be pickled.
+
+    Attributes:
+        uri: Of the store.
+        run_id: MLflow's id; "" while MLflow does not know the run.
+        log_file: The journal's metrics.jsonl; the rest of the journal is in the same folder.
+    """
 
     uri: str
-    run_id: str  # empty while MLflow does not know the run: it is only in the folder of `log_file`
+    run_id: str
     log_file: str
 
 
 class Tracker:
-    """One run: all that is logged goes to files in its folder, and from there to MLflow."""
+    """One run: all that is logged goes to the journal in its folder, and from there to MLflow.
+
+    As a context manager it ends the run: as FINISHED, as KILLED after Ctrl-C, else as FAILED.
+    """
 
     def __init__(self, handle: RunHandle, *, owner: bool, create: bool = False) -> None:
+        """Use `start` or `attach`. `owner`: ends the run. `create`: creates a SQLite store that does not exist."""
         self._handle = handle
-        self._owner = owner  # ends the run
+        self._owner = owner
         self._folder = Path(handle.log_file).parent
         self._metrics, self._outbox = JsonLines(Path(handle.log_file)), JsonLines(self._folder / OUTBOX)
         self._sender = Sender(
@@ -78,9 +88,9 @@ class Tracker:
         )
         self._thread = SendingThread(self._send)
         self._probe: _SystemProbe | None = None
-        self._stamp = 0  # of the last line, ms
+        self._stamp = 0  # time of the last line, ms
         self._warned = False
-        self._warning = threading.Lock()  # of two threads only one warns
+        self._warning = threading.Lock()  # so that only one of two threads warns
         self._ended = False
 
     @classmethod
@@ -95,8 +105,19 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         log_dir: Path,
     ) -> Tracker:
-        """A new run, in a store that is made if need be; or the run that an earlier call began in `log_dir`, and did
-        not finish. A run that the store no longer has, or that was deleted there, is begun anew with all its metrics.
+        """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
+
+        A run that the store has lost, or that was deleted there, is created anew with all its metrics. A SQLite store is
+        created if it does not exist. Waits for MLflow for 120 s at most, and goes on without it.
+
+        Args:
+            recipe: The settings, which become parameters and the artifact recipe.yaml.
+            stage: Name of the stage.
+            parent: The run that this one is nested in, for a trial of a sweep.
+            name: Of the run; STAGE-RECIPE if not given.
+            params: Parameters in place of the settings.
+            tags: Further tags.
+            log_dir: The stage's folder, for the journal.
         """
         # A trial's working folder is not the driver's, so a relative URI is not resolved a second time.
         uri = parent.uri if parent is not None else store_uri(recipe)
@@ -108,7 +129,7 @@ class Tracker:
             "do": "start",
             "at": tracker._metrics.size(),
             "time": int(time.time() * 1000),
-            "key": _unfinished_key(tracker._outbox) or uuid.uuid4().hex,
+            "key": unfinished_key(tracker._outbox) or uuid.uuid4().hex,
             "uri": without_password(uri),
             "experiment": recipe.tracking.experiment,
             "name": name or f"{stage}-{recipe.name}",
@@ -120,8 +141,8 @@ class Tracker:
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         tracker._outbox.append(start)
         tracker._note("text", text=text, file="recipe.yaml")
-        if parent is not None and not (parent.run_id or Position.of(Path(parent.log_file).parent).run_id):
-            tracker._warned = True  # the parent has waited and warned
+        if parent is not None and not (parent.run_id or SendOffset.of(Path(parent.log_file).parent).run_id):
+            tracker._warned = True  # the parent has waited and warned already
             tracker._thread.pause()
         else:
             tracker.flush(_START_LIMIT)
@@ -131,18 +152,24 @@ class Tracker:
 
     @classmethod
     def attach(cls, handle: RunHandle) -> Tracker:
-        """A further writer to a run, in a worker; the run itself is begun and ended by who started it."""
+        """Another writer to a run, in a worker. Who started the run also ends it."""
         return cls(handle, owner=False)
 
     @property
     def handle(self) -> RunHandle:
-        """For further writers; its run id is empty while MLflow does not know the run."""
+        """For other writers; its run id is empty while MLflow does not know the run."""
         return replace(self._handle, run_id=self._sender.run_id or self._handle.run_id)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics at a step (images seen). Values that are not finite stay out of MLflow, and are text in the file."""
+        """Log metrics; returns at once.
+
+        Args:
+            metrics: By name. A value that is not finite is written to the journal as a string, and not sent.
+            step: Images seen so far, the x axis of all metrics.
+        """
         stamp = int(time.time() * 1000)
-        # MLflow keeps one value of the same name, step, time and number; a clock that was set back is believed.
+        # MLflow stores a value of the same name, step, time and number once, so each line gets a time of its own. A clock
+        # that was set back by a second or more is believed.
         if stamp <= self._stamp < stamp + 1000:
             stamp = self._stamp + 1
         self._stamp = stamp
@@ -152,23 +179,27 @@ class Tracker:
         self._thread.wake()
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Log a file, or a folder with all that is in it. It is read when it is sent: it has to stay where it is."""
-        source = Path(path).absolute()
-        inside = source.is_relative_to(self._folder)  # so that the folder can be moved
-        self._note("file", path=str(source.relative_to(self._folder) if inside else source), into=folder)
+        """Log a file, or a folder with everything in it.
 
-    def artifact_text(self, text: str, file: str) -> None:
-        """Log a text as the artifact `file`."""
-        self._note("text", text=text, file=file)
+        Args:
+            path: Is read when it is sent, so it must stay where it is.
+            folder: Of the artifacts; None for their root.
+        """
+        source = Path(path).absolute()
+        inside = source.is_relative_to(self._folder)  # relative, so that the stage's folder can be moved
+        self._note("file", path=str(source.relative_to(self._folder) if inside else source), into=folder)
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
         self._note("tag", key=store.clean_key(key), value=str(value))
 
     def end(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED; of an attached tracker only send what is left.
+        """End the run; an attached tracker only sends what is left. A second call does nothing.
 
-        Waits for MLflow, but not long: what is not sent by then is sent later.
+        Waits for MLflow for 20 s at most; what is not sent by then is sent later.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
         """
         if self._ended:
             return
@@ -183,7 +214,7 @@ class Tracker:
             self._warn("does not take everything in time")
 
     def flush(self, seconds: float) -> bool:
-        """Whether all that was logged has been sent, after at most so long."""
+        """Send at once. Returns whether all that was logged has been sent within so many seconds."""
         return self._thread.flush(seconds)
 
     def __enter__(self) -> Tracker:
@@ -198,12 +229,12 @@ class Tracker:
             self.end("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
     def _note(self, do: str, **entry: Any) -> None:
-        """Add a line to the outbox."""
+        """Append a line to the outbox, and have it sent."""
         self._outbox.append({"do": do, **entry})
         self._thread.wake()
 
     def _send(self, urgent: bool) -> bool | None:
-        """Send what there is. Whether that succeeded; None where another process is sending."""
+        """Send what there is. Returns whether that succeeded; None if another process is sending."""
         try:
             self._sender.send(wait=_END_LIMIT if urgent else 0.0, files=urgent)
         except Busy:
@@ -224,52 +255,47 @@ class Tracker:
 
 
 class _SystemProbe:
-    """Logs the use of this machine, by the names that MLflow gives it; the step is seconds since the run began here."""
+    """Logs the use of this machine under MLflow's names for it; the step is seconds since the probe was made."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self._begun = tracker, time.monotonic()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
-        self._thread.start()
+        self._monitors: list[Any] = []
+        self._thread = Periodic(self._sample, self._interval, name="system metrics", at_once=True, join=5).start()
 
     def stop(self) -> None:
         """Log no more."""
-        self._stopped.set()
-        self._thread.join(timeout=5)
+        self._thread.stop()
 
-    def _run(self) -> None:
-        with contextlib.suppress(Exception):  # a machine without some counter
-            store.import_mlflow()
-            monitors = store.system_monitors()
-            while True:
-                for monitor in monitors:
-                    monitor.collect_metrics()
-                if self._stopped.wait(self._interval()):
-                    return
-                values = {f"system/{k}": v for m in monitors for k, v in m.aggregate_metrics().items()}
+    def _sample(self) -> bool:
+        """Log what was collected by the call before, and collect for the next one. False ends the thread."""
+        try:
+            if self._monitors:
+                values = {f"system/{k}": v for m in self._monitors for k, v in m.aggregate_metrics().items()}
                 self._tracker.log(values, int(time.monotonic() - self._begun))
-                for monitor in monitors:
-                    monitor.clear_metrics()
+            else:
+                store.import_mlflow()
+                self._monitors = store.system_monitors()
+            for monitor in self._monitors:
+                monitor.clear_metrics()
+                monitor.collect_metrics()
+        except Exception:  # a machine without some counter
+            return False
+        return True
 
     def _interval(self) -> float:
-        """Dense enough for a run of 30 s, and not a million rows for one of a week."""
+        """Seconds to the next sample: 5 at first, then longer, so that a week does not make a million rows."""
         asked = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
         return float(asked) if asked else min(60.0, max(5.0, (time.monotonic() - self._begun) / 100))
 
 
-def _unfinished_key(outbox: JsonLines) -> str:
-    """Of the run that an earlier call began in this folder and did not finish; empty where there is none."""
-    key = ""
-    for entry, _ in outbox.read():
-        if entry.get("do") == "start":
-            key = entry["key"]
-        elif entry.get("do") == "end" and entry["status"] == "FINISHED":
-            key = ""
-    return key
-
-
 def end_trials(uri: str, parent_run_id: str, statuses: Mapping[str, str]) -> None:
-    """End the child runs still RUNNING, with the status given for their run id or name, else KILLED."""
+    """End the trials of a sweep that are still RUNNING in MLflow. A failure is only a warning.
+
+    Args:
+        uri: Of the store.
+        parent_run_id: MLflow's id of the sweep's run; "" if MLflow does not know it, then nothing is done.
+        statuses: FINISHED, FAILED or KILLED, by the trial's run id or name; KILLED for others.
+    """
     if not parent_run_id:
         return
 
@@ -289,7 +315,7 @@ def end_trials(uri: str, parent_run_id: str, statuses: Mapping[str, str]) -> Non
 
 
 def flatten(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys with values in text, as YAML would have them."""
+    """Nested settings as dotted keys (``train.epochs``), with strings as they are and other values as JSON."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         dotted = f"{prefix}{key}"
@@ -304,22 +330,22 @@ def _tags(recipe: Recipe, stage: str) -> dict[str, str]:
     tags = {
         "wavemim.stage": stage,
         "wavemim.recipe": recipe.name,
-        "wavemim.run": recipe.name,  # the same for all stages of a run: what belongs together
+        "wavemim.run": recipe.name,  # the same for all stages of a run, which are shown together
         "wavemim.out": str(Path(recipe.out).expanduser().absolute()),
         "mlflow.source.name": f"wavemim {stage}",
         **_version_tags(),
     }
     try:
         tags["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user without a name, as in containers
         tags["mlflow.user"] = str(os.getuid())
     return tags
 
 
 def _version_tags() -> dict[str, str]:
-    """The commit of the project's own checkout, else the installed version."""
+    """The commit of the project's checkout, else the installed version."""
     root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():  # not any repository that happens to lie around the installed package
+    if (root / ".git").exists():  # not a repository that happens to contain the installed package
         try:
             commit = _git(root, "rev-parse", "HEAD")
             dirty = "-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
@@ -338,7 +364,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _redacted(recipe: Recipe) -> dict[str, Any]:
-    """All settings; a password in the store's URI is not for everyone who sees the runs."""
+    """All settings, without a password in the store's URI: everyone who sees the runs sees them."""
     settings = recipe.dump()
     if recipe.tracking.uri:
         settings["tracking"]["uri"] = without_password(recipe.tracking.uri)

@@ -1,13 +1,15 @@
-"""Watching training for steps that were left out and for losses that leap, without waiting for the device in a step.
+"""Divergence: steps that were skipped and loss spikes, found without waiting for the device in a step. No Ray in here.
 
-What a step measured is kept in a ring on the device, the row numbers of its images on the host; both are looked at
-where metrics are logged anyway.
+A step that has no finite gradient changes nothing: it is skipped. What a step measured is kept in a buffer on the device,
+the row numbers of its images on the host; both are examined where metrics are logged anyway.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import TrainingEndedError
 from pipeline.runtime.stage_folder import write_json
 from wavemim.weights import checkpoint
 
-SPIKE = 6.0  # a loss this many times the usual distance above the median is a spike
+SPIKE = 6.0  # median absolute deviations above the median from which on a loss is a spike
 REMEMBERED = 200  # steps that the median is taken over
+FOLDER, CHECKPOINT, STEPS = "blow-up", "checkpoint", "steps.json"
 
 
-class BlowUpError(RuntimeError):
-    """Too many steps in a row had a gradient that is not finite: one line."""
+class DivergedError(TrainingEndedError):
+    """Too many steps in a row had no finite gradient: one line."""
 
     def __init__(self, message: str, steps: list[dict[str, Any]]) -> None:
         super().__init__(message)
-        self.steps = steps  # of the row: step, epoch, rows of this worker
+        self.steps = steps  # that were skipped in a row: step, epoch, rows of this worker
 
 
 @dataclass
-class Seen:
+class StepRecord:
     """A step as the host remembers it."""
 
     step: int
@@ -40,105 +44,137 @@ class Seen:
 
 
 @dataclass
-class Report:
-    """What happened since the last look."""
+class WindowReport:
+    """What happened since the last report."""
 
     skipped: int = 0
     spikes: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Watch:
-    """Counts steps that changed nothing, finds spikes, and ends a run that does nothing else any more."""
+class DivergenceWatch:
+    """Counts skipped steps, finds loss spikes, and ends a run that does nothing but skip steps."""
 
-    def __init__(self, levels: list[int], device: torch.device, world: int, *, every: int, max_skipped: int) -> None:
-        """`every` steps at most lie between two looks; more than `max_skipped` in a row are a `BlowUpError`."""
-        self.levels, self.world, self.max_skipped = levels, world, max_skipped
-        self.ring = torch.zeros(every, len(levels) + 1, device=device)  # losses, gradient norm
-        self.steps: list[Seen] = []
-        self.usual: deque[float] = deque(maxlen=REMEMBERED)
-        self.row: list[dict[str, Any]] = []  # of steps left out, up to now
-        self.skipped = 0  # over all of training
+    def __init__(
+        self,
+        parts: Sequence[str],
+        device: torch.device,
+        world: int,
+        *,
+        every: int,
+        max_skipped: int,
+        section: str = "train",
+    ) -> None:
+        """Prepare the buffer.
+
+        Args:
+            parts: Names of the parts of the loss, such as "level 2", for messages.
+            device: Where the losses are.
+            world: Number of workers.
+            every: Steps between two reports, at most.
+            max_skipped: Steps in a row that may be skipped.
+            section: Settings that hold the learning rate and so on, for messages.
+        """
+        self.parts, self.world, self.max_skipped, self.section = parts, world, max_skipped, section
+        self.buffer = torch.zeros(every, len(parts) + 1, device=device)  # losses, gradient norm
+        self.steps: list[StepRecord] = []
+        self.recent: deque[float] = deque(maxlen=REMEMBERED)  # losses
+        self.in_a_row: list[dict[str, Any]] = []  # steps skipped, up to now
+        self.skipped = 0  # during the whole training
 
     def add(self, step: int, epoch: int, rows: torch.Tensor, losses: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """A step: losses (T,) of this worker and the gradient's norm, still on the device; `rows` (B,) on the host."""
-        self.ring[len(self.steps)] = torch.cat((losses, grad_norm[None]))
-        self.steps.append(Seen(step, epoch, rows))
+        """Record a step: its losses (T,) on this worker and gradient norm (), on the device; its rows (B,) on the host."""
+        self.buffer[len(self.steps)] = torch.cat((losses, grad_norm[None]))
+        self.steps.append(StepRecord(step, epoch, rows))
 
     def forget(self) -> None:
-        """What is usual is another thing from now on: images have another size."""
-        self.usual.clear()
+        """Forget the recent losses: with images of another size they are no measure of what is usual."""
+        self.recent.clear()
 
-    def look(self, lr: float, ended_after: int | None = None) -> Report:
-        """Bring the ring to the host and judge it. Every worker has to call it. Raises BlowUpError.
+    def report(self, lr: float, total_steps: int | None = None) -> WindowReport:
+        """Examine the steps since the last report. To be called by every worker.
 
-        `ended_after`: steps of the whole training, at its end: one that only left out steps has failed too.
+        Args:
+            lr: Learning rate, for messages.
+            total_steps: At the end of training, its steps: a run that skipped all of them has failed, too.
+
+        Raises:
+            DivergedError: Too many steps in a row were skipped.
         """
-        values = self.ring[: len(self.steps)]
+        values = self.buffer[: len(self.steps)]
         if self.world > 1:
             values = values.clone()
             dist.all_reduce(values)
             values /= self.world
-        report = Report()
-        for seen, line in zip(self.steps, values.tolist(), strict=True):
-            *losses, norm = line
-            if not _finite(norm):
+        report = WindowReport()
+        measured = values.tolist()
+        for record, (*losses, norm) in zip(self.steps, measured, strict=True):
+            if not math.isfinite(norm):
                 report.skipped += 1
-                self.row.append({"step": seen.step, "epoch": seen.epoch, "rows": seen.rows.tolist()})
-                if len(self.row) > self.max_skipped:
-                    raise BlowUpError(self._words(seen, losses, norm, lr), self.row)
+                self.in_a_row.append({"step": record.step, "epoch": record.epoch, "rows": record.rows.tolist()})
+                if len(self.in_a_row) > self.max_skipped:
+                    raise DivergedError(self._message(record, losses, norm, lr), self.in_a_row)
                 continue
-            self.row = []
-            if (spike := self._spike(sum(losses))) is not None:
-                report.spikes.append({"step": seen.step, "times": spike, "rows": seen.rows.tolist()})
+            self.in_a_row = []
+            if (deviations := self._spike(sum(losses))) is not None:
+                report.spikes.append({"step": record.step, "times": deviations, "rows": record.rows.tolist()})
         self.skipped += report.skipped
-        if self.skipped and ended_after == self.skipped:
-            raise BlowUpError(
-                self._words(self.steps[-1], values.tolist()[-1][:-1], values.tolist()[-1][-1], lr), self.row
-            )
+        if self.skipped and total_steps == self.skipped:
+            *losses, norm = measured[-1]
+            raise DivergedError(self._message(self.steps[-1], losses, norm, lr), self.in_a_row)
         self.steps = []
         return report
 
     def skipped_so_far(self) -> int:
-        """Also those since the last look. Waits for the device; the norm is the same on every rank."""
-        norms = self.ring[: len(self.steps), -1]
+        """Steps skipped, those since the last report included. Waits for the device; the same on every worker."""
+        norms = self.buffer[: len(self.steps), -1]
         return self.skipped + int((~norms.isfinite()).sum())
 
     def _spike(self, loss: float) -> float | None:
-        """How many usual distances a loss is above the median of those before it, where that is many."""
+        """How many median absolute deviations a loss is above the recent median; None if it is no spike."""
         found = None
-        if len(self.usual) >= REMEMBERED // 10:
-            median = statistics.median(self.usual)
-            distance = statistics.median(abs(value - median) for value in self.usual)
-            above = (loss - median) / max(distance, 1e-3 * abs(median), 1e-12)
+        if len(self.recent) >= REMEMBERED // 10:
+            median = statistics.median(self.recent)
+            deviation = statistics.median(abs(value - median) for value in self.recent)
+            above = (loss - median) / max(deviation, 1e-3 * abs(median), 1e-12)
             found = above if above > SPIKE else None
-        self.usual.append(loss)
+        self.recent.append(loss)
         return found
 
-    def _words(self, seen: Seen, losses: list[float], norm: float, lr: float) -> str:
-        at = [f"level {level}" for level, loss in zip(self.levels, losses, strict=True) if not _finite(loss)]
-        where = (
-            f"the loss of {', '.join(at)} is not finite" if at else f"the gradient's norm is {norm}, losses are finite"
-        )
+    def _message(self, record: StepRecord, losses: list[float], norm: float, lr: float) -> str:
+        parts = [part for part, loss in zip(self.parts, losses, strict=True) if not math.isfinite(loss)]
+        of = f" of {', '.join(filter(None, parts))}" if any(parts) else ""
+        cause = f"the loss{of} is not finite" if parts else f"the gradient norm is {norm}, the losses are finite"
+        section = self.section
         return (
-            f"{len(self.row)} steps in a row changed nothing, up to step {seen.step}: {where}, at learning rate {lr:.3g}; "
-            "try a smaller train.lr, a longer train.warmup_epochs, train.clip_grad, or train.precision=float32"
+            f"{len(self.in_a_row)} steps in a row were skipped, up to step {record.step}: {cause}, at learning rate "
+            f"{lr:.3g}; try a smaller {section}.lr, a longer {section}.warmup_epochs, {section}.clip_grad, or "
+            f"{section}.precision=float32"
         )
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0
-
-
-FOLDER, CHECKPOINT, STEPS = "blow-up", "checkpoint", "steps.json"
-
-
-def keep_blow_up(
-    folder: Path, saver: checkpoint.Saver, error: BlowUpError, *, shards: str, rank: int = 0, world: int = 1
+def save_diverged(
+    folder: Path,
+    saver: checkpoint.Saver,
+    error: DivergedError,
+    *,
+    shards: str,
+    stage: str = "pretrain",
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
-    """Write ``blow-up/`` into the stage's folder. Every rank has to call it; `error.args` then names the place.
+    """Write ``blow-up/`` into the stage's folder. To be called by every worker; the error then names the place.
 
-    ``checkpoint/`` is the model, and ``steps.json`` has of each step its number (from 1), the epoch, and the row numbers
-    of all ranks, in their order. `shards` is where the shard set is.
+    ``checkpoint/`` is the model, and ``steps.json`` has of each skipped step its number (from 1), the epoch, and the row
+    numbers of all workers, in the order of their ranks.
+
+    Args:
+        folder: The stage's folder.
+        saver: Takes the checkpoint.
+        error: Why training has ended.
+        shards: Path or URL of the shard set.
+        stage: Name of the stage.
+        rank: Rank of this worker.
+        world: Number of workers.
     """
     mine = [step["rows"] for step in error.steps]
     rows: list[Any] = [mine]
@@ -151,12 +187,16 @@ def keep_blow_up(
             {"step": step["step"], "epoch": step["epoch"], "rows": [row for part in rows for row in part[number]]}
             for number, step in enumerate(error.steps)
         ]
+        content = {"error": str(error), "stage": stage, "shards": shards, "workers": world, "steps": steps}
         try:
             saver(place / CHECKPOINT)
-            write_json(place / STEPS, {"error": str(error), "shards": shards, "workers": world, "steps": steps})
-        except Exception as problem:  # of the disk, of safetensors: the run ends by its own reason
+            write_json(place / STEPS, content)
+        except Exception as problem:  # of the disk, of safetensors: the run ends for its own reason
             error.args = (f"{error} ({place} could not be written: {problem})",)
             return
     else:
         saver.take_part()
-    error.args = (f"{error}; wavemim replay {place} looks into these steps",)
+    advice = (
+        f"wavemim replay {place} examines these steps" if stage == "pretrain" else f"the model and rows are in {place}"
+    )
+    error.args = (f"{error}; {advice}",)

@@ -1,8 +1,8 @@
-"""Looks at the newest checkpoint while training goes on: a picture of reconstructions and a cheap linear probe. No Ray here.
+"""Online evaluation: a picture of reconstructions and a cheap linear probe of the newest checkpoint during training. No Ray.
 
-Each look is a child process of the driver, of low priority, with one thread and without a GPU. Its CPU time is counted,
-and the next look waits until all of them together are below `SHARE` of the time that training has run: a look takes
-that time from one worker at most, and even if all others wait for it, training is slowed by no more.
+Each evaluation is a child process of the driver, of low priority, with one thread and without a GPU. Its CPU time is
+counted, and the next one waits until all of them together are below `SHARE` of the time that training has run: an
+evaluation takes that time from one worker at most, so even if all others wait for it, training slows down by no more.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _log = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # folder in the stage's, and of the artifacts
 TRAIN_IMAGES, VAL_IMAGES = 2000, 1000  # of the probe, at most
-STRENGTH, ITERATIONS = 0.1, 100  # of the probe: one for all looks, so that they compare
+STRENGTH, ITERATIONS = 0.1, 100  # of the probe: the same for all evaluations, so that they can be compared
 SHARE = 0.02  # of the time that training runs, half of it for pictures and half for probes
-FIRST_COST = 8.0  # CPU seconds that a kind of look is taken to cost until one was measured
-LIMIT = 3600.0  # seconds that a look may last
-FAILURES = 3  # in a row, then there are no more looks
+FIRST_COST = 8.0  # CPU seconds that a kind of evaluation is assumed to cost until one was measured
+LIMIT = 3600.0  # seconds that an evaluation may take
+FAILURES = 3  # in a row, then there are no more evaluations
 NICE = 10
 PROBE_BATCH = 50
 
@@ -45,25 +45,25 @@ LogFile = Callable[[Path, str], None]
 
 
 @dataclass
-class Account:
-    """What looks of a kind cost, in CPU seconds, against what they may."""
+class CpuBudget:
+    """CPU seconds that evaluations of a kind have cost, and how many they may cost."""
 
     share: float
     spent: float = 0.0
     cost: float = FIRST_COST  # of the next one
 
     def allows(self, elapsed: float) -> bool:
-        """Whether another one fits into the time that training has run."""
+        """Whether another one is within the budget after training has run for `elapsed` seconds."""
         return self.spent + self.cost <= self.share * elapsed
 
-    def pay(self, cost: float) -> None:
-        """One was made."""
+    def charge(self, cost: float) -> None:
+        """One has cost `cost` CPU seconds."""
         self.spent += cost
         self.cost = cost
 
 
-class Monitor:
-    """Decides when to look, has it done, and logs what came of it. What fails gives one warning and costs nothing else."""
+class OnlineEvaluator:
+    """Decides when to evaluate, has it done, and logs the result. A failure costs one warning and nothing else."""
 
     def __init__(
         self,
@@ -78,31 +78,39 @@ class Monitor:
         share: float = SHARE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`folder` is the stage's, with the checkpoints, unless `newest` gives the last one otherwise; `shards` a URL.
+        """Prepare the evaluation of a stage's checkpoints.
 
-        `minutes` lie between two looks at least. `log` takes metrics and images seen, `artifact` a file and the folder
-        of the artifact.
+        Args:
+            folder: The stage's folder, which holds its checkpoints.
+            shards: Path or URL of the shard set.
+            labelled: Whether a probe is possible.
+            log: Called with metrics and images seen.
+            artifact: Called with a file and the artifact's folder.
+            minutes: Between two evaluations, at least.
+            newest: Returns the newest checkpoint; None: that in `folder`.
+            share: Of the time of training that evaluations may take.
+            clock: Seconds, monotonic.
         """
         self.folder, self.shards, self.labelled = folder, shards, labelled
         self.log, self.artifact = log, artifact
         self.seconds, self.clock = 60 * minutes, clock
         self.newest = newest or (lambda: newest_of(folder))
-        self.pictures = Account(share / 2 if labelled else share)
-        self.probes = Account(share / 2)
+        self.pictures = CpuBudget(share / 2 if labelled else share)
+        self.probes = CpuBudget(share / 2)
         self.began = clock()
         self.next = self.began + self.seconds
-        self.last: Path | None = None  # checkpoint that was looked at
+        self.last: Path | None = None  # checkpoint that was evaluated last
         self.failures = 0
         self.stopped = threading.Event()
         self._child: subprocess.Popen[str] | None = None
         self._turn = threading.Lock()
 
-    def look(self) -> bool:
-        """Look at the newest checkpoint if it is time for it and there is a new one; whether that was done."""
+    def evaluate_if_due(self) -> bool:
+        """Evaluate the newest checkpoint if it is a new one and it is time to; returns whether that was done."""
         now = self.clock()
         elapsed = now - self.began
         picture = self.pictures.allows(elapsed)
-        # A probe has its own half of the time; how much one costs is found out by the first.
+        # A probe has its own half of the budget; how much one costs is not known before the first.
         probe = self.labelled and self.probes.allows(elapsed)
         if now < self.next or not (picture or probe):
             return False
@@ -115,7 +123,7 @@ class Monitor:
             self.last = path
             return False
         self.next = now + self.seconds
-        answer = self._ask(
+        answer = self._run_child(
             {
                 "checkpoint": str(path.absolute()),
                 "shards": self.shards,
@@ -127,24 +135,24 @@ class Monitor:
             self.next = now
             return False
         self.last = path
-        self._take(answer, file)
+        self._log_results(answer, file)
         return True
 
-    def _take(self, answer: Mapping[str, Any], file: Path) -> None:
+    def _log_results(self, answer: Mapping[str, Any], file: Path) -> None:
         images, common = int(answer["images"]), float(answer["common"])
         if "picture" in answer:
-            self.pictures.pay(common + answer["picture"])
+            self.pictures.charge(common + answer["picture"])
             self.artifact(file, PICTURES)
-            common = 0.0  # what both need is paid for
+            common = 0.0  # what both need is already charged
         if "probe" in answer:
-            self.probes.pay(common + answer["probe"])
+            self.probes.charge(common + answer["probe"])
         metrics = dict(answer.get("metrics", {}))
-        if "expected" in answer:  # too dear for now
+        if "expected" in answer:  # too expensive for now
             self.probes.cost = answer["expected"]
         self.log({**metrics, "monitor/cpu_seconds": float(answer["total"])}, images)
 
-    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Have a child process do it. Raises RuntimeError where that fails."""
+    def _run_child(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Have a child process do `work`. Raises RuntimeError if that fails."""
         root = str(Path(__file__).resolve().parents[2])
         environment = {
             **os.environ,
@@ -162,7 +170,7 @@ class Monitor:
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is the driver's
+                start_new_session=True,  # Ctrl-C is for the driver
             )
         began = time.monotonic()
         try:
@@ -174,35 +182,35 @@ class Monitor:
         finally:
             failed = self._child.returncode != 0
             self._child = None
-            if failed:  # nobody says what it cost
+            if failed:  # it has not reported its cost
                 for asked, account in ((job["picture"], self.pictures), (job["probe"], self.probes)):
                     if asked is not None:
-                        account.pay(time.monotonic() - began)
+                        account.charge(time.monotonic() - began)
         if failed:
             lines = [line for line in errors.splitlines() if line.strip()]
-            raise RuntimeError(lines[-1] if lines else "it ended without a word")
+            raise RuntimeError(lines[-1] if lines else "it ended without a message")
         answer: dict[str, Any] = json.loads(out.splitlines()[-1])
         return answer
 
     def run(self, pause: float = 1.0) -> None:
-        """Look whenever it is time, until stopped, or until it failed too often."""
+        """Evaluate whenever it is due, until stopped or until it has failed too often."""
         warned = False
         while not self.stopped.wait(pause):
             try:
-                if self.look():
+                if self.evaluate_if_due():
                     self.failures = 0
-            except Exception as error:  # it must not cost the run, whatever it is
+            except Exception as error:  # whatever it is, it must not end the run
                 self.failures += 1
                 if self.stopped.is_set():
                     return
                 if not warned:
                     warned = True
-                    _log.warning("pictures and probes while training: %s; training goes on", error)
+                    _log.warning("online evaluation failed: %s; training continues", error)
                 if self.failures >= FAILURES:
                     return
 
     def stop(self) -> None:
-        """No more looks; one that is under way is ended."""
+        """End the evaluation that is under way; there are no more."""
         with self._turn:
             self.stopped.set()
             child = self._child
@@ -222,29 +230,42 @@ def monitoring(
     minutes: float | None,
     newest: Callable[[], Path | None] | None = None,
 ) -> Iterator[None]:
-    """Look at training while the block runs, as `Monitor` does; not at all where `minutes` is None."""
+    """Evaluate during training while the block runs, as `OnlineEvaluator` does; not if `minutes` is None."""
     if minutes is None:
         yield
         return
-    monitor = Monitor(folder, shards, labelled=labelled, log=log, artifact=artifact, minutes=minutes, newest=newest)
-    thread = threading.Thread(target=monitor.run, name="monitor", daemon=True)
+    evaluator = OnlineEvaluator(
+        folder, shards, labelled=labelled, log=log, artifact=artifact, minutes=minutes, newest=newest
+    )
+    thread = threading.Thread(target=evaluator.run, name="online evaluation", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        monitor.stop()
+        evaluator.stop()
         thread.join(timeout=10)
 
 
 def newest_of(folder: Path) -> Path | None:
-    """The checkpoint below `folder` that has seen the most images, whole or not; None where there is none."""
+    """The checkpoint in `folder` that has seen the most images, whole or not; None if there is none."""
     from wavemim.weights import checkpoint
 
     return next((path for _, path in checkpoint.seen(folder)), None)
 
 
 def work(job: Mapping[str, Any]) -> dict[str, Any]:
-    """A look, in the child: costs in CPU seconds, and metrics. Raises what the checkpoint or the shard set raises."""
+    """An evaluation, in the child process.
+
+    Args:
+        job: "checkpoint" and "shards"; "picture", a file or None; "probe", the CPU seconds that it may cost or None.
+
+    Returns:
+        Images seen, "metrics", and the CPU seconds spent on each part; "gone" if the checkpoint was removed meanwhile.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        ShardError: The shard set cannot be read.
+    """
     from pipeline.models.build import build_inputs, model_of_checkpoint
     from pipeline.shards.shard_set import ShardSet
     from wavemim.weights import checkpoint
@@ -274,7 +295,7 @@ def work(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probe(model: Any, inputs: Any, recipe: Any, shards: Any, allowed: float, common: float) -> dict[str, Any]:
-    """A linear probe within `allowed` CPU seconds, of which `common` are gone; or what it would cost, if that is more."""
+    """A linear probe within `allowed` CPU seconds, `common` of them spent; or its expected cost if that is more."""
     from pipeline.evaluation.features import features_of
     from wavemim.evaluation.probes import linear_probe
 
@@ -285,7 +306,7 @@ def _probe(model: Any, inputs: Any, recipe: Any, shards: Any, allowed: float, co
 
     counts = {"train": min(TRAIN_IMAGES, shards.rows["train"]), "val": min(VAL_IMAGES, shards.rows["val"])}
     first = min(PROBE_BATCH, counts["train"])
-    features("train", first)  # what is done once, such as the first call of a library, is not measured
+    features("train", first)  # warm-up: what is done only once is not measured
     began = time.process_time()
     width = features("train", first)[0].shape[1]
     each = (time.process_time() - began) / first
@@ -304,7 +325,7 @@ def _probe(model: Any, inputs: Any, recipe: Any, shards: Any, allowed: float, co
     return {"metrics": metrics, "probe": time.process_time() - began}
 
 
-def _be_child() -> None:
+def _child() -> None:
     os.nice(NICE)
     import torch
 
@@ -317,7 +338,15 @@ IMAGES = 4
 
 
 def draw_val(path: Path, model: MaskedImageModel, inputs: Inputs, recipe: Recipe, shards: ShardSet) -> None:
-    """Write the figure of `IMAGES` images of val, of train where there is no val."""
+    """Draw the reconstructions of `IMAGES` images of val, or of train if there is no val.
+
+    Args:
+        path: The PNG file to write.
+        model: The model, which is left in evaluation mode.
+        inputs: What turns a batch into images and coefficients.
+        recipe: The settings of the model.
+        shards: The shard set.
+    """
     split = "val" if shards.rows.get("val") else "train"
     batch = next(iter(sequential(shards, split, IMAGES, window=recipe.encoder.image_size, max_rows=IMAGES)))
     reconstruction_figure(
@@ -332,4 +361,4 @@ def draw_val(path: Path, model: MaskedImageModel, inputs: Inputs, recipe: Recipe
 
 
 if __name__ == "__main__":
-    _be_child()
+    _child()

@@ -1,4 +1,4 @@
-"""Where training is and what is before it: lengths, image sizes, and what a checkpoint remembers of them. No Ray in here."""
+"""Where training is and how long it takes: lengths, image sizes, and what a checkpoint remembers of them. No Ray in here."""
 
 from __future__ import annotations
 
@@ -6,49 +6,60 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
-import torch
-
-from pipeline.config.downstream import Finetune
 from pipeline.config.recipe import Recipe, for_size
 from pipeline.errors import SettingError
 from pipeline.runtime.usage import Spent
+from pipeline.shards.batches import Batch
 from pipeline.shards.shard_set import ShardSet
 
-COUNTED = ("images_seen", "wall_clock_s", "flops", "bytes_read")  # of a cost, for each image size by itself
+COUNTED = ("images_seen", "wall_clock_s", "flops", "bytes_read")  # parts of a cost that are counted per image size
 
 
 @dataclass
 class TrainState:
-    """Where training is: what a checkpoint has to remember, and the loss of each epoch so far."""
+    """Where training is: what a checkpoint has to remember, and what each epoch so far gave."""
 
     step: int = 0
     images: int = 0
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
     streams: int = 0  # chunks of the reading order: the workers that began; 0 before the first step
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)  # per epoch: losses, or what was measured on val
     epoch_sums: list[float] = field(default_factory=list)  # of the losses of this epoch, so that a resume loses none
     window: list[float] = field(default_factory=list)  # the same since metrics were last logged
-    skipped: int = 0  # steps left out
-    parts: list[dict[str, float]] = field(
-        default_factory=list
-    )  # what each image size has cost so far (train.progressive)
+    skipped: int = 0  # steps without a finite gradient
+    parts: list[dict[str, float]] = field(default_factory=list)  # cost per image size so far (train.progressive)
+
+    def count(self, batch: Batch) -> None:
+        """A step over `batch` is done."""
+        self.step += 1
+        self.batch += 1
+        self.images += round(batch.total)
 
     def state(self) -> dict[str, Any]:
-        """As JSON values: a copy, since it is written while training goes on."""
+        """As JSON values: a copy, since it is written while training proceeds."""
         return copy.deepcopy(vars(self))
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> TrainState:
-        """From a checkpoint's state."""
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """From a checkpoint's state; what an older one lacks has its default."""
         return cls(**{name: state[name] for name in cls.__dataclass_fields__ if name in state})
+
+
+@dataclass
+class FinetuneState(TrainState):
+    """The same for fine-tuning."""
+
+    # Row groups mixed with each other, as when the run began: the order of its images must not change. Checkpoints that
+    # do not say so were written when it was always 8.
+    mix_groups: int = 8
 
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """Lengths that follow from the settings and the size of the shard set, settled once."""
+    """Lengths that follow from the settings and the size of the shard set, fixed when training begins."""
 
     batch: int
     streams: int  # chunks of the reading order
@@ -56,19 +67,25 @@ class TrainSchedule:
     total_steps: int
     warmup_steps: int
     checkpoint_steps: int
+    log_steps: int
 
     @classmethod
     def of(cls, recipe: Recipe, rows: int, workers: int | None = None) -> TrainSchedule:
-        """A batch is never larger than the train split; then it is divided evenly over the workers that begin.
+        """The schedule of pretraining.
 
-        `workers`: those, or the chunks of the reading order of a run that is gone on with. Where train.batch is no
-        multiple of them there are fewer chunks, and the last workers have fewer images.
+        A batch is never larger than the train split; if it would be, it is divided evenly over the workers. Where
+        train.batch is no multiple of the workers there are fewer chunks, and the last workers have fewer images.
+
+        Args:
+            recipe: The settings.
+            rows: Images of the train split.
+            workers: Workers that began the run, or the chunks of its reading order; None: train.workers.
+
+        Raises:
+            SettingError: There are fewer images than workers.
         """
         workers = workers or recipe.train.workers
-        if rows < workers:
-            raise SettingError(
-                f"train.workers={workers}: the train split has {rows} images; use at most {max(rows, 1)}"
-            )
+        _check_rows("train", rows, workers)
         batch, streams = recipe.train.batch, workers
         if batch > rows:
             batch = rows // workers * workers
@@ -82,40 +99,72 @@ class TrainSchedule:
             total_steps=max(1, round(recipe.train.epochs * batches)),
             warmup_steps=round(recipe.train.warmup_epochs * batches),
             checkpoint_steps=max(1, round(recipe.train.checkpoint_every * batches)),
+            log_steps=recipe.train.log_every,
+        )
+
+    @classmethod
+    def of_finetuning(cls, recipe: Recipe, rows: int, workers: int | None = None) -> TrainSchedule:
+        """The schedule of fine-tuning, with a checkpoint after every epoch. Arguments and errors are those of `of`."""
+        finetune = recipe.finetune
+        workers = workers or finetune.workers
+        _check_rows("finetune", rows, workers)
+        batch = max(min(finetune.batch, rows) // workers, 1) * workers
+        batches = -(-rows // batch)
+        return cls(
+            batch=batch,
+            streams=workers,
+            batches_per_epoch=batches,
+            total_steps=max(1, round(finetune.epochs * batches)),
+            warmup_steps=round(finetune.warmup_epochs * batches),
+            checkpoint_steps=batches,
+            log_steps=finetune.log_every,
         )
 
 
-class PartMeter:
+def _check_rows(section: str, rows: int, workers: int) -> None:
+    if rows < workers:
+        raise SettingError(
+            f"{section}.workers={workers}: the train split has {rows} images; use at most {max(rows, 1)}"
+        )
+
+
+class PhaseCost:
     """What a phase has cost, over all attempts at it."""
 
     def __init__(self, size: int, began: Spent, known: Sequence[Mapping[str, float]]) -> None:
-        """`began`: what was spent before it; `known`: its record of earlier attempts, if there is one."""
+        """Count the cost of a phase.
+
+        Args:
+            size: Image size in pixels.
+            began: What was spent before the phase.
+            known: The phase's record of earlier attempts, if there is one.
+        """
         self._size, self._began = size, began
         self._known = known[0] if known else dict.fromkeys(COUNTED, 0)
 
     def read(self, spent: Spent) -> dict[str, float]:
-        """Image size, and what it has cost up to now."""
+        """The image size and what it has cost so far, by what training has cost so far."""
         since = {name: getattr(spent, name) - getattr(self._began, name) for name in COUNTED}
         return {"image_size": self._size, **{name: self._known[name] + value for name, value in since.items()}}
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of training with one image size (train.progressive); without that setting there is one."""
+    """A part of pretraining with one image size (train.progressive); without that setting there is only one."""
 
     number: int
-    recipe: Recipe  # as for a run with this size alone
-    halvings: int  # of the stored images: as many levels are not read
+    recipe: Recipe  # as for a run with only this size
+    halvings: int  # of the stored images: so many levels are not read
     end: int  # step behind its last one
 
     @property
     def size(self) -> int:
-        """Pixels a side of what the network is given."""
+        """Side in pixels of the images that the network is given."""
         return self.recipe.encoder.image_size
 
 
 def phases_of(recipe: Recipe, shards: ShardSet, total_steps: int) -> list[Phase]:
-    """The parts of training; each has a step at least while there are enough, and the last one has the rest."""
+    """The phases of pretraining; each has at least one step while there are enough, and the last one has the rest."""
     if not recipe.train.progressive:
         return [Phase(0, recipe, 0, total_steps)]
     found: list[Phase] = []
@@ -125,57 +174,3 @@ def phases_of(recipe: Recipe, shards: ShardSet, total_steps: int) -> list[Phase]
         end = total_steps if number == len(shares) - 1 else min(max(round(share * total_steps), begin + 1), total_steps)
         found.append(Phase(number, *for_size(recipe, size, shards.image_size, shards.levels), end))
     return found
-
-
-@dataclass(frozen=True)
-class FinetuneSchedule:
-    """Lengths that follow from the settings and the size of the shard set, settled once."""
-
-    batch: int
-    batches_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-
-    @classmethod
-    def of(cls, finetune: Finetune, rows: int, workers: int | None = None) -> FinetuneSchedule:
-        """A batch is never larger than the train split, and is divided evenly over the workers."""
-        workers = workers or finetune.workers
-        if rows < workers:
-            raise SettingError(
-                f"finetune.workers={workers}: the train split has {rows} images; use at most {max(rows, 1)}"
-            )
-        batch = max(min(finetune.batch, rows) // workers, 1) * workers
-        batches = -(-rows // batch)
-        return cls(
-            batch=batch,
-            batches_per_epoch=batches,
-            total_steps=max(1, round(finetune.epochs * batches)),
-            warmup_steps=round(finetune.warmup_epochs * batches),
-        )
-
-
-@dataclass
-class FinetuneState:
-    """Where fine-tuning is: what a checkpoint has to remember."""
-
-    step: int = 0
-    images: int = 0
-    epoch: int = 0
-    batch: int = 0  # batches of this epoch that are done
-    streams: int = 0  # chunks of the reading order: the workers that began; 0 before the first step
-    skipped: int = 0  # steps left out
-    skipped_in_a_row: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # what was measured on val
-
-    @classmethod
-    def of(cls, state: dict[str, Any]) -> FinetuneState:
-        """From a checkpoint's state."""
-        return cls(**{name: state[name] for name in cls.__dataclass_fields__})
-
-
-def precision_of(finetune: Finetune, device: torch.device) -> torch.dtype:
-    """The dtype of the network's arithmetic; the loss is float32 in any case."""
-    if finetune.precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if finetune.precision == "bfloat16" else torch.float32

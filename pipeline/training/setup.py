@@ -1,4 +1,4 @@
-"""What the loop works with for as long as images have one size: model, optimiser, step, reader. No Ray in here."""
+"""Builds what pretraining needs for as long as images have one size: model, optimiser, step, reader. No Ray in here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config.downstream import Finetune
 from pipeline.config.recipe import Recipe
+from pipeline.config.settings import Train
 from pipeline.models.build import build_inputs, build_model, build_views, statistics_of
 from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.schedule import Phase, TrainSchedule, TrainState
+from pipeline.workers.harness import Harness
 from wavemim.flops import cost_of
 from wavemim.model import MaskedImageModel
 from wavemim.optim import Average, make_average, make_optimizer, make_schedule
@@ -24,8 +27,6 @@ from wavemim.step import TrainStep
 from wavemim.targets import STD_FLOOR
 from wavemim.views import Views
 from wavemim.weights import checkpoint
-
-Wrap = Callable[[nn.Module], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -44,93 +45,111 @@ class Training:
 def set_up(
     recipe: Recipe,
     phase: Phase,
-    plan: TrainSchedule,
-    position: TrainState,
+    schedule: TrainSchedule,
+    state: TrainState,
     shards: ShardSet,
+    harness: Harness,
     *,
     before: Path | checkpoint.Snapshot | None,
-    device: torch.device,
-    rank: int,
-    world: int,
-    wrap: Wrap | None,
-    threads: int,
     about: Callable[[], Mapping[str, Any]] = dict,
 ) -> Training:
-    """Everything for `phase`, from `before` on: a checkpoint, or what the phase before ended with; None: from the start.
+    """Build everything for a phase of pretraining.
 
-    `recipe` is that of the whole run: what checkpoints remember, with what `about` says by then.
+    Args:
+        recipe: The settings of the whole run, which checkpoints remember.
+        phase: The phase.
+        schedule: Lengths of the run.
+        state: Where training is, which checkpoints remember as it is when they are taken.
+        shards: The shard set.
+        harness: The worker.
+        before: A checkpoint, or what the previous phase ended with; None at the start of training.
+        about: What else a checkpoint remembers; called when it is taken.
     """
+    device, rank, world, wrap = harness.device, harness.rank, harness.world, harness.wrap
     settings = phase.recipe.train
-    shared = settings.parallel == "fsdp" and world > 1
+    sharded = settings.parallel == "fsdp" and world > 1
     model = _model(recipe, phase, shards, start=before is None)
     flops = cost_of(model).training_flops
     averaged = None if settings.ema is None else make_average(model, settings.ema)
     for placed, file in _files(model, averaged):
-        if shared:  # before there is an optimiser, whose moments are then shared out too
-            shard(placed, device, precision_of(recipe, device))
+        if sharded:  # before there is an optimiser, so that its moments are sharded too
+            shard(placed, device, precision_of(settings, device))
         else:
             placed.to(device)
         if before is not None:
             checkpoint.load_model(before, placed, name=file)
-    peak_lr = settings.lr * plan.batch / 256
+    peak_lr = settings.lr * schedule.batch / 256
     optimizer = make_optimizer(model, lr=peak_lr, weight_decay=settings.weight_decay, betas=settings.betas)
     if before is not None:
         checkpoint.load_optimizer(before, model, optimizer)
     if settings.recompute:
         model.encoder.recompute_activations()
-    wrapped = wrap(model) if wrap and not shared else model
+    wrapped = wrap(model) if wrap and not sharded else model
     if settings.compile:
         wrapped.compile(dynamic=False)
-    views = views_of(phase, model, shards, device)
-    step = TrainStep(
-        model,
-        views,
-        optimizer,
-        make_schedule(
-            optimizer,
-            total_steps=plan.total_steps,
-            warmup_steps=plan.warmup_steps,
-            min_lr=peak_lr * settings.min_lr_share,
-        ),
-        seed=recipe.seed,
-        total_steps=plan.total_steps,
-        clip_grad=settings.clip_grad,
-        precision=precision_of(recipe, device),
-        accumulate=settings.accumulate,
-        averaged=averaged,
-        wrapped=wrapped,
-        world=world,
-        rank=rank,
-    )
-    reader = reader_of(phase, plan, position, shards, rank=rank, world=world, threads=threads, device=device)
+    step = _step(phase, schedule, shards, harness, model, optimizer, averaged, wrapped)
+    reader = reader_of(phase, schedule, shards, rank=rank, world=world, threads=harness.threads, device=device)
     always = _about(recipe, shards)
     saver = checkpoint.Saver(
         model,
         optimizer,
         averaged.module if averaged is not None else None,
-        lambda: {**position.state(), **always, **about()},
+        lambda: {**state.state(), **always, **about()},
     )
     return Training(model, wrapped, optimizer, step, reader, saver, flops)
 
 
-def precision_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+def _step(
+    phase: Phase,
+    schedule: TrainSchedule,
+    shards: ShardSet,
+    harness: Harness,
+    model: MaskedImageModel,
+    optimizer: torch.optim.Optimizer,
+    averaged: Average | None,
+    wrapped: nn.Module,
+) -> TrainStep:
+    settings = phase.recipe.train
+    peak_lr = settings.lr * schedule.batch / 256
+    return TrainStep(
+        model,
+        views_of(phase, model, shards, harness.device),
+        optimizer,
+        make_schedule(
+            optimizer,
+            total_steps=schedule.total_steps,
+            warmup_steps=schedule.warmup_steps,
+            min_lr=peak_lr * settings.min_lr_share,
+        ),
+        seed=phase.recipe.seed,
+        total_steps=schedule.total_steps,
+        clip_grad=settings.clip_grad,
+        precision=precision_of(settings, harness.device),
+        accumulate=settings.accumulate,
+        averaged=averaged,
+        wrapped=wrapped,
+        world=harness.world,
+        rank=harness.rank,
+    )
+
+
+def precision_of(settings: Train | Finetune, device: torch.device) -> torch.dtype:
     """The dtype of the network's arithmetic; targets and losses are float32 in any case."""
-    if recipe.train.precision == "auto":
+    if settings.precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
 
 
 def views_of(phase: Phase, model: MaskedImageModel, shards: ShardSet, device: torch.device) -> Views:
-    """What the network sees of a batch that `reader_of` gives."""
+    """What the network sees of a batch that comes from `reader_of`."""
     deepest = max(phase.recipe.target.taps) if phase.recipe.target.predicts_bands else None
     return build_views(phase.recipe, model, build_inputs(shards, depth=deepest).to(device), augment=True)
 
 
 def reader_of(
     phase: Phase,
-    plan: TrainSchedule,
-    position: TrainState,
+    schedule: TrainSchedule,
     shards: ShardSet,
     *,
     rank: int = 0,
@@ -138,14 +157,16 @@ def reader_of(
     threads: int = 2,
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Reader:
-    """The reader of the train split: of windows, or of whole images that are cropped on the device; without levels
-    that are too fine for this phase. Images come in the same order in every phase."""
+    """The reader of the train split for a phase: of windows, or of whole images that are cropped on the device.
+
+    Levels that are too fine for the phase are not read. Images come in the same order in every phase.
+    """
     recipe = phase.recipe
     whole = recipe.train.augment == "rrc"
     return Reader(
         shards,
         "train",
-        batch=plan.batch,
+        batch=schedule.batch,
         rank=rank,
         world=world,
         seed=recipe.seed,
@@ -153,7 +174,7 @@ def reader_of(
         flip=recipe.train.flip and not whole,
         mix_groups=recipe.train.mix_groups,
         finest=1 + phase.halvings,
-        streams=plan.streams,
+        streams=schedule.streams,
         threads=threads,
         pin=device.type == "cuda",
     )

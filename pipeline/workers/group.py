@@ -1,54 +1,127 @@
-"""Training workers as the driver sees them: room for them, a group of them on Ray Train, and how that ends."""
+"""Training workers as the driver sees them: a group of them on Ray Train, hangs, SIGTERM, and how a run ends."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
+from pipeline.shards.shard_set import ShardSet
+from pipeline.tracking.tracker import RunHandle
+from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of
 from pipeline.workers.log_forwarding import showing
-from pipeline.workers.process import STOP
+from pipeline.workers.unreadable import forget
+from pipeline.workers.worker import STOP, Loop, train_worker
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 60.0  # seconds for a task that ends a process
 
-def run_workers(
-    worker: Callable[[dict[str, Any]], dict[str, Any]],
-    config: Mapping[str, Any],
+
+def train_on_workers(
+    loop: Loop,
     recipe: Recipe,
     session: SessionInfo,
     folder: Path,
     *,
+    shards: ShardSet,
+    handle: RunHandle,
+    store: CheckpointStore | None,
     workers: int,
-    least: int | None = None,
+    reader_threads: int | None,
     what: str,
-) -> dict[str, Any]:
-    """Run `worker` in so many processes, `least` at least (elastic), to the end; gives what rank 0 gave back.
+    **more: Any,
+) -> Any:
+    """Run a stage's loop on data-parallel workers to its end, resumed from its last checkpoint.
 
-    It is called with `config` and the stage's "folder". SIGTERM makes the workers save a checkpoint and end, as
-    KeyboardInterrupt. Raises StageError where workers failed for good, or say so by "failed"; "uncopied" is a warning.
+    SIGTERM makes the workers save a checkpoint and stop, as KeyboardInterrupt. A worker that hangs is ended, workers that
+    fail are restarted from the last checkpoint, and with cluster.min_workers there may be fewer of them.
+
+    Args:
+        loop: Function of a module, which the workers import.
+        recipe: The settings.
+        session: The running Ray.
+        folder: The stage's folder, which all nodes share.
+        shards: The shard set.
+        handle: MLflow run that rank 0 logs to.
+        store: Second place for the checkpoints.
+        workers: Their number.
+        reader_threads: Threads that read in a worker; None: its share of the cores.
+        what: The work, for messages.
+        **more: Handed to the loop, with the above, as its last argument.
+
+    Returns:
+        The value of the loop on rank 0.
+
+    Raises:
+        StageError: Workers failed for good, or training ended for a reason of its own.
+        KeyboardInterrupt: Training was stopped.
     """
+    forget(folder)
+    config = {
+        **more,
+        "loop": loop,
+        "recipe": recipe.dump(),
+        "folder": str(folder.absolute()),
+        "shards": shards.folder.url,
+        "handle": handle,
+        "store": store,
+        "reader_threads": reader_threads,
+    }
+    trainer = _trainer(config, recipe, session, folder, workers)
+    with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), sigterm_stops(folder), showing(folder):
+        ended = _fit(trainer, folder, what)
+    if ended.get("stopped"):
+        raise KeyboardInterrupt
+    return ended.get("value")
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, folder: Path, what: str) -> dict[str, Any]:
+    """What `train_worker` returned on rank 0. Raises StageError if training has failed, and KeyboardInterrupt."""
+    try:
+        ended: dict[str, Any] = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
+    except SystemExit:
+        # Ray Train handles Ctrl-C itself, and would end the process with 1 and without a message
+        raise KeyboardInterrupt from None
+    except ray.train.TrainingFailedError as error:
+        raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+    # before SIGTERM, if that is why they ended, is handled
+    if ended.get("uncopied"):
+        log.warning("%s; the same command copies it", ended["uncopied"])
+    if ended.get("failed"):
+        raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+    return ended
+
+
+def _trainer(
+    config: dict[str, Any], recipe: Recipe, session: SessionInfo, folder: Path, workers: int
+) -> ray.train.torch.TorchTrainer:
     use_gpu = uses_gpu(recipe, session)
-    trainer = ray.train.torch.TorchTrainer(
-        worker,  # type: ignore[arg-type]  # Train V2 hands on what it gives
-        train_loop_config={**config, "folder": str(folder.absolute())},
+    least = least_workers(recipe, workers)
+    return ray.train.torch.TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # Train V2 passes on what it returns
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(least, workers) if least and least != workers else workers,  # type: ignore[arg-type]  # of V2
+            num_workers=(least, workers) if least != workers else workers,  # type: ignore[arg-type]  # of V2
             use_gpu=use_gpu,
             resources_per_worker={"CPU": recipe.cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            name=".ray",  # Ray's own marks; checkpoints are not its business
+            name=".ray",  # Ray's own records; checkpoints are not its business
             storage_path=str(folder.absolute()),
             failure_config=ray.train.FailureConfig(
                 max_failures=recipe.cluster.max_failures,
@@ -56,27 +129,16 @@ def run_workers(
             ),
         ),
     )
-    with sigterm_stops(folder), showing(folder):
-        try:
-            ended: dict[str, Any] = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
-        except SystemExit:
-            # Ray Train takes Ctrl-C for itself, and would end the process with 1 and without a word
-            raise KeyboardInterrupt from None
-        except ray.train.TrainingFailedError as error:
-            raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
-        # said before SIGTERM, if that is why they ended, has its way
-        if ended.get("uncopied"):
-            log.warning("%s; the same command copies it", ended["uncopied"])
-        if ended.get("failed"):
-            raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
-    if ended.get("stopped"):
-        raise KeyboardInterrupt
-    return ended
+
+
+def least_workers(recipe: Recipe, workers: int) -> int:
+    """The fewest workers that a stage with so many may continue with (cluster.min_workers)."""
+    return min(recipe.cluster.min_workers or workers, workers)
 
 
 @contextlib.contextmanager
 def sigterm_stops(folder: Path) -> Iterator[None]:
-    """SIGTERM asks the workers to stop and is handled as ever once they have; a second one is handled at once."""
+    """SIGTERM asks the workers to stop, and is handled as usual once they have; a second one is handled at once."""
     (folder / STOP).unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -92,7 +154,7 @@ def sigterm_stops(folder: Path) -> Iterator[None]:
         if (folder / STOP).exists():
             end()
         (folder / STOP).touch()
-        log.warning("SIGTERM: training saves a checkpoint and ends; once more ends it at once")
+        log.warning("SIGTERM: training saves a checkpoint and stops; a second SIGTERM ends it at once")
 
     signal.signal(signal.SIGTERM, asked)
     try:
@@ -102,3 +164,28 @@ def sigterm_stops(folder: Path) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         (folder / STOP).unlink(missing_ok=True)
+
+
+def end_process(worker: WorkerStatus) -> bool:
+    """Kill a worker's process on its node, whatever it does; Ray notices that and restarts the workers.
+
+    Ray's own way of ending an actor asks its process, which does not respond if it is stopped.
+
+    Returns:
+        Whether the process was still there.
+    """
+    if worker.node == ray.get_runtime_context().get_node_id():
+        return _kill(worker.pid, worker.start_time)
+    there = NodeAffinitySchedulingStrategy(worker.node, soft=False)
+    kill = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there)
+    return bool(ray.get(kill.remote(worker.pid, worker.start_time), timeout=_PATIENCE))
+
+
+def _kill(pid: int, start_time: str) -> bool:
+    if start_time_of(pid) != start_time:  # a later process with this pid, or none
+        return False
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True

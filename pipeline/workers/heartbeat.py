@@ -1,10 +1,10 @@
-"""Workers that hang: each says now and then how far it is, and the driver ends one that gets no further.
+"""Detection of workers that hang: each reports its progress in a file, and the driver ends one that makes none.
 
-A worker's training thread only counts what it begins (a batch, a step, a checkpoint); a thread beside it writes that
-into a small file of the stage's folder. So the driver sees both a process that is stopped or gone (its file stays as it
-is) and a training thread that is stuck in a living one (the file changes, the count does not). Ray itself sees the first
-alone. No clock is compared with another, and time is counted in looks: a machine that was suspended, or a clock that is
-set, makes no worker hang.
+The training thread of a worker only counts what it begins (a batch, a step, a checkpoint). A second thread writes the
+count into a small file in the stage's folder. So the driver notices both a process that was stopped or is gone (its file
+no longer changes) and a training thread that is stuck in a process that is alive (the file changes, the count does not).
+Ray by itself notices only the former. Clocks of different machines are never compared, and time is measured from one
+look at the files to the next: neither a machine that was suspended nor a clock that was set makes a worker hang.
 """
 
 from __future__ import annotations
@@ -21,110 +21,120 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from pipeline.periodic import Periodic
+
 _log = logging.getLogger(__name__)
 
 FOLDER = ".beats"  # in the stage's folder
-STARTING = 6  # times the limit that a worker may take until it has done its first steps: it builds and compiles
-LEAST_START = 300.0  # seconds, however short the limit is
+STARTING = 6  # times the limit that a worker may take until its first steps are done: it builds and compiles the model
+LEAST_START = 300.0  # seconds for the same, however short the limit is
 FIRST_STEPS = 2
+# What the training thread waits for, as shown to the user.
 STEP = "its own part of a step"
 BATCH = "a batch of the shard set"
 OTHERS = "the other workers"
 CHECKPOINT = "a checkpoint"
-MODEL = "a model for the next image size"
+MODEL = "a new model"
+EVALUATION = "a batch of the evaluation"
 
-Pulse = Callable[[str], None]  # "what the training thread begins now": costs no more than a count
+ReportActivity = Callable[[str], None]  # called with what the training thread begins; costs no more than counting
 
 
 @dataclass(frozen=True)
-class Beat:
-    """How far a worker is, as it says itself."""
+class WorkerStatus:
+    """The progress of a worker, as it reports it."""
 
     rank: int
     host: str
     pid: int
-    node: str  # of Ray
-    group: str = ""  # of workers that were started together
-    born: str = ""  # when the process was started, in the machine's own count: tells it from a later one of its number
-    count: int = 0  # things begun: the same on ranks that are equally far
+    node: str  # id of the Ray node
+    group: str = ""  # id of the workers that were started together
+    start_time: str = ""  # of the process, in ticks of its machine: tells it from a later process with the same pid
+    count: int = 0  # activities begun: the same on ranks that have come equally far
     steps: int = 0
-    doing: str = "the start"
-    where: str = ""  # of the training thread, where it stands still
-    stuck: float = 0.0  # seconds since the count changed
+    activity: str = "the start"
+    where: str = ""  # line at which the training thread is stuck
+    stalled: float = 0.0  # seconds since the count changed
 
-    def words(self) -> str:
-        """Who it is and what it waits for."""
+    def describe(self) -> str:
+        """Which worker this is and what it waits for."""
         at = f" ({self.where})" if self.where else ""
-        return f"rank {self.rank} on {self.host} (process {self.pid}), waiting for {self.doing}{at}"
+        return f"rank {self.rank} on {self.host} (process {self.pid}), waiting for {self.activity}{at}"
 
 
-def pause_of(limit: float) -> float:
-    """Seconds between two beats, and between two looks at them."""
+def interval_of(limit: float) -> float:
+    """Seconds between two reports of a worker, and between two looks of the driver."""
     return min(max(limit / 10, 0.1), 5.0)
 
 
-class Heart:
-    """A worker's side. Called by the training thread with what it begins; its own thread writes that down.
+class Heartbeat:
+    """The worker's side: called by the training thread with what it begins; its own thread writes that to the file.
 
-    Where the file cannot be written (a full disk) it is only touched: then the driver knows that the process is alive.
+    If the file cannot be written (disk full), it is only touched: the driver then knows that the process is alive.
     """
 
     def __init__(self, folder: Path, rank: int, limit: float, *, node: str = "", group: str = "") -> None:
-        """`folder` is the stage's. The calling thread is the one that is watched."""
+        """The calling thread is the one whose progress is reported.
+
+        Args:
+            folder: The stage's folder.
+            rank: Rank of this worker.
+            limit: Seconds without progress after which the driver ends a worker.
+            node: Id of the Ray node.
+            group: Id of the workers that were started together.
+        """
         self.path = folder / FOLDER / f"rank-{rank:05d}.json"
-        self.beat = Beat(rank, socket.gethostname(), os.getpid(), node, group, born(os.getpid()))
-        self.count, self.steps, self.doing = 0, 0, self.beat.doing
-        self._pause = pause_of(limit)
-        self._watched = threading.get_ident()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.status = WorkerStatus(rank, socket.gethostname(), os.getpid(), node, group, start_time_of(os.getpid()))
+        self.count, self.steps, self.activity = 0, 0, self.status.activity
+        self._interval = interval_of(limit)
+        self._training_thread = threading.get_ident()
+        self._last = time.monotonic()
+        self._reports = Periodic(self._report, self._interval, name="heartbeat", join=5)
 
-    def __call__(self, doing: str) -> None:
-        """The training thread begins something."""
-        self.doing = doing
+    def __call__(self, activity: str) -> None:
+        """The training thread begins an activity."""
+        self.activity = activity
         self.count += 1
-        self.steps += doing == STEP
+        self.steps += activity == STEP
 
-    def __enter__(self) -> Heart:
+    def __enter__(self) -> Heartbeat:
         self._write()
-        self._thread.start()
+        self._last = time.monotonic()
+        self._reports.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join(timeout=5)
+        self._reports.stop()
         with contextlib.suppress(OSError):
             self.path.unlink()
 
-    def _run(self) -> None:
-        seen = time.monotonic()
-        while not self._ended.wait(self._pause):
-            now = time.monotonic()
-            gone, seen = min(now - seen, 2 * self._pause), now  # no more: it may have been stopped itself
-            same = self.count == self.beat.count
-            self.beat = replace(
-                self.beat,
-                count=self.count,
-                steps=self.steps,
-                doing=self.doing,
-                stuck=self.beat.stuck + gone if same else 0.0,
-                where=_place(self._watched) if same else "",
-            )
-            self._write()
+    def _report(self) -> None:
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, 2 * self._interval), now  # capped: the process may have been stopped
+        same = self.count == self.status.count
+        self.status = replace(
+            self.status,
+            count=self.count,
+            steps=self.steps,
+            activity=self.activity,
+            stalled=self.status.stalled + passed if same else 0.0,
+            where=_line_of(self._training_thread) if same else "",
+        )
+        self._write()
 
     def _write(self) -> None:
         try:
             self.path.parent.mkdir(exist_ok=True)
             new = self.path.with_name(f".{self.path.name}")
-            new.write_text(json.dumps(asdict(self.beat)))
-            os.replace(new, self.path)  # not forced onto the disk: nobody needs it after a crash
+            new.write_text(json.dumps(asdict(self.status)))
+            os.replace(new, self.path)  # without fsync: nobody needs it after a crash
         except OSError:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
 
-def _place(thread: int) -> str:
-    """Where a thread is, by the innermost line of this project: file, line, function."""
+def _line_of(thread: int) -> str:
+    """Where a thread is: file, line and function of the innermost frame of this project."""
     frame = sys._current_frames().get(thread)
     root = str(Path(__file__).resolve().parents[2])
     while frame is not None:
@@ -136,90 +146,106 @@ def _place(thread: int) -> str:
 
 
 @dataclass
-class _Known:
+class _Observed:
     """What the driver remembers of a worker."""
 
-    beat: Beat
-    mark: int  # when the file was written, ns; only ever compared for being another
-    silent: float = 0.0  # seconds that its file did not change
+    status: WorkerStatus
+    written: int  # modification time of the file in ns; only ever tested for being different
+    silent: float = 0.0  # seconds since the file changed
 
 
-class Watcher:
-    """The driver's side: finds a worker that hangs, names it, and has it ended, once a group of workers."""
+class HangMonitor:
+    """The driver's side: finds a worker that hangs, names it, and has it ended, at most one per group of workers."""
 
     def __init__(
-        self, folder: Path, limit: float, end: Callable[[Beat], bool], *, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        limit: float,
+        end: Callable[[WorkerStatus], bool],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`limit`: seconds without progress that are too many. `end` ends the process of a worker, wherever it runs, and
-        says whether it was still there."""
+        """Watch the workers of the stage in `folder`.
+
+        Args:
+            folder: The stage's folder.
+            limit: Seconds without progress after which a worker counts as hanging.
+            end: Ends the process of a worker, on whatever node it runs. Returns whether it was still there.
+            clock: Seconds, monotonic.
+        """
         self.folder, self.limit, self.end = folder / FOLDER, limit, end
-        self.pause = pause_of(limit)
-        self._clock, self._looked = clock, clock()
-        self._known: dict[int, _Known] = {}
+        self.interval = interval_of(limit)
+        self._clock, self._last = clock, clock()
+        self._observed: dict[int, _Observed] = {}
         self._over: set[str] = set()  # groups of which a worker was ended
 
-    def look(self) -> Beat | None:
-        """Read what the workers say, and end the one that hangs; gives it. What cannot be read is no sign of anything."""
+    def look(self) -> WorkerStatus | None:
+        """Read the workers' reports and end the one that hangs. A report that cannot be read means nothing.
+
+        Returns:
+            The worker that was ended; None if there was none.
+        """
         now = self._clock()
-        gone, self._looked = min(now - self._looked, 2 * self.pause), now
-        there = self._read()
-        self._known = {rank: known for rank, known in self._known.items() if rank in there}
-        for rank, (beat, mark) in there.items():
-            known = self._known.get(rank)
-            if known is None or (beat.pid, mark) != (known.beat.pid, known.mark):
-                self._known[rank] = _Known(beat, mark)
+        passed, self._last = min(now - self._last, 2 * self.interval), now
+        reports = self._read()
+        self._observed = {rank: observed for rank, observed in self._observed.items() if rank in reports}
+        for rank, (status, written) in reports.items():
+            observed = self._observed.get(rank)
+            if observed is None or (status.pid, written) != (observed.status.pid, observed.written):
+                self._observed[rank] = _Observed(status, written)
             else:
-                known.silent += gone
-        late = [known for known in self._known.values() if max(known.silent, known.beat.stuck) >= self._allowed(known)]
-        if not late:
+                observed.silent += passed
+        if not any(max(one.silent, one.status.stalled) >= self._allowed(one) for one in self._observed.values()):
             return None
-        culprit, what = self._culprit()
-        beat = culprit.beat
-        self._known = {}
-        was_there = self.end(beat)  # where that fails, it is tried again after another limit
-        self._over.add(beat.group)
+        culprit, reason = self._culprit()
+        status = culprit.status
+        self._observed = {}
+        was_there = self.end(status)  # if this fails, it is tried again after another `limit` seconds
+        self._over.add(status.group)
         if not was_there:
-            return None  # it is gone already, and the others are waiting for their end
+            return None  # it is already gone, and the others are about to be ended
         _log.warning(
-            "%s: %s for %.0f s; it was ended, and training goes on from the last checkpoint (train.hang_timeout=%g)",
-            beat.words(), what, max(culprit.silent, beat.stuck), self.limit,
+            "%s: %s for %.0f s; it was ended, and training resumes from the last checkpoint (train.hang_timeout=%g)",
+            status.describe(), reason, max(culprit.silent, status.stalled), self.limit,
         )  # fmt: skip
-        return beat
+        return status
 
-    def _allowed(self, known: _Known) -> float:
-        """Seconds; less than the limit by what it takes to notice."""
-        started = known.beat.steps > FIRST_STEPS
-        return (self.limit if started else max(STARTING * self.limit, LEAST_START)) - 2 * self.pause
+    def _allowed(self, observed: _Observed) -> float:
+        """Seconds without progress that are allowed; less than the limit by the time that it takes to notice."""
+        started = observed.status.steps > FIRST_STEPS
+        return (self.limit if started else max(STARTING * self.limit, LEAST_START)) - 2 * self.interval
 
-    def _culprit(self) -> tuple[_Known, str]:
-        """Of workers that wait for each other that which is waited for, a process that is silent, else the one that is
-        least far; and what is wrong with it."""
-        quiet = [known for known in self._known.values() if known.silent >= 0.5 * self._allowed(known)]
-        known = min(quiet or self._known.values(), key=lambda known: (known.beat.count, known.beat.rank))
-        others = [other.beat.count for other in self._known.values() if other is not known]
-        what = "its process does not answer" if quiet else "it gets no further"
-        if not quiet and others and min(others) == known.beat.count:
-            what = "all workers stand at the same place"
-        return known, what
+    def _culprit(self) -> tuple[_Observed, str]:
+        """The worker that the others wait for, and what is wrong with it.
 
-    def _read(self) -> dict[int, tuple[Beat, int]]:
-        """rank -> (what it says, when it was written) of the group of rank 0, which has been started last."""
-        found: dict[int, tuple[Beat, int]] = {}
+        That is a process that is silent, or else the worker that has come least far.
+        """
+        silent = [one for one in self._observed.values() if one.silent >= 0.5 * self._allowed(one)]
+        culprit = min(silent or self._observed.values(), key=lambda one: (one.status.count, one.status.rank))
+        others = [one.status.count for one in self._observed.values() if one is not culprit]
+        reason = "its process does not respond" if silent else "it makes no progress"
+        if not silent and others and min(others) == culprit.status.count:
+            reason = "all workers are stuck at the same place"
+        return culprit, reason
+
+    def _read(self) -> dict[int, tuple[WorkerStatus, int]]:
+        """rank -> (report, when it was written) of the group of rank 0, which was started last."""
+        found: dict[int, tuple[WorkerStatus, int]] = {}
         with contextlib.suppress(OSError):
             for path in self.folder.glob("[!.]*"):
                 with contextlib.suppress(OSError, ValueError, TypeError):
-                    beat = Beat(**json.loads(path.read_bytes()))
-                    found[beat.rank] = beat, path.stat().st_mtime_ns
+                    status = WorkerStatus(**json.loads(path.read_bytes()))
+                    found[status.rank] = status, path.stat().st_mtime_ns
         group = found[0][0].group if 0 in found else None
         return {
-            rank: (beat, mark)
-            for rank, (beat, mark) in found.items()
-            if beat.group not in self._over and group in (None, beat.group)
+            rank: (status, written)
+            for rank, (status, written) in found.items()
+            if status.group not in self._over and group in (None, status.group)
         }
 
 
-def born(pid: int) -> str:
-    """When a process was started, in ticks since the machine's start; empty where that is not known (not on Linux)."""
+def start_time_of(pid: int) -> str:
+    """When a process was started, in ticks since its machine booted; empty where that is not known (not on Linux)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -227,27 +253,21 @@ def born(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def watching(folder: Path, limit: float | None, end: Callable[[Beat], bool]) -> Iterator[None]:
-    """Look after the workers of the stage in `folder` while the block runs; not at all where `limit` is None."""
+def ending_hung_workers(folder: Path, limit: float | None, end: Callable[[WorkerStatus], bool]) -> Iterator[None]:
+    """Watch the workers of the stage in `folder` while the block runs, as `HangMonitor` does; not if `limit` is None."""
     with contextlib.suppress(OSError):
         for left in (folder / FOLDER).glob("*"):  # by workers that were killed
             left.unlink()
     if limit is None:
         yield
         return
-    watcher, ended = Watcher(folder, limit, end), threading.Event()
+    monitor = HangMonitor(folder, limit, end)
 
-    def run() -> None:
-        while not ended.wait(watcher.pause):
-            try:
-                watcher.look()
-            except Exception as error:  # training is not to end because nobody looks after it
-                _log.warning("a worker that hangs could not be ended: %s", error)
+    def look() -> None:
+        try:
+            monitor.look()
+        except Exception as error:  # training must not end because nobody watches it
+            _log.warning("a worker that hangs could not be ended: %s", error)
 
-    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with Periodic(look, monitor.interval, name="hang monitor", join=10):
         yield
-    finally:
-        ended.set()
-        thread.join(timeout=10)

@@ -1,4 +1,4 @@
-"""Warnings of workers, wherever they run, as warnings of the command that started them; kept in the stage's folder."""
+"""Forwards the warnings of workers, wherever they run, to the command that started them, by a file. No Ray in here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.periodic import Periodic
 from pipeline.storage.jsonl import JsonLines
 
 FILE = "warnings.jsonl"
@@ -18,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Writer(logging.Handler):
-    """Adds each record to a file."""
+    """Appends each record to a file."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__(logging.WARNING)
@@ -26,7 +27,7 @@ class _Writer(logging.Handler):
         self._busy = threading.local()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(self._busy, "writing", False):  # a warning that the file cannot be written
+        if getattr(self._busy, "writing", False):  # the warning that the file cannot be written
             return
         self._busy.writing = True
         try:
@@ -37,7 +38,7 @@ class _Writer(logging.Handler):
 
 @contextlib.contextmanager
 def passing_on(folder: Path, rank: int) -> Iterator[None]:
-    """While the block runs, write what this process warns of to the stage's `folder`."""
+    """Write the warnings of this process, a worker, to the stage's `folder` while the block runs."""
     handler = _Writer(folder / FILE, rank)
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
@@ -51,28 +52,17 @@ def passing_on(folder: Path, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def showing(folder: Path) -> Iterator[None]:
-    """While the block runs, warn of what the workers of the stage in `folder` warn of."""
-    lines, ended = JsonLines(folder / FILE), threading.Event()
+    """Repeat the warnings of the workers of the stage in `folder` while the block runs."""
+    lines = JsonLines(folder / FILE)
     position = lines.size()
 
-    def look() -> None:
+    def repeat() -> None:
         nonlocal position
-        for entry, end in lines.read(position):
-            position = end
-            if "warning" in entry:
-                _log.warning("%s", entry["warning"])
-
-    def run() -> None:
-        while not ended.wait(_POLL):
-            with contextlib.suppress(OSError):
-                look()
-
-    thread = threading.Thread(target=run, name="warnings", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=5)
         with contextlib.suppress(OSError):
-            look()
+            for entry, end in lines.read(position):
+                position = end
+                if "warning" in entry:
+                    _log.warning("%s", entry["warning"])
+
+    with Periodic(repeat, _POLL, name="warnings", last=repeat, join=5):
+        yield

@@ -11,6 +11,8 @@ from tiny_shards import photos, write_set
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import end_to_end as benchmark
+import end_to_end_shards
+import end_to_end_training as training_runs
 
 from pipeline.config.load import load
 from pipeline.shards.reader import Reader
@@ -50,7 +52,7 @@ def test_all_numbers(shards, tmp_path, capsys):
 
 
 def job(shards, **changes):
-    return benchmark.Job("small_wavelet", tuple(TINY), str(shards.folder.local), log_every=2, warm=2, **changes)
+    return training_runs.Job("small_wavelet", tuple(TINY), str(shards.folder.local), log_every=2, warm=2, **changes)
 
 
 @pytest.mark.parametrize("kind", ["synthetic", "shards"])
@@ -64,18 +66,18 @@ def test_both_train_on_the_same_kind_of_batches(shards, monkeypatch, kind):
         return call(this, stored, rows, weight, total, **named)
 
     monkeypatch.setattr(training.TrainStep, "__call__", watched)
-    found = benchmark.train_once(job(shards), kind, 12)
+    found = training_runs.train_once(job(shards), kind, 12)
     assert len(seen) == 12  # more than two epochs
     assert found["steps"] == 10
     batches = {rows for rows, _, _ in seen}
-    assert len(batches) == (benchmark.KEPT if kind == "synthetic" else 12)
+    assert len(batches) == (training_runs.KEPT if kind == "synthetic" else 12)
     assert all(total == 8 for _, _, total in seen)
     first = next(iter(Reader(ShardSet.open(shards.folder.local), "train", batch=8, window=64, flip=True).epoch(0)))
     assert all(form == {level: (v.shape, v.dtype) for level, v in first.levels.items()} for _, form, _ in seen)
 
 
 def test_the_first_steps_do_not_count():
-    measured = benchmark.Measured(
+    measured = training_runs.Measured(
         [(0.0, 50.0, 8.0, 1.0), (100.0, 101.0, 8.0, 3.0), (104.0, 104.5, 6.0, 5.0)], 108.0, 10.0
     )
     found = measured.result(1)
@@ -93,7 +95,7 @@ def test_rates_out_of_the_metrics_of_a_run(tmp_path):
         metrics = {"train/loss": 1.0, "perf/images_per_second": rate, "perf/data_wait_share": wait}
         lines.append({"step": step, "metrics": metrics})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = benchmark.from_metrics(path, 1)
+    found = training_runs.from_metrics(path, 1)
     assert found["seconds"] == pytest.approx(80 / 40 + 160 / 20)
     assert found["images_per_second"] == pytest.approx(240 / 10)
     assert found["wait"] == pytest.approx((1.0 + 2.0) / 10)
@@ -102,7 +104,7 @@ def test_rates_out_of_the_metrics_of_a_run(tmp_path):
 def test_a_set_is_made(photo_folder, tmp_path):
     overrides = [*TINY, "data.rows_per_group=8"]
     for name, images in (("folder", str(photo_folder)), ("made", None)):
-        benchmark.make_shards("small_wavelet", overrides, str(tmp_path / name), 30, images)
+        end_to_end_shards.make_shards("small_wavelet", overrides, str(tmp_path / name), 30, images)
         made = ShardSet.open(tmp_path / name)
         assert made.rows == {"train": 30, "val": 0}
         assert made.image_size == 64

@@ -23,8 +23,9 @@ from pipeline.checkpoints.writer import FAILURES, Keeper
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.shards.shard_set import ShardSet
-from pipeline.training.coordination import Minutes, Orders
 from pipeline.training.pretrain_loop import train
+from pipeline.workers.coordination import CheckpointTimer, Coordinator
+from wavemim.atomic import PARTIAL
 from wavemim.weights import checkpoint
 
 
@@ -186,7 +187,7 @@ def test_the_end_waits_for_a_slow_disk_and_gives_signs_of_life(tmp_path, monkeyp
 
 
 def test_what_killed_workers_left_by_half_is_removed(tmp_path):
-    half = tmp_path / f".{name_of(10)}.0123{checkpoint.PARTIAL}"
+    half = tmp_path / f".{name_of(10)}.0123{PARTIAL}"
     half.mkdir()
     (half / checkpoint.STATE).write_text('{"format": 2, "files": {}, "images": 10}')
     assert checkpoint.latest(tmp_path) is None
@@ -196,27 +197,27 @@ def test_what_killed_workers_left_by_half_is_removed(tmp_path):
 
 def test_orders_are_asked_for_once_a_second():
     now, asked = [0.0], []
-    orders = Orders(0, 1, stop=lambda: asked.append(now[0]) or False, clock=lambda: now[0])
+    orders = Coordinator(0, 1, stop=lambda: asked.append(now[0]) or False, clock=lambda: now[0])
     for step in range(100):
         now[0] = step * 0.1
         orders.after_step()
     assert len(asked) == pytest.approx(10, abs=1)
     now[0] += 5
-    assert Orders(0, 1, stop=lambda: True, save=lambda: True, clock=lambda: now[0]).after_step() == (True, True)
+    assert Coordinator(0, 1, stop=lambda: True, save=lambda: True, clock=lambda: now[0]).after_step() == (True, True)
 
 
 def test_minutes_count_from_the_last_checkpoint():
     now = [0.0]
-    due = Minutes(2, clock=lambda: now[0])
+    due = CheckpointTimer(2, clock=lambda: now[0])
     now[0] = 119
     assert not due()
     now[0] = 120
     assert due()
-    due.saved()
+    due.reset()
     assert not due()
     now[0] = 1e9
     assert due()
-    assert not Minutes(None, clock=lambda: now[0])()
+    assert not CheckpointTimer(None, clock=lambda: now[0])()
 
 
 SETTINGS = {
@@ -241,7 +242,7 @@ def go(shards, folder, rank, world, resume=None, stop_at=None):
     recipe = with_overrides(load("small"), {**SETTINGS, "train.workers": world})
     logged = {}
     steps = iter(range(1, 1000))
-    orders = Orders(rank, world, stop=lambda: stop_at is not None and next(steps) >= stop_at)
+    orders = Coordinator(rank, world, stop=lambda: stop_at is not None and next(steps) >= stop_at)
 
     def keep(saver, state):
         if rank == 0:
@@ -257,7 +258,7 @@ def go(shards, folder, rank, world, resume=None, stop_at=None):
         resume=resume,
         on_log=lambda metrics, images: logged.update({images: metrics}),
         on_checkpoint=keep,
-        orders=orders,
+        coordinator=orders,
     )
     if rank == 0:
         (folder / "logged.json").write_text(json.dumps({"logged": logged, "history": trained.position.history}))
@@ -277,7 +278,7 @@ def with_two(shards, folder, resume=None, stop_at=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ended = context.Queue()
     processes = [
         context.Process(target=one_of_two, args=(rank, port, shards, folder, resume, stop_at, ended))

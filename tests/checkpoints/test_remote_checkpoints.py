@@ -140,7 +140,7 @@ def test_a_damaged_newest_one_is_passed_over_and_replaced_by_the_next_of_its_nam
     shutil.rmtree(here)
     assert store.restore(here) == name_of(10)
     assert checkpoint.latest(here) == here / name_of(10)
-    warned = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
     assert len(warned) == (harm != "state.json is missing") and all(name_of(20) in line for line in warned)
     assert not list(here.glob(".*"))
     keeper = Keeper(
@@ -196,18 +196,18 @@ def test_a_store_that_is_away_ends_nothing_and_gets_the_last_one_later(tmp_path,
         keeper.wait()
         assert keeper.uploader._thread is None or not keeper.uploader._thread.join()
     assert not keeper.given_up
-    lines = [record for record in caplog.records if "training goes on" in record.getMessage()]
+    lines = [record for record in caplog.records if "training continues" in record.getMessage()]
     assert [record.levelno for record in lines] == [logging.ERROR]  # once, and clearly
-    assert f"{here} alone" in lines[0].getMessage()
+    assert f"only in {here} until" in lines[0].getMessage()
     assert keeper.finish() == ""
-    assert keeper.uncopied.startswith(f"the last checkpoint is in {here} alone")
+    assert keeper.uncopied.startswith(f"the last checkpoint is only in {here}, not in")
     assert kept(Folder.at(here)) == [10 + FAILURES, 11 + FAILURES]
 
     place.unlink()
     save(keeper, 90)
     assert keeper.finish() == keeper.uncopied == ""
     assert kept(store.folder) == [90]
-    assert caplog.records[-1].getMessage() == f"{store} takes checkpoints again; the last one is there"
+    assert caplog.records[-1].getMessage() == f"{store} takes checkpoints again, and has the last one"
     shutil.rmtree(place)
     Keeper(here, keep=2, uploader=Copier(store, here, keep=2, best=False)).uploader.finish()  # a new process
     assert kept(store.folder) == [90]
@@ -234,6 +234,10 @@ def recipe_of(tmp_path, shards, place, **changes):
     return with_overrides(load("small"), {**SETTINGS_OF_RUN, **where, **changes})
 
 
+def checked(recipe, shards):
+    check_store(recipe, "pretrain", {**identity(recipe, "pretrain"), "shards": shards.fingerprint})
+
+
 def open_both(recipe, shards, stack):
     """The stage's folder and the store, as pretraining opens them."""
     same = {**identity(recipe, "pretrain"), "shards": shards.fingerprint}
@@ -244,7 +248,7 @@ def open_both(recipe, shards, stack):
 
 def test_other_settings_are_refused_before_anything_is_written(bucket, shards, tmp_path, quick):
     recipe = recipe_of(tmp_path / "a", shards, bucket)
-    check_store(recipe)
+    checked(recipe, shards)
     with ExitStack() as stack:
         folder, store = open_both(recipe, shards, stack)
         keeper = Keeper(folder, keep=2, uploader=Copier(store, folder, keep=2, best=False))
@@ -255,15 +259,15 @@ def test_other_settings_are_refused_before_anything_is_written(bucket, shards, t
     new = tmp_path / "b"
     other = recipe_of(new, shards, bucket, **{"encoder.depth": 3, "target.taps": {2: 1, 3: 2, 4: 3}})
     with pytest.raises(SettingError, match=r"of other settings \(encoder\.depth: 2 → 3; .*restart=true$") as refused:
-        check_store(other)
+        checked(other, shards)
     assert "force=true" not in str(refused.value) and "train.checkpoints_at=" in str(refused.value)
-    with pytest.raises(SettingError, match=r"train\.lr.*go on with them with force=true"):
-        check_store(recipe_of(new, shards, bucket, **{"train.lr": 1e-3}))
-    check_store(recipe_of(new, shards, bucket, **{"train.workers": 2}))
+    with pytest.raises(SettingError, match=r"train\.lr.*resume from them with force=true"):
+        checked(recipe_of(new, shards, bucket, **{"train.lr": 1e-3}), shards)
+    checked(recipe_of(new, shards, bucket, **{"train.workers": 2}), shards)
     assert not new.exists()
 
     forced = recipe_of(new, shards, bucket, **{"train.lr": 1e-3, "force": True})
-    check_store(forced)
+    checked(forced, shards)
     with ExitStack() as stack:
         assert (open_both(forced, shards, stack)[0] / name_of(10)).is_dir()
     assert json.loads(bucket.read(f"run/pretrain/{SETTINGS}"))["train.lr"] == 1e-3
@@ -273,7 +277,7 @@ def test_other_settings_are_refused_before_anything_is_written(bucket, shards, t
     bucket.remove(f"run/pretrain/{SETTINGS}")
     bucket.write(f"run/pretrain/{name_of(10)}/{checkpoint.STATE}", b"{}")
     with pytest.raises(SettingError, match=f"no {SETTINGS}"):
-        check_store(recipe)
+        checked(recipe, shards)
 
 
 def test_a_second_run_is_refused_and_a_dead_one_is_succeeded(bucket, shards, tmp_path, quick):
@@ -380,7 +384,7 @@ def test_mistakes_in_the_setting_are_refused(tmp_path):
         "s3://key:secret@bucket/runs": "credentials would end up in logs",
         "s3://bucket/runs?secret_key=abc": "credentials would end up in logs",
         str(tmp_path / "out" / "runs"): "the run's own folder",
-        str(tmp_path / "file"): "no folder",
+        str(tmp_path / "file"): "not a folder",
     }.items():
         with pytest.raises(SettingError, match=rf"train\.checkpoints_at.*{message}"):
             with_overrides(load("small"), {"out": str(tmp_path / "out"), "train.checkpoints_at": value})

@@ -287,10 +287,10 @@ def test_what_is_no_weights_is_refused(tmp_path):
     torch.save(make().model.state_dict(), tmp_path / "weights.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     for name, message in {
-        "weights.pth": r"no \.safetensors file",
-        "empty": "cannot be read as weights of timm",
-        "broken.safetensors": "cannot be read as weights of timm",
-        "absent": r"no \.safetensors file",
+        "weights.pth": r"nor a \.safetensors file",
+        "empty": "cannot be read as timm weights",
+        "broken.safetensors": "cannot be read as timm weights",
+        "absent": r"nor a \.safetensors file",
         "dinov2": r"is of 'vit_small_patch14_reg4_dinov2', encoder\.name is 'vit_tiny_patch16_224'",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -314,7 +314,7 @@ def test_make_encoder_takes_what_applies():
     [
         ("vit_tiny_patch16_22", {}, "did you mean 'vit_tiny_patch16_224'"),
         ("deit_tiny_distilled_patch16_224", {"class_token": None}, "deit_tiny_distilled_patch16_224"),
-        ("beit_base_patch16_224", {}, r"'beit_base_patch16_224' has feature maps of reductions 12 × 16; it takes"),
+        ("beit_base_patch16_224", {}, r"'beit_base_patch16_224' has feature maps of reductions 12 × 16; use a"),
         ("vit_base_mci_224", {}, r"'vit_base_mci_224' has feature maps of reductions"),
         (
             "vit_tiny_patch16_224",
@@ -323,7 +323,7 @@ def test_make_encoder_takes_what_applies():
         ),
         ("vit_tiny_patch16_224", {"sees": "hidden"}, r"encoder\.sees='hidden': .*visible, masked, whole"),
         ("vit_tiny_patch16_224", {"positions": "rope"}, r"encoder\.positions='rope'"),
-        ("vit_tiny_patch16_224", {"width": 30, "heads": 2}, r"encoder\.width=30 is no multiple of 4"),
+        ("vit_tiny_patch16_224", {"width": 30, "heads": 2}, r"encoder\.width=30 is not a multiple of 4"),
         ("vit_tiny_patch16_224", {"width": 31}, "timm cannot build"),
         ("vit_tiny_patch16_224", {"options": {"embed_dim": 32}}, r"options\.embed_dim=32.*set encoder\.width instead"),
         (
@@ -331,9 +331,9 @@ def test_make_encoder_takes_what_applies():
             {"options": {"drop_path_rate": 1.5}},
             r"drop_path_rate=1\.5: a rate is a number from 0",
         ),
-        ("vit_tiny_patch16_224", {"options": {"fc_norm": True}}, r"options\.fc_norm=True.*leave it out"),
+        ("vit_tiny_patch16_224", {"options": {"fc_norm": True}}, r"options\.fc_norm=True.*remove it"),
         ("vit_tiny_patch16_224", {"options": {"reg_token": 4}}, r"timm cannot build.*reg_token"),
-        ("vit_tiny_patch16_224", {"options": {"pos_embed": "none"}}, "no plain vision transformer with absolute"),
+        ("vit_tiny_patch16_224", {"options": {"pos_embed": "none"}}, "not a plain vision transformer with absolute"),
     ],
 )
 def test_mistakes_are_named_in_one_line(name, settings, message):

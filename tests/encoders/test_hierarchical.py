@@ -249,12 +249,12 @@ def test_make_encoder_chooses_it():
     ("name", "settings", "message"),
     [
         ("resnet10t", {"image_size": 72}, "images of 72 pixels .* tokens of 32 pixels; nearest allowed: 64 or 96"),
-        ("swin_tiny_patch4_window7_224", {"sees": "visible"}, r"encoder\.sees='visible'.*takes masked"),
+        ("swin_tiny_patch4_window7_224", {"sees": "visible"}, r"encoder\.sees='visible'.*needs masked"),
         ("convnext_atto", {"patch_size": 16}, r"encoder\.patch_size=16 does not apply to 'convnext_atto'"),
         ("convnext_atto", {"options": {"in_chans": 5}}, r"encoder\.options\.in_chans=5 cannot be set here"),
         ("convnext_atto", {"options": {"dimz": 5}}, r"timm cannot build 'convnext_atto'.*dimz"),
         ("eva02_tiny_patch14_224", {"image_size": 224}, r"'eva02_tiny_patch14_224' has feature maps of reductions 12 × 14"),
-        ("visformer_tiny", {}, r"reductions 8, 16, 32; it takes"),
+        ("visformer_tiny", {}, r"reductions 8, 16, 32; use a"),
         ("halonet26t", {}, r"encoder\.image_size=64: 'halonet26t' cannot encode such images"),
     ],
 )  # fmt: skip

@@ -227,12 +227,12 @@ def test_pairs_splits_and_rejects_are_complete(tmp_path):
     assert dict(found.rejects) == {
         "training/alone.png": "no mask",
         "training/notes.txt": "not an image (suffix .txt)",
-        "training/2.png": "of the same name as training/2.jpg",
+        "training/2.png": "the same name as training/2.jpg",
         "training/other.png": "mask without an image",
     }
     assert found.inputs == 3 + 4
     fewer = find_pairs(images, masks, max_images=1)
-    assert (len(fewer.splits["train"]), fewer.left_out, fewer.inputs) == (1, 1, 7)
+    assert (len(fewer.splits["train"]), fewer.skipped, fewer.inputs) == (1, 1, 7)
 
 
 def test_endings_and_a_held_out_share(tmp_path):
@@ -295,7 +295,7 @@ def test_a_masks_values_are_the_numbers_in_the_file():
         (png(few.astype(np.uint8), "RGB"), "colours"),
         (png(few.astype(np.uint8), "LA"), "colours"),
         (png(np.random.default_rng(0).integers(0, 9, (64, 64)).astype(np.uint8))[:900], "damaged"),
-        (b"GIF89a" + bytes(30), "no PNG"),
+        (b"GIF89a" + bytes(30), "not a PNG"),
         (b"", "empty"),
     ):
         with pytest.raises(RejectedImage, match=reason):
@@ -382,12 +382,12 @@ def recipe_of(encoder, folders, out, **changes):
     [
         ({"masks": None}, SettingError, r"segment\.masks is not set.*segment\.masks=FOLDER"),
         ({"masks": "nowhere"}, SettingError, r"segment\.masks=nowhere: no such folder"),
-        ({"classes": "nowhere.txt"}, SettingError, r"segment\.classes=nowhere\.txt: No such file.*a name a line"),
+        ({"classes": "nowhere.txt"}, SettingError, r"segment\.classes=nowhere\.txt: No such file.*one name per line"),
         ({"blocks": [3]}, SettingError, r"block 3 does not exist, the encoder has blocks \(or stages\) 1 to 2"),
         (
             {"image_size": 30},
             SettingError,
-            r"segment\.image_size=30: no multiple of the 8 pixels of a token.*allowed: 24",
+            r"segment\.image_size=30: not a multiple of the 8 pixels of a token.*allowed: 24",
         ),
         ({"mask_ending": "x"}, SettingError, r"no image has a mask"),
     ],
@@ -399,7 +399,7 @@ def test_mistakes_are_found_before_ray_starts(encoder, folders, tmp_path, change
 
 
 def test_images_in_the_masks_folder_and_too_many_rejects(encoder, folders, tmp_path):
-    with pytest.raises(SettingError, match="one holds the other"):
+    with pytest.raises(SettingError, match="one folder contains the other"):
         plan_segmentation(recipe_of(encoder, folders, tmp_path, masks=str(folders / "images" / "train")))
     for number in range(30):
         write_pair(tmp_path / "set", f"{number}", np.zeros((8, 8), np.uint8))

@@ -174,13 +174,13 @@ def test_every_image_has_all_its_panels(kind, across):
         titles = [axis.get_title() for axis in figure.axes]
         for level in comparison.levels:
             name = f"level {level.level}" if level.level else "patch"
-            assert titles.count(f"{name} · target") == titles.count(f"{name} · prediction") == 4
+            assert titles.count(f"{name} · target") == titles.count(f"{name} · predicted") == 4
             for loss in level.loss:
                 assert f"{name} · error {loss:.3g}" in titles
         assert titles.count("image") == titles.count("masked (75% hidden)") == 4
         assert titles.count("reconstruction") == (0 if kind == "hog" else 4)
         assert [text.get_text() for text in figure.texts] == ["one", "$two$", "three", "鳥"]
-        predicted = figure.axes[titles.index(f"{comparison.levels[-1].name} · prediction")]
+        predicted = figure.axes[titles.index(f"{comparison.levels[-1].name} · predicted")]
         shown = predicted.images[0].get_array()
         visible = ~view.mask[0].reshape(8, 8).numpy()
         scale = shown.shape[0] // 8

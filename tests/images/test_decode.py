@@ -216,7 +216,7 @@ def test_a_size_that_is_text_is_not_multiplied(code: int, channels: int) -> None
     for place in range(10, 10 + 12 * count, 12):
         if struct.unpack_from("<H", data, place)[0] == code or (code == 278 and place == 10):
             struct.pack_into("<HHII", data, place, code, 7, 64, 8)
-    assert reason(bytes(data), "a.tif", Pixels(SIDE, channels)) == f"damaged (TIFF tag {code} is no number)"
+    assert reason(bytes(data), "a.tif", Pixels(SIDE, channels)) == f"damaged (TIFF tag {code} is not a number)"
 
 
 def test_the_first_page_is_enough() -> None:
@@ -237,7 +237,7 @@ def test_bounds_themselves_are_taken() -> None:
 
 @pytest.mark.parametrize("value_range", [(0, 0), (0, np.inf), (np.nan, 1), (-1e308, 1e308), (0, 5e-324)])
 def test_no_range(value_range: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="is no range"):
+    with pytest.raises(ValueError, match="is not a range"):
         Pixels(8, value_range=value_range)
 
 

@@ -25,7 +25,7 @@ COMMON: dict[str, Any] = {
     "finetune.lr": 0.1,
     "finetune.warmup_epochs": 1,
     "finetune.log_every": 1,
-    # Crops by Pillow and no operation: what RandAugment draws depends on when its threads ask for it.
+    # Crops by Pillow and no operation: recorded when what RandAugment drew depended on the timing of threads.
     "finetune.rand_augment": "rand-n0",
     "finetune.eval_every": 2,
     "finetune.eval_batch": 8,

@@ -131,12 +131,6 @@ class Runs:
         subject = subject_of(recipe, shards)
 
         def go(folder: Path, resume: Path | None, log: Callable[[dict[str, float], int], None]) -> None:
-            steps = [int(resume.name) if resume else 0]
-
-            def count(metrics: dict[str, float], images: int) -> None:
-                steps[0] += "train/loss" in metrics
-                log(metrics, images)
-
             finetune(
                 recipe,
                 subject,
@@ -144,8 +138,8 @@ class Runs:
                 device=CPU,
                 threads=1,
                 resume=resume,
-                on_log=count,
-                on_checkpoint=lambda saver: saver(folder / str(steps[0])),
+                on_log=log,
+                on_checkpoint=lambda saver, state: saver(folder / str(state["step"])),
             )
 
         return self._recorded(go, name, case.resume, None)

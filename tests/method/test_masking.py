@@ -297,7 +297,9 @@ def test_a_mask_that_cannot_be_says_why(arguments, names):
 
 def test_energy_without_a_level_that_is_fine_enough_says_so():
     pyramid = decompose(torch.zeros(1, 1, 32, 32), 4)
-    with pytest.raises(ValueError, match=r"finest level that is read, 4, has cells of 16 pixels, .* mask have 4;"):
+    with pytest.raises(
+        ValueError, match=r"finest level that is read, 4, has cells of 16 pixels, .* mask's cells have 4;"
+    ):
         Masking("energy", 0.5, 8)(torch.arange(1), {4: pyramid[4]}, seed=0, epoch=0)
 
 

@@ -219,7 +219,7 @@ def test_two_workers_at_half_the_batch_give_the_gradients_of_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_ddp_worker, (2, port, str(tmp_path / "two.pt")), nprocs=2)
+    mp.start_processes(_ddp_worker, (2, port, str(tmp_path / "two.pt")), nprocs=2, start_method="forkserver")
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     images = photos(8)
     step = make_step(images, weighting="learned")

@@ -108,7 +108,7 @@ def trained(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     processes = [context.Process(target=worker, args=(rank, ports, url, folder, results)) for rank in range(3)]
     for process in processes:
@@ -199,3 +199,41 @@ def test_blocks_of_encoders():
         assert [type(block).__name__ for block in blocks] == [kind] * count
         inside = sum(parameter.numel() for block in blocks for parameter in block.parameters())
         assert inside > 0.9 * sum(parameter.numel() for parameter in encoder.parameters())
+
+
+class Small(torch.nn.Module):
+    """Two blocks, and a norm with buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(2))
+        self.norm = torch.nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+def test_a_snapshot_is_independent_of_further_training(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = Small()
+        sharding.shard(model, torch.device("cpu"))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        saver = checkpoint.Saver(model, optimizer)
+        assert saver.snapshot().tensors[checkpoint.OPTIMIZER] == {} and not optimizer.state  # no step was made for it
+        for number in range(2):
+            model(torch.randn(4, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == 0:
+                taken = saver.snapshot().tensors
+                before = {(file, name): value.clone() for file in taken for name, value in taken[file].items()}
+        assert len(before) == 9 + 6 * 3
+        assert all(torch.equal(taken[file][name], value) for (file, name), value in before.items())
+        for name, value in saver.snapshot().tensors[checkpoint.MODEL].items():
+            assert not torch.equal(value, before[checkpoint.MODEL, name]), name
+    finally:
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Encoders to be judged: checkpoints of ours, folders in timm's format, timm's own weights, and what is said of others."""
+"""Encoders to evaluate: checkpoints, folders in timm's format, timm's own weights, and what is said of others."""
 
 import json
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from tiny_shards import LAYOUT, photos, write_set
 from pipeline.config.load import load
 from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_model
-from pipeline.models.encoder_source import Subject, subject_of
+from pipeline.models.encoder_source import EncoderSource, find_encoder
 from wavemim.weights import checkpoint
 from wavemim.weights.timm_folder import export_timm
 
@@ -81,8 +81,8 @@ def same(one, other):
 def test_the_trained_encoder_comes_back_from_wherever_it_is(ours, exported, kind):
     recipe, shards, folder, encoder = ours
     named = {"run": None, "checkpoint": str(folder), "folder": str(exported)}[kind]
-    subject = subject_of(recipe.model_copy(update={"checkpoint": named}), shards)
-    subject = Subject(**json.loads(json.dumps(asdict(subject))))  # plain values: it travels to workers
+    subject = find_encoder(recipe.model_copy(update={"checkpoint": named}), shards)
+    subject = EncoderSource(**json.loads(json.dumps(asdict(subject))))  # plain values: it travels to workers
     assert subject.kind == ("folder" if kind == "folder" else "checkpoint")
     assert (subject.image_size, subject.channels, subject.images_seen) == (SIDE, 3, 12)
     assert subject.pixel_mean == pytest.approx(MEAN) and subject.pixel_std == pytest.approx(STD)
@@ -96,7 +96,7 @@ def test_the_trained_encoder_comes_back_from_wherever_it_is(ours, exported, kind
 def test_arguments_and_fresh_weights(ours, exported, kind):
     recipe, shards, _, encoder = ours
     named = None if kind == "checkpoint" else str(exported)
-    subject = subject_of(recipe.model_copy(update={"checkpoint": named}), shards)
+    subject = find_encoder(recipe.model_copy(update={"checkpoint": named}), shards)
     before = torch.get_rng_state()
     classifier = subject.model(num_classes=7, drop_path_rate=0.2)
     fresh, again, other = (subject.model(trained=False, seed=seed) for seed in (1, 1, 2))
@@ -111,7 +111,7 @@ def test_arguments_and_fresh_weights(ours, exported, kind):
 def test_the_beginning_is_where_this_very_training_began(ours):
     recipe, shards, _, _ = ours
     began = build_model(recipe, shards, start=True).encoder.model
-    subject = subject_of(recipe, shards)
+    subject = find_encoder(recipe, shards)
     assert same(began.state_dict(), subject.beginning().state_dict()) and not subject.starts_pretrained
 
 
@@ -119,7 +119,7 @@ def test_images_are_normalised_as_the_encoder_expects(ours):
     recipe, shards, _, _ = ours
     pixels = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (2, 3, 4, 4)).astype(np.float32))
     expected = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    torch.testing.assert_close(subject_of(recipe, shards).inputs(shards).normalise(pixels), expected)
+    torch.testing.assert_close(find_encoder(recipe, shards).inputs(shards).normalise(pixels), expected)
 
 
 def fetched(monkeypatch, name):
@@ -137,7 +137,7 @@ def test_timms_models_take_the_size_and_channels_of_the_shard_set(ours, monkeypa
     """Positions resampled, the classifier left away, pixels as timm's own config says."""
     recipe, shards, _, _ = ours
     source, config = fetched(monkeypatch, "vit_tiny_patch16_224")
-    subject = subject_of(recipe.model_copy(update={"checkpoint": "timm:vit_tiny_patch16_224"}), shards)
+    subject = find_encoder(recipe.model_copy(update={"checkpoint": "timm:vit_tiny_patch16_224"}), shards)
     assert (subject.source, subject.kind) == ("timm:vit_tiny_patch16_224", "timm")
     assert subject.fingerprint == f"vit_tiny_patch16_224, timm {timm.__version__}"
     assert subject.image_size == SIDE and subject.images_seen is None
@@ -147,7 +147,7 @@ def test_timms_models_take_the_size_and_channels_of_the_shard_set(ours, monkeypa
     assert model.pos_embed.shape[1] == 1 + (SIDE // 16) ** 2
     assert model(images()).shape == (3, 192)
     assert not torch.equal(model.blocks[3].mlp.fc1.weight, subject.beginning().blocks[3].mlp.fc1.weight)
-    assert subject_of(recipe.model_copy(update={"checkpoint": "timm:vit_tiny_patch16_224"}), None).image_size == 224
+    assert find_encoder(recipe.model_copy(update={"checkpoint": "timm:vit_tiny_patch16_224"}), None).image_size == 224
 
 
 def test_weights_that_cannot_be_fetched_are_one_line(ours, monkeypatch):
@@ -156,9 +156,9 @@ def test_weights_that_cannot_be_fetched_are_one_line(ours, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        StageError, match=r"checkpoint=timm:resnet10t: timm's weights cannot be had .*HF_HOME"
+        StageError, match=r"checkpoint=timm:resnet10t: timm's weights cannot be downloaded .*HF_HOME"
     ) as raised:
-        subject_of(recipe.model_copy(update={"checkpoint": "timm:resnet10t"}), shards)
+        find_encoder(recipe.model_copy(update={"checkpoint": "timm:resnet10t"}), shards)
     assert "\n" not in str(raised.value)
 
 
@@ -166,41 +166,41 @@ def test_weights_that_cannot_be_fetched_are_one_line(ours, monkeypatch):
     ("named", "said"),
     [
         ("timm:vit_tiny_patch1_224", "did you mean 'vit_tiny_patch16_224'"),
-        ("timm:vit_base_patch16_224.mea", "no weights of this name; it has vit_base_patch16_224"),
-        ("timm:mixer_l32_224", "no weights of this name$"),
+        ("timm:vit_base_patch16_224.mea", "no weights with this name; available: vit_base_patch16_224"),
+        ("timm:mixer_l32_224", "no weights with this name$"),
         ("/nowhere", "checkpoint=/nowhere: no such folder"),
     ],
 )
 def test_names_that_are_wrong_are_said_to_be(ours, named, said):
     recipe, shards, _, _ = ours
     with pytest.raises(SettingError, match=said):
-        subject_of(recipe.model_copy(update={"checkpoint": named}), shards)
+        find_encoder(recipe.model_copy(update={"checkpoint": named}), shards)
 
 
 def test_folders_of_others_are_refused(ours, exported, tmp_path):
     recipe, shards, _, _ = ours
     recipe = recipe.model_copy(update={"checkpoint": str(tmp_path)})
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(SettingError, match="is none of timm's"):
-        subject_of(recipe, shards)
+    with pytest.raises(SettingError, match="is not in timm's format"):
+        find_encoder(recipe, shards)
     content = json.loads((exported / "config.json").read_text())
     del content["pretrained_cfg"]["mean"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(SettingError, match=r"pretrained_cfg \(input_size, mean, std\)"):
-        subject_of(recipe, shards)
+        find_encoder(recipe, shards)
     config = json.loads((exported / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SettingError, match=r"lacks model\.safetensors"):
-        subject_of(recipe, shards)
+    with pytest.raises(SettingError, match=r"there is no model\.safetensors"):
+        find_encoder(recipe, shards)
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
-    assert subject_of(recipe, shards).kind == "folder"
+    assert find_encoder(recipe, shards).kind == "folder"
     config["wavemim"]["value_range"] = [0, 1000]  # what wavemim embed scales such images by
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert subject_of(recipe, shards).value_range == (0, 1000)
+    assert find_encoder(recipe, shards).value_range == (0, 1000)
     config["model_args"]["embed_dim"] = 64
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SettingError, match="do not fit"):
-        subject_of(recipe, shards)
+        find_encoder(recipe, shards)
 
 
 def test_a_set_without_such_images_is_refused(ours, tmp_path):
@@ -209,9 +209,9 @@ def test_a_set_without_such_images_is_refused(ours, tmp_path):
 
     small = Layout(SIDE // 2, 3, dict.fromkeys(range(1, 4), 4.0), "haar")
     shards = write_set(tmp_path / "small", photos(6, SIDE // 2), small)
-    with pytest.raises(SettingError, match=rf"takes images of {SIDE} pixels.*stores images of {SIDE // 2}"):
-        subject_of(recipe, shards)
+    with pytest.raises(SettingError, match=rf"needs images of {SIDE} pixels.*stores images of {SIDE // 2}"):
+        find_encoder(recipe, shards)
     grey = Layout(SIDE, 1, dict.fromkeys(range(1, 4), 4.0), "haar")
     shards = write_set(tmp_path / "grey", photos(6)[:, :1], grey)
     with pytest.raises(SettingError, match=r"3 channels.*data\.channels=3"):
-        subject_of(recipe, shards)
+        find_encoder(recipe, shards)

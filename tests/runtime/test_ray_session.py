@@ -72,6 +72,7 @@ def test_private_ray_is_quiet_listens_on_loopback_only_and_ends() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 @pytest.mark.timeout(240)
 def test_interrupt_ends_the_private_ray() -> None:
     with subprocess.Popen(

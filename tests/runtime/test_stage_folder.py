@@ -44,7 +44,7 @@ def test_a_foreign_folder_is_never_emptied(tmp_path):
     (tmp_path / "photos" / "mine.jpg").write_text("precious")
     for restart in (False, True):
         with (
-            pytest.raises(SettingError, match="not a folder that a stage made"),
+            pytest.raises(SettingError, match="was not made by a stage"),
             stage_folder(tmp_path / "photos", {}, restart=restart),
         ):
             pass
@@ -55,7 +55,7 @@ def test_neither_is_one_with_somebody_elses_settings(tmp_path):
     (tmp_path / "settings.json").write_text('{"editor": "vim"}')
     (tmp_path / "mine.txt").write_text("precious")
     with (
-        pytest.raises(SettingError, match="not a folder that this stage made"),
+        pytest.raises(SettingError, match="was not made by this stage"),
         stage_folder(tmp_path, {"seed": 0}, restart=True),
     ):
         pass

@@ -153,7 +153,7 @@ def test_records_come_back_as_they_were():
     assert Spent.of(spent.metrics()) == Spent.of(json.loads(json.dumps(spent.record()))) == spent
     assert Spent.of(None) == Spent.of({"images_seen": "nan", "other": 1}) == Spent()
     assert str(spent) == (
-        "80 images seen, 2 s, 0.25 worker-hours, 0.5 GPU-hours, 1 PFLOP, 1 GiB a worker at most, 2 GiB a GPU at most, "
+        "80 images seen, 2 s, 0.25 worker-hours, 0.5 GPU-hours, 1 PFLOP, 1 GiB per worker at most, 2 GiB per GPU at most, "
         "12.1 KiB read"
     )
     assert spent + Spent(peak_memory_bytes=1, bytes_read=1) == Spent(80, 1.5, 0.25, 0.5, 10**15, 2**30, 2**31, 12346)

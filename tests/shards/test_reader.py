@@ -10,9 +10,11 @@ import torch
 from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
 from pipeline.shards.batches import Batch, chosen_evenly, positions_of_part, sequential
-from pipeline.shards.layout import Encoder, Layout, ShardError
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import Layout, PyramidEncoder
 from pipeline.shards.reader import Reader
-from pipeline.shards.shard_set import ShardSet, read_group
+from pipeline.shards.row_groups import read_group
+from pipeline.shards.shard_set import ShardSet
 from wavemim.inputs import Inputs
 from wavemim.targets import Statistics
 
@@ -150,7 +152,9 @@ def test_windows_are_the_transform_of_cropped_and_mirrored_images(lossless, size
             for top, left in itertools.product(range(0, SIDE - size + 1, 16), repeat=2):
                 crop = image[:, top : top + size, left : left + size]
                 for flip in (False, True):
-                    encoded = Encoder(Layout(size, 3, lossless.steps)).encode((crop[..., ::-1] if flip else crop)[None])
+                    encoded = PyramidEncoder(Layout(size, 3, lossless.steps)).encode(
+                        (crop[..., ::-1] if flip else crop)[None]
+                    )
                     if all(
                         np.array_equal(values[0], batch.levels[level][i].numpy()) for level, values in encoded.items()
                     ):
@@ -165,7 +169,7 @@ def test_windows_are_the_transform_of_cropped_and_mirrored_images(lossless, size
 
 def test_without_flip_nothing_is_mirrored(lossless):
     for batch in reader(lossless, 41, window=SIDE, flip=False).epoch(0):
-        wanted = Encoder(lossless.layout).encode(IMAGES[(batch.rows.numpy() - 5) // 2])
+        wanted = PyramidEncoder(lossless.layout).encode(IMAGES[(batch.rows.numpy() - 5) // 2])
         for level, values in wanted.items():
             np.testing.assert_array_equal(batch.levels[level], values)
 
@@ -241,7 +245,7 @@ def test_sequential_reads_in_the_order_of_the_files(shards):
     batches = list(sequential(shards, "val", 8, window=32))
     assert [len(batch.rows) for batch in batches] == [8, 8, 4]
     assert torch.cat([batch.rows for batch in batches]).tolist() == [2 * i + 5 for i in range(41, 61)]
-    whole = Encoder(LAYOUT).encode(IMAGES[41:])
+    whole = PyramidEncoder(LAYOUT).encode(IMAGES[41:])
     for level, values in whole.items():
         low, high = 16 >> level, 48 >> level
         found = torch.cat([batch.levels[level] for batch in batches]).numpy()
@@ -251,7 +255,7 @@ def test_sequential_reads_in_the_order_of_the_files(shards):
 
 
 def test_a_damaged_shard_reaches_the_consumer(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.shards.shard_set.PAUSES", (0.01,))
+    monkeypatch.setattr("pipeline.shards.row_groups.PAUSES", (0.01,))
     shards = write_set(tmp_path, photos(24))
     file = tmp_path / "train-00000.parquet"
     content = bytearray(file.read_bytes())
@@ -296,7 +300,7 @@ def test_reading_goes_on_while_a_batch_is_in_use(shards, monkeypatch):
             with lock:
                 running -= 1
 
-    monkeypatch.setattr("pipeline.shards.shard_set.read_group", slow)
+    monkeypatch.setattr("pipeline.shards.row_groups.read_group", slow)
     batches = reader(shards, 2, mix_groups=2, ahead=1, threads=2).epoch(0)
     next(batches)
     assert enough.wait(30), "the next mix was not read ahead"

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
-from pipeline.shards.layout import Encoder, Layout, ShardError
-from pipeline.shards.shard_set import MANIFEST, ShardSet, manifest_fingerprint, read_group
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import Layout, PyramidEncoder
+from pipeline.shards.row_groups import read_group
+from pipeline.shards.shard_set import MANIFEST, ShardSet, manifest_fingerprint
 from pipeline.shards.statistics import Moments
 from pipeline.shards.verify import verify
 from wavemim.wavelets import bands_of, reconstruct, window
@@ -77,7 +79,7 @@ def test_the_error_is_at_most_half_a_step_whatever_the_image(channels, steps, se
 
 
 def assert_within_half_a_step(layout: Layout, images: np.ndarray) -> None:
-    stored, wanted = Encoder(layout).encode(images), reference(images, layout.levels, layout.wavelet)
+    stored, wanted = PyramidEncoder(layout).encode(images), reference(images, layout.levels, layout.wavelet)
     # Haar is exact; other wavelets are computed in float32.
     rounding = 1e-9 if layout.windows else 1e-5 * 255 * 2**layout.levels
     for level in range(1, layout.levels + 1):
@@ -89,7 +91,7 @@ def assert_within_half_a_step(layout: Layout, images: np.ndarray) -> None:
 
 def test_a_mirrored_image_is_the_mirrored_row():
     images = np.concatenate([photos(4), extremes()])
-    stored, mirrored = Encoder(LAYOUT).encode(images), Encoder(LAYOUT).encode(images[..., ::-1])
+    stored, mirrored = PyramidEncoder(LAYOUT).encode(images), PyramidEncoder(LAYOUT).encode(images[..., ::-1])
     for level in stored:
         np.testing.assert_array_equal(window(stored[level], level, 0, 0, SIDE, flip=True), mirrored[level])
 
@@ -97,7 +99,7 @@ def test_a_mirrored_image_is_the_mirrored_row():
 def test_steps_of_two_to_the_minus_level_lose_nothing():
     layout = Layout(SIDE, 3, {level: 2.0**-level for level in range(1, LEVELS + 1)})
     images = np.concatenate([photos(3), extremes()])
-    stored = Encoder(layout).encode(images)
+    stored = PyramidEncoder(layout).encode(images)
     pyramid = {level: values * layout.steps[level] for level, values in stored.items()}
     np.testing.assert_array_equal(reconstruct(pyramid), images)
 
@@ -128,7 +130,7 @@ def test_statistics_are_those_of_pywavelets_at_every_level(tmp_path, wavelet, ch
 
 @pytest.mark.parametrize("images", [photos(6), extremes()], ids=["photos", "extremes"])
 def test_sums_are_exact_and_merge_in_any_order(images):
-    stored = Encoder(LAYOUT).encode(images)
+    stored = PyramidEncoder(LAYOUT).encode(images)
     parts = [Moments(LAYOUT), Moments(LAYOUT)]
     for i in range(len(images)):
         parts[i % 2].add_stored({level: values[i : i + 1] for level, values in stored.items()})
@@ -147,7 +149,7 @@ def test_what_is_written_is_read(tmp_path):
     images = photos(11)
     shards = write_set(tmp_path, images)
     assert (shards.image_size, shards.levels, shards.rows) == (SIDE, LEVELS, {"train": 8, "val": 3})
-    wanted = Encoder(LAYOUT).encode(images)
+    wanted = PyramidEncoder(LAYOUT).encode(images)
     [(file, rows)] = shards.files("train")
     assert rows == 8
     row, label, pyramid = read_group(shards, file, 1, [2, 4])
@@ -194,7 +196,7 @@ def test_what_is_no_shard_set_is_said(tmp_path):
     with pytest.raises(ShardError, match=r"no manifest\.json: wavemim prepare"):
         ShardSet.open(tmp_path / "nowhere")
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(ShardError, match="not finished"):
+    with pytest.raises(ShardError, match="was interrupted"):
         ShardSet.open(tmp_path)
     for content in ("{", "[]", "{}", '{"format": "1"}'):
         (tmp_path / MANIFEST).write_text(content)

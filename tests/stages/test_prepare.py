@@ -41,6 +41,11 @@ from wavemim.wavelets import reconstruct
 SIZE = 64
 
 
+@pytest.fixture(autouse=True)
+def _one_store(monkeypatch, mlflow_uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_uri)
+
+
 def recipe(images: Path | str, out: Path, *overrides: str) -> Recipe:
     return load("small", [f"images={images}", f"out={out}", "data.levels=4", f"data.image_size={SIZE}", *overrides])
 
@@ -273,7 +278,7 @@ def test_what_is_written_must_not_become_input(photo_folder, tmp_path):
     ):
         with pytest.raises(SettingError, match=f"{key}=.*would be read as images"):
             run_stage(prepare, settings)
-    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too fine"):
+    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too small"):
         run_stage(prepare, recipe(photo_folder, tmp_path / "out", "data.steps=[1e-7]"))
     assert list(tmp_path.iterdir()) == []
 
@@ -391,6 +396,7 @@ def kill_workers() -> int:
     return killed
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_ten_kills_at_random_moments_change_nothing(ray_local, tmp_path):
     """Drivers and workers in turn; what was finished is not done again, and the set is that of an undisturbed call."""

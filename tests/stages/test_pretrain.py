@@ -22,7 +22,7 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.training.pretrain_loop import train
 from wavemim.weights import checkpoint
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 SETTINGS = {
     "name": "long",
@@ -116,7 +116,7 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     os.kill(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert f"{newest} is skipped, the checkpoint before it is tried" in errors
+    assert f"{newest} is skipped, the checkpoint before it is used" in errors
     last = errors.strip().splitlines()[-1]
     assert last == "wavemim: interrupted; finished work is kept, and the same command resumes"
     assert "Traceback" not in errors

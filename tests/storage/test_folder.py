@@ -3,21 +3,15 @@
 import os
 import pickle
 import socket
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import SettingError, StageError
-from pipeline.storage import folder as storage
-from pipeline.storage import locks
-from pipeline.storage.folder import OWNER, Folder
-from pipeline.storage.locks import owned
-from pipeline.storage.object_stores import Address, StorageError, explained, is_remote, masked
+from pipeline.errors import SettingError
+from pipeline.storage.folder import Folder
+from pipeline.storage.object_stores import Address, StorageError, explained, is_remote, masked, reaching
 
 pytest_plugins = ["s3_server"]
 
@@ -144,90 +138,6 @@ def test_a_silent_endpoint_fails_in_half_a_minute(monkeypatch):
     stores._filesystem.cache_clear()
 
 
-# Ownership
-
-
-def test_a_local_folder_has_one_owner(tmp_path):
-    folder = Folder.at(tmp_path / "set")
-    words = rf"set is being written by process {os.getpid()}; wait for it or give"
-    with owned(folder, "prepare"), pytest.raises(StageError, match=words), owned(folder, "prepare"):
-        raise AssertionError
-    code = "import sys; from pipeline.storage.folder import Folder\nfrom pipeline.storage.locks import owned\nwith owned(Folder.at(sys.argv[1]), 'x'): print('mine')"
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "set")], capture_output=True, text=True)
-    assert found.stdout == "mine\n"
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(locks, "PAUSE", 0.1)
-    monkeypatch.setattr(locks, "RENEW", 0.2)
-
-
-def test_a_remote_folder_has_one_owner(bucket, quick):
-    folder = bucket.sub("set")
-    with owned(folder, "prepare"):
-        with (
-            pytest.raises(
-                StageError, match=rf"written by process {os.getpid()} \(prepare on .*\); wait for it"
-            ) as caught,
-            owned(folder, "other"),
-        ):
-            raise AssertionError
-        assert "***" not in str(caught.value)
-        first = folder.read(OWNER)
-        time.sleep(1.7)
-        assert folder.read(OWNER) != first  # renewed
-        folder.write("x", b"1")
-        folder.clear()
-        assert folder.size(OWNER)
-    assert folder.size(OWNER) is None and folder.sub("").names() == []
-    assert not [name for name in bucket.sub("set")._list(recursive=True) if ".clock" in name.path]
-    with owned(folder, "again"):
-        pass
-
-
-def test_a_stale_owner_is_succeeded(bucket, quick, monkeypatch, caplog):
-    folder = bucket.sub("set")
-    monkeypatch.setattr(locks, "RENEW", 60)
-    with owned(folder, "dead"):
-        time.sleep(2.1)  # the store's clock counts whole seconds
-        monkeypatch.setattr(locks, "STALE", 1)
-        with owned(folder, "next"):
-            mark = folder.read(OWNER)
-            assert b'"next"' in mark
-        folder.write(OWNER, mark)
-    assert folder.read(OWNER) == mark  # another's is left alone
-    monkeypatch.setattr(locks, "RENEW", 0.1)
-    monkeypatch.setattr(locks, "STALE", 0)
-    with owned(folder, "mine"):
-        folder.write(OWNER, mark)
-        time.sleep(0.5)
-        assert folder.read(OWNER) == mark
-    assert "has been taken over by process" in caplog.text
-
-
-def test_of_two_at_once_one_owns(bucket, quick, monkeypatch):
-    monkeypatch.setattr(locks, "PAUSE", 0.5)
-    folder, won, lost = bucket.sub("set"), [], []
-    together = threading.Barrier(4)
-
-    def work(name):
-        together.wait()
-        try:
-            with owned(folder, name):
-                won.append(name)
-                time.sleep(1.5)
-        except StageError:
-            lost.append(name)
-
-    threads = [threading.Thread(target=work, args=(str(i),)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1 and len(lost) == 3
-
-
 def test_arrow_errors_of_local_files_stay_what_they_are(tmp_path):
-    with pytest.raises(pa.ArrowInvalid), storage.reaching(str(tmp_path)):
+    with pytest.raises(pa.ArrowInvalid), reaching(str(tmp_path)):
         raise pa.ArrowInvalid("x")

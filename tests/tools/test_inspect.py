@@ -79,7 +79,7 @@ def test_one_flipped_bit_anywhere_names_the_shard(folder):
         (folder / VAL).write_bytes(damaged)
         good, lines = verdict(folder)
         assert not good
-        assert lines == [f"{VAL}: is damaged: its SHA-256 is not the manifest's", "4 files, 9 rows: 1 damaged"]
+        assert lines == [f"{VAL}: is damaged: its SHA-256 differs from the manifest", "4 files, 9 rows: 1 damaged"]
 
 
 def test_missing_and_truncated_shards_are_each_named(folder):
@@ -100,10 +100,10 @@ def test_missing_and_truncated_shards_are_each_named(folder):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (TRAIN, with_column("row", [1, 2, 3, 3, 4, 4]), "train: 2 row numbers are there more than once"),
-        (TRAIN, with_column("label", [0, 1, 2, 3, 0, 0]), f"{TRAIN}: has labels from 0 to 3, there are 3 classes"),
+        (TRAIN, with_column("row", [1, 2, 3, 3, 4, 4]), "train: 2 row numbers are repeated"),
+        (TRAIN, with_column("label", [0, 1, 2, 3, 0, 0]), f"{TRAIN}: has labels from 0 to 3, but there are 3 classes"),
         (TRAIN, lambda table: table.slice(1), f"{TRAIN}: has 5 rows, the manifest says 6"),
-        (VAL, lambda table: table.drop(["level2"]), f"{VAL}: has other columns than the manifest says"),
+        (VAL, lambda table: table.drop(["level2"]), f"{VAL}: its columns differ from the manifest"),
     ],
 )
 def test_content_that_does_not_fit_is_named_though_its_checksum_fits(folder, name, change, message):
@@ -113,15 +113,18 @@ def test_content_that_does_not_fit_is_named_though_its_checksum_fits(folder, nam
 
 def test_row_groups_of_other_sizes_are_found(folder):
     edit(folder, lambda manifest: manifest.update(rows_per_group=3))
-    assert verdict(folder)[1][0] == f"{TRAIN}: has row groups of other sizes than 3, the manifest's"
+    assert verdict(folder)[1][0] == f"{TRAIN}: has row groups of sizes other than the manifest's 3"
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
         ({"inputs": 12}, f"{MANIFEST}: counts 12 inputs, but 9 kept and 1 rejected"),
-        ({"inputs": 11, "rejected": 2}, f"{REJECTED}: has 1 rows, the manifest counts 2 rejected"),
-        ({"inputs": 9, "kept": 8}, f"{MANIFEST}: counts 8 images kept and 9 rows of its splits; its files have others"),
+        ({"inputs": 11, "rejected": 2}, f"{REJECTED}: has 1 rows, but the manifest counts 2 rejected"),
+        (
+            {"inputs": 9, "kept": 8},
+            f"{MANIFEST}: counts 8 images kept and 9 rows in its splits, which disagrees with its files",
+        ),
     ],
 )
 def test_counts_that_do_not_add_up_are_said(folder, counts, message):

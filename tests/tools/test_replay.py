@@ -11,9 +11,9 @@ from tiny_shards import photos, write_set
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.shards.reader import Reader
-from pipeline.shards.shard_set import read_columns
+from pipeline.shards.row_groups import read_columns
 from pipeline.tools.replay_steps import replay
-from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, BlowUpError, keep_blow_up
+from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, DivergedError
 from pipeline.training.pretrain_loop import train
 from wavemim.model import MaskedImageModel
 from wavemim.weights import checkpoint
@@ -41,12 +41,12 @@ def shards(tmp_path_factory):
 
 def blow_up(shards, folder, **changes):
     recipe = with_overrides(load("small"), SETTINGS | changes)
-    with pytest.raises(BlowUpError) as caught:
+    with pytest.raises(DivergedError) as caught:
         train(
             recipe,
             shards,
             device=torch.device("cpu"),
-            on_blow_up=lambda saver, error: keep_blow_up(folder, saver, error, shards=shards.url),
+            folder=folder,
         )
     return str(caught.value), json.loads((folder / FOLDER / STEPS).read_text())
 
@@ -70,7 +70,7 @@ def test_weights_that_are_gone_are_named_with_every_step(shards, tmp_path, monke
     monkeypatch.setattr(MaskedImageModel, "forward", broken)
     line, about = blow_up(shards, tmp_path)
     monkeypatch.undo()
-    assert "2 steps in a row changed nothing, up to step 7" in line
+    assert "2 steps in a row were skipped, up to step 7" in line
     assert f"wavemim replay {tmp_path / FOLDER}" in line
     seed = load("small").seed
     assert [(step["step"], step["epoch"]) for step in about["steps"]] == [(6, 1), (7, 1)]

@@ -151,7 +151,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(run_folder, here, monkeypa
         ([run_folder, "a.png", "--out", "x/y.png"], "'x/y.png' cannot be written: its folder does not exist"),
         ([run_folder, "a.png", "--out", "show.jpg"], "ends with .png"),
         ([run_folder, "a.png", "--out", "notes.png"], "is not a PNG"),
-        ([run_folder, "a.png", "--mask-ratio", "0.001"], "mask.ratio=0.001: hides 0 of 64"),
+        ([run_folder, "a.png", "--mask-ratio", "0.001"], "mask.ratio=0.001: a ratio of 0.001 hides 0 of 64"),
         ([run_folder, "a.png", "--mask-ratio", "1"], "mask-ratio"),
         ([run_folder], "Missing argument 'IMAGE...'"),
     ]

@@ -27,8 +27,8 @@ from pipeline.storage import jsonl as metrics_file
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tools.sync import sync
 from pipeline.tracking import background as sending_thread
+from pipeline.tracking import journal
 from pipeline.tracking import mlflow_client as mlflow_store
-from pipeline.tracking import sender
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.tracker import Tracker, ui_command
 
@@ -123,6 +123,7 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
         process.wait(timeout=10)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_server_is_killed_and_restarted(
     tmp_path: Path,
@@ -214,6 +215,7 @@ tracker.flush(20)
 """
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(480)
 def test_a_writer_is_killed_before_and_after_sending_and_after_creating_its_run(tmp_path: Path, store: str) -> None:
     script = KILLED.format(tests=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
@@ -223,7 +225,7 @@ def test_a_writer_is_killed_before_and_after_sending_and_after_creating_its_run(
     }
     for writer in writers.values():
         assert writer.wait(timeout=200) == -signal.SIGKILL
-    marked = {point: sender.Position.of(tmp_path / point) for point in points}
+    marked = {point: journal.SendOffset.of(tmp_path / point) for point in points}
     assert marked["created"].run_id == ""
     for point in ("before", "after"):
         assert 0 < marked[point].metrics < (tmp_path / point / "metrics.jsonl").stat().st_size

@@ -221,7 +221,7 @@ def _attach_and_log(handle: RunHandle, worker: int) -> None:
 
 def test_four_processes_log_at_once_to_a_fresh_store(tmp_path: Path) -> None:
     with Tracker.start(recipe_in(tmp_path), "x", log_dir=tmp_path) as tracker:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         workers = [context.Process(target=_attach_and_log, args=(tracker.handle, n)) for n in range(4)]
         for worker in workers:
             worker.start()
@@ -243,7 +243,7 @@ def _start_and_log(out: Path) -> bool:
 
 
 def test_two_runs_begin_at_once_in_a_fresh_folder(tmp_path: Path) -> None:
-    other = multiprocessing.get_context("spawn").Process(target=_start_and_log, args=(tmp_path,))
+    other = multiprocessing.get_context("forkserver").Process(target=_start_and_log, args=(tmp_path,))
     other.start()
     assert _start_and_log(tmp_path)
     other.join(timeout=120)

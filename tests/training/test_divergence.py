@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from pipeline.training.divergence import REMEMBERED, BlowUpError, Watch
+from pipeline.training.divergence import REMEMBERED, DivergedError, DivergenceWatch
 
 NAN = float("nan")
 
 
 def watch_of(**changes):
-    return Watch([2, 3], torch.device("cpu"), 1, **{"every": 10, "max_skipped": 3, **changes})
+    return DivergenceWatch(["level 2", "level 3"], torch.device("cpu"), 1, **{"every": 10, "max_skipped": 3, **changes})
 
 
 def feed(watch, steps, start=0):
@@ -24,24 +24,24 @@ GOOD, BAD = ([0.5, 0.5], 1.0), ([0.5, NAN], NAN)
 def test_left_out_steps_are_counted_over_looks():
     watch = watch_of()
     feed(watch, [GOOD, BAD, GOOD])
-    assert watch.look(0.1).skipped == 1
+    assert watch.report(0.1).skipped == 1
     feed(watch, [BAD, BAD])
-    assert watch.look(0.1).skipped == 2
+    assert watch.report(0.1).skipped == 2
     assert watch.skipped == 3
-    assert watch.look(0.1).skipped == 0  # nothing new
+    assert watch.report(0.1).skipped == 0  # nothing new
     feed(watch, [BAD, GOOD])
     assert (watch.skipped, watch.skipped_so_far()) == (3, 4)  # what a checkpoint between two looks has to say
-    watch.look(0.1)
+    watch.report(0.1)
     assert watch.skipped == watch.skipped_so_far() == 4
 
 
 def test_a_row_of_them_ends_the_run_and_a_good_step_ends_the_row():
     watch = watch_of()
     feed(watch, [BAD] * 3 + [GOOD] + [BAD] * 3)
-    watch.look(0.1)
+    watch.report(0.1)
     feed(watch, [BAD], start=7)
-    with pytest.raises(BlowUpError) as caught:
-        watch.look(0.003)
+    with pytest.raises(DivergedError) as caught:
+        watch.report(0.003)
     message = str(caught.value)
     assert "4 steps in a row" in message and "step 7" in message and "the loss of level 3" in message
     assert "learning rate 0.003" in message and "\n" not in message
@@ -52,18 +52,18 @@ def test_a_row_of_them_ends_the_run_and_a_good_step_ends_the_row():
 def test_a_training_of_nothing_but_left_out_steps_has_failed():
     watch = watch_of()
     feed(watch, [BAD, BAD])
-    with pytest.raises(BlowUpError, match="2 steps in a row changed nothing"):
-        watch.look(0.1, ended_after=2)
+    with pytest.raises(DivergedError, match="2 steps in a row were skipped"):
+        watch.report(0.1, total_steps=2)
     watch = watch_of()
     feed(watch, [GOOD, BAD])
-    assert watch.look(0.1, ended_after=2).skipped == 1
+    assert watch.report(0.1, total_steps=2).skipped == 1
 
 
 def test_a_gradient_alone_is_named():
     watch = watch_of(max_skipped=1)
     feed(watch, [([0.5, 0.5], float("inf"))] * 2)
-    with pytest.raises(BlowUpError, match="norm is inf, losses are finite"):
-        watch.look(0.1)
+    with pytest.raises(DivergedError, match="norm is inf, the losses are finite"):
+        watch.report(0.1)
 
 
 def test_spikes_are_named_with_their_images_and_noise_is_not():
@@ -71,9 +71,9 @@ def test_spikes_are_named_with_their_images_and_noise_is_not():
     watch = watch_of(every=REMEMBERED)
     noise = [([0.5 + 0.01 * float(torch.randn((), generator=generator)), 0.5], 1.0) for _ in range(REMEMBERED)]
     feed(watch, noise)
-    assert len(watch.look(0.1).spikes) <= 2  # of 200 normal numbers hardly any lies beyond 6 median distances
+    assert len(watch.report(0.1).spikes) <= 2  # of 200 normal numbers hardly any lies beyond 6 median distances
     feed(watch, [GOOD, ([3.0, 0.5], 9.0), GOOD], start=REMEMBERED)
-    (spike,) = watch.look(0.1).spikes
+    (spike,) = watch.report(0.1).spikes
     assert spike["step"] == REMEMBERED + 1 and spike["times"] > 50
     assert spike["rows"] == [10 * (REMEMBERED + 1) + i for i in range(4)]
 
@@ -81,4 +81,4 @@ def test_spikes_are_named_with_their_images_and_noise_is_not():
 def test_a_falling_loss_is_no_spike():
     watch = watch_of(every=100)
     feed(watch, [([2.0 - 0.01 * i, 1.0], 1.0) for i in range(100)])
-    assert watch.look(0.1).spikes == []
+    assert watch.report(0.1).spikes == []

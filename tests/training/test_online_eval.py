@@ -12,7 +12,7 @@ from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, with_overrides
 from pipeline.training import online_eval as monitor
-from pipeline.training.online_eval import PICTURES, Account, Monitor, monitoring, work
+from pipeline.training.online_eval import PICTURES, CpuBudget, OnlineEvaluator, monitoring, work
 from pipeline.training.pretrain_loop import train
 from wavemim.weights import checkpoint
 
@@ -64,7 +64,7 @@ class Logged:
 
     def of(self, folder, shards, **changes):
         settings = {"labelled": True, "minutes": 10, "clock": Clock()} | changes
-        return Monitor(
+        return OnlineEvaluator(
             folder,
             shards.folder.url,
             log=lambda metrics, images: self.metrics.append((images, dict(metrics))),
@@ -77,10 +77,10 @@ def test_a_look_in_a_process_of_its_own(trained, stage):
     logged = Logged()
     shards = trained[0]
     watching = logged.of(stage, shards)
-    assert not watching.look()
+    assert not watching.evaluate_if_due()
     watching.clock.now += 100_000
     before = torch.get_num_threads()
-    assert watching.look()
+    assert watching.evaluate_if_due()
     newest = max(path.name for path in stage.glob("images-*"))
     assert logged.files == [(stage / PICTURES / f"{newest}.png", PICTURES)]
     assert Image.open(logged.files[0][0]).size[0] > 500
@@ -91,7 +91,7 @@ def test_a_look_in_a_process_of_its_own(trained, stage):
     assert 0 < watching.probes.spent < cost <= metrics["monitor/cpu_seconds"] + 0.1
     assert cost >= 0.8 * metrics["monitor/cpu_seconds"]
     watching.clock.now += 100_000
-    assert not watching.look()  # no newer checkpoint
+    assert not watching.evaluate_if_due()  # no newer checkpoint
     assert torch.get_num_threads() == before
 
 
@@ -152,7 +152,7 @@ def fake(watching, picture=5.0, probe=20.0):
             answer |= {"probe": probe} if 3.0 + probe <= job["probe"] else {"probe": 0.1, "expected": 3.0 + probe}
         return answer
 
-    watching._ask = ask
+    watching._run_child = ask
     return jobs
 
 
@@ -164,7 +164,7 @@ def test_looks_stay_below_their_share_of_the_time(trained, stage):
     times = []
     for _ in range(24 * 60):  # a day, a minute each
         watching.clock.now += 60
-        if watching.look():
+        if watching.evaluate_if_due():
             times.append(watching.clock.now - 1000)
             spent = watching.pictures.spent + watching.probes.spent
             assert spent <= monitor.SHARE * times[-1]
@@ -174,14 +174,14 @@ def test_looks_stay_below_their_share_of_the_time(trained, stage):
     assert times[0] >= 800
 
 
-def test_cadence_is_the_one_that_is_asked_for_where_looks_are_cheap(trained, stage):
+def test_cadence_is_as_set_where_evaluations_are_cheap(trained, stage):
     numbers = iter(range(10**6))
     watching = Logged().of(stage, trained[0], labelled=False, newest=lambda: stage / f"images-{next(numbers)}")
     jobs = fake(watching, picture=0.1)
     looks = 0
     for _ in range(600):
         watching.clock.now += 60
-        looks += watching.look()
+        looks += watching.evaluate_if_due()
     assert looks == len(jobs) == 60
     assert all(job["probe"] is None for job in jobs)
 
@@ -215,7 +215,7 @@ def test_failures_give_one_warning_and_end(trained, stage, caplog):
         watching.run(pause=0)
     assert len(calls) == monitor.FAILURES
     assert [record.getMessage() for record in caplog.records] == [
-        "pictures and probes while training: the disk is gone; training goes on"
+        "online evaluation failed: the disk is gone; training continues"
     ]
 
 
@@ -227,7 +227,7 @@ def test_the_last_line_of_a_failing_child_is_the_reason(trained, stage, monkeypa
     watching = Logged().of(stage, trained[0])
     watching.clock.now += 100_000
     with pytest.raises(RuntimeError, match=r"^ValueError: nothing here$"):
-        watching.look()
+        watching.evaluate_if_due()
     assert watching.pictures.spent > 0
 
 
@@ -253,9 +253,9 @@ def test_off(tmp_path):
 
 
 def test_account():
-    account = Account(0.01, cost=8.0)
+    account = CpuBudget(0.01, cost=8.0)
     assert not account.allows(799)
     assert account.allows(800)
-    account.pay(2.0)
+    account.charge(2.0)
     assert not account.allows(399)
     assert account.allows(400)

@@ -114,7 +114,7 @@ def test_a_file_that_runs_code_is_refused(by_torch, tmp_path):
         torch.save(content, tmp_path / "evil.pth")
     else:
         (tmp_path / "evil.pth").write_bytes(pickle.dumps(content["extra"]))
-    what = r"needs 'io\.open' to be read" if by_torch else "is not one of weights alone"
+    what = r"needs 'io\.open' to be read" if by_torch else "does not hold only weights"
     with pytest.raises(ValueError, match=rf"evil\.pth {what}: files that may run code are not opened"):
         import_vit(tmp_path / "evil.pth", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
@@ -129,11 +129,11 @@ MISTAKES = {
     "scalar": (wrong(**{"blocks.0.mlp.fc1.weight": torch.zeros(())}), r"fc1\.weight is \(\); needed is \(hidden width, 64\)"),
     "not finite": (wrong(**{"norm.weight": torch.full((64,), torch.nan)}), r"norm\.weight holds values that are not finite"),
     "positions": (wrong(pos_embed=torch.zeros(1, 16, 64)), r"pos_embed is \(1, 16, 64\); needed is \(1, a square number \+ 1, 64\)"),
-    "unknown": (wrong(**{"blocks.0.gamma_1": torch.zeros(64)}), r"is no plain ViT of timm's: it has beside it blocks\.0\.gamma_1$"),
+    "unknown": (wrong(**{"blocks.0.gamma_1": torch.zeros(64)}), r"is not a plain ViT of timm: it has additional blocks\.0\.gamma_1$"),
     "lacking": ({k: v for k, v in vit().state_dict().items() if "blocks.1.norm2" not in k}, r"it lacks blocks\.1\.norm2\.weight, blocks\.1\.norm2\.bias$"),
     "no ViT": ({"conv1.weight": torch.zeros(4, 3, 7, 7)}, r"lacks patch_embed\.proj\.weight, .* and holds conv1\.weight"),
     "no tensors": ({"model": {"a": 1}}, r"'a' is int, not a tensor"),
-    "nothing": ([1, 2], "holds no weights by name"),
+    "nothing": ([1, 2], "does not map names to weights"),
 }  # fmt: skip
 
 
@@ -150,25 +150,27 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(mistake, tmp_path):
 @pytest.mark.parametrize("given", [{"mean": (float("nan"), 0, 0)}, {"std": (1.0, 0.0, 1.0)}])
 def test_numbers_that_no_pixels_have_are_refused(given, tmp_path):
     file = saved(vit().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="finite numbers are needed, those of --std above 0"):
+    with pytest.raises(ValueError, match="all numbers have to be finite, those of --std above 0"):
         import_vit(file, tmp_path / "out", heads=4, **given)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_text_of_that_name_is_no_file_of_weights(tmp_path):
     (tmp_path / "w.pth").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read as weights of PyTorch: it is empty, cut off, or no such file"):
+    with pytest.raises(
+        ValueError, match="cannot be read as PyTorch weights: it is empty, truncated, or of another format"
+    ):
         import_vit(tmp_path / "w.pth", tmp_path / "out")
 
 
 def test_heads_and_channels_that_cannot_be_seen_are_asked_for(tmp_path):
     file = saved(vit().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"heads of a ViT of width 64 cannot be seen.*give --heads"):
+    with pytest.raises(ValueError, match=r"heads of a ViT of width 64 cannot be told.*give --heads"):
         import_vit(file, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"width 64 cannot be 5 .*give --heads"):
+    with pytest.raises(ValueError, match=r"width 64 cannot be 5; give --heads"):
         import_vit(file, tmp_path / "out", heads=5)
     file = saved(vit(in_chans=4).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="4 channels: give as many numbers as --mean and as --std"):
+    with pytest.raises(ValueError, match="4 channels: give as many numbers for --mean and for --std"):
         import_vit(file, tmp_path / "out", heads=4)
     (tmp_path / "junk.pth").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match=r"junk\.pth"):

@@ -11,7 +11,17 @@ import time
 import pytest
 
 from pipeline.workers import heartbeat
-from pipeline.workers.heartbeat import BATCH, FOLDER, OTHERS, STEP, Beat, Heart, Watcher, born, watching
+from pipeline.workers.heartbeat import (
+    BATCH,
+    FOLDER,
+    OTHERS,
+    STEP,
+    HangMonitor,
+    Heartbeat,
+    WorkerStatus,
+    ending_hung_workers,
+    start_time_of,
+)
 
 LIMIT = 1.0  # seconds
 
@@ -19,10 +29,10 @@ LIMIT = 1.0  # seconds
 WORKER = """
 import sys, time
 from pathlib import Path
-from pipeline.workers.heartbeat import BATCH, OTHERS, STEP, Heart
+from pipeline.workers.heartbeat import BATCH, OTHERS, STEP, Heartbeat
 
 folder, rank, end = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-with Heart(folder, rank, float(sys.argv[4]), node="here") as beat:
+with Heartbeat(folder, rank, float(sys.argv[4]), node="here") as beat:
     for number in range(10**9):
         beat(BATCH)
         if end == "reading" and number == 10:
@@ -54,15 +64,16 @@ def workers(tmp_path):
 def watch(folder, until, seconds=20):
     """Look as the driver does until `until(steps of each rank)`, or until a worker is ended; gives those ended."""
     ended, ends = [], time.monotonic() + seconds
-    watcher = Watcher(folder, LIMIT, lambda beat: ended.append(beat) or True)
+    watcher = HangMonitor(folder, LIMIT, lambda beat: ended.append(beat) or True)
     while not ended and time.monotonic() < ends:
-        time.sleep(watcher.pause)
+        time.sleep(watcher.interval)
         watcher.look()
-        if until({rank: known.beat.steps for rank, known in watcher._known.items()}):
+        if until({rank: known.status.steps for rank, known in watcher._observed.items()}):
             break
     return ended
 
 
+@pytest.mark.faults
 def test_a_stopped_process_is_found_and_named_within_the_limit(workers, tmp_path, caplog):
     processes = workers("never", "never")
     assert watch(tmp_path, lambda steps: min(steps.values(), default=0) > 5 and len(steps) == 2) == []
@@ -72,16 +83,17 @@ def test_a_stopped_process_is_found_and_named_within_the_limit(workers, tmp_path
         (ended,) = watch(tmp_path, lambda steps: False)
     assert (ended.rank, ended.pid, ended.node) == (1, processes[1].pid, "here")
     (line,) = caplog.messages
-    assert line.startswith(f"rank 1 on {ended.host} (process {ended.pid})") and "does not answer" in line
+    assert line.startswith(f"rank 1 on {ended.host} (process {ended.pid})") and "does not respond" in line
     assert "train.hang_timeout=1" in line and "\n" not in line
 
 
+@pytest.mark.faults
 def test_of_workers_that_wait_for_each_other_the_one_behind_is_ended(workers, tmp_path, caplog):
     processes = workers("exchanging", "reading", "exchanging")
     with caplog.at_level(logging.WARNING):
         (ended,) = watch(tmp_path, lambda steps: False)
-    assert (ended.pid, ended.doing) == (processes[1].pid, BATCH)
-    assert "waiting for a batch of the shard set" in caplog.messages[0] and "gets no further" in caplog.messages[0]
+    assert (ended.pid, ended.activity) == (processes[1].pid, BATCH)
+    assert "waiting for a batch of the shard set" in caplog.messages[0] and "makes no progress" in caplog.messages[0]
 
 
 def write(folder, mark, **beat):
@@ -99,27 +111,27 @@ def looks(watcher, now, times, step):
 
 def test_the_start_may_take_longer_and_a_machine_that_slept_ends_nobody(tmp_path):
     now, ended = [0.0], []
-    watcher = Watcher(tmp_path, 100.0, lambda beat: ended.append(beat) or True, clock=lambda: now[0])
-    write(tmp_path, 1, rank=0, steps=1, doing=STEP)
-    looks(watcher, now, 100, watcher.pause)  # 500 s
+    watcher = HangMonitor(tmp_path, 100.0, lambda beat: ended.append(beat) or True, clock=lambda: now[0])
+    write(tmp_path, 1, rank=0, steps=1, activity=STEP)
+    looks(watcher, now, 100, watcher.interval)  # 500 s
     assert not ended
-    looks(watcher, now, 30, watcher.pause)
+    looks(watcher, now, 30, watcher.interval)
     assert len(ended) == 1  # 650 s
-    looks(watcher, now, 1000, watcher.pause)
+    looks(watcher, now, 1000, watcher.interval)
     assert len(ended) == 1, "once a group"
     write(tmp_path, 2, rank=0, steps=9, pid=8, group="second")  # the group that took over
-    looks(watcher, now, 1, watcher.pause)
+    looks(watcher, now, 1, watcher.interval)
     looks(watcher, now, 1, 1e6)  # the machine slept
-    looks(watcher, now, 10, watcher.pause)
+    looks(watcher, now, 10, watcher.interval)
     assert len(ended) == 1
     write(tmp_path, 3, rank=0, steps=9, pid=8, group="second")
-    looks(watcher, now, 16, watcher.pause)
+    looks(watcher, now, 16, watcher.interval)
     write(
         tmp_path, 1, rank=0, steps=10, pid=8, group="second"
     )  # the clock was set back: another time is a sign of life
-    looks(watcher, now, 16, watcher.pause)
+    looks(watcher, now, 16, watcher.interval)
     assert len(ended) == 1
-    looks(watcher, now, 5, watcher.pause)
+    looks(watcher, now, 5, watcher.interval)
     assert [beat.pid for beat in ended] == [7, 8]
 
 
@@ -132,55 +144,55 @@ def test_a_worker_that_could_not_be_ended_is_tried_again(tmp_path):
             raise TimeoutError("its node does not answer")
         return True
 
-    watcher = Watcher(tmp_path, 100.0, end, clock=lambda: now[0])
+    watcher = HangMonitor(tmp_path, 100.0, end, clock=lambda: now[0])
     write(tmp_path, 1, rank=0, steps=9)
     with pytest.raises(TimeoutError):  # a warning, in the thread that calls this
-        looks(watcher, now, 30, watcher.pause)
-    looks(watcher, now, 100, watcher.pause)
+        looks(watcher, now, 30, watcher.interval)
+    looks(watcher, now, 100, watcher.interval)
     assert tries == [7, 7]
 
 
 def test_all_at_the_same_place_are_named_so(tmp_path, caplog):
-    watcher = Watcher(tmp_path, 100.0, lambda beat: True)
+    watcher = HangMonitor(tmp_path, 100.0, lambda beat: True)
     for rank in range(2):
-        write(tmp_path, 1, rank=rank, steps=9, count=30, doing=OTHERS, where="a.py:3, wait", stuck=99.0)
+        write(tmp_path, 1, rank=rank, steps=9, count=30, activity=OTHERS, where="a.py:3, wait", stalled=99.0)
     with caplog.at_level(logging.WARNING):
         assert watcher.look().rank == 0
-    assert "all workers stand at the same place" in caplog.messages[0]
+    assert "all workers are stuck at the same place" in caplog.messages[0]
     assert "waiting for the other workers (a.py:3, wait)" in caplog.messages[0]
 
 
 def test_workers_of_a_group_that_died_hang_no_more(tmp_path, caplog):
     now, asked = [0.0], []
-    watcher = Watcher(tmp_path, 100.0, lambda beat: asked.append(beat), clock=lambda: now[0])
+    watcher = HangMonitor(tmp_path, 100.0, lambda beat: asked.append(beat), clock=lambda: now[0])
     for rank in range(3):
         write(tmp_path, 1, rank=rank, steps=9)
-    looks(watcher, now, 2, watcher.pause)
+    looks(watcher, now, 2, watcher.interval)
     for rank in range(2):  # fewer took over, and they live
         write(tmp_path, 2, rank=rank, steps=9, group="second")
     for mark in range(60):
         write(tmp_path, mark, rank=0, steps=9, group="second")
         write(tmp_path, mark, rank=1, steps=9, group="second")
-        looks(watcher, now, 1, watcher.pause)
+        looks(watcher, now, 1, watcher.interval)
     assert not asked
-    looks(watcher, now, 60, watcher.pause)  # now these are gone too: there is nothing that could be ended
+    looks(watcher, now, 60, watcher.interval)  # now these are gone too: there is nothing that could be ended
     assert len(asked) == 1 and not caplog.messages
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
 def test_a_process_is_told_from_a_later_one_of_its_number():
-    assert born(os.getpid()) == born(os.getpid())
+    assert start_time_of(os.getpid()) == start_time_of(os.getpid())
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     try:
-        assert born(child.pid) not in ("", born(os.getpid()))
+        assert start_time_of(child.pid) not in ("", start_time_of(os.getpid()))
     finally:
         child.kill()
         child.wait()
-    assert born(child.pid) == ""
+    assert start_time_of(child.pid) == ""
 
 
 def test_a_full_disk_is_no_hang(tmp_path, monkeypatch):
-    with Heart(tmp_path, 0, LIMIT) as beat:
+    with Heartbeat(tmp_path, 0, LIMIT) as beat:
         beat.steps = 10
         before = beat.path.stat().st_mtime_ns
         monkeypatch.setattr(heartbeat.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -191,14 +203,14 @@ def test_a_full_disk_is_no_hang(tmp_path, monkeypatch):
 
 def test_beats_of_an_earlier_call_are_removed_and_a_failing_end_is_a_warning(tmp_path, caplog):
     write(tmp_path, 1, rank=3)
-    with watching(tmp_path, None, lambda beat: None):
+    with ending_hung_workers(tmp_path, None, lambda beat: None):
         assert not list((tmp_path / FOLDER).iterdir())
 
     def fail(beat):
         raise TimeoutError("node gone")
 
-    with caplog.at_level(logging.WARNING), watching(tmp_path, LIMIT, fail):
-        write(tmp_path, 1, rank=0, steps=9, stuck=9.0)
+    with caplog.at_level(logging.WARNING), ending_hung_workers(tmp_path, LIMIT, fail):
+        write(tmp_path, 1, rank=0, steps=9, stalled=9.0)
         ends = time.monotonic() + 10
         while "could not be ended: node gone" not in caplog.text and time.monotonic() < ends:
             time.sleep(0.05)
@@ -206,11 +218,11 @@ def test_beats_of_an_earlier_call_are_removed_and_a_failing_end_is_a_warning(tmp
 
 
 def test_a_beat_says_where_its_thread_stands(tmp_path):
-    with Heart(tmp_path, 0, LIMIT) as beat:
+    with Heartbeat(tmp_path, 0, LIMIT) as beat:
         beat(BATCH)
         time.sleep(0.5)
-        said = Beat(**json.loads(beat.path.read_bytes()))
-    assert said.doing == BATCH and said.stuck > 0.1
+        said = WorkerStatus(**json.loads(beat.path.read_bytes()))
+    assert said.activity == BATCH and said.stalled > 0.1
     assert said.where.startswith("tests/workers/test_heartbeat.py:") and said.where.endswith(
         "test_a_beat_says_where_its_thread_stands"
     )

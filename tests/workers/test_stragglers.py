@@ -18,7 +18,7 @@ from pipeline.shards.reader import Reader
 from pipeline.shards.shard_set import ShardSet
 from pipeline.training.pretrain_loop import train
 from pipeline.workers import stragglers
-from pipeline.workers.stragglers import BUFFERS_STAY, WINDOWS, OwnTime
+from pipeline.workers.stragglers import KEEP_BUFFERS, WINDOWS, StragglerDetector
 
 SETTINGS = {
     "encoder.width": 32,
@@ -70,7 +70,7 @@ def one_of_two(rank, port, shards, folder):
         device=torch.device("cpu"),
         rank=rank,
         world=2,
-        wrap=lambda model: DistributedDataParallel(slow_to_compute(model) if rank else model, **BUFFERS_STAY),
+        wrap=lambda model: DistributedDataParallel(slow_to_compute(model) if rank else model, **KEEP_BUFFERS),
         on_log=lambda metrics, images: logged.append(metrics),
     )
     if rank == 0:
@@ -84,7 +84,7 @@ def test_the_slow_one_of_two_is_named(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=one_of_two, args=(rank, port, shards, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -103,24 +103,26 @@ def test_the_slow_one_of_two_is_named(tmp_path):
 
 
 def test_it_is_named_after_windows_in_a_row_and_once(caplog):
-    own = OwnTime(torch.device("cpu"), 0, 4, hosts=["a", "b", "c", "d"])
+    own = StragglerDetector(torch.device("cpu"), 0, 4, hosts=["a", "b", "c", "d"])
     even, slow = [[0.1, 1.0]] * 4, [[0.1, 1.0], [0.1, 1.1], [4.0, 1.5], [0.1, 0.9]]
     with caplog.at_level(logging.WARNING):
         for times in [slow, even] * 3:  # now and then: a checkpoint, a pause of the machine
-            metrics = own._judge(times)
+            metrics = own._compare(times)
         assert not caplog.messages
         assert metrics["perf/slowest_ratio"] == 1
         for _ in range(WINDOWS + 3):
-            metrics = own._judge(slow)
+            metrics = own._compare(slow)
     assert metrics["perf/slowest_rank"] == 2
     assert metrics["perf/slowest_ratio"] == pytest.approx(5.0)
     assert metrics["perf/slowest_data_share"] == pytest.approx(4 / 5.5)
     (line,) = caplog.messages
-    assert "rank 2 on c is slow: it needs 5.5 s a step" in line and "waits 4 s for data and computes 1.5 s" in line
+    assert (
+        "rank 2 on c is slow: it takes 5.5 s per step" in line and "waits 4 s for data and computes for 1.5 s" in line
+    )
 
 
 def test_one_worker_has_nobody_to_be_compared_with():
-    own = OwnTime(torch.device("cpu"), 0, 1)
+    own = StragglerDetector(torch.device("cpu"), 0, 1)
     own.follow(torch.nn.Linear(2, 2))
     own.begin(3.0)
     assert own.read() == {}

@@ -21,7 +21,7 @@ from wavemim.encoders.base import Encoder, check_name, check_options, create
 from wavemim.encoders.pretrained import fill, one_line
 
 REDUCTIONS = (4, 8, 16, 32)  # pixels per side of the tokens of stages 1 to 4
-SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # options here
+SETTLED = set(VIT_SETTLED) - {"patch_size", "embed_dim", "depth", "num_heads", "class_token"}  # these are options here
 HierarchicalSees = Literal["masked", "whole"]
 
 
@@ -147,7 +147,7 @@ class _Plan:
 
     arguments: dict[str, Any]  # of timm.create_model
     first: int  # index of stage 1 among timm's feature maps
-    norm: bool  # whether timm can be asked for the final norm
+    norm: bool  # whether timm can apply the final norm to feature maps
     normalised: bool  # whether there is one
     widths: list[int]
     used: set[str]  # names of the parameters that the last stage depends on
@@ -213,7 +213,7 @@ def _first_stage(model: nn.Module, name: str) -> int:
     if tuple(reductions[-4:]) != REDUCTIONS or not hasattr(model, "forward_intermediates"):
         found = ", ".join(map(str, reductions)) if len(reductions) < 8 else f"{len(reductions)} × {reductions[-1]}"
         raise ValueError(
-            f"encoder.name: '{name}' has feature maps of reductions {found or 'unknown'}; needed is a plain vision "
+            f"encoder.name: '{name}' has feature maps of reductions {found or 'unknown'}; use a plain vision "
             "transformer (vit_base_patch16_224) or a backbone with stages of 4, 8, 16, 32 (swin_tiny_patch4_window7_224)"
         )
     return len(reductions) - len(REDUCTIONS)

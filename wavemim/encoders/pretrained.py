@@ -74,7 +74,7 @@ def fill(model: nn.Module, name: str, arguments: Mapping[str, Any], pretrained: 
 def _timm_weights(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **arguments)
-    except Exception as error:  # of the hub's, the network's and timm's own many kinds
+    except Exception as error:  # errors of many kinds, from the hub, the network and timm
         if "loading state_dict" in str(error):
             raise ValueError(f"encoder.pretrained=true does not fit '{name}': {one_line(error)}") from None
         raise ValueError(

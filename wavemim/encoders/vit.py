@@ -108,7 +108,10 @@ class ViTEncoder(Encoder):
     def forward(
         self, images: torch.Tensor, mask: torch.Tensor, visible: torch.Tensor | None, blocks: Iterable[int]
     ) -> dict[int, torch.Tensor]:
-        """Return the tokens after each of `blocks`; those of the last one are normalised. See `Encoder.forward`."""
+        """Return the tokens after each of `blocks`; those of the last one are normalised.
+
+        Arguments and result as for `Encoder.forward`.
+        """
         model, wanted = self.model, set(blocks)
         tokens = model.patch_embed(images)
         if self.mask_token is not None:

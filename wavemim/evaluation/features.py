@@ -23,7 +23,7 @@ class Tapped:
     Attributes:
         final: (n, F) float32, the model's own features: its output without a classifier.
         blocks: {block: (n, E)} float32, the mean of its patch tokens.
-        tokens: float16, (up to n, T, E), patch tokens of the last block of the images that were asked for.
+        tokens: float16, (up to n, T, E), patch tokens of the last block of the images that were chosen.
         labels: (n,) int64, -1 for images without a label.
     """
 

@@ -166,7 +166,17 @@ def knn_predictions(
 
 
 def knn(train: Set, test: Set, *, k: int, temperature: float = 0.07) -> Accuracy:
-    """Evaluate `knn_predictions` for one k on the set `test`."""
+    """Evaluate `knn_predictions` for one k.
+
+    Args:
+        train: The training set.
+        test: The test set.
+        k: Neighbours.
+        temperature: As for `knn_predictions`.
+
+    Returns:
+        Accuracy on `test`.
+    """
     return Accuracy.of(knn_predictions(train, test[0], ks=(k,), temperature=temperature)[k] == test[1])
 
 

@@ -123,7 +123,16 @@ class Fitting:
 def statistics_of_tokens(
     data: Tokens, rows: np.ndarray, batch: int = 64
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Compute the mean and standard deviation (D,), float32, of each block's channels over all tokens of `rows`."""
+    """Compute statistics of each block's channels over all tokens.
+
+    Args:
+        data: Tokens and classes.
+        rows: The images to use.
+        batch: Images per read.
+
+    Returns:
+        Means and standard deviations: a float32 (D,) per block each.
+    """
     sums: list[torch.Tensor] = []
     count = 0
     for part in _parts(rows, batch):
@@ -226,7 +235,16 @@ class Scores:
 
     @classmethod
     def of(cls, truth: np.ndarray, predicted: np.ndarray, classes: int) -> Scores:
-        """Count classes (n, …) of pixels; only `truth` may hold IGNORED."""
+        """Count pixels.
+
+        Args:
+            truth: True classes (n, …), or IGNORED.
+            predicted: Predicted classes (n, …).
+            classes: c.
+
+        Returns:
+            The counts.
+        """
         total = np.zeros((classes, classes), np.int64)
         counts = np.zeros((3, len(truth), classes), np.int64)
         for i, (true, found) in enumerate(zip(truth, predicted, strict=True)):
@@ -270,7 +288,17 @@ class Scores:
 
 
 def score(head: LinearHead, data: Tokens, rows: np.ndarray, how: Fitting) -> Scores:
-    """Evaluate the predictions of a head for `rows` at every pixel."""
+    """Evaluate the predictions of a head at every pixel.
+
+    Args:
+        head: The head.
+        data: Tokens and classes.
+        rows: The images to use.
+        how: Size, batch size and device.
+
+    Returns:
+        The counts of these images.
+    """
     parts = []
     for part in _parts(rows, how.batch):
         truth = data.fetch(part)[1]
@@ -279,7 +307,17 @@ def score(head: LinearHead, data: Tokens, rows: np.ndarray, how: Fitting) -> Sco
 
 
 def predict(head: LinearHead, data: Tokens, rows: np.ndarray, how: Fitting) -> np.ndarray:
-    """Return predicted classes (B, S, S), int64, of the images `rows`."""
+    """Predict the classes of pixels.
+
+    Args:
+        head: The head.
+        data: Tokens.
+        rows: The images (B,).
+        how: Size and device.
+
+    Returns:
+        int64 (B, S, S).
+    """
     with torch.inference_mode():
         tokens, _ = _on(how.device, data.fetch(rows))
         return head(tokens, how.size).argmax(1).cpu().numpy()

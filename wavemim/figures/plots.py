@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from wavemim.atomic import new_file
+
 matplotlib.use("Agg")
 
 DPI = 110
@@ -83,15 +85,12 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG, completely or not at all, and close it."""
-    partial = path.with_name(f".{path.name}.partial.png")
     try:
-        with warnings.catch_warnings():  # about names in scripts that the font lacks
+        with new_file(path) as partial, warnings.catch_warnings():  # about names in scripts that the font lacks
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(partial, dpi=DPI)
-        partial.replace(path)
+            figure.savefig(partial, format="png", dpi=DPI)
     finally:
         plt.close(figure)
-        partial.unlink(missing_ok=True)
 
 
 def shown_channels(channels: int) -> tuple[list[int], str]:

@@ -274,7 +274,7 @@ def _level_panel(axis: Any, level: LevelComparison, number: int, row: int, top: 
         colours = matplotlib.colormaps["magma"].with_extremes(bad=str(VISIBLE_GREY))
         axis.imshow(level.error[number].detach().cpu().numpy(), cmap=colours, vmin=0, vmax=top, interpolation="nearest")
         predicted = bool(level.error[number].isfinite().any())
-        words = f"error {float(level.loss[number]):.3g}" if predicted else "nothing was hidden"
+        words = f"error {float(level.loss[number]):.3g}" if predicted else "nothing hidden"
         axis.set_title(f"{level.name} · {words}", fontsize=9, pad=4)
         axis.axis("off")
         return
@@ -283,7 +283,7 @@ def _level_panel(axis: Any, level: LevelComparison, number: int, row: int, top: 
         size = (picture.shape[-2], picture.shape[-1])
         visible = torch.nn.functional.interpolate((level.hidden[number][None, None] == 0).float(), size)[0]
         picture = picture.masked_fill(visible > 0, 255 * VISIBLE_GREY)
-    _picture(axis, picture, f"{level.name} · {('target', 'prediction')[row]}{level.note}")
+    _picture(axis, picture, f"{level.name} · {('target', 'predicted')[row]}{level.note}")
 
 
 def _picture(axis: Any, picture: torch.Tensor, title: str) -> None:

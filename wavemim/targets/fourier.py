@@ -149,7 +149,7 @@ class FourierTarget(PixelTarget):
         return self.to_pixels(filled_in(images.float(), torch.stack(parts).sum(0), mask))
 
     def _vectors(self, level: int, scaled: torch.Tensor) -> torch.Tensor:
-        """As in `PixelTarget`, but "patch" leaves the pixels alone: seams between patches would fill the spectrum."""
+        """As in `PixelTarget`, but "patch" does not change the pixels: seams between patches would fill the spectrum."""
         return to_positions(scaled[:, :, None], self.side(level))
 
     def _spectral_images(self, level: int, vectors: torch.Tensor) -> torch.Tensor:

@@ -149,11 +149,11 @@ class WaveletTarget(Target):
         bands = found.new_zeros(*found.shape[:2], 4, *found.shape[3:])
         for index, band in enumerate(tap.bands):
             bands[:, :, "AHVD".index(band)] = found[:, :, index]
-        alone = {level: bands}
+        only = {level: bands}
         for lower in range(1, level):
             side = self.image_size >> lower
-            alone[lower] = found.new_zeros(*found.shape[:2], 3, side, side)
-        made = reconstruct(alone, self.wavelet)
+            only[lower] = found.new_zeros(*found.shape[:2], 3, side, side)
+        made = reconstruct(only, self.wavelet)
         if "A" in tap.bands:
             return made
         true = self._bands(pyramid, tap)

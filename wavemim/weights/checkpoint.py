@@ -12,8 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from wavemim.atomic import new_folder
 from wavemim.positions import fitted
 from wavemim.sharding import gather, is_sharded, scatter, scatter_moments
 
@@ -32,7 +31,6 @@ _log = logging.getLogger(__name__)
 FORMAT = 2
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 AVERAGED = "averaged.safetensors"
-PARTIAL = ".partial"
 
 
 class CheckpointError(ValueError):
@@ -60,9 +58,7 @@ class Snapshot:
         """
         if self.copied is not None:
             self.copied.synchronize()
-        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-        partial.mkdir(parents=True)
-        try:
+        with new_folder(folder) as partial:
             for name, tensors in self.tensors.items():
                 save_file(tensors, partial / name)
                 _to_disk(partial / name)
@@ -73,10 +69,6 @@ class Snapshot:
             }
             (partial / STATE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _to_disk(partial / STATE)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass
@@ -341,7 +333,7 @@ def latest(folder: Path) -> Path | None:
         try:
             read_state(path)
         except CheckpointError as error:
-            _log.warning("%s is skipped, the checkpoint before it is tried: %s", path, error)
+            _log.warning("%s is skipped, the checkpoint before it is used: %s", path, error)
             continue
         return path
     return None

@@ -142,15 +142,15 @@ def _unpickled(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"needs '{found[1]}' to be read" if found else "is not one of weights alone"
+            what = f"needs '{found[1]}' to be read" if found else "does not hold only weights"
             raise ValueError(
-                f"{file} {what}: files that may run code are not opened; save its weights by themselves, "
-                "as torch.save(model.state_dict(), FILE), where you trust it"
+                f"{file} {what}: files that may run code are not opened; if you trust it, save its "
+                "weights by themselves: torch.save(model.state_dict(), FILE)"
             ) from None
         except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-            if not isinstance(error, (RuntimeError, ValueError)):  # of a pickle's reader, such as "101"
-                error = ValueError("it is empty, cut off, or no such file")
-            raise ValueError(f"{file} cannot be read as weights of PyTorch: {one_line(error)}") from None
+            if not isinstance(error, (RuntimeError, ValueError)):  # the unpickler's own messages, such as "101"
+                error = ValueError("it is empty, truncated, or of another format")
+            raise ValueError(f"{file} cannot be read as PyTorch weights: {one_line(error)}") from None
 
 
 def _arguments(weights: Mapping[str, torch.Tensor], file: Path, heads: int | None) -> dict[str, Any]:

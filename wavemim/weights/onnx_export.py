@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from wavemim.atomic import new_folder
 
 FILE = "encoder.onnx"
 INPUT, OUTPUT = "pixels", "features"
@@ -81,16 +80,10 @@ def export_onnx(
     missing = missing_packages()
     assert not missing, missing
     model = NormalisedEncoder(encoder, pixel_mean, pixel_std).eval()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         shape = (len(pixel_mean), image_size, image_size)
         opset = _write(partial / FILE, model, shape, about)
         features, difference = _compare(partial / FILE, model, shape)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {"input": list(shape), "features": features, "opset": opset, "largest_difference": difference}
 
 

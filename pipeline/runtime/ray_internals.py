@@ -1,0 +1,73 @@
+"""Ray's private names that this project uses, all of them in this file: they may change with any version of Ray.
+
+Written for Ray `WRITTEN_FOR`; tests/runtime/test_ray_internals.py fails with another version until each of them has been
+checked against it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+WRITTEN_FOR = "2.60"
+
+
+def node_is_leaving() -> bool:
+    """In a Ray Train worker: whether Ray knows that a node of this run is about to be taken away.
+
+    The public function asks all ranks; this one can be called by a single rank.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+@contextlib.contextmanager
+def connecting_once() -> Iterator[None]:
+    """Within the block, ray.init() tries once to reach a cluster instead of 20 times, which takes 40 seconds each."""
+    with _changed("NUM_REDIS_GET_RETRIES", 1):
+        yield
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Within the block, a Ray that ray.init() starts listens on 127.0.0.1 only.
+
+    That is what RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 means; Ray reads it when it is imported, which may already have
+    happened.
+    """
+    with _changed("ENABLE_RAY_CLUSTER", False):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(name: str, value: Any) -> Iterator[None]:
+    from ray._private import ray_constants
+
+    before = getattr(ray_constants, name)
+    setattr(ray_constants, name, value)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, name, before)
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use by its container's limits, as Ray counts them."""
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus())
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use by its container's limits, as Ray counts it."""
+    from ray._common.utils import get_system_memory
+
+    return int(get_system_memory())
+
+
+def silence_data_progress() -> None:
+    """Ray Data warns that its own progress bars are off."""
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

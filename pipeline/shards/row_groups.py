@@ -1,0 +1,142 @@
+"""Reading row groups of shards, with retries.
+
+Dimensions: n images, C channels, K bands, h × w cells.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.shards.errors import ShardError, UnreadableError
+from pipeline.shards.shard_set import ShardSet
+from pipeline.storage.folder import Folder
+from pipeline.storage.object_stores import StorageError, reaching
+
+Group = tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]  # row (n,), label (n,), level → (n, C, K, h, w)
+PAUSES = (1.0, 4.0, 15.0)  # seconds before each retry
+
+_log = logging.getLogger(__name__)
+_warned: set[str] = set()  # names of shards
+
+
+def row_groups(shards: ShardSet, split: str) -> list[tuple[str, int, int]]:
+    """(name of the shard, number of the row group, rows) of each row group of a split, in the order of the files."""
+    size = shards.rows_per_group
+    return [
+        (file, number, min(size, rows - number * size))
+        for file, rows in shards.files(split)
+        for number in range(-(-rows // size))
+    ]
+
+
+@functools.lru_cache(maxsize=512)
+def _footer(folder: Folder, name: str, sha256: str) -> pq.FileMetaData:
+    """The footer of a shard, cached: otherwise every row group would need another request to an object store."""
+    with reaching(folder.shown(name)), folder.open(name) as source, pq.ParquetFile(source) as parquet:
+        return parquet.metadata
+
+
+# (path, modification time, row group, columns) that this process has read from a local disk without an error.
+_sound: set[tuple[str, int, int, tuple[str, ...]]] = set()
+
+
+def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
+    """Read columns of one row group.
+
+    Verifying checksums takes a tenth of the time. They are verified for remote files always, and for local files when a
+    process reads a row group for the first time, so that existing damage is found in the first epoch.
+
+    Args:
+        shards: The shard set.
+        name: Name of the shard.
+        group: Number of the row group.
+        columns: Names of the columns.
+
+    Raises:
+        ShardError: The file is missing, damaged, or cannot be reached.
+    """
+    local = shards.folder.local is not None
+    try:
+        path = shards.folder.place(name)
+        key = (path, os.stat(path).st_mtime_ns if local else 0, group, tuple(columns))
+        footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
+        with (
+            reaching(shards.folder.shown(name)),
+            shards.folder.open(name) as source,
+            pq.ParquetFile(
+                source,
+                metadata=footer,
+                page_checksum_verification=not (local and key in _sound),
+                pre_buffer=not local,  # one request for adjacent columns
+            ) as parquet,
+        ):
+            table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
+        _sound.add(key)
+        return table
+    except FileNotFoundError:
+        raise ShardError(
+            f"{shards.folder.shown(name)} is missing (reading row group {group}); "
+            f"wavemim verify {shards.url} lists all such files"
+        ) from None
+    except StorageError as error:  # an object store does not answer, or returned damaged data
+        raise ShardError(f"{error} (reading row group {group})") from None
+    except (OSError, pa.ArrowException, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise ShardError(
+            f"{shards.folder.shown(name)} is damaged (row group {group}): {text}; "
+            f"wavemim verify {shards.url} lists all such files"
+        ) from None
+
+
+def read_group(
+    shards: ShardSet, name: str, group: int, levels: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Read one row group.
+
+    Args:
+        shards: The shard set.
+        name: Name of the shard.
+        group: Number of the row group.
+        levels: The levels to read.
+
+    Returns:
+        `row` (n,), `label` (n,), and the stored integers (n, C, K, h, w) of each level.
+
+    Raises:
+        ShardError: The file is missing, damaged, or cannot be reached.
+    """
+    table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
+    row, label = (table.column(column).to_numpy() for column in ("row", "label"))
+    return row, label, shards.layout.decode(table, levels)
+
+
+def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int]) -> int:
+    """Bytes that `read_group` reads from the disk or the network, according to the footer of the file."""
+    columns = {"row", "label", *(f"level{level}" for level in levels)}
+    chunks = _footer(shards.folder, name, shards.checksums.get(name, "")).row_group(group)
+    found = (chunks.column(index) for index in range(chunks.num_columns))
+    return sum(chunk.total_compressed_size for chunk in found if chunk.path_in_schema in columns)
+
+
+def read_patiently(shards: ShardSet, name: str, group: int, levels: Sequence[int], ended: threading.Event) -> Any:
+    """As `read_group`, with retries after pauses until `ended` is set. Raises UnreadableError."""
+    for pause in (*PAUSES, None):
+        try:
+            return read_group(shards, name, group, levels)
+        except ShardError as error:
+            if pause is None or ended.is_set():
+                raise UnreadableError(str(error), name, group, levels) from None
+            if name not in _warned:
+                _warned.add(name)
+                _log.warning("%s; retrying for %.0f s", error, sum(PAUSES))
+        ended.wait(pause)
+    raise AssertionError

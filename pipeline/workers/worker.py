@@ -1,0 +1,230 @@
+"""A training worker on Ray: it reports its progress, resumes, saves, can be stopped, and runs the loop of its stage."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train.collective
+import ray.train.torch
+import torch
+
+from pipeline.checkpoints.remote import CheckpointStore
+from pipeline.checkpoints.uploader import Copier
+from pipeline.checkpoints.writer import Keeper
+from pipeline.config.load import validate
+from pipeline.config.recipe import Recipe
+from pipeline.errors import SettingError, StageError, TrainingEndedError
+from pipeline.runtime.ray_internals import node_is_leaving
+from pipeline.runtime.stage_folder import SETTINGS
+from pipeline.runtime.usage import spent_in
+from pipeline.shards.errors import UnreadableError
+from pipeline.tracking.tracker import Tracker
+from pipeline.workers.coordination import CheckpointTimer, Coordinator
+from pipeline.workers.harness import Harness
+from pipeline.workers.heartbeat import CHECKPOINT, Heartbeat, ReportActivity
+from pipeline.workers.log_forwarding import passing_on
+from pipeline.workers.stragglers import KEEP_BUFFERS
+from pipeline.workers.unreadable import note, still_unreadable
+from wavemim.weights import checkpoint
+
+log = logging.getLogger(__name__)
+
+STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and stop
+_LEAVING = 10 / 60  # minutes between checkpoints once a node is known to be taken away
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """How the loop of a stage ended."""
+
+    stopped: bool  # before its end, as asked
+    value: Any = None  # what the stage on the driver is to get; of rank 0
+
+
+# (settings, this worker, what the stage has handed to its workers): the loop of a stage, a function of its module.
+Loop = Callable[[Recipe, Harness, Mapping[str, Any]], LoopResult]
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One data-parallel worker of a training stage, as Ray Train runs it.
+
+    Args:
+        config: As `pipeline.workers.group.train_on_workers` makes it.
+
+    Returns:
+        How it ended: "failed" and "uncopied" are lines or empty, "stopped" says whether it was asked to stop, "value" is
+        the loop's. What it returns ends the run; an exception makes Ray restart the workers.
+    """
+    folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
+    with _reporting(folder, rank, config["recipe"]["train"]["hang_timeout"]) as heartbeat:
+        lost = still_unreadable(folder, config["shards"]) if rank == 0 else ""
+        if lost := ray.train.collective.broadcast_from_rank_zero(lost):
+            return {"failed": lost}
+        try:
+            return _train(config, heartbeat)
+        except UnreadableError as error:
+            note(folder, error)
+            raise
+
+
+def _train(config: Mapping[str, Any], heartbeat: ReportActivity) -> dict[str, Any]:
+    """The loop, from the last whole checkpoint on, and the end of its checkpoints."""
+    recipe, folder = validate(config["recipe"]), Path(config["folder"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    store: CheckpointStore | None = config["store"]
+    resume = _resume_from(folder, rank, store)
+    saving = _Saving(recipe, folder, config, rank, store)
+    result: LoopResult | None = None
+    failed = ""
+    try:
+        harness = Harness(
+            device=device,
+            rank=rank,
+            world=world,
+            wrap=_data_parallel if world > 1 else None,
+            threads=reader_threads(config["reader_threads"], context.get_local_world_size()),
+            resume=resume,
+            folder=folder,
+            on_log=saving.on_log,
+            on_checkpoint=saving.on_checkpoint,
+            coordinator=Coordinator(rank, world, stop=saving.asked_to_stop, save=saving.due),
+            heartbeat=heartbeat,
+            spent=spent_in(folder),
+        )
+        loop: Loop = config["loop"]
+        result = loop(recipe, harness, config)
+    except TrainingEndedError as error:
+        failed = str(error)
+    finally:
+        saving.wait(heartbeat)
+    ended_early = result is None or result.stopped
+    unsaved = saving.finish(heartbeat, ended_early=ended_early)
+    return {
+        "failed": failed or unsaved,
+        "stopped": result is not None and result.stopped,
+        "uncopied": saving.uncopied,
+        "value": result.value if result is not None else None,
+    }
+
+
+class _Saving:
+    """What a worker writes while it trains: on rank 0 metrics and checkpoints; others take part in those."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, config: Mapping[str, Any], rank: int, store: CheckpointStore | None
+    ) -> None:
+        self._folder = folder
+        self._timer, self._leaving = CheckpointTimer(recipe.train.checkpoint_minutes), CheckpointTimer(_LEAVING)
+        self._tracker: Tracker | None = None
+        self._keeper: Keeper | None = None
+        if rank == 0:
+            keep, best = recipe.train.keep_checkpoints, recipe.train.keep_best
+            uploader = Copier(store, folder, keep=keep, best=best is not None) if store is not None else None
+            self._tracker = Tracker.attach(config["handle"])
+            self._keeper = Keeper(folder, keep=keep, best=best, uploader=uploader)
+
+    def on_log(self, metrics: dict[str, float], images: int) -> None:
+        """Metrics, on rank 0."""
+        assert self._tracker is not None and self._keeper is not None
+        self._tracker.log(metrics, images)
+        self._keeper.log(metrics)
+
+    def on_checkpoint(self, saver: checkpoint.Saver, state: dict[str, Any]) -> None:
+        """A checkpoint, on every rank."""
+        self._timer.reset()
+        self._leaving.reset()
+        if self._keeper is not None:
+            self._keeper.save(saver)
+        else:
+            saver.take_part()
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due for the time that has passed, or because a node is about to be taken away."""
+        return self._timer() or (node_is_leaving() and self._leaving())
+
+    def asked_to_stop(self) -> bool:
+        """Whether training has to stop: as the driver asks, or since no checkpoint can be written."""
+        return bool(self._keeper and self._keeper.given_up) or _asked_to_stop(self._folder)
+
+    def wait(self, heartbeat: ReportActivity) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._keeper is not None:
+            self._keeper.wait(lambda: heartbeat(CHECKPOINT))
+
+    def finish(self, heartbeat: ReportActivity, *, ended_early: bool) -> str:
+        """Wait for the last checkpoint and its copy. Returns why training has failed for it, or nothing.
+
+        `ended_early`: before the end of training; after it, all that matters is that the last checkpoint is there.
+        """
+        if self._keeper is None:
+            return ""
+        unsaved = self._keeper.finish(lambda: heartbeat(CHECKPOINT))
+        return unsaved or (self._keeper.given_up if ended_early else "")
+
+    @property
+    def uncopied(self) -> str:
+        """After `finish`: why the last checkpoint is not in the store."""
+        return self._keeper.uncopied if self._keeper is not None else ""
+
+
+@contextlib.contextmanager
+def _reporting(folder: Path, rank: int, limit: float | None) -> Iterator[ReportActivity]:
+    """Write this worker's progress, unless `limit` is None, and its warnings to the stage's `folder`."""
+    group = ray.train.collective.broadcast_from_rank_zero(uuid.uuid4().hex)
+    with passing_on(folder, rank):
+        if limit is None:
+            yield lambda activity: None
+            return
+        node = ray.get_runtime_context().get_node_id()
+        with Heartbeat(folder, rank, limit, node=node, group=group) as heartbeat:
+            yield heartbeat
+
+
+def _data_parallel(model: torch.nn.Module) -> torch.nn.Module:
+    """The model behind DDP."""
+    return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs=KEEP_BUFFERS)
+
+
+def _resume_from(folder: Path, rank: int, store: CheckpointStore | None) -> Path | None:
+    """The last whole checkpoint, as rank 0 sees it: also after a crash, whatever Ray remembers."""
+    if not (folder / SETTINGS).is_file():
+        raise StageError(f"{folder} does not exist on a worker's node; out= has to be a folder that all nodes share")
+    if rank == 0 and store is not None:
+        try:  # the store may have a whole one where the last one in the folder is damaged
+            store.restore(folder)
+        except (StageError, SettingError, OSError) as error:
+            log.warning("%s; training resumes from what is in %s", error, folder)
+    found = checkpoint.latest(folder) if rank == 0 else None
+    name = ray.train.collective.broadcast_from_rank_zero(found.name if found else None)
+    return folder / name if name else None
+
+
+def _asked_to_stop(folder: Path) -> bool:
+    """Whether the driver asks for it. The folder is listed: on a network disk a file may seem to be missing for long."""
+    try:
+        return STOP in os.listdir(folder)
+    except OSError:  # the next checkpoint will report it
+        return False
+
+
+def reader_threads(wanted: int | None, workers_here: int) -> int:
+    """Threads that read in a worker.
+
+    Args:
+        wanted: As set; None: the worker's share of its machine's cores, at most 8, since more would wait for memory.
+        workers_here: Workers on this machine.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted or min(max(cores // workers_here, 1), 8)

@@ -1,0 +1,113 @@
+"""Lists of images in CSV, TSV and Parquet."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_sources import check_plan, counts, fetched, jpegs, plan_of, write_csv
+
+from pipeline.errors import SettingError
+from pipeline.storage.folder import Folder
+
+pytest_plugins = ["s3_server"]
+
+
+def test_a_list_has_splits_and_numbers_as_labels(tmp_path):
+    rows = ["path\tlabel\tsplit"]
+    rows += [f"{i}.jpg\t{i % 3 * 5}\t{'Train' if i < 6 else 'test' if i < 9 else 'val'}" for i in range(12)]
+    plan = plan_of(write_csv(tmp_path / "list.tsv", "\n".join(rows), "utf-8-sig"))
+    assert counts(plan) == {"train": 6, "val": 3} and plan.ignored == 3 and plan.classes == ["0", "5", "10"]
+    assert set(plan.splits["val"]["path"].to_pylist()) == {"9.jpg", "10.jpg", "11.jpg"}
+    assert plan.layout == "a list, train and val; 3 classes"
+
+
+def test_a_list_may_name_anything_anywhere(tmp_path, bucket, s3):
+    image = jpegs(1)[0]
+    away = Folder.at(tmp_path / "away")
+    for folder, name in ((away, "a.jpg"), (bucket, "b.jpg"), (Folder.at(tmp_path / "here"), "c.jpg")):
+        folder.write(name, image)
+    paths = [str(tmp_path / "away/a.jpg"), bucket.place("b.jpg"), "c.jpg", "../away/../away/a.jpg", "./c.jpg", ""]
+    pq.write_table(pa.table({"file": paths, "label": ["x", "y", "x", "y", "y", "y"]}), tmp_path / "here" / "l.parquet")
+    plan = plan_of(tmp_path / "here" / "l.parquet", val_share=0, image_column="file")
+    check_plan(plan, 6)
+    assert plan.rejects == [("c.jpg (2)", "listed twice"), ("l.parquet#5", "no path in the list")]
+    assert set(fetched(plan).values()) == {image} and plan.classes == ["x", "y"]
+    # A list on a store: URLs in it are those of the same server.
+    url = bucket.url.partition("?")[0] + "/b.jpg"
+    bucket.write("lists/l.csv", f"path\n../b.jpg\n{url}\n".encode())
+    assert set(fetched(plan_of(bucket.place("lists/l.csv"))).values()) == {image}
+
+
+def test_missing_labels_are_rejects_unless_all_are_missing(tmp_path):
+    plan = plan_of(write_csv(tmp_path / "a.csv", "path,label\n1.jpg,x\n2.jpg,y\n3.jpg,\n4.jpg,x\n"), val_share=0)
+    check_plan(plan, 4)
+    assert plan.rejects == [("3.jpg", "no label")] and plan.classes == ["x", "y"]
+    plan = plan_of(write_csv(tmp_path / "b.csv", "path,label\n1.jpg,\n2.jpg,\n"))
+    assert plan.classes is None and plan.inputs == 2 and not plan.rejects
+    plan = plan_of(write_csv(tmp_path / "c.csv", "path,label\n1.jpg,x\n2.jpg,x\n"))
+    assert plan.classes is None
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_names_of_columns_but_for_case_and_spaces(tmp_path, suffix):
+    def write(*columns):
+        rows = [["a.jpg", "x", "train"], ["b.jpg", "y", "train"], ["c.jpg", "x", "val"]]
+        if suffix == "parquet":
+            arrays = [pa.array(column) for column in zip(*rows, strict=True)]
+            pq.write_table(pa.Table.from_arrays(arrays[: len(columns)], list(columns)), tmp_path / "l.parquet")
+        else:
+            lines = [columns, *(row[: len(columns)] for row in rows)]
+            between = "," if suffix == "csv" else "\t"
+            write_csv(tmp_path / f"l.{suffix}", "\n".join(between.join(line) for line in lines))
+        return tmp_path / f"l.{suffix}"
+
+    plan = plan_of(write("path", " Label", "Split "))
+    assert plan.classes == ["x", "y"] and counts(plan) == {"train": 2, "val": 1}
+    plan = plan_of(write("File", " Kind"), image_column="file", label_column="kind", val_share=0)
+    assert plan.classes == ["x", "y"]
+    for columns in (("path", "label", "label"), ("path", "Label", "label ")):
+        with pytest.raises(SettingError, match="2 columns are named 'label'"):
+            plan_of(write(*columns))
+    with pytest.raises(SettingError, match="2 columns are named 'path'"):
+        plan_of(write("path", "label", "Path"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path;label\na.jpg;1\n", "no column 'path'; the columns seem to be separated by semicolons; use commas"),
+        ("path;label\na,b.jpg;1\n", "the columns seem to be separated by semicolons"),
+        ("", "the list is empty"),
+        ("path,label\n", "the list has no rows"),
+        ("file,label\na.jpg,1\n", "no column 'path'; the list has file, label. A list needs a column path"),
+        (
+            "path,split\na.jpg,train\nb.jpg,dev\n",
+            "row 2 has the split 'dev'; allowed are train, validation, valid, val, test",
+        ),
+        ("path,split\na.jpg,train\nb.jpg,\n", "row 2 has the split ''"),
+        ("path,split\na.jpg,val\n", "no row has the split train"),
+        ("path,label\na.jpg,1\nb.jpg\n", "the list cannot be parsed"),
+        (
+            "path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,val\n",
+            "'val' has a class that 'train' does not have",
+        ),
+        ("path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,,val\n", "train has labels and val has none"),
+    ],
+)
+def test_mistakes_in_lists_are_one_line(tmp_path, text, words):
+    with pytest.raises(SettingError) as caught:
+        plan_of(write_csv(tmp_path / "list.csv", text))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).count("images=") == 1
+
+
+def test_other_mistakes_in_lists(tmp_path):
+    for encoding in ("latin-1", "utf-16"):
+        with pytest.raises(SettingError, match="not UTF-8"):
+            plan_of(write_csv(tmp_path / "list.csv", "path\ncafé.jpg\n", encoding))
+    with pytest.raises(SettingError, match="no column 'kind'"):
+        plan_of(write_csv(tmp_path / "list.csv", "path\na.jpg\n"), label_column="kind")
+    with pytest.raises(SettingError, match="not a complete Parquet file"):
+        plan_of(write_csv(tmp_path / "list.parquet", "PAR1 but not really"))
+    pq.write_table(pa.table({"path": ["a"], "label": [1.5]}), tmp_path / "list.parquet")
+    with pytest.raises(SettingError, match="'label' holds fractions; allowed are integers and strings"):
+        plan_of(tmp_path / "list.parquet")

@@ -1,0 +1,137 @@
+"""Tar files of samples, damaged ones among them."""
+
+import io
+import tarfile
+
+import pytest
+from tiny_sources import check_plan, counts, fetched, jpegs, plan_of, tar_bytes
+
+from pipeline.errors import SettingError
+from pipeline.images.sources import check_source
+from pipeline.storage.folder import Folder
+
+
+@pytest.mark.parametrize("style", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_names_and_other_members(tmp_path, style):
+    images = jpegs(5)
+    folder = "f" * 90 + ("" if style == tarfile.USTAR_FORMAT else "ü" * 90)
+    with tarfile.open(tmp_path / "a.tar", "w", format=style) as tar:
+
+        def add(name, content=b"", **fields):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for key, value in fields.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+
+        add("photos", type=tarfile.DIRTYPE)
+        add(f"./{folder}/{'n' * 60}.JPG", images[0])
+        add("photos/1.seg.png", b"mask")
+        add("photos/1.jpg", images[1])
+        add("photos/2.txt", b"words")
+        add("photos/3.jpg", type=tarfile.SYMTYPE, linkname="photos/1.jpg")
+        add("photos/4.jpg", type=tarfile.FIFOTYPE)
+        add("photos/._5.jpg", b"hidden")
+        add("photos/6.jpg", b"")
+        add("photos/1.jpg", images[2])
+    plan = plan_of(tmp_path / "a.tar", val_share=0, image_column="jpg")
+    check_plan(plan, 7)
+    assert dict(plan.rejects) == {
+        "a.tar!photos/2.txt": "no .jpg in this sample",
+        "a.tar!photos/3.jpg": "a link inside the tar file",
+        "a.tar!photos/4.jpg": "not a regular file",
+        "a.tar!photos/1.jpg (2)": "a second time in the tar file",
+    }
+    found = fetched(plan)
+    assert found == {
+        f"a.tar!{folder}/{'n' * 60}.JPG": images[0],
+        "a.tar!photos/1.jpg": images[1],
+        "a.tar!photos/6.jpg": "empty file",
+    }
+    several = dict(plan_of(tmp_path / "a.tar", val_share=0).rejects)
+    assert "another image of the same sample" in several["a.tar!photos/1.seg.png"]
+
+
+def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path):
+    images = jpegs(4)
+    whole = tar_bytes([(f"{i}.{e}", c) for i in range(4) for e, c in (("jpg", images[i]), ("cls", b"%d" % (i % 2)))])
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        last = tar.getmember("3.jpg")
+    for cut, reason in ((last.offset_data + 10, "ends inside it"), (last.offset + 100, "is cut off here")):
+        (tmp_path / "a.tar").write_bytes(whole[:cut])
+        plan = plan_of(tmp_path / "a.tar", val_share=0)
+        check_plan(plan, 4)
+        assert len(plan.rejects) == 1 and reason in plan.rejects[0][1]
+        assert fetched(plan) == {f"a.tar!{i}.jpg": images[i] for i in range(3)}
+    damaged = bytearray(whole)
+    damaged[last.offset : last.offset + 20] = b"?" * 20
+    (tmp_path / "a.tar").write_bytes(damaged)
+    (tmp_path / "b.tar").write_bytes(b"")
+    plan = plan_of(tmp_path, val_share=0)
+    assert [reason.partition(" (")[0] for _, reason in plan.rejects] == ["the tar file is damaged", "empty file"]
+    (tmp_path / "a.tar").write_bytes(whole[: last.offset])  # between two members: nothing is missing that is known
+    assert plan_of(tmp_path / "a.tar").inputs == 3
+
+
+@pytest.mark.parametrize("size", ["base-256", "-1536", "abc"])
+def test_a_size_that_is_none_is_damage(tmp_path, size):
+    whole = tar_bytes([("0.jpg", b"0"), ("1.jpg", b"1")])
+    if size == "base-256":
+        bad = tarfile.TarInfo("2.jpg").tobuf(tarfile.GNU_FORMAT)
+        field = (2**96 - 512).to_bytes(12, "big")
+        bad = bad[:124] + field + bad[136:148] + b" " * 8 + bad[156:]
+        bad = bad[:148] + b"%06o\0 " % sum(bad) + bad[156:]
+    else:
+        info = tarfile.TarInfo("2.jpg")
+        info.pax_headers = {"size": size}
+        bad = info.tobuf(tarfile.PAX_FORMAT)
+    (tmp_path / "a.tar").write_bytes(whole[:2048] + bad + b"x" * 2048)
+    plan = plan_of(tmp_path / "a.tar", val_share=0)
+    check_plan(plan, 3)
+    assert plan.rejects == [("a.tar!(byte 2048)", "the tar file is damaged here")]
+
+
+@pytest.mark.parametrize("kind", ["huge", "chain"])
+def test_extended_headers_cannot_use_up_the_memory_or_the_stack(tmp_path, kind):
+    def header(size):
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    whole = tar_bytes([("0.jpg", b"0"), ("1.jpg", b"1")])
+    bad = header(1 << 40) if kind == "huge" else (header(1) + b"x".ljust(512, b"\0")) * 5000
+    (tmp_path / "a.tar").write_bytes(whole[:2048] + bad + whole[2048:])
+    plan = plan_of(tmp_path / "a.tar", val_share=0)
+    check_plan(plan, 3)
+    assert plan.rejects == [("a.tar!(byte 2048)", "the tar file is damaged here")]
+
+
+def test_mistakes_with_tars_are_one_line(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(SettingError, match="not a tar file"):
+        plan_of(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        tar.add(__file__)
+    for images in ("b.tar.gz", "*.gz"):
+        with pytest.raises(SettingError, match="decompress it"):
+            check_source(str(tmp_path / images))
+    (tmp_path / "a.tar").write_bytes((tmp_path / "b.tar.gz").read_bytes())
+    with pytest.raises(SettingError, match="a compressed tar file"):
+        plan_of(tmp_path / "a.tar")
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(SettingError, match="compressed tar files; decompress them"):
+        plan_of(tmp_path)
+    (tmp_path / "c.tar").write_bytes(tar_bytes([("a.jpg", b"x")]))
+    with pytest.raises(SettingError, match=r"no sample has a member \.kind"):
+        plan_of(tmp_path / "c.tar", label_column="kind")
+
+
+def test_splits_of_tars_by_folder_or_name(tmp_path):
+    for name in ("train/0.tar", "train/1.tar", "val/0.tar", "extra/0.tar"):
+        Folder.at(tmp_path).write(name, tar_bytes([(f"{i}.jpg", b"x") for i in range(3)]))
+    plan = plan_of(tmp_path)
+    assert counts(plan) == {"train": 6, "val": 3} and plan.ignored == 3
+    assert plan_of(tmp_path / "**/*.tar") == plan
+    for name in ("in1k-train-0000.tar", "in1k-validation-00.tar"):
+        Folder.at(tmp_path / "named").write(name, tar_bytes([(f"{i}.jpg", b"x") for i in range(3)]))
+    assert counts(plan_of(tmp_path / "named")) == {"train": 3, "val": 3}

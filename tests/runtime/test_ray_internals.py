@@ -1,0 +1,64 @@
+"""Ray's private names: each is there and does what it is used for, in the version that they were checked against."""
+
+from types import SimpleNamespace
+
+import ray
+
+from pipeline.runtime import ray_internals
+from pipeline.runtime.ray_internals import WRITTEN_FOR
+
+
+def test_ray_is_the_version_that_its_private_names_were_checked_against():
+    found = ray.__version__
+    assert found.startswith(f"{WRITTEN_FOR}."), (
+        f"pipeline/runtime/ray_internals.py was written for Ray {WRITTEN_FOR}, this is {found}: check each private name in "
+        "it against this version, run the tests that are marked ray, and then change WRITTEN_FOR"
+    )
+
+
+def test_constants_are_there_changed_within_the_block_and_read_where_it_matters():
+    from ray._private import ray_constants, services
+
+    retries, clusters = ray_constants.NUM_REDIS_GET_RETRIES, ray_constants.ENABLE_RAY_CLUSTER
+    assert type(retries) is int and type(clusters) is bool
+    with ray_internals.connecting_once():
+        assert ray_constants.NUM_REDIS_GET_RETRIES == 1
+    with ray_internals.on_loopback():
+        assert not ray.is_initialized()
+        assert services.get_node_ip_address() == "127.0.0.1"
+    assert (retries, clusters) == (ray_constants.NUM_REDIS_GET_RETRIES, ray_constants.ENABLE_RAY_CLUSTER)
+
+
+def test_machine_sizes_are_whole_and_above_zero():
+    for value in (ray_internals.cpu_count(), ray_internals.memory_bytes()):
+        assert type(value) is int and value > 0
+    assert ray_internals.memory_bytes() > 2**28  # bytes, not a larger unit
+
+
+def test_a_leaving_node_is_seen_by_a_worker(monkeypatch):
+    """By Ray's own classes: what its main thread marks is what the training thread sees."""
+    import dataclasses
+
+    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution.preemption import PreemptionContext
+
+    assert "preemption_context" in {field.name for field in dataclasses.fields(context.TrainContext)}
+    preemption = PreemptionContext()
+    monkeypatch.setattr(context, "_train_context", None)
+    context.set_train_context(SimpleNamespace(preemption_context=preemption))
+    assert not ray_internals.node_is_leaving()
+    preemption.preemption_info = SimpleNamespace(preempted_ranks=[1])
+    assert ray_internals.node_is_leaving()
+
+
+def test_the_silenced_logger_is_the_one_that_ray_data_warns_with(monkeypatch):
+    import logging
+
+    from ray.data._internal import progress
+    from ray.data._internal.progress import base_progress
+
+    logger = logging.getLogger("ray.data._internal.progress")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    ray_internals.silence_data_progress()
+    for module in (progress, base_progress):
+        assert not logging.getLogger(module.__name__).isEnabledFor(logging.WARNING)
