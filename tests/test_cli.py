@@ -5,22 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from stage_calls import wavemim
 
 from pipeline import cli
 from pipeline.config.load import settings_of
 from pipeline.config.recipe import STAGE_SECTIONS
-
-
-def wavemim(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of one call."""
-    monkeypatch.setattr(sys, "argv", ["wavemim", *arguments])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.mark.parametrize("stage", [*STAGE_SECTIONS, "demo"])

@@ -267,5 +267,4 @@ def quiet_ray_data(*, in_order: bool = False) -> None:
     context.print_on_execution_start = False
     context.execution_options.preserve_order = in_order
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # This logger warns that Ray Data's own bars are off.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    ray_internals.silence_data_progress()

@@ -27,7 +27,8 @@ from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
-from pipeline.shards.layout import Layout, ShardError
+from pipeline.shards.errors import ShardError
+from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import MANIFEST, REJECTED, ShardSet
 from pipeline.stages.prepare_task import UNITS, Task, Unit, make_shard, make_units
 from pipeline.stages.prepare_units import finish_set, finished_reports, write_plan

@@ -57,6 +57,8 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     """
     folder = _find(Path(where))
     about = json.loads((folder / STEPS).read_bytes())
+    if about.get("stage", "pretrain") != "pretrain":
+        raise SettingError(f"{folder}: steps of {about['stage']}; only those of pretraining can be replayed")
     state = checkpoint.read_state(folder / CHECKPOINT)
     recipe, position = validate(state["recipe"]), TrainState.of(state)
     data = ShardSet.open(shards or about["shards"])

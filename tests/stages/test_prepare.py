@@ -278,7 +278,7 @@ def test_what_is_written_must_not_become_input(photo_folder, tmp_path):
     ):
         with pytest.raises(SettingError, match=f"{key}=.*would be read as images"):
             run_stage(prepare, settings)
-    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too fine"):
+    with pytest.raises(SettingError, match=r"data\.steps: step 1e-07 of level 1 is too small"):
         run_stage(prepare, recipe(photo_folder, tmp_path / "out", "data.steps=[1e-7]"))
     assert list(tmp_path.iterdir()) == []
 
@@ -396,8 +396,8 @@ def kill_workers() -> int:
     return killed
 
 
-@pytest.mark.ray
 @pytest.mark.faults
+@pytest.mark.ray
 def test_ten_kills_at_random_moments_change_nothing(ray_local, tmp_path):
     """Drivers and workers in turn; what was finished is not done again, and the set is that of an undisturbed call."""
     import ray

@@ -190,7 +190,7 @@ def test_mistakes_are_one_line(runs, tmp_path, monkeypatch, capsys):
         ("first",): "it is not known where MLflow keeps the runs: give tracking.uri=URI",
         (out,): "holds runs; give one or more of them",
         (tmp_path,): "has nothing that was logged",
-        ("no/such", here): "no/such is no folder",
+        ("no/such", here): "no/such is not a folder",
         (here,): "compare needs one or more runs",
     }.items():
         code, lines = said_by_command(monkeypatch, capsys, *arguments)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import pywt
 from PIL import Image
+from stage_calls import wavemim
 from tiny_shards import photos, write_set
 
 from pipeline import cli
@@ -32,18 +33,6 @@ def folder(tmp_path):
     """Nine images, three of them for val, in a shard set of its own folder."""
     write_set(tmp_path / "set", photos(9, SIDE), LAYOUT)
     return tmp_path / "set"
-
-
-def wavemim(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of one call."""
-    monkeypatch.setattr(sys, "argv", ["wavemim", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def verdict(folder):

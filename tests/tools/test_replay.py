@@ -11,7 +11,7 @@ from tiny_shards import photos, write_set
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.shards.reader import Reader
-from pipeline.shards.shard_set import read_columns
+from pipeline.shards.row_groups import read_columns
 from pipeline.tools.replay_steps import replay
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, DivergedError
 from pipeline.training.pretrain_loop import train

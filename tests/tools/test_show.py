@@ -12,6 +12,7 @@ import pytest
 import pywt
 import torch
 from PIL import Image
+from stage_calls import wavemim
 from tiny_checkpoint import SIDE, write_checkpoint
 from tiny_images import images_of
 
@@ -36,18 +37,6 @@ def here(tmp_path, monkeypatch):
         Image.fromarray(image.astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / name)
     Image.open("b.jpg").resize((90, 60)).save("b.jpg")
     return tmp_path
-
-
-def wavemim(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of one call."""
-    monkeypatch.setattr(sys, "argv", ["wavemim", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as ended:
-        code = ended.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def literal_losses(model, stats, pixels, *, ratio, seed):
@@ -162,7 +151,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(run_folder, here, monkeypa
         ([run_folder, "a.png", "--out", "x/y.png"], "'x/y.png' cannot be written: its folder does not exist"),
         ([run_folder, "a.png", "--out", "show.jpg"], "ends with .png"),
         ([run_folder, "a.png", "--out", "notes.png"], "is not a PNG"),
-        ([run_folder, "a.png", "--mask-ratio", "0.001"], "mask.ratio=0.001: hides 0 of 64"),
+        ([run_folder, "a.png", "--mask-ratio", "0.001"], "mask.ratio=0.001: a ratio of 0.001 hides 0 of 64"),
         ([run_folder, "a.png", "--mask-ratio", "1"], "mask-ratio"),
         ([run_folder], "Missing argument 'IMAGE...'"),
     ]
