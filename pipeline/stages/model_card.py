@@ -125,8 +125,8 @@ def _measured(evaluation: Mapping[str, Any] | None) -> str:
             continue
         low, high = trained.get(f"{name}_low"), trained.get(f"{name}_high")
         interval = f"{low:.1f} to {high:.1f}" if low is not None and high is not None else ""
-        beside = [subjects[other].get(name) for other in others]
-        lines.append([f"`{name}`", _number(value), interval, *("" if v is None else _number(v) for v in beside)])
+        compared = [subjects[other].get(name) for other in others]
+        lines.append([f"`{name}`", _number(value), interval, *("" if v is None else _number(v) for v in compared)])
     if not lines:
         return "Not evaluated."
     header = ["", "this encoder", "95 % interval", *others]

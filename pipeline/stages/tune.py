@@ -202,7 +202,7 @@ class _Follow(ray.tune.Callback):
         self._note(trial, "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has failed: the sweep goes on."""
+        """A trial has failed: the sweep continues."""
         self._note(trial, "FAILED")
 
     def _note(self, trial: Any, status: str) -> None:
