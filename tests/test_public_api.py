@@ -31,7 +31,7 @@ PIPELINE = {
     "build_views": ["recipe", "model", "inputs", "augment"],
     "load_recipe": ["recipe", "overrides", "data_only"],
     "read_batches": ["shards", "split", "batch", "window", "max_rows", "finest", "pixels"],
-    "train": ["recipe", "shards", "options"],
+    "train": ["recipe", "shards", "device", "threads", "resume", "on_log", "on_checkpoint"],
     "with_overrides": ["recipe", "overrides"],
 }
 
