@@ -26,9 +26,10 @@ from pipeline.config.recipe import identity
 from pipeline.errors import SettingError
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import Spent
-from pipeline.shards import shard_set
+from pipeline.shards import row_groups
+from pipeline.shards.errors import UnreadableError
 from pipeline.shards.layout import Layout
-from pipeline.shards.shard_set import ShardSet, UnreadableError
+from pipeline.shards.shard_set import ShardSet
 from pipeline.tools.replay import replay
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, DivergedError
 from pipeline.training.finetune_loop import TOP1, FinetuneTask, top1_of
@@ -327,7 +328,7 @@ def test_two_workers_report_equally_and_fewer_take_over(recipe, tmp_path, monkey
 
 # Failures.
 def test_a_shard_that_cannot_be_read_ends_the_run_until_it_is_back(recipe, shards, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_set, "PAUSES", (0.01,))
+    monkeypatch.setattr(row_groups, "PAUSES", (0.01,))
     copy = tmp_path / "set"
     shutil.copytree(shards.url, copy)
     opened_set, away, stage = ShardSet.open(copy), tmp_path / "away", tmp_path / "stage"
