@@ -34,7 +34,7 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 # Files that start a Ray; those of a line run in one process. The first line has only faults, which run in two processes,
 # so that at most two Rays run at a time. They come first, as they take longest.
 _WITH_RAY = (
-    ("test_pretrain.py",),
+    ("test_pretrain.py", "test_finetune_faults.py"),
     ("test_stages.py", "test_specimens.py"),
     ("test_prepare.py", "test_finetune.py", "test_segmentation.py", "test_job_submit.py", "test_ray_session.py"),
 )

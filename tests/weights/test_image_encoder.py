@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stage_calls import run_stage
 from tiny_checkpoint import SIDE, SMALL, write_checkpoint
 from tiny_images import images_of
 from tiny_shards import smooth_texture
@@ -16,7 +17,7 @@ import wavemim
 from pipeline.config.load import load
 from pipeline.images.arrays import Pixels
 from pipeline.images.decode import decode_image
-from pipeline.stages.export import export
+from pipeline.stages import export
 from wavemim.finetune import make_classifier
 from wavemim.weights import checkpoint
 from wavemim.weights.checkpoint import CheckpointError
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
     """(folder of a run with a checkpoint and an export, its model, the statistics of its images)."""
     recipe = load("small", [*SMALL, f"out={tmp_path_factory.mktemp('out')}", "tracking.system_metrics=false"])
     model, statistics = write_checkpoint(recipe.stage_dir("pretrain") / "images-000000000008")
-    export(recipe)
+    run_stage(export, recipe)
     return recipe.run_dir, model, statistics
 
 
