@@ -30,7 +30,7 @@ from pipeline.shards import row_groups
 from pipeline.shards.errors import UnreadableError
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import ShardSet
-from pipeline.tools.replay import replay
+from pipeline.tools.replay_steps import replay
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, DivergedError
 from pipeline.training.finetune_loop import TOP1, FinetuneTask, top1_of
 from pipeline.training.schedule import FinetuneState
