@@ -36,7 +36,14 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 _WITH_RAY = (
     ("test_pretrain.py", "test_finetune_faults.py"),
     ("test_stages.py", "test_specimens.py"),
-    ("test_prepare.py", "test_finetune.py", "test_segmentation.py", "test_job_submit.py", "test_ray_session.py"),
+    (
+        "test_prepare.py",
+        "test_finetune.py",
+        "test_finetune_faults.py",
+        "test_segmentation.py",
+        "test_job_submit.py",
+        "test_ray_session.py",
+    ),
 )
 
 

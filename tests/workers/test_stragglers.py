@@ -33,7 +33,7 @@ SETTINGS = {
     "train.log_every": 4,
     "train.workers": 2,
 }
-PAUSE = 0.1  # seconds
+PAUSE = 0.4  # seconds: longer than a step takes on a busy machine
 
 
 def slow_to_compute(model):
