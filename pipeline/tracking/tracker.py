@@ -123,6 +123,8 @@ class Tracker:
         uri = parent.uri if parent is not None else store_uri(recipe)
         folder = Path(log_dir).absolute()
         tracker = cls(RunHandle(uri, "", str(folder / METRICS)), owner=True, create=parent is None)
+        unknown = parent is not None and not (parent.run_id or SendOffset.of(Path(parent.log_file).parent).run_id)
+        tracker._warned = unknown  # then the parent has waited and warned already; set before anything is sent
         settings = _redacted(recipe)
         flat = flatten(params if params is not None else settings)
         start = {
@@ -141,8 +143,7 @@ class Tracker:
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         tracker._outbox.append(start)
         tracker._note("text", text=text, file="recipe.yaml")
-        if parent is not None and not (parent.run_id or SendOffset.of(Path(parent.log_file).parent).run_id):
-            tracker._warned = True  # the parent has waited and warned already
+        if unknown:
             tracker._thread.pause()
         else:
             tracker.flush(_START_LIMIT)

@@ -204,7 +204,7 @@ def test_what_is_no_shard_set_is_said(tmp_path):
             ShardSet.open(tmp_path)
     hollow = {"format": 2}
     (tmp_path / MANIFEST).write_text(json.dumps(hollow | {"fingerprint": manifest_fingerprint(hollow)}))
-    with pytest.raises(ShardError, match="not a manifest"):
+    with pytest.raises(ShardError, match="not the manifest"):
         ShardSet.open(tmp_path)
 
 

@@ -55,11 +55,11 @@ def test_memory_is_flat_over_200_checkpoints(tmp_path):
 
 def test_reader_holds_two_mixes_and_few_batches(tmp_path):
     """Row groups that are alive while nothing is taken, and while all of it is: never more than the two mixes."""
-    from pipeline.shards import shard_set as shard_retries
+    from pipeline.shards import row_groups
 
     shards = write_set(tmp_path / "shards", photos(96), rows_per_group=4)  # 64 to train on: 16 row groups
     alive, most = 0, 0
-    real = shard_retries.read_group
+    real = row_groups.read_group
 
     class Kept(dict):
         def __del__(self):
@@ -73,12 +73,12 @@ def test_reader_holds_two_mixes_and_few_batches(tmp_path):
         most = max(most, alive)
         return rows, labels, Kept(levels)
 
-    shard_retries.read_group = read_group
+    row_groups.read_group = read_group
     try:
         reader = Reader(shards, "train", batch=4, window=32, flip=True, mix_groups=2, ahead=2, threads=2)
         seen = sum(int(batch.weight.sum()) for batch in reader.epoch(0))
     finally:
-        shard_retries.read_group = real
+        row_groups.read_group = real
     assert seen == 64
     # and of the mix before, what the batches that are being cut still look at
     assert 4 <= most <= 3 * 2
