@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.config.load import settings_of
-from pipeline.config.recipe import STAGE_SECTIONS, Recipe
+from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe
 
 PAGE = Path(__file__).with_name("settings.md")
 INTRODUCTION = """\
@@ -52,8 +52,19 @@ def page() -> str:
         model: Any = Recipe.model_fields[section].annotation
         stages = [stage for stage, sections in STAGE_SECTIONS.items() if section in sections]
         used = f"Read by {_listed((f'`{stage}`' for stage in stages), 'and')}."
-        parts += [f"## {section}\n", f"{(model.__doc__ or '').strip()} {used}\n", _table(lines)]
+        parts += [f"## {section}\n", f"{(model.__doc__ or '').strip()} {used}{_also(section, stages)}\n", _table(lines)]
     return "\n".join(parts)
+
+
+def _also(section: str, stages: list[str]) -> str:
+    """Which further stages read some of a section's settings."""
+    further: dict[str, list[str]] = {}
+    for key, behaviour in BEHAVIOURS.items():
+        if key.startswith(f"{section}."):
+            for stage in behaviour.stages:
+                if stage not in stages:
+                    further.setdefault(stage, []).append(f"`{key}`")
+    return "".join(f" `{stage}` reads {_listed(keys, 'and')}, too." for stage, keys in further.items())
 
 
 def _table(rows: Iterable[str]) -> str:

@@ -161,17 +161,18 @@ def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
     """Usage, recipes and spaces, and every setting of the stage with type, value in this recipe and meaning."""
     import yaml
 
-    from pipeline.config.load import STAGE_SECTIONS, names_of, settings_of
+    from pipeline.config.load import names_of, settings_of
 
     width = min(max(shutil.get_terminal_size().columns, 80), 140)
     lines = [f"Usage: wavemim {stage} [--recipe NAME|FILE.yaml] [--quiet] [KEY=VALUE]...", ""]
     lines += [(SEQUENCES | STAGES)[stage].about, ""]
     lines.append(f"Recipes: {', '.join(names_of('pipeline', 'recipes'))}; or a YAML file")
-    if "tune" in STAGE_SECTIONS.get(stage, ()):
+    shown_for = "run" if stage == "demo" else stage
+    if shown_for in ("tune", "run"):
         lines.append(f"Tune spaces: {', '.join(names_of('tune_spaces'))}; or a YAML file")
     lines += ["", f"Settings, with their values in recipe '{recipe_name}':", ""]
     values = recipe.model_dump()
-    for key, kind, field in settings_of(STAGE_SECTIONS.get(stage, STAGE_SECTIONS["run"])):
+    for key, kind, field in settings_of(shown_for):
         value: Any = values
         for part in key.split("."):
             value = value[part]

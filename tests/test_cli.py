@@ -16,11 +16,17 @@ from pipeline.config.recipe import STAGE_SECTIONS
 def test_help_lists_every_setting_of_the_stage(monkeypatch, capsys, stage):
     code, out, _ = wavemim(monkeypatch, capsys, stage, "--help")
     assert code == 0
-    for key, kind, field in settings_of(STAGE_SECTIONS.get(stage, STAGE_SECTIONS["run"])):
+    for key, kind, field in settings_of("run" if stage == "demo" else stage):
         assert f"  {key}=" in out
         assert f"({kind})" in out
         assert field.description.split()[0] in out
     assert "small" in out
+
+
+def test_help_of_finetune_lists_what_the_training_harness_reads(monkeypatch, capsys):
+    _, out, _ = wavemim(monkeypatch, capsys, "finetune", "--help")
+    assert "  train.hang_timeout=" in out and "  train.checkpoints_at=" in out
+    assert "train.epochs=" not in out and "images=" not in out
 
 
 def test_help_shows_the_values_of_the_recipe(monkeypatch, capsys):

@@ -244,23 +244,26 @@ def _field_model(model: Any, part: str, dotted: str) -> Any:
     raise SettingError(f"'{dotted}': '{part}' is a single value, not a group of settings; see wavemim run --help")
 
 
-def settings_of(sections: Iterable[str] | None = None) -> Iterator[tuple[str, str, Any]]:
+def settings_of(stage: str | None = None) -> Iterator[tuple[str, str, Any]]:
     """List settings.
 
     Args:
-        sections: Sections to list; None for all. Settings outside of sections are always listed, and first.
+        stage: List the settings that this stage reads; None for all. Those outside of sections come first.
 
     Yields:
         (dotted key, type as text, pydantic field) of each setting.
     """
+    fields: list[tuple[str, Any]] = []
     for name, field in Recipe.model_fields.items():
         if not is_section(field):
-            yield name, type_in_words(field.annotation), field
+            fields.append((name, field))
     for name, field in Recipe.model_fields.items():
-        if is_section(field) and (sections is None or name in sections):
+        if is_section(field):
             section: Any = field.annotation
-            for inner, inner_field in section.model_fields.items():
-                yield f"{name}.{inner}", type_in_words(inner_field.annotation), inner_field
+            fields += [(f"{name}.{inner}", inner_field) for inner, inner_field in section.model_fields.items()]
+    for key, field in fields:
+        if stage is None or stage in BEHAVIOURS[key].stages:
+            yield key, type_in_words(field.annotation), field
 
 
 def type_in_words(annotation: Any) -> str:

@@ -48,6 +48,9 @@ def _options(value: Any) -> Any:
 Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_steps)]
 
 
+TRAINING = ("pretrain", "finetune", "tune", "run")  # stages of the training harness, for settings that all of them read
+
+
 class Section(BaseModel):
     """A group of settings: immutable, without unknown keys."""
 
@@ -307,24 +310,29 @@ class Train(Section):
         20,
         "Steps with a non-finite gradient are skipped; training ends after this many in a row.",
         operational=True,
+        stages=TRAINING,
     )
     checkpoint_every: float = setting(1, "Epochs between checkpoints.", gt=0, operational=True)
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = setting(
-        30, "Longest time between checkpoints in minutes. null: no limit.", operational=True
+        30, "Longest time between checkpoints in minutes. null: no limit.", operational=True, stages=TRAINING
     )
     checkpoints_at: str | None = setting(
         None,
         "Folder or URL, such as s3://BUCKET/RUNS, to which checkpoints are also copied. null: none.",
         operational=True,
+        stages=TRAINING,
         place=True,
         in_card=False,
     )
-    keep_checkpoints: Positive = setting(2, "Number of latest checkpoints that are kept.", operational=True)
+    keep_checkpoints: Positive = setting(
+        2, "Number of latest checkpoints that are kept.", operational=True, stages=TRAINING
+    )
     keep_best: Annotated[str, Field(pattern="^(train|eval)/")] | None = setting(
         None,
         "Metric, such as train/loss, whose best checkpoint is kept in addition: the lowest value of a train/ metric, the "
         "highest of an eval/ metric.",
         operational=True,
+        stages=TRAINING,
     )
     log_every: Positive = setting(20, "Steps between logged metrics.", operational=True)
     hang_timeout: Annotated[float, Field(ge=1)] | None = setting(
@@ -332,9 +340,14 @@ class Train(Section):
         "Seconds without progress after which a worker counts as hung; training then resumes from the last checkpoint. Six "
         "times as long, and at least 300 seconds, before the first steps are done. null: no limit.",
         operational=True,
+        stages=TRAINING,
     )
     progress_seconds: float = setting(
-        30, "Seconds between progress lines where the output is not a terminal.", gt=0, operational=True
+        30,
+        "Seconds between progress lines where the output is not a terminal.",
+        gt=0,
+        operational=True,
+        stages=TRAINING,
     )
     monitor_minutes: Annotated[float, Field(gt=0)] | None = setting(
         10,
@@ -366,6 +379,6 @@ class Cluster(Section):
     )
     min_workers: Positive | None = setting(
         None,
-        "Elastic pretraining: continue with as few workers as this while the cluster has no room for train.workers, and "
-        "scale up again once it has. null: wait for all workers.",
+        "Elastic training: continue with as few workers as this while the cluster has no room for all of them, and scale up "
+        "again once it has. null: wait for all workers.",
     )
