@@ -222,7 +222,7 @@ class Copier:
                 log.warning("%s: the last checkpoint could not be copied (%s); trying again", self.store, self.error)
             elif self.failures == FAILURES:
                 log.error(
-                    "%s: %d times in a row no checkpoint could be copied (%s); training continues, its checkpoints are only "
+                    "%s: copying a checkpoint failed %d times in a row (%s); training continues, and its checkpoints are only "
                     "in %s until the store takes them again",
                     self.store,
                     FAILURES,
@@ -234,7 +234,7 @@ class Copier:
             with self.lock:
                 self.holding = frozenset()
         if self.failures >= FAILURES:
-            log.warning("%s takes checkpoints again, and has the last one", self.store)
+            log.warning("%s accepts checkpoints again and has the latest one", self.store)
         self.failures, self.error = 0, ""
 
     def _copy(self) -> None:

@@ -124,7 +124,9 @@ def _check_target(recipe: Recipe) -> None:
             f"target.normalise=contrast: for target.kind=wavelet only, not {target.kind}; use patch, dataset or none"
         )
     if not any(recipe.weights_by_level().values()):
-        raise SettingError("target.weights: every level weighs 0, so nothing is trained; give one a weight above 0")
+        raise SettingError(
+            "target.weights: the weight of every level is 0, so nothing would be trained; set at least one above 0"
+        )
 
 
 def check_cells(recipe: Recipe, tokens: Mapping[int, int]) -> None:
@@ -200,8 +202,7 @@ def _check_train(train: Train) -> None:
     share = -(-train.batch // train.workers)
     if share < train.accumulate:
         raise SettingError(
-            f"train.accumulate={train.accumulate}: a worker's share of the batch is {share} images; "
-            "use at most as many parts"
+            f"train.accumulate={train.accumulate}: a worker's share of the batch is {share} images; use at most {share}"
         )
     if train.warmup_epochs >= train.epochs:
         raise SettingError(
@@ -221,7 +222,7 @@ def _check_finetune(finetune: Finetune) -> None:
     if finetune.batch // finetune.workers < finetune.accumulate:
         raise SettingError(
             f"finetune.accumulate={finetune.accumulate}: a worker's share of the batch is "
-            f"{finetune.batch // finetune.workers} images; use at most as many parts"
+            f"{finetune.batch // finetune.workers} images; use at most {finetune.batch // finetune.workers}"
         )
     if finetune.warmup_epochs >= finetune.epochs:
         raise SettingError(

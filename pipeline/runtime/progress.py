@@ -163,7 +163,7 @@ class Follower:
         left = self.pace.left(now)
         said.append("done" if left == 0 and self.pace.images >= self.pace.total else f"{duration(left)} left")
         if silent := self.pace.silent(now):
-            said.append(f"no news for {duration(silent)}")
+            said.append(f"no update for {duration(silent)}")
         return ", ".join(said)
 
     def close(self) -> None:

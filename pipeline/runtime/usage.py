@@ -146,7 +146,9 @@ def flops_of(model: nn.Module, channels: int, image_size: int) -> int:
     try:
         return forward_flops(model, channels, image_size)
     except Exception as error:  # a timm model may do anything that tensors without values do not allow
-        _log.warning("FLOPs of %s cannot be counted (%s); cost/flops is without them", type(model).__name__, error)
+        _log.warning(
+            "FLOPs of %s cannot be counted (%s); they are missing from cost/flops", type(model).__name__, error
+        )
         return 0
 
 

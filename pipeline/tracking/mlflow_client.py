@@ -33,7 +33,7 @@ class RunGone(Exception):
     """The store has no such run, or somebody deleted it there (`deleted`)."""
 
     def __init__(self, run_id: str, *, deleted: bool) -> None:
-        super().__init__(f"its run {run_id} {'was deleted' if deleted else 'is not there'}")
+        super().__init__(f"its run {run_id} {'was deleted' if deleted else 'does not exist'}")
         self.deleted = deleted
 
 

@@ -144,7 +144,7 @@ class Sender:
             self._apply(entry)
             self._from_memory.add(json.dumps(entry))
         if not self._offset.run_id:
-            raise ConnectionError("its run is not there yet")
+            raise ConnectionError("its run does not exist yet")
         if files:
             self._retry_files()
         self._send_metrics(None)
@@ -223,7 +223,7 @@ class Sender:
         folder = Path(os.path.normpath(self.folder / entry["parent"]))
         known = SendOffset.of(folder).run_id or entry["parent_id"]
         if not known and (folder / OUTBOX).is_file():
-            raise ConnectionError(f"the run of {folder} is not there yet")
+            raise ConnectionError(f"the run of {folder} does not exist yet")
         return str(known)
 
     def _file(self, entry: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ class Sender:
         source = entry["file"] if text else self.folder / entry["path"]
         if not text and not source.exists():
             self.tally.missing.append(str(source))
-            _log.warning("%s is not sent to MLflow: it is no longer there", source)
+            _log.warning("%s cannot be sent to MLflow: the file no longer exists", source)
             return
         try:
             if text:
@@ -247,7 +247,7 @@ class Sender:
             self.trouble = store.reason(error)
             if str(source) not in self._warned:
                 self._warned.add(str(source))
-                _log.warning("MLflow does not take %s for now (%s); wavemim sync sends it", source, self.trouble)
+                _log.warning("MLflow does not accept %s for now (%s); wavemim sync will send it", source, self.trouble)
             self._offset.files.append(entry)
 
     def _retry_files(self) -> None:

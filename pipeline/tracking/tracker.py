@@ -108,7 +108,7 @@ class Tracker:
         """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
 
         A run that the store has lost, or that was deleted there, is created anew with all its metrics. A SQLite store is
-        created if it does not exist. Waits for MLflow for 120 s at most, and goes on without it.
+        created if it does not exist. Waits for MLflow for 120 s at most, and continues without it.
 
         Args:
             recipe: The settings, which become parameters and the artifact recipe.yaml.
@@ -212,7 +212,7 @@ class Tracker:
         sent = self.flush(_END_LIMIT)
         self._thread.close()
         if not sent and not self._warned:
-            self._warn("does not take everything in time")
+            self._warn("does not accept everything in time")
 
     def flush(self, seconds: float) -> bool:
         """Send at once. Returns whether all that was logged has been sent within so many seconds."""
@@ -250,7 +250,7 @@ class Tracker:
             first, self._warned = not self._warned, True
         if first:
             _log.warning(
-                "MLflow at %s %s: metrics are kept in %s; training goes on, and wavemim sync %s sends what is left",
+                "MLflow at %s %s: metrics are kept in %s; the stage continues, and wavemim sync %s sends what is missing",
                 without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),
             )  # fmt: skip
 

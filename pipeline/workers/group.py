@@ -98,12 +98,12 @@ def _fit(trainer: ray.train.torch.TorchTrainer, folder: Path, what: str) -> dict
         # Ray Train handles Ctrl-C itself, and would end the process with 1 and without a message
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+        raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {folder}") from error
     # before SIGTERM, if that is why they ended, is handled
     if ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
-        raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+        raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {folder}")
     return ended
 
 

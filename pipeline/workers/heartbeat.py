@@ -31,7 +31,7 @@ STARTING = 6  # times the limit that a worker may take until its first steps are
 LEAST_START = 300.0  # seconds for the same, however short the limit is
 FIRST_STEPS = 2
 # What the training thread waits for, as shown to the user.
-STEP = "its own part of a step"
+STEP = "its own computation"
 BATCH = "a batch of the shard set"
 OTHERS = "the other workers"
 CHECKPOINT = "a checkpoint"
@@ -267,7 +267,7 @@ def ending_hung_workers(folder: Path, limit: float | None, end: Callable[[Worker
         try:
             monitor.look()
         except Exception as error:  # training must not end because nobody watches it
-            _log.warning("a worker that hangs could not be ended: %s", error)
+            _log.warning("a hung worker could not be ended: %s", error)
 
     with Periodic(look, monitor.interval, name="hang monitor", join=10):
         yield

@@ -33,7 +33,7 @@ MISTAKES = [
     ),
     (
         "encoder.patch_size=12",
-        "encoder.image_size=64: images of 64 pixels do not consist of whole tokens of 12 pixels; nearest allowed: 60 or 72",
+        "encoder.image_size=64: 64 pixels are not a multiple of the token size, 12 pixels; nearest allowed: 60 or 72",
     ),
     ("encoder.image_size=128", "encoder.image_size=128: larger than the stored images, data.image_size=64"),
     ("target.taps.5=8", "target.taps.5: level 5 is deeper than the stored pyramid, data.levels=4; allowed are 1 to 4"),
@@ -136,7 +136,7 @@ TOGETHER = [
         ["decoder.depth=0", "decoder.attention=cross", "encoder.sees=masked"],
         "decoder.attention=cross: a linear decoder has no attention; set decoder.depth=1",
     ),
-    (["target.weights={3: 0, 4: 0}"], "target.weights: every level weighs 0"),
+    (["target.weights={3: 0, 4: 0}"], "target.weights: the weight of every level is 0"),
 ]
 
 

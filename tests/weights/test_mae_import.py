@@ -187,7 +187,7 @@ def test_the_command(tmp_path, capsys):
     run(file, out, "--heads", "4")
     said = capsys.readouterr().out
     assert said == f"import: vit_base_patch16_224, width 64, 3 blocks, 4 heads, patches of 8 in 32 pixels → {out}\n"
-    with pytest.raises(SettingError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(SettingError, match="already exists; --overwrite replaces it"):
         run(file, out, "--heads", "4")
     run(file, out, "--heads", "4", "--overwrite")
     with pytest.raises(SettingError, match="was not written by import"):
