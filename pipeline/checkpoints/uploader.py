@@ -1,4 +1,4 @@
-"""Copies checkpoints to their second place while training runs, which the run owns meanwhile."""
+"""Copies checkpoints to their second place while training runs; the run locks that place for this time."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _given_up(folder: Folder) -> bool:
 class Copier:
     """Copies the last checkpoint of a folder, and the best, to the store in a thread, and removes older ones there.
 
-    One at a time: of the checkpoints that are written meanwhile only the newest is copied. A copy that failed is tried
+    One at a time: of the checkpoints that are written during a copy, only the newest is copied. A copy that failed is tried
     again with the next checkpoint, and by `finish`.
     """
 
@@ -171,7 +171,7 @@ class Copier:
         self.wake()  # for what an earlier process could not copy
 
     def wake(self) -> None:
-        """Say that there is a checkpoint to copy; returns at once."""
+        """Report that there is a checkpoint to copy; returns immediately."""
         with self.lock:
             self._asked = True
             if self._thread is None:
@@ -182,7 +182,7 @@ class Copier:
         """Wait for the last copy, and try again if it failed.
 
         Args:
-            waiting: Is called every few seconds meanwhile.
+            waiting: Called every few seconds while waiting.
 
         Returns:
             Why the store lacks the last checkpoint; "" if it has it.

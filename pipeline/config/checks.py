@@ -1,4 +1,4 @@
-"""Settings that do not go together: what the type of a single field cannot see.
+"""Checks across settings, beyond the type and range of a single field.
 
 Rules of the method (masks, taps, decoders) are those of `wavemim.constraints`; here they get the settings' names and what to
 do about it.
@@ -29,10 +29,10 @@ def named(setting: str, remedy: str = "") -> Iterator[None]:
 
 
 def check_together(recipe: Recipe) -> None:
-    """Check what can be known from the settings alone, without building the model.
+    """Check what follows from the settings alone, without building the model.
 
     Raises:
-        SettingError: If settings do not go together.
+        SettingError: If settings are incompatible.
     """
     data, encoder = recipe.data, recipe.encoder
     _check_side("encoder.image_size", encoder.image_size, data.levels)
@@ -61,7 +61,7 @@ def check_together(recipe: Recipe) -> None:
 
 
 def _has_patches(encoder: Encoder) -> bool:
-    """Whether the encoder is a plain ViT, judging by its name.
+    """Whether the encoder is a plain ViT, according to its name.
 
     timm, which knows the geometry of the others, takes seconds to import; with the model all of them are checked.
     """
@@ -69,7 +69,7 @@ def _has_patches(encoder: Encoder) -> bool:
 
 
 def _patch(encoder: Encoder) -> int | None:
-    """Pixels per side of a token, where the settings alone tell."""
+    """Pixels per side of a token, where the settings alone determine it."""
     return encoder.patch_size if _has_patches(encoder) else None
 
 
@@ -272,7 +272,7 @@ def check_data(data: Data) -> None:
     """Check the settings of a shard set.
 
     Raises:
-        SettingError: If they do not go together.
+        SettingError: If they are incompatible.
     """
     _check_side("data.image_size", data.image_size, data.levels)
     if data.wavelet != "haar":

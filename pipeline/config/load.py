@@ -55,7 +55,7 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
         The settings, validated.
 
     Raises:
-        SettingError: If a setting is unknown, has a value that is not allowed, or does not go together with others.
+        SettingError: If a setting is unknown, has a value that is not allowed, or is incompatible with others.
     """
     settings = _with_bases(recipe, ())
     settings.setdefault("name", Path(recipe).name.removesuffix(".yaml").removesuffix(".yml"))

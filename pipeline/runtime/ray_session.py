@@ -184,7 +184,7 @@ def _info(private: bool) -> SessionInfo:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise StageError if nobody listens at an address. Ray itself would try for minutes, with messages of its own."""
+    """Raise StageError if nothing listens at an address. Ray itself would try for minutes, with messages of its own."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if address == "auto" or not host:
         return

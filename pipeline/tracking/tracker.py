@@ -1,7 +1,7 @@
 """What a stage logs: its runs, metrics, files and tags.
 
 `Tracker` writes each of them to the stage's journal, at once and without waiting for MLflow, and has a thread send it. The
-journal, and what happens when MLflow is away or the process is killed, is described in `pipeline.tracking.journal`.
+journal, and what happens when MLflow is down or the process is killed, is described in `pipeline.tracking.journal`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Tracker:
         return replace(self._handle, run_id=self._sender.run_id or self._handle.run_id)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics; returns at once.
+        """Log metrics; returns immediately.
 
         Args:
             metrics: By name. A value that is not finite is written to the journal as a string, and not sent.
@@ -183,7 +183,7 @@ class Tracker:
         """Log a file, or a folder with everything in it.
 
         Args:
-            path: Is read when it is sent, so it must stay where it is.
+            path: Read when it is sent, so it must stay in place.
             folder: Of the artifacts; None for their root.
         """
         source = Path(path).absolute()
@@ -195,7 +195,7 @@ class Tracker:
         self._note("tag", key=store.clean_key(key), value=str(value))
 
     def end(self, status: str = "FINISHED") -> None:
-        """End the run; an attached tracker only sends what is left. A second call does nothing.
+        """End the run; an attached tracker only sends what is missing. A second call does nothing.
 
         Waits for MLflow for 20 s at most; what is not sent by then is sent later.
 

@@ -68,7 +68,7 @@ def train_on_workers(
         The value of the loop on rank 0.
 
     Raises:
-        StageError: Workers failed for good, or training ended for a reason of its own.
+        StageError: Workers failed too often, or training failed for a reason that a restart does not fix.
         KeyboardInterrupt: Training was stopped.
     """
     forget(folder)
@@ -167,7 +167,7 @@ def sigterm_stops(folder: Path) -> Iterator[None]:
 
 
 def end_process(worker: WorkerStatus) -> bool:
-    """Kill a worker's process on its node, whatever it does; Ray notices that and restarts the workers.
+    """Kill a worker's process on its node, whatever its state; Ray notices that and restarts the workers.
 
     Ray's own way of ending an actor asks its process, which does not respond if it is stopped.
 

@@ -1,4 +1,4 @@
-"""Detection of workers that hang: each reports its progress in a file, and the driver ends one that makes none.
+"""Detection of workers that hang: each reports its progress in a file, and the driver ends one that makes no progress.
 
 The training thread of a worker only counts what it begins (a batch, a step, a checkpoint). A second thread writes the
 count into a small file in the stage's folder. So the driver notices both a process that was stopped or is gone (its file
@@ -64,7 +64,7 @@ class WorkerStatus:
 
 
 def interval_of(limit: float) -> float:
-    """Seconds between two reports of a worker, and between two looks of the driver."""
+    """Seconds between two reports of a worker, and between two checks by the driver."""
     return min(max(limit / 10, 0.1), 5.0)
 
 
@@ -218,7 +218,7 @@ class HangMonitor:
     def _culprit(self) -> tuple[_Observed, str]:
         """The worker that the others wait for, and what is wrong with it.
 
-        That is a process that is silent, or else the worker that has come least far.
+        That is a worker whose process does not report, or else the one that has made the least progress.
         """
         silent = [one for one in self._observed.values() if one.silent >= 0.5 * self._allowed(one)]
         culprit = min(silent or self._observed.values(), key=lambda one: (one.status.count, one.status.rank))

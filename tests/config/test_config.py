@@ -56,7 +56,7 @@ MISTAKES = [
     ("data.wavelet=morl", "data.wavelet=morl: not a discrete wavelet of PyWavelets"),
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value must be below the second"),
-    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports are written to a folder"),
+    ("out=s3://bucket/x", "out=s3://bucket/x: must be a folder that all nodes see"),
     (
         "target.kind=hogs",
         "target.kind=hogs: no target of this name; did you mean 'hog'?; allowed are wavelet, pixels, hog, fourier",

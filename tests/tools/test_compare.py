@@ -178,7 +178,7 @@ def test_mistakes_are_one_line(runs, tmp_path, monkeypatch, capsys):
     for arguments, words in {
         ("third", here): "third: MLflow at sqlite:///",
         ("0" * 32, here): "does not exist in MLflow at",
-        ("it's", here): "no run of this name or id; there are",
+        ("it's", here): "no run of this name or id; its runs are",
         (
             "first",
             here,
