@@ -1,4 +1,4 @@
-"""Features of your own images with a pretrained encoder, and which of the images are most alike.
+"""Features of your own images with a pretrained encoder, and the most similar images.
 
 The encoder is a run, a checkpoint, or a folder that `wavemim export` wrote:
 

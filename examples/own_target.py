@@ -3,7 +3,7 @@
     wavemim demo out=wavemim-demo
     python examples/own_target.py --shards wavemim-demo/shards --steps 20
 
-The command line trains on it too, on all of its workers:
+It also works on the command line, with any number of workers:
 
     wavemim pretrain out=wavemim-demo name=laplacian target.kind=laplacian target.module=examples/own_target.py
 """

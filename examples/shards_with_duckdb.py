@@ -1,6 +1,6 @@
 """SQL over a shard set with DuckDB: images per class and split, bytes per column, duplicates, and what was rejected.
 
-Shards are plain Parquet files (pipeline/shards/FORMAT.md), so that DuckDB, pandas or Spark read them without wavemim:
+Shards are plain Parquet files (pipeline/shards/FORMAT.md), so DuckDB, pandas and Spark can read them without wavemim:
 
     pip install duckdb
     wavemim demo out=wavemim-demo

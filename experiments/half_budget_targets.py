@@ -4,7 +4,7 @@
 
 SHARDS: 50 classes of Tiny ImageNet at 64 px. 20,096 images in the recipes' batches of 128 (157 steps), seed 0, one probe at
 the end. Published on two cores of an Intel Xeon, one for each run, 2026-11-23. About 45 minutes there; --quick takes
-three, with two targets. A call that was cut goes on. The tolerance of an accuracy is the half-width of its 95 % interval. The variants are
+three, with two targets. An interrupted call resumes. The tolerance of an accuracy is the half-width of its 95 % interval. The variants are
 those of comparisons.py.
 """
 

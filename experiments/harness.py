@@ -1,6 +1,6 @@
 """What the experiments share: run the commands of a published table, and print what was measured beside what is published.
 
-Every script in this folder describes one `Experiment` and calls `main`. Its exit code is 0 where every judged number is
+Every script in this folder describes one `Experiment` and calls `main`. Its exit code is 0 where every checked number is
 within its tolerance, 1 where one is not or could not be measured, and 2 for a mistake in the call.
 """
 
@@ -50,11 +50,11 @@ class Expected:
         value: The number in the table's unit; None for a goal that was not reached, True for a statement that held.
         where: The keys that lead to it in the results.
         tolerance: Largest absolute difference in the table's unit; None for speeds, which depend on the machine: they
-            are shown and not judged.
+            are shown and not checked.
         published: The text that stands in the table; by default the number as Python prints it.
         scale: The measured number times this is in the table's unit.
         at_most: `value` is an upper bound instead.
-        exact: The number does not depend on the budget, so that `--quick` judges it too.
+        exact: The number does not depend on the budget, so that `--quick` checks it too.
         known: Why the published number is known to be wrong; a difference is then shown and does not count.
     """
 
@@ -85,7 +85,7 @@ class Expected:
     def verdict(self, measured: Any, quick: bool) -> str:
         """How the measured number compares: "agrees", "differs", "missing", or why that does not count."""
         if quick and not self.exact:
-            return "not judged: reduced run"
+            return "not checked: reduced run"
         if measured is MISSING:
             return "missing"
         if self.value is None or isinstance(self.value, bool):
@@ -95,7 +95,7 @@ class Expected:
         if self.at_most:
             return "agrees" if measured <= self.value else "differs"
         if self.tolerance is None:
-            return "not judged: depends on the machine"
+            return "not checked: depends on the machine"
         if abs(measured - self.value) <= self.tolerance + 1e-9:
             return "agrees"
         return f"differs, as known: {self.known}" if self.known else "differs"
@@ -177,7 +177,7 @@ def table(expected: Sequence[Expected], results: Any, quick: bool) -> tuple[str,
         quick: The run was a reduced one.
 
     Returns:
-        The table, and whether no judged number differs or is missing.
+        The table, and whether no checked number differs or is missing.
     """
     rows = [("", "published", "measured", "tolerance", "")]
     verdicts = []

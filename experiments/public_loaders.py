@@ -5,7 +5,7 @@
 
 PHOTOS: 600 ImageNet photos of full size, as JPEG. Published on one core of an Intel Xeon (AVX-512, no GPU), 24 GiB,
 2026-11-23, commit c171174. About 15 minutes there, 10 GB of disk; --quick takes three. Speeds depend on the machine and
-are shown; judged are bytes an image and the ratio of speeds, which changes by a fifth from run to run. A loader that
+are shown; checked are bytes per image and the ratio of speeds, which changes by a fifth from run to run. A loader that
 cannot be imported is reported by the benchmark as left out.
 """
 

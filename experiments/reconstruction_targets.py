@@ -4,7 +4,7 @@
 
 SHARDS: 50 classes of Tiny ImageNet at 64 px. 40,000 images in batches of 32, seeds 0 and 1. Published on two cores of an
 Intel Xeon, one for each run, 2026-11-23, the trees up to commit c6bca7a; HOG and Fourier with seed 0 alone. About 60
-minutes there; --quick takes five. A call that was cut goes on. The tolerance of an accuracy is the half-width of its
+minutes there; --quick takes five. An interrupted call resumes. The tolerance of an accuracy is the half-width of its
 95 % interval; the published probe took the first train images, today's takes them from all over the split.
 """
 

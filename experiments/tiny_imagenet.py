@@ -7,7 +7,7 @@ GPU), 24 GiB, 2026-11-22, commit eda64dc, one run, one seed, beside other work: 
 --quick takes five.
 
 Targets are normalised by the data set, as they were then; the default is per patch since, which gives other losses.
-Accuracies have the half-width of their 95 % interval as tolerance. RankMe is not compared: encoders were judged on val
+Accuracies have the half-width of their 95 % interval as tolerance. RankMe is not compared: it was measured on val
 features then, and on train features since. Of the sweep only the best trial is compared: its four trials did not differ by
 more than chance. Not run again since it was published: the model's decoder has changed a little since, so a loss may differ.
 """

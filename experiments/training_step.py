@@ -4,7 +4,7 @@
 
 Synthetic input, no data needed. Published on one core of an Intel Xeon (AVX-512, no GPU), float32, batch 4, 2026-11-23,
 commit 5263bb8. About 5 minutes there on an idle machine, 3 GB of memory; --quick takes two. Speeds depend on the machine
-and are shown; judged are counted FLOPs, peak memory and ratios. The MFU on an H200 is not published: there was no GPU.
+and are shown; checked are counted FLOPs, peak memory and ratios. The MFU on an H200 is not published: there was no GPU.
 """
 
 from __future__ import annotations

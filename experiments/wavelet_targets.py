@@ -4,8 +4,8 @@
 
 SHARDS: 50 classes of Tiny ImageNet at 64 px. 40,000 images in batches of 32, seed 0; the second seed of the table's first
 row is made by reconstruction_targets.py. Published on two cores of an Intel Xeon, one for each run, 2026-11-23, the trees
-up to commit c6bca7a; the last two rows had two probes. About 50 minutes there; --quick takes five. A call that was cut
-goes on. The tolerance of an accuracy is the half-width of its 95 % interval.
+up to commit c6bca7a; the last two rows had two probes. About 50 minutes there; --quick takes five. An interrupted call
+resumes. The tolerance of an accuracy is the half-width of its 95 % interval.
 """
 
 from __future__ import annotations

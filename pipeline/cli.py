@@ -94,7 +94,7 @@ def main() -> None:
 
 
 class _Commands(click.Group):
-    """The commands of the tables, each imported when it is asked for."""
+    """The commands in the tables, each imported when it is used."""
 
     def list_commands(self, ctx: click.Context | None) -> list[str]:
         """Names of all commands."""

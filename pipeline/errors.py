@@ -1,12 +1,12 @@
-"""What a user can act on: one line each."""
+"""Errors that the user can act on, each with a message of one line."""
 
 
 class StageError(RuntimeError):
-    """A stage cannot go on, for a reason that the user can act on: one line."""
+    """A stage cannot continue, for a reason that the user can act on: one line."""
 
 
 class TrainingEndedError(StageError):
-    """Training has ended for a reason that restarting its workers would not change."""
+    """Training has failed for a reason that restarting its workers would not fix."""
 
 
 class SettingError(ValueError):

@@ -26,7 +26,7 @@ class Periodic:
         """
         Args:
             call: The work. Returning False ends the thread; any other result is ignored.
-            seconds: Between two calls; a function is asked before every pause.
+            seconds: Pause between two calls; a function is called before every pause.
             name: Of the thread.
             at_once: Whether the first call comes at the start instead of after the first pause.
             last: Called once by the thread before it ends because of `stop`.

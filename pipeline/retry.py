@@ -1,4 +1,4 @@
-"""Trying again after pauses."""
+"""Retries with pauses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 def attempts(pauses: Sequence[float], wait: Callable[[float], object] = time.sleep) -> Iterator[int]:
-    """Count the attempts at something that may fail: one at once, and one after each pause.
+    """Count the attempts at something that may fail: one immediately, and one after each pause.
 
     Leave the loop when an attempt succeeds::
 

@@ -200,7 +200,7 @@ def test_comparison_of_measured_and_published():
         assert not harness.table(expected, good | {key: value}, False)[1], key
         missing = {name: found for name, found in good.items() if name != key}
         assert not harness.table(expected, missing, False)[1], key
-    assert harness.table(expected, {"bytes": 2 << 30}, True)[1]  # a reduced run is judged by what is exact alone
+    assert harness.table(expected, {"bytes": 2 << 30}, True)[1]  # of a reduced run, only exact numbers are checked
     assert not harness.table(expected, {"bytes": 3 << 30}, True)[1]
     known = harness.Expected("k", 0.06, ("k",), tolerance=0.005, known="a slip")
     assert harness.table((known,), {"k": 0.04}, False) == (harness.table((known,), {"k": 0.04}, False)[0], True)
@@ -242,9 +242,9 @@ def test_counted_decoders_are_the_published_ones():
         for name, share in (("MAE's", "1"), ("linear", "1"), ("wamim_vit_base, cross-attention", "0.25"))
         for recipe, changes in [module.DECODERS[name]]
     }
-    judged = [one for one in module.EXPERIMENT.expected if one.where[:2] in counted]
-    assert len(judged) == 5
-    for one in judged:
+    checked = [one for one in module.EXPERIMENT.expected if one.where[:2] in counted]
+    assert len(checked) == 5
+    for one in checked:
         found = counted[one.where[:2]][one.where[2]]
         assert one.verdict(found, quick=False) == "agrees", (one.name, found)
 

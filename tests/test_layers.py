@@ -1,4 +1,4 @@
-"""The layout: import contracts between the wings, what loading a wing may bring in, and the size of files and functions."""
+"""The layout: import contracts between the subpackages, what importing one may load, and the size of files and functions."""
 
 import ast
 import shutil

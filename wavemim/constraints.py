@@ -30,7 +30,7 @@ def check_image_size(image_size: int, unit: int) -> None:
     """
     if image_size % unit:
         raise ValueError(
-            f"images of {image_size} pixels do not consist of whole tokens of {unit} pixels; nearest allowed: "
+            f"{image_size} pixels are not a multiple of the token size, {unit} pixels; nearest allowed: "
             f"{nearest_multiples(image_size, unit)}"
         )
 

@@ -48,7 +48,7 @@ class Cost:
         """Return one line, as in the headers of recipes."""
         parameters, encoder = (f"{count / 1e6:.1f} M" for count in (self.parameters, self.encoder_parameters))
         return (
-            f"{parameters} parameters, encoder {encoder}, {_giga(self.forward_flops)} GFLOP forward an image (counted)"
+            f"{parameters} parameters, encoder {encoder}, {_giga(self.forward_flops)} GFLOP forward per image (counted)"
         )
 
 

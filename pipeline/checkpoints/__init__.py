@@ -1,1 +1,1 @@
-"""Checkpoints of a run: written beside training, found, and copied to an object store."""
+"""Checkpoints of a run: written in the background, found, and copied to an object store."""

@@ -27,7 +27,7 @@ _PIECE = 64 << 20  # bytes that are downloaded at a time
 
 
 def name_of(images: int) -> str:
-    """Name of the checkpoint's folder after so many images."""
+    """Name of the checkpoint's folder after this number of images."""
     return f"images-{images:012d}"
 
 
@@ -106,11 +106,11 @@ def _download(source: Folder, name: str, target: Path) -> None:
 
 
 def local_copy(where: str, out: str | Path) -> Path:
-    """The local path of what `checkpoint=` gives: a path as it is; for a URL a verified copy in OUT/fetched.
+    """The local path of `checkpoint=`: a path unchanged; for a URL, a verified copy in OUT/fetched.
 
     Args:
-        where: A path or a URL: of a checkpoint, of a run's place in a store (or its `pretrain`), whose newest complete
-            checkpoint is taken, or of its best.json.
+        where: Path or URL of a checkpoint, of a run in a store (or its `pretrain`), whose newest complete checkpoint is
+            used, or of its best.json.
         out: The out folder. A copy that is there already is not downloaded again.
 
     Raises:
@@ -164,10 +164,10 @@ def _cached(parent: Folder, name: str, out: Path) -> Path:
 
 
 def checkpoint_of(recipe: Recipe) -> Path:
-    """The checkpoint that a later stage uses: that of checkpoint=, else the last complete one of the run.
+    """The checkpoint that a later stage uses: the one that checkpoint= names, else the last complete one of the run.
 
     Raises:
-        SettingError: checkpoint= gives none.
+        SettingError: checkpoint= names none.
         StageError: The run has none, or the store does not answer.
     """
     if recipe.checkpoint:
@@ -189,7 +189,7 @@ def recipe_of(checkpoint_path: Path) -> Recipe:
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint at a path: its own folder, a `best.json`, or a folder with several, whose last complete one counts.
+    """The checkpoint at a path: its own folder, a `best.json`, or a folder with several, of which the last complete one is used.
 
     Returns:
         The checkpoint's folder; None if there is none.

@@ -47,12 +47,12 @@ class CheckpointStore:
         return str(self.folder)
 
     def check(self, same: Mapping[str, Any], *, restart: bool, force: bool) -> list[str]:
-        """Check whether a run with these settings may use it. Nothing is written.
+        """Check whether a run with these settings may use the store. Nothing is written.
 
         Args:
             same: The settings that the checkpoints must have been trained with.
             restart: Whether the checkpoints there are replaced anyway.
-            force: Whether to resume although settings differ that may change.
+            force: Whether to resume even if settings differ that are allowed to change.
 
         Returns:
             The settings that differ, a line each, which `force` allowed.
@@ -121,7 +121,7 @@ class CheckpointStore:
         return None
 
     def _set_aside(self, name: str) -> None:
-        """Let a checkpoint count as half-written: the next one of this name replaces it, or it is removed."""
+        """Mark a checkpoint as half-written, so that the next one of this name replaces it or it is removed."""
         with contextlib.suppress(FileNotFoundError):
             self.folder.write(f"{name}/{DAMAGED}", self.folder.read(f"{name}/{checkpoint.STATE}"))
             self.folder.remove(f"{name}/{checkpoint.STATE}")
@@ -141,7 +141,7 @@ class CheckpointStore:
 
 
 def lease_mark(folder: Folder) -> str | None:
-    """Id of the mark of the store's owner; None if it has none, or one that cannot be understood."""
+    """Id in the lock of the store's owner; None if there is no lock, or it cannot be parsed."""
     try:
         return str(json.loads(folder.read(OWNER))["id"])
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):

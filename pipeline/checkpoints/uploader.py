@@ -1,4 +1,4 @@
-"""Copies checkpoints to their second place while training runs, which the run owns meanwhile."""
+"""Copies checkpoints to their second place while training runs; the run locks that place for this time."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def _given_up(folder: Folder) -> bool:
 class Copier:
     """Copies the last checkpoint of a folder, and the best, to the store in a thread, and removes older ones there.
 
-    One at a time: of the checkpoints that are written meanwhile only the newest is copied. A copy that failed is tried
+    One at a time: of the checkpoints that are written during a copy, only the newest is copied. A copy that failed is tried
     again with the next checkpoint, and by `finish`.
     """
 
@@ -171,7 +171,7 @@ class Copier:
         self.wake()  # for what an earlier process could not copy
 
     def wake(self) -> None:
-        """Say that there is a checkpoint to copy; returns at once."""
+        """Report that there is a checkpoint to copy; returns immediately."""
         with self.lock:
             self._asked = True
             if self._thread is None:
@@ -182,7 +182,7 @@ class Copier:
         """Wait for the last copy, and try again if it failed.
 
         Args:
-            waiting: Is called every few seconds meanwhile.
+            waiting: Called every few seconds while waiting.
 
         Returns:
             Why the store lacks the last checkpoint; "" if it has it.
@@ -222,7 +222,7 @@ class Copier:
                 log.warning("%s: the last checkpoint could not be copied (%s); trying again", self.store, self.error)
             elif self.failures == FAILURES:
                 log.error(
-                    "%s: %d times in a row no checkpoint could be copied (%s); training continues, its checkpoints are only "
+                    "%s: copying a checkpoint failed %d times in a row (%s); training continues, and its checkpoints are only "
                     "in %s until the store takes them again",
                     self.store,
                     FAILURES,
@@ -234,7 +234,7 @@ class Copier:
             with self.lock:
                 self.holding = frozenset()
         if self.failures >= FAILURES:
-            log.warning("%s takes checkpoints again, and has the last one", self.store)
+            log.warning("%s accepts checkpoints again and has the latest one", self.store)
         self.failures, self.error = 0, ""
 
     def _copy(self) -> None:

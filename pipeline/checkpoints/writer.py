@@ -34,7 +34,7 @@ class Uploader(Protocol):
     holding: frozenset[str]  # names of those being copied, which must stay; changed under the lock
 
     def wake(self) -> None:
-        """Say that there is a checkpoint to copy; returns at once."""
+        """Report that there is a checkpoint to copy; returns immediately."""
 
     def finish(self, waiting: Callable[[], None] = lambda: None) -> str:
         """Wait for the last copy. Returns why it failed; "" if it did not."""
@@ -73,12 +73,12 @@ class Keeper:
         self.uncopied = ""
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Note the metrics of training: a checkpoint's value is the mean of `best` since the checkpoint before it."""
+        """Record metrics of training: the value of a checkpoint is the mean of the metric `best` since the previous one."""
         if self.best is not None and self.best in metrics:
             self._values.append(float(metrics[self.best]))
 
     def save(self, saver: checkpoint.Saver) -> None:
-        """Copy what has to be saved, and write it in a thread. Waits for the checkpoint before it."""
+        """Copy the state to host memory, and write it in a thread. Waits for the previous checkpoint first."""
         self.wait()
         value = sum(self._values) / len(self._values) if self._values else None
         self._values = []
@@ -89,7 +89,7 @@ class Keeper:
         """Wait until the last checkpoint is written and copied, and try again if that failed.
 
         Args:
-            waiting: Is called every few seconds meanwhile.
+            waiting: Called every few seconds while waiting.
 
         Returns:
             Why the last checkpoint could not be written; "" if it was.
@@ -107,7 +107,7 @@ class Keeper:
         return "" if self._pending is None else f"the last checkpoint could not be written: {self._error}"
 
     def wait(self, waiting: Callable[[], None] = lambda: None) -> None:
-        """Wait until nothing is being written; `waiting` is called every few seconds meanwhile."""
+        """Wait until nothing is being written; `waiting` is called every few seconds."""
         while self._thread is not None and self._thread.is_alive():
             waiting()
             self._thread.join(_LOOK)

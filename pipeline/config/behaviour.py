@@ -1,6 +1,6 @@
-"""How a setting behaves, declared at its field: which stages read it, and what may be done with it.
+"""Properties of a setting, declared at its field: which stages read it, and whether it may be searched or changed.
 
-`setting` declares a field, `section` a group of fields. What a field does not say, it inherits from its section. Everything
+`setting` declares a field, `section` a group of fields. What a field does not declare, it inherits from its section. Everything
 that depends on these properties (identities of stages, sweeps, ``force=true``, comparisons, model cards) derives its list
 of settings from `behaviours`.
 """
@@ -57,17 +57,17 @@ def setting(
         default: Its default value.
         description: Its meaning, for ``--help`` and the settings reference.
         stages: Stages that read it. None, here and below: as its section says.
-        identity: Stages of whose identity it is a part. Without it: all stages that read it, none if it is operational.
-        operational: Whether it decides only how and where a stage computes. Such settings are never searchable.
+        identity: Stages whose result depends on it. Default: all stages that read it; none if it is operational.
+        operational: Whether it only affects how and where a stage computes. Such settings are never searchable.
         searchable: Whether a sweep may vary it.
         resumable: Whether it may change when pretraining resumes with ``force=true``.
         compared: Whether ``wavemim compare`` shows it where it differs.
         in_card: Whether the model card shows it.
         place: Whether its value is a path or a URL. Model cards then show its last part only.
         vit_only: Whether it applies to plain ViTs only.
-        added: Whether it is younger than some out folders, which do not name it: at its default it is then part of no
-            identity.
-        limits: Limits of the value as of ``pydantic.Field``: ge, gt, le, lt, min_length, pattern.
+        added: Whether it is newer than some existing out folders, which lack it: at its default value it is then not
+            part of any identity.
+        limits: Limits of the value as in ``pydantic.Field``: ge, gt, le, lt, min_length, pattern.
 
     Returns:
         The pydantic field.

@@ -1,4 +1,4 @@
-"""Settings that do not go together: what the type of a single field cannot see.
+"""Checks across settings, beyond the type and range of a single field.
 
 Rules of the method (masks, taps, decoders) are those of `wavemim.constraints`; here they get the settings' names and what to
 do about it.
@@ -29,10 +29,10 @@ def named(setting: str, remedy: str = "") -> Iterator[None]:
 
 
 def check_together(recipe: Recipe) -> None:
-    """Check what can be known from the settings alone, without building the model.
+    """Check what follows from the settings alone, without building the model.
 
     Raises:
-        SettingError: If settings do not go together.
+        SettingError: If settings are incompatible.
     """
     data, encoder = recipe.data, recipe.encoder
     _check_side("encoder.image_size", encoder.image_size, data.levels)
@@ -61,7 +61,7 @@ def check_together(recipe: Recipe) -> None:
 
 
 def _has_patches(encoder: Encoder) -> bool:
-    """Whether the encoder is a plain ViT, judging by its name.
+    """Whether the encoder is a plain ViT, according to its name.
 
     timm, which knows the geometry of the others, takes seconds to import; with the model all of them are checked.
     """
@@ -69,7 +69,7 @@ def _has_patches(encoder: Encoder) -> bool:
 
 
 def _patch(encoder: Encoder) -> int | None:
-    """Pixels per side of a token, where the settings alone tell."""
+    """Pixels per side of a token, where the settings alone determine it."""
     return encoder.patch_size if _has_patches(encoder) else None
 
 
@@ -124,7 +124,9 @@ def _check_target(recipe: Recipe) -> None:
             f"target.normalise=contrast: for target.kind=wavelet only, not {target.kind}; use patch, dataset or none"
         )
     if not any(recipe.weights_by_level().values()):
-        raise SettingError("target.weights: every level weighs 0, so nothing is trained; give one a weight above 0")
+        raise SettingError(
+            "target.weights: the weight of every level is 0, so nothing would be trained; set at least one above 0"
+        )
 
 
 def check_cells(recipe: Recipe, tokens: Mapping[int, int]) -> None:
@@ -200,8 +202,7 @@ def _check_train(train: Train) -> None:
     share = -(-train.batch // train.workers)
     if share < train.accumulate:
         raise SettingError(
-            f"train.accumulate={train.accumulate}: a worker's share of the batch is {share} images; "
-            "use at most as many parts"
+            f"train.accumulate={train.accumulate}: a worker's share of the batch is {share} images; use at most {share}"
         )
     if train.warmup_epochs >= train.epochs:
         raise SettingError(
@@ -221,7 +222,7 @@ def _check_finetune(finetune: Finetune) -> None:
     if finetune.batch // finetune.workers < finetune.accumulate:
         raise SettingError(
             f"finetune.accumulate={finetune.accumulate}: a worker's share of the batch is "
-            f"{finetune.batch // finetune.workers} images; use at most as many parts"
+            f"{finetune.batch // finetune.workers} images; use at most {finetune.batch // finetune.workers}"
         )
     if finetune.warmup_epochs >= finetune.epochs:
         raise SettingError(
@@ -271,7 +272,7 @@ def check_data(data: Data) -> None:
     """Check the settings of a shard set.
 
     Raises:
-        SettingError: If they do not go together.
+        SettingError: If they are incompatible.
     """
     _check_side("data.image_size", data.image_size, data.levels)
     if data.wavelet != "haar":

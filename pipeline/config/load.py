@@ -55,7 +55,7 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
         The settings, validated.
 
     Raises:
-        SettingError: If a setting is unknown, has a value that is not allowed, or does not go together with others.
+        SettingError: If a setting is unknown, has a value that is not allowed, or is incompatible with others.
     """
     settings = _with_bases(recipe, ())
     settings.setdefault("name", Path(recipe).name.removesuffix(".yaml").removesuffix(".yml"))
@@ -99,8 +99,8 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
             )
     if "://" in recipe.out:
         raise SettingError(
-            f"out={recipe.out}: checkpoints and reports are written to a folder that all nodes see; only shards= may be in an "
-            "object store, and copies of checkpoints (train.checkpoints_at=)"
+            f"out={recipe.out}: must be a folder that all nodes see, not a URL; images= and shards= may be in an "
+            "object store, and so may copies of checkpoints (train.checkpoints_at=)"
         )
     if Path(recipe.out).is_file():
         raise SettingError(f"out={recipe.out}: a file, not a folder")

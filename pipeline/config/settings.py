@@ -187,7 +187,7 @@ class Target(Section):
 
     @property
     def predicts_bands(self) -> bool:
-        """Whether taps predict bands of wavelet levels: `wavelet`, and targets of one's own that say so."""
+        """Whether taps predict bands of wavelet levels: `wavelet`, and custom targets that declare it."""
         return registry.predicts_bands(self.kind, self.module)
 
 
@@ -379,6 +379,6 @@ class Cluster(Section):
     )
     min_workers: Positive | None = setting(
         None,
-        "Elastic training: continue with as few workers as this while the cluster has no room for all of them, and scale up "
-        "again once it has. null: wait for all workers.",
+        "Elastic training: continue with as few workers as this while the cluster has no room for all of them, and "
+        "scale up again once it has. null: wait for all workers.",
     )

@@ -380,7 +380,7 @@ def _dry_run(recipe: Recipe, subject: EncoderSource, size: int) -> tuple[tuple[i
     coarsest = max(pixels[block - 1] for block in blocks)
     if size % coarsest:
         raise SettingError(
-            f"segment.image_size={size}: not a multiple of the {coarsest} pixels of a token, so that a margin would "
+            f"segment.image_size={size}: not a multiple of the token size, {coarsest} pixels, so a margin would "
             f"be ignored; nearest allowed: {max(1, size // coarsest) * coarsest}"
         )
     return blocks, sum(tokens[block - 1][0].numel() for block in blocks)

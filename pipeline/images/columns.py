@@ -33,7 +33,7 @@ def column_named(columns: list[str], wanted: str, shown: str) -> str | None:
 
 
 def folded(name: str) -> str:
-    """The form of a column name in which names are compared."""
+    """A column name normalised for comparison."""
     return name.strip().casefold()
 
 

@@ -148,7 +148,7 @@ class _Room:
             self._sizes[index] = self._sizes.get(index, 0) + size
 
     def given_out(self, index: int) -> None:
-        """Release the bytes of `index`; the consumer waits for the next input now."""
+        """Release the bytes of `index`; the consumer now waits for the next input."""
         with self._changed:
             self._used -= self._sizes.pop(index, 0)
             self._head = index + 1

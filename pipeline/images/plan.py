@@ -174,7 +174,7 @@ def split_codes(named: list[str | None]) -> tuple[list[int], str]:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is asked of a plan, whatever the kind of source.
+    """Options of a plan, for every kind of source.
 
     Attributes:
         shown: The source in error messages, without credentials.

@@ -240,7 +240,7 @@ def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _damage_at(file: _Reader, start: int) -> str | None:
-    """What is wrong where the list of members ended; None at the end marker or the end of the file."""
+    """What is wrong at the place where reading members stopped; None at the end marker or the end of the file."""
     header = file.at(start, _BLOCK)
     if not header or header == tarfile.NUL * _BLOCK:
         return None

@@ -1,1 +1,1 @@
-"""What every stage runs in: the Ray session, the stage's folder, usage, progress and formatting."""
+"""What every stage needs to run: the Ray session, the stage's folder, cost, progress and formatting."""

@@ -121,7 +121,7 @@ class Follower:
             )
 
     def look(self) -> None:
-        """Read what training added; redraw the bar, or write a line if it is time for one."""
+        """Read new lines; redraw the bar, or write a line if one is due."""
         now = self.clock()
         if self.lines.size() < self.position:  # another file took its place
             self.position = 0
@@ -163,11 +163,11 @@ class Follower:
         left = self.pace.left(now)
         said.append("done" if left == 0 and self.pace.images >= self.pace.total else f"{duration(left)} left")
         if silent := self.pace.silent(now):
-            said.append(f"no news for {duration(silent)}")
+            said.append(f"no update for {duration(silent)}")
         return ", ".join(said)
 
     def close(self) -> None:
-        """Read and show what is new for the last time."""
+        """Read and show the last changes."""
         self.look()
         if self.bar is not None:
             self.bar.close()

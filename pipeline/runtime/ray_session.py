@@ -142,7 +142,7 @@ def _start(address: str, log_level: int) -> None:
                 if "timed out" not in str(error):
                     raise
                 _log.warning(
-                    "this machine is busy: Ray did not start in the time that it allows itself; trying once more"
+                    "Ray did not start within its own time limit, probably because this machine is busy; trying once more"
                 )
                 ray.shutdown()
                 start()
@@ -184,7 +184,7 @@ def _info(private: bool) -> SessionInfo:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise StageError if nobody listens at an address. Ray itself would try for minutes, with messages of its own."""
+    """Raise StageError if nothing listens at an address. Ray itself would try for minutes, with messages of its own."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if address == "auto" or not host:
         return
@@ -235,7 +235,7 @@ def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str 
         raise SettingError(
             f"{workers} worker(s) with cluster.cpus_per_worker={recipe.cluster.cpus_per_worker:g} need {needed:g} CPUs, "
             f"this machine has {session.cpus:g}; use fewer with {section}.workers={max(1, int(session.cpus))}, "
-            "or a smaller share"
+            "or a smaller cluster.cpus_per_worker"
         )
     if session.private and uses_gpu(recipe, session) and workers > session.gpus:
         raise SettingError(

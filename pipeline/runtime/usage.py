@@ -1,6 +1,6 @@
 """What a stage has used: images, time, CPU and GPU hours, FLOPs, memory and bytes read. Does not import Ray.
 
-Metrics ``cost/…`` are sums since the work began, over all attempts: what is done again after a kill counts again, so
+Metrics ``cost/…`` are sums since the work began, over all attempts: work that is repeated after a kill counts again, so
 ``cost/images_seen`` may be larger than the images of the x axis. Metrics ``perf/…``, which are logged elsewhere, are rates
 at a moment. Training uses `TrainingMeter`, other stages use `Meter` or `measuring_tasks`.
 """
@@ -146,7 +146,9 @@ def flops_of(model: nn.Module, channels: int, image_size: int) -> int:
     try:
         return forward_flops(model, channels, image_size)
     except Exception as error:  # a timm model may do anything that tensors without values do not allow
-        _log.warning("FLOPs of %s cannot be counted (%s); cost/flops is without them", type(model).__name__, error)
+        _log.warning(
+            "FLOPs of %s cannot be counted (%s); they are missing from cost/flops", type(model).__name__, error
+        )
         return 0
 
 
@@ -187,7 +189,7 @@ class Meter:
         self.sum += replace(part, wall_clock_s=0.0)
 
     def read(self, parts: Iterable[Spent] = ()) -> Spent:
-        """What has been spent up to now. `parts`: what tasks have spent that are still running, and were not added."""
+        """The cost so far. `parts`: the cost of tasks that are still running and were not added yet."""
         seconds = time.monotonic() - self.began
         held = Spent(
             wall_clock_s=seconds,
@@ -232,7 +234,7 @@ class TaskMeter(Meter):
         return measured
 
     def read(self, parts: Iterable[Spent] = ()) -> Spent:
-        """What has been spent up to now."""
+        """The cost so far."""
         return super().read([*parts, *(Spent.of(line) for line, _ in JsonLines(self._file).read(self._begin))])
 
 
@@ -311,12 +313,12 @@ class TrainingMeter:
         self._flops += rows * self._world * self._image_flops
 
     def read(self) -> dict[str, float]:
-        """The cost up to now as metrics. A collective call: all workers must make it."""
+        """The cost so far as metrics. A collective call: all workers must make it."""
         self._gather()
         return self.spent().metrics()
 
     def spent(self) -> Spent:
-        """The cost up to now; the bytes and memory of other workers are those of the last `read`."""
+        """The cost so far; the bytes and memory of other workers are those of the last `read`."""
         work = Spent(
             images_seen=self._images,
             flops=self._flops,

@@ -60,7 +60,7 @@ def check(where: str, *, progress: bool = True, say: Callable[[str], None] = tqd
             damaged.add(name)
             say(f"{name}: {problem}")
     files, rows = len(shards.entries()) + 2, sum(shards.rows.values())  # with rejected.parquet and the manifest
-    say(f"{files:,} files, {rows:,} rows: {f'{len(damaged):,} damaged' if damaged else 'whole'}")
+    say(f"{files:,} files, {rows:,} rows: {f'{len(damaged):,} damaged' if damaged else 'intact'}")
     return not damaged
 
 

@@ -18,13 +18,13 @@ from pipeline.shards.shard_set import ShardSet
 from wavemim.evaluation.features import Tapped, Taps, joined
 from wavemim.evaluation.metrics import confusion
 from wavemim.evaluation.protocols import (
-    Judgement,
-    judge_attentive,
-    judge_block,
-    judge_few_labels,
-    judge_knn,
-    judge_linear,
-    judge_rank,
+    Evaluation,
+    evaluate_attentive,
+    evaluate_block,
+    evaluate_few_labels,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_rank,
 )
 
 PIXELS_SIDE = 32  # raw pixels are averaged to this side: a probe on more of them is slower and no better
@@ -93,7 +93,7 @@ def evaluate_features(
     recipe, cut = validate(settings), len(places["train"])
     train = joined(parts[:cut], places["train"])
     if protocol == "rank":
-        return judge_rank(train.final).values, None
+        return evaluate_rank(train.final).values, None
     test = joined(parts[cut:], places["val"])
     own = recipe.evaluate
     fitted: dict[str, Any] = {
@@ -101,16 +101,16 @@ def evaluate_features(
         "seed": recipe.seed,
         "max_iterations": own.probe_iterations,
     }
-    found: Judgement
+    found: Evaluation
     if protocol == "linear":
-        found = judge_linear(train.set, test.set, **fitted)
+        found = evaluate_linear(train.set, test.set, **fitted)
     elif protocol == "blocks":
-        found = judge_block(train.block(block), test.block(block), number=block, **fitted)
+        found = evaluate_block(train.block(block), test.block(block), number=block, **fitted)
     elif protocol == "knn":
-        found = judge_knn(train.set, test.set, k=own.knn_k)
+        found = evaluate_knn(train.set, test.set, k=own.knn_k)
     else:
         assert protocol == "few_labels", protocol
-        found = judge_few_labels(train.set, test.set, shares=own.few_shares, draws=own.few_draws, **fitted)
+        found = evaluate_few_labels(train.set, test.set, shares=own.few_shares, draws=own.few_draws, **fitted)
     if found.predicted is None or protocol == "blocks":
         return found.values, None
     return found.values, confusion(test.labels, found.predicted, classes)
@@ -136,7 +136,7 @@ def evaluate_tokens(
             labels.append(part_labels)
             yield part, part_labels
 
-    found = judge_attentive(
+    found = evaluate_attentive(
         tokens,
         fitted,
         test(),

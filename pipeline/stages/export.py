@@ -213,7 +213,7 @@ def register(
     uri = store_uri(recipe)
     run_id = SendOffset.of(folder).run_id
     where = store.without_password(uri)
-    again = f"the encoder is in {folder}; the same command tries again"
+    again = f"the encoder is in {folder}; run the same command again to retry"
     if not run_id:
         raise StageError(f"export.registry={name}: MLflow at {where} does not answer; {again}")
 

@@ -134,7 +134,7 @@ def _result(
     """Export the model, write what was measured of it; returns the result."""
     final = checkpoint.latest(folder.path)
     if final is None:
-        raise StageError(f"{folder.path} has no whole checkpoint after training")
+        raise StageError(f"{folder.path} has no complete checkpoint after training")
     state, names = checkpoint.read_state(final), shards.classes or []
     n, correct = int(counts.sum()), int(counts.trace())
     accuracy = Accuracy.of_share(correct / max(n, 1), n)

@@ -72,17 +72,17 @@ CHECKS = (check_images, check_layout, check_places)
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found out before Ray is started."""
+    """What `check` determined before Ray is started."""
 
     plan: ImagePlan | None  # None where the shard set looks finished already: its images are not listed again
 
 
 def check(recipe: Recipe) -> Checked:
-    """List the images, before the output folder is taken: mistakes in `images=` neither leave nor replace anything.
+    """List the images before the output folder is locked, so that mistakes in `images=` leave and replace nothing.
 
     Raises:
         SettingError: The images cannot be listed, or their labels or splits are ambiguous.
-        StageError: Too many inputs are rejected by their names alone, or a store does not answer.
+        StageError: Too many inputs are rejected because of their names, or a store does not answer.
     """
     unfinished = recipe.restart or Folder.at(recipe.shards_at).size(MANIFEST) is None
     return Checked(_plan(recipe) if unfinished else None)
@@ -98,7 +98,7 @@ def run(
 ) -> dict[str, Any]:
     """Make the shard set of `recipe.images` at `recipe.shards_at`.
 
-    A finished set of the same settings is left as it is; an unfinished one is resumed.
+    A finished set with the same settings is kept; an unfinished one is resumed.
 
     Args:
         recipe: The settings.

@@ -68,7 +68,7 @@ def make_units(plan: ImagePlan, rows_per_shard: int) -> list[Unit]:
 
     Args:
         plan: The inputs.
-        rows_per_shard: Inputs of a unit at most.
+        rows_per_shard: Largest number of inputs per unit.
 
     Returns:
         The units of all splits, in order.

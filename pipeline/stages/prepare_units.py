@@ -1,4 +1,4 @@
-"""What prepare keeps between its calls, and how units become a shard set: plan, reports, manifest."""
+"""What prepare stores for resuming (plan, reports), and how units become a shard set (manifest)."""
 
 from __future__ import annotations
 

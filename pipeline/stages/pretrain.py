@@ -145,7 +145,7 @@ def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Trac
     """Draw the figures of the last checkpoint; returns the result."""
     final = checkpoint.latest(folder.path)
     if final is None:
-        raise StageError(f"{folder.path} has no whole checkpoint after training")
+        raise StageError(f"{folder.path} has no complete checkpoint after training")
     state = checkpoint.read_state(final)
     picture, losses = folder.path / "reconstruction.png", folder.path / "losses.png"
     model, _, _ = model_of_checkpoint(final)

@@ -68,7 +68,7 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], secon
         f"Images: {counts['kept']:,} of {counts['inputs']:,} kept, {counts['rejected']:,} rejected ({recipe.images})."
     )
     if not evaluated["labelled"]:
-        parts.append("There are no labelled val images: what needs them (linear probe, kNN) was skipped.")
+        parts.append("There are no labelled val images, so what needs labels (linear probe, kNN) was skipped.")
     if results["tune"]["objective"].endswith("rankme"):
         parts.append("The sweep's objective is RankMe, the effective rank of the features.")
     parts += ["", "## Loss on hidden cells, per level", "", _loss_table(pretrained["history"]), ""]

@@ -285,7 +285,7 @@ def _classes(recipe: Recipe, plan: SegmentPlan, encoded: Encoded) -> Classes:
     if len(values) > MOST_CLASSES:
         raise StageError(
             f"the masks hold {len(values)} values, but at most {MOST_CLASSES} classes are supported: are they photos, or "
-            "instance numbers? A mask's pixel has to be its class; set segment.classes to reject other values"
+            "instance IDs? The value of a pixel has to be its class; set segment.classes to reject other values"
         )
     if not val:
         raise StageError(f"no pixel of val counts: its masks hold only segment.ignore={sorted(ignored)}")

@@ -1,4 +1,4 @@
-"""Carries out stages one after another: every check of the settings first, then check, run and summary of each stage."""
+"""Runs stages one after another: first all checks of the settings, then check, run and summary of each stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stage(Protocol):
         """Do the work, or recognise that it is finished already."""
 
     def summary(self, recipe: Recipe, result: Mapping[str, Any]) -> str:
-        """What a person reads at the end."""
+        """The text that is printed at the end."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A sweep on Ray Tune: each trial pretrains in its own process with some settings changed, and is evaluated.
 
 The loss of a trial depends on its level weights and its mask, so it cannot rank trials. The objective is a metric that
-the searched settings do not enter: the linear probe's accuracy on a held-out part of the train split (val stays
+does not contain the searched settings: the linear probe's accuracy on a held-out part of the train split (val stays
 untouched, for the final evaluation), or RankMe where there are no labels.
 """
 

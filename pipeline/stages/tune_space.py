@@ -1,4 +1,4 @@
-"""Search spaces of sweeps: which settings vary, in which ranges, and what every trial changes besides."""
+"""Search spaces of sweeps: which settings vary, in which ranges, and what every trial changes in addition."""
 
 from __future__ import annotations
 

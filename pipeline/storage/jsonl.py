@@ -46,7 +46,7 @@ class JsonLines:
                 if not self._warned:
                     self._warned = True
                     reason = error.strerror or error
-                    _log.warning("metrics cannot be written to %s (%s); the run goes on", self.path, reason)
+                    _log.warning("metrics cannot be written to %s (%s); the run continues", self.path, reason)
 
     def waiting(self) -> list[dict[str, Any]]:
         """The lines that could not be written so far."""

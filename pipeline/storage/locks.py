@@ -103,7 +103,9 @@ class _Lease:
         if other is not None:
             age = _age(self.folder, other, str(self.mine["id"]))
             if age < STALE:
-                more = f"; its owner was last seen {max(age, 0):.0f} s ago, and no longer counts after {STALE:.0f} s"
+                more = (
+                    f"; its owner last renewed its lock {max(age, 0):.0f} s ago; the lock expires after {STALE:.0f} s"
+                )
                 raise _taken(self.folder, other, more)
         self._open(other)
         if self._write():
@@ -132,7 +134,7 @@ class _Lease:
             if self._is_mine(_mark(self.folder)):
                 self.folder.remove(OWNER)
         except (StageError, SettingError) as error:  # the work is done, and the mark goes stale by itself
-            log.warning("%s: its mark of ownership remains for %.0f s: %s", self.folder, STALE, error)
+            log.warning("%s: its lock could not be removed and expires in %.0f s: %s", self.folder, STALE, error)
 
     def _is_mine(self, mark: dict[str, Any] | None) -> bool:
         return mark is not None and mark.get("id") == self.mine["id"]

@@ -114,8 +114,8 @@ def check_out(out: str, *, overwrite: bool) -> None:
         raise SettingError(f"--out {out}: the name has to end in .parquet")
     kind = folder.kind(name)
     if kind == "folder" or (kind and not overwrite):
-        hint = "a folder; use another name" if kind == "folder" else "there already; --overwrite replaces it"
-        raise SettingError(f"--out {out}: {folder.shown(name)} is {hint}")
+        hint = "is a folder; use another name" if kind == "folder" else "already exists; --overwrite replaces it"
+        raise SettingError(f"--out {out}: {folder.shown(name)} {hint}")
     if folder.local is not None and not folder.local.is_dir():
         raise SettingError(f"--out {out}: the folder '{folder.local}' does not exist")
 

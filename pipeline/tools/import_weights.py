@@ -44,7 +44,7 @@ def _target(out: str, *, overwrite: bool) -> Path:
     folder = Path(out).absolute()
     exists = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if exists and not (overwrite and (folder / "config.json").is_file()):
-        hint = "exists already; --overwrite replaces it" if not overwrite else "was not written by import"
+        hint = "already exists; --overwrite replaces it" if not overwrite else "was not written by import"
         raise SettingError(f"{out} {hint}")
     return folder
 

@@ -198,10 +198,15 @@ def _line(replayed: Replayed) -> str:
 def _verdict(found: list[Replayed]) -> str:
     broken = [replayed for replayed in found if replayed.parameter is not None]
     if not broken:
-        return "All of it is finite here: the cause was arithmetic that differs on this machine, or a faulty device."
+        return "All losses and gradients are finite here: the arithmetic of this machine differs, or the device was faulty."
     if all(len(replayed.images) == replayed.count for replayed in broken):
-        return f"{len(broken)} of {len(found)} steps are not finite, with every image: the weights are the cause."
+        return f"{len(broken)} of {len(found)} steps are not finite for any image: the weights are the cause."
     images = {name for replayed in broken for name in replayed.images}
     if not images:
-        return f"{len(broken)} of {len(found)} steps are not finite, although each image is on its own."
-    return f"{len(broken)} of {len(found)} steps are not finite, because of {len(images)} images that are not finite on their own."
+        return f"{len(broken)} of {len(found)} steps are not finite, although every single image is finite."
+    whose = (
+        "1 image whose loss or gradient is"
+        if len(images) == 1
+        else f"{len(images)} images whose losses or gradients are"
+    )
+    return f"{len(broken)} of {len(found)} steps are not finite, because of {whose} not finite."

@@ -1,1 +1,1 @@
-"""MLflow: what is logged goes to a local journal first, and from there to the server, beside the work."""
+"""MLflow: what is logged goes to a local journal first, and is sent to the server in the background."""

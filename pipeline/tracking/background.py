@@ -1,4 +1,4 @@
-"""The thread that sends the journal, so that nobody who logs waits for MLflow."""
+"""The thread that sends the journal, so that logging never waits for MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SendingThread:
     def __init__(self, send: Callable[[bool], bool | None]) -> None:
         """
         Args:
-            send: Does one round; its argument says whether somebody waits for it. Returns whether everything was sent; None
+            send: Does one round; its argument says whether a caller waits for it. Returns whether everything was sent; None
                 if another process is sending, so that it should be tried again soon.
         """
         self._send = send
@@ -35,7 +35,7 @@ class SendingThread:
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """Say that a line was logged; returns at once."""
+        """Report that a line was logged; returns immediately."""
         with self._turn:
             self._asked += 1
             if self._thread is None:
@@ -44,7 +44,7 @@ class SendingThread:
             self._turn.notify_all()
 
     def pause(self) -> None:
-        """Do not send for a while."""
+        """Do not send for some time."""
         with self._turn:
             self._not_before = time.monotonic() + FIRST_PAUSE
 
@@ -61,7 +61,7 @@ class SendingThread:
             return self._done >= wanted
 
     def close(self) -> None:
-        """Say that no more lines come: the thread ends when all are sent, or when that fails."""
+        """Report that no more lines follow: the thread ends when all are sent, or when that fails."""
         with self._turn:
             self._closed = True
             self._turn.notify_all()

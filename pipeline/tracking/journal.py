@@ -1,7 +1,7 @@
 """The journal: what a stage logged, in files of its folder, and how far it was sent to MLflow.
 
-Tracking never costs a run: training does not wait for MLflow, and does not end because MLflow is away, slow, full or
-refuses something. Whoever logs only appends a line to a local file; a thread sends what is there. What could not be sent
+Tracking never ends a run: training does not wait for MLflow, and continues if MLflow is down, slow, full or
+refuses something. Logging only appends a line to a local file; a thread sends what is there. What could not be sent
 is sent later: by this process, by the next one that resumes the stage, or by ``wavemim sync``.
 
 The files
@@ -27,9 +27,9 @@ What "sent" means
     onto the disk before it, so that after a power cut the offset does not reach beyond their end.
 
 What is created once
-    A run has a key, which the writer makes up before MLflow knows the run, and which MLflow stores as the tag
+    A run has a key, which the writer generates before the run exists in MLflow, and which MLflow stores as the tag
     ``wavemim.key``. A run is created only if none has that key, so that a request whose answer was lost creates no second
-    one. Whoever opens the folder again reads the last key from the outbox and resumes that run, unless it is FINISHED.
+    one. A process that opens the folder again reads the last key from the outbox and resumes that run, unless it is FINISHED.
 
 What happens when
     the process is killed
@@ -37,19 +37,19 @@ What happens when
         sent is sent again, which changes nothing: MLflow stores a metric of the same name, step, time and value once, and
         tags, parameters and artifacts are overwritten by themselves. The run stays RUNNING in MLflow until the stage is
         resumed and ends. Trials of a sweep that has ended are ended as KILLED by ``wavemim sync``.
-    MLflow is away
+    MLflow is down
         One warning. Sending is tried again after 30 s, then after twice as long each time, up to 10 min. At its end the
         stage waits for at most 20 s.
     a call hangs
-        It runs in a thread of its own, which is abandoned when its time is up, and counts as MLflow being away.
+        It runs in a thread of its own, which is abandoned when its time is up, and counts as MLflow being down.
     MLflow refuses a metric
         The batch is halved until the value is found, which is counted as refused and skipped; all others are sent. Only
         an invalid value is skipped: a missing permission, for example, may be granted later.
-    MLflow does not take a file
-        One warning per file. Its line is put aside in ``.mlflow-sent.json``, so that it holds up no metrics, and tried
+    MLflow does not accept a file
+        One warning per file. Its line is deferred in ``.mlflow-sent.json``, so that it does not block metrics, and tried
         again when the run ends, when the stage is resumed, and by ``wavemim sync``.
     the run was deleted in MLflow
-        Nothing more is sent, with one warning: somebody wanted it gone. Starting the stage again creates a new run with
+        Nothing more is sent, with one warning: the deletion was intended. Starting the stage again creates a new run with
         all metrics.
     the store has lost the run
         All of it is sent again to a new run.

@@ -30,17 +30,17 @@ _LONGEST_PARAM, _PARAMS_IN_BATCH, METRICS_IN_BATCH = 6000, 100, 1000
 
 
 class RunGone(Exception):
-    """The store has no such run, or somebody deleted it there (`deleted`)."""
+    """The store has no such run, or it was deleted there (`deleted`)."""
 
     def __init__(self, run_id: str, *, deleted: bool) -> None:
-        super().__init__(f"its run {run_id} {'was deleted' if deleted else 'is not there'}")
+        super().__init__(f"its run {run_id} {'was deleted' if deleted else 'does not exist'}")
         self.deleted = deleted
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """Returns the result of `call`. Raises its errors, and TimeoutError if it takes longer than `seconds`.
 
-    A call that hangs is left behind in a daemon thread, which does not hold up the end of the process either.
+    A call that hangs is abandoned in a daemon thread, which does not keep the process from exiting.
     """
     outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
@@ -367,7 +367,7 @@ _INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
 def refused(error: Exception) -> bool:
-    """Whether the store answered that it does not take what it was given."""
+    """Whether the store answered that it rejects the data."""
     if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
         return False
     code = getattr(error, "error_code", "")
@@ -375,12 +375,12 @@ def refused(error: Exception) -> bool:
 
 
 def invalid(error: Exception) -> bool:
-    """Whether what it was given can never be stored; a permission that is missing, for example, may be granted."""
+    """Whether the data can never be stored; a missing permission, for example, may still be granted."""
     return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
 
 
 def unreachable(error: Exception) -> bool:
-    """Whether there was no answer at all; an answer that the disk for files is full, for example, is one."""
+    """Whether there was no answer at all. An error such as a full disk on the server is an answer."""
     import requests
 
     none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)

@@ -80,7 +80,7 @@ def _folders(name: str) -> list[Path]:
             f"{name} holds runs; give one or more of them: {_listed([f'{name}/runs/{n}' for n in inside])}"
         )
     if os.sep in name:
-        raise SettingError(f"{name} has nothing that was logged; give OUT/runs/NAME or the folder of a stage in it")
+        raise SettingError(f"{name} contains no logs of a stage; give OUT/runs/NAME or the folder of a stage in it")
     return []  # a run's name that is also the name of some folder
 
 
@@ -95,9 +95,7 @@ def _uri_of_names(uri: str | None, of_folders: Sequence[str]) -> str:
         return of_folders[0]
     if DEFAULT.is_file():
         return f"sqlite:///{DEFAULT.absolute()}"
-    raise SettingError(
-        "it is not known where MLflow keeps the runs: give tracking.uri=URI, or folders of runs (OUT/runs/NAME)"
-    )
+    raise SettingError("the address of MLflow is unknown; give tracking.uri=URI, or folders of runs (OUT/runs/NAME)")
 
 
 def _in_folders(client: Any, name: str, folders: Sequence[Path], uri: str) -> Run:
@@ -147,7 +145,7 @@ def _named(client: Any, name: str, uri: str) -> Run:
 def _unknown(client: Any, name: str, uri: str) -> str:
     runs = [run for run in store.find_runs(client, at_most=1000) if PARENT not in run.data.tags]
     known = list(dict.fromkeys(run.data.tags.get(RUN) or run.data.tags.get(RECIPE) or _name_of(run) for run in runs))
-    there = f"there are {_listed(known)}" if known else "there are none"
+    there = f"its runs are {_listed(known)}" if known else "it has no runs"
     return f"{name}: MLflow at {store.without_password(uri)} has no run of this name or id; {there}"
 
 
@@ -157,15 +155,17 @@ def _together(label: str, runs: Sequence[Any], uri: str) -> Run:
     for run in sorted(runs, key=lambda run: run.info.start_time, reverse=True):
         stage = run.data.tags.get(STAGE) or _name_of(run)
         if stage in found.stages:
-            found.notes.append(f"{label}: {stage} has an older run too, {run.info.run_id}, which is not shown")
+            found.notes.append(f"{label}: {stage} also has an older run, {run.info.run_id}, which is not shown")
         found.stages.setdefault(stage, run)
     trained = found.stages.get("pretrain")
     for stage, run in found.stages.items():
         if trained is not None and stage != "prepare" and run.info.start_time < trained.info.start_time:
-            found.notes.append(f"{label}: its {stage} is older than its pretrain, and so of an earlier training")
+            found.notes.append(
+                f"{label}: its {stage} is older than its pretrain, so it belongs to an earlier training run"
+            )
     if len(found.stages) > 1 and any(RUN not in run.data.tags for run in found.stages.values()):
         found.notes.append(
-            f"{label}: made by an earlier version, without the tag {RUN}; put together by {RECIPE}, or by folder"
+            f"{label}: logged by an earlier version, without the tag {RUN}; stages were matched by {RECIPE} or by folder"
         )
     return found
 
@@ -206,5 +206,5 @@ def stored_uri(folder: Path, outbox: JsonLines) -> str:
         if not address or store.without_password(from_outside) == address:
             return from_outside
     if not address or ":***@" in address:
-        raise SettingError(f"{folder} does not say where MLflow is, or not its password; give tracking.uri=")
+        raise SettingError(f"{folder} lacks the address of MLflow, or its password; give tracking.uri=")
     return address

@@ -1,4 +1,4 @@
-"""One round of sending: brings what the journal holds to MLflow, and marks how far it came.
+"""One round of sending: sends the journal to MLflow and records how far it was sent.
 
 The protocol is described in `pipeline.tracking.journal`. In short: the offset is written after MLflow has confirmed, so a
 kill in between has the same lines sent again, which changes nothing.
@@ -52,7 +52,7 @@ class Sender:
 
     Attributes:
         tally: What was sent since the sender was made.
-        trouble: Why MLflow did not take the last file that it did not take.
+        trouble: Why MLflow did not accept the last file that failed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Sender:
 
     @property
     def held(self) -> int:
-        """Number of files that MLflow does not take for now."""
+        """Number of files that MLflow does not accept for now."""
         return len(self._offset.files)
 
     @property
@@ -107,12 +107,12 @@ class Sender:
 
         Args:
             wait: Seconds to wait for another process that is sending.
-            files: Whether to try files again that MLflow did not take before.
+            files: Whether to retry files that MLflow did not accept before.
 
         Raises:
             Busy: Another process is still sending.
             RunGone: The run was deleted in MLflow.
-            Exception: MLflow's own, or OSError: it is away, slow, or refuses.
+            Exception: MLflow's own, or OSError: it is down, slow, or refuses.
         """
         with sending_alone(self.folder, wait):
             self._offset = self._load()
@@ -144,7 +144,7 @@ class Sender:
             self._apply(entry)
             self._from_memory.add(json.dumps(entry))
         if not self._offset.run_id:
-            raise ConnectionError("its run is not there yet")
+            raise ConnectionError("its run does not exist yet")
         if files:
             self._retry_files()
         self._send_metrics(None)
@@ -223,16 +223,16 @@ class Sender:
         folder = Path(os.path.normpath(self.folder / entry["parent"]))
         known = SendOffset.of(folder).run_id or entry["parent_id"]
         if not known and (folder / OUTBOX).is_file():
-            raise ConnectionError(f"the run of {folder} is not there yet")
+            raise ConnectionError(f"the run of {folder} does not exist yet")
         return str(known)
 
     def _file(self, entry: dict[str, Any]) -> None:
-        """Send a file or a text; one that MLflow does not take now is put aside, so that it holds up nothing."""
+        """Send a file or a text; one that MLflow does not accept now is deferred, so that it blocks nothing."""
         text = entry["do"] == "text"
         source = entry["file"] if text else self.folder / entry["path"]
         if not text and not source.exists():
             self.tally.missing.append(str(source))
-            _log.warning("%s is not sent to MLflow: it is no longer there", source)
+            _log.warning("%s cannot be sent to MLflow: the file no longer exists", source)
             return
         try:
             if text:
@@ -247,11 +247,11 @@ class Sender:
             self.trouble = store.reason(error)
             if str(source) not in self._warned:
                 self._warned.add(str(source))
-                _log.warning("MLflow does not take %s for now (%s); wavemim sync sends it", source, self.trouble)
+                _log.warning("MLflow does not accept %s for now (%s); wavemim sync will send it", source, self.trouble)
             self._offset.files.append(entry)
 
     def _retry_files(self) -> None:
-        """Send the files that were put aside."""
+        """Send the files that were deferred."""
         entries, self._offset.files = self._offset.files, []
         if not entries:
             return
@@ -313,7 +313,7 @@ class Sender:
             self._call(lambda client: store.check_run(client, self.run_id))
 
     def _call(self, call: Callable[[MlflowClient], T], limit: float | None = None) -> T:
-        """What MLflow answers. Raises its errors, and TimeoutError after `limit` seconds."""
+        """The answer of MLflow. Raises its errors, and TimeoutError after `limit` seconds."""
         store.import_mlflow()
         return store.within(
             limit or self._limit or (CALL_LIMIT if self._client else START_LIMIT), lambda: call(self._connected())

@@ -1,7 +1,7 @@
 """What a stage logs: its runs, metrics, files and tags.
 
 `Tracker` writes each of them to the stage's journal, at once and without waiting for MLflow, and has a thread send it. The
-journal, and what happens when MLflow is away or the process is killed, is described in `pipeline.tracking.journal`.
+journal, and what happens when MLflow is down or the process is killed, is described in `pipeline.tracking.journal`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Tracker:
         """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
 
         A run that the store has lost, or that was deleted there, is created anew with all its metrics. A SQLite store is
-        created if it does not exist. Waits for MLflow for 120 s at most, and goes on without it.
+        created if it does not exist. Waits for MLflow for 120 s at most, and continues without it.
 
         Args:
             recipe: The settings, which become parameters and the artifact recipe.yaml.
@@ -162,7 +162,7 @@ class Tracker:
         return replace(self._handle, run_id=self._sender.run_id or self._handle.run_id)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics; returns at once.
+        """Log metrics; returns immediately.
 
         Args:
             metrics: By name. A value that is not finite is written to the journal as a string, and not sent.
@@ -183,7 +183,7 @@ class Tracker:
         """Log a file, or a folder with everything in it.
 
         Args:
-            path: Is read when it is sent, so it must stay where it is.
+            path: Read when it is sent, so it must stay in place.
             folder: Of the artifacts; None for their root.
         """
         source = Path(path).absolute()
@@ -195,7 +195,7 @@ class Tracker:
         self._note("tag", key=store.clean_key(key), value=str(value))
 
     def end(self, status: str = "FINISHED") -> None:
-        """End the run; an attached tracker only sends what is left. A second call does nothing.
+        """End the run; an attached tracker only sends what is missing. A second call does nothing.
 
         Waits for MLflow for 20 s at most; what is not sent by then is sent later.
 
@@ -212,7 +212,7 @@ class Tracker:
         sent = self.flush(_END_LIMIT)
         self._thread.close()
         if not sent and not self._warned:
-            self._warn("does not take everything in time")
+            self._warn("does not accept everything in time")
 
     def flush(self, seconds: float) -> bool:
         """Send at once. Returns whether all that was logged has been sent within so many seconds."""
@@ -250,7 +250,7 @@ class Tracker:
             first, self._warned = not self._warned, True
         if first:
             _log.warning(
-                "MLflow at %s %s: metrics are kept in %s; training goes on, and wavemim sync %s sends what is left",
+                "MLflow at %s %s: metrics are kept in %s; the stage continues, and wavemim sync %s sends what is missing",
                 without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),
             )  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""The training harness: loops, schedule, metrics, divergence and online evaluation. Knows no Ray."""
+"""Training: loops, schedule, metrics, divergence and online evaluation. Does not use Ray."""

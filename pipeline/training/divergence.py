@@ -36,7 +36,7 @@ class DivergedError(TrainingEndedError):
 
 @dataclass
 class StepRecord:
-    """A step as the host remembers it."""
+    """What the host records of a step."""
 
     step: int
     epoch: int
@@ -52,7 +52,7 @@ class WindowReport:
 
 
 class DivergenceWatch:
-    """Counts skipped steps, finds loss spikes, and ends a run that does nothing but skip steps."""
+    """Counts skipped steps, finds loss spikes, and ends a run in which too many steps in a row are skipped."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class DivergenceWatch:
         self.steps.append(StepRecord(step, epoch, rows))
 
     def forget(self) -> None:
-        """Forget the recent losses: with images of another size they are no measure of what is usual."""
+        """Forget the recent losses: they are not comparable with those of another image size."""
         self.recent.clear()
 
     def report(self, lr: float, total_steps: int | None = None) -> WindowReport:

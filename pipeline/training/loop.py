@@ -1,7 +1,7 @@
 """The training loop of pretraining and fine-tuning: in a Ray Train worker, in a trial of a sweep and in tests.
 
 It knows neither Ray nor MLflow. What differs between the two is a `Task`: where batches come from, how a batch becomes a
-step, and what is done at the end of an epoch. What is measured meanwhile is gathered in `Telemetry`.
+step, and what is done at the end of an epoch. Measurements are gathered in `Telemetry`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def run(
 
     Args:
         task: What is trained.
-        end: Step behind the last one; the end of training or of one of its phases.
-        state: Where training is; it is moved on.
+        end: Step after the last one; the end of training or of one of its phases.
+        state: Progress of training; it is updated.
         schedule: Lengths of the run.
         telemetry: What is measured.
         harness: The worker.
 
     Returns:
-        Whether training was asked to stop before; a checkpoint has been taken then.
+        Whether training was asked to stop earlier; in that case a checkpoint has been saved.
 
     Raises:
         DivergedError: Too many steps in a row were skipped; on every worker after the same step.
@@ -94,7 +94,7 @@ def run(
 def _batches(task: Task, end: int, state: TrainState, harness: Harness) -> Generator[tuple[Batch, float]]:
     """Batches up to step `end`, epoch after epoch, each with the seconds that this worker waited for it.
 
-    The caller moves `state` on, by one step for each.
+    The caller advances `state` by one step for each.
     """
     while state.step < end:
         with contextlib.closing(task.batches(state.epoch, state.batch)) as batches:

@@ -47,7 +47,7 @@ LogFile = Callable[[Path, str], None]
 
 @dataclass
 class CpuBudget:
-    """CPU seconds that evaluations of a kind have cost, and how many they may cost."""
+    """CPU seconds that one kind of evaluation has used, and how many it may use."""
 
     share: float
     spent: float = 0.0
@@ -58,13 +58,13 @@ class CpuBudget:
         return self.spent + self.cost <= self.share * elapsed
 
     def charge(self, cost: float) -> None:
-        """One has cost `cost` CPU seconds."""
+        """Record an evaluation that used `cost` CPU seconds."""
         self.spent += cost
         self.cost = cost
 
 
 class OnlineEvaluator:
-    """Decides when to evaluate, has it done, and logs the result. A failure costs one warning and nothing else."""
+    """Decides when to evaluate, starts the evaluation, and logs the result. A failure only gives a warning."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class OnlineEvaluator:
         self._turn = threading.Lock()
 
     def evaluate_if_due(self) -> bool:
-        """Evaluate the newest checkpoint if it is a new one and it is time to; returns whether that was done."""
+        """Evaluate the newest checkpoint if it is new and an evaluation is due; returns whether one was made."""
         now = self.clock()
         elapsed = now - self.began
         picture = self.pictures.allows(elapsed)
@@ -208,7 +208,7 @@ class OnlineEvaluator:
         return self.failures < FAILURES
 
     def stop(self) -> None:
-        """End the evaluation that is under way; there are no more."""
+        """End the running evaluation, and start no more."""
         with self._turn:
             self.stopped.set()
             child = self._child

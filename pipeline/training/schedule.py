@@ -1,4 +1,4 @@
-"""Where training is and how long it takes: lengths, image sizes, and what a checkpoint remembers of them. No Ray in here."""
+"""Progress and length of training: steps, image sizes, and what a checkpoint stores of them. No Ray in here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTED = ("images_seen", "wall_clock_s", "flops", "bytes_read")  # parts of a c
 
 @dataclass
 class TrainState:
-    """Where training is: what a checkpoint has to remember, and what each epoch so far gave."""
+    """Progress of training, as a checkpoint stores it: steps, images, and the mean losses of each epoch so far."""
 
     step: int = 0
     images: int = 0
@@ -33,7 +33,7 @@ class TrainState:
     parts: list[dict[str, float]] = field(default_factory=list)  # cost per image size so far (train.progressive)
 
     def count(self, batch: Batch) -> None:
-        """A step over `batch` is done."""
+        """Count a finished step over `batch`."""
         self.step += 1
         self.batch += 1
         self.images += round(batch.total)

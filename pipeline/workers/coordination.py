@@ -1,4 +1,4 @@
-"""Decisions of rank 0 while training runs (save now, stop now), made known to all ranks after the same step. No Ray here."""
+"""Decisions of rank 0 during training (save now, stop now), communicated to all ranks after the same step. No Ray here."""
 
 from __future__ import annotations
 

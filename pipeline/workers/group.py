@@ -68,7 +68,7 @@ def train_on_workers(
         The value of the loop on rank 0.
 
     Raises:
-        StageError: Workers failed for good, or training ended for a reason of its own.
+        StageError: Workers failed too often, or training failed for a reason that a restart does not fix.
         KeyboardInterrupt: Training was stopped.
     """
     forget(folder)
@@ -98,12 +98,12 @@ def _fit(trainer: ray.train.torch.TorchTrainer, folder: Path, what: str) -> dict
         # Ray Train handles Ctrl-C itself, and would end the process with 1 and without a message
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"{what} failed: {root_cause(error)}; what was reached is kept in {folder}") from error
+        raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {folder}") from error
     # before SIGTERM, if that is why they ended, is handled
     if ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
-        raise StageError(f"{what} ended: {ended['failed']}; what was reached is kept in {folder}")
+        raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {folder}")
     return ended
 
 
@@ -167,7 +167,7 @@ def sigterm_stops(folder: Path) -> Iterator[None]:
 
 
 def end_process(worker: WorkerStatus) -> bool:
-    """Kill a worker's process on its node, whatever it does; Ray notices that and restarts the workers.
+    """Kill a worker's process on its node, whatever its state; Ray notices that and restarts the workers.
 
     Ray's own way of ending an actor asks its process, which does not respond if it is stopped.
 

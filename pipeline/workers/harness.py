@@ -1,4 +1,4 @@
-"""What a training loop is given by whoever runs it: a Ray Train worker, a trial of a sweep, or a test. No Ray in here."""
+"""What a training loop receives from its caller: a Ray Train worker, a trial of a sweep, or a test. No Ray in here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CheckpointHook = Callable[[checkpoint.Saver, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Harness:
-    """The place of one worker in a training run, and whom its loop reports to. The defaults are those of a lone process."""
+    """The place of one worker in a training run, and the callbacks of its loop. The defaults are for a single process."""
 
     device: torch.device
     rank: int = 0

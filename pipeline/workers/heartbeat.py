@@ -1,4 +1,4 @@
-"""Detection of workers that hang: each reports its progress in a file, and the driver ends one that makes none.
+"""Detection of workers that hang: each reports its progress in a file, and the driver ends one that makes no progress.
 
 The training thread of a worker only counts what it begins (a batch, a step, a checkpoint). A second thread writes the
 count into a small file in the stage's folder. So the driver notices both a process that was stopped or is gone (its file
@@ -31,7 +31,7 @@ STARTING = 6  # times the limit that a worker may take until its first steps are
 LEAST_START = 300.0  # seconds for the same, however short the limit is
 FIRST_STEPS = 2
 # What the training thread waits for, as shown to the user.
-STEP = "its own part of a step"
+STEP = "its own computation"
 BATCH = "a batch of the shard set"
 OTHERS = "the other workers"
 CHECKPOINT = "a checkpoint"
@@ -64,7 +64,7 @@ class WorkerStatus:
 
 
 def interval_of(limit: float) -> float:
-    """Seconds between two reports of a worker, and between two looks of the driver."""
+    """Seconds between two reports of a worker, and between two checks by the driver."""
     return min(max(limit / 10, 0.1), 5.0)
 
 
@@ -218,7 +218,7 @@ class HangMonitor:
     def _culprit(self) -> tuple[_Observed, str]:
         """The worker that the others wait for, and what is wrong with it.
 
-        That is a process that is silent, or else the worker that has come least far.
+        That is a worker whose process does not report, or else the one that has made the least progress.
         """
         silent = [one for one in self._observed.values() if one.silent >= 0.5 * self._allowed(one)]
         culprit = min(silent or self._observed.values(), key=lambda one: (one.status.count, one.status.rank))
@@ -267,7 +267,7 @@ def ending_hung_workers(folder: Path, limit: float | None, end: Callable[[Worker
         try:
             monitor.look()
         except Exception as error:  # training must not end because nobody watches it
-            _log.warning("a worker that hangs could not be ended: %s", error)
+            _log.warning("a hung worker could not be ended: %s", error)
 
     with Periodic(look, monitor.interval, name="hang monitor", join=10):
         yield

@@ -87,7 +87,7 @@ class StragglerDetector:
         if self.slow.get(rank) == WINDOWS and self.rank == 0:
             data, computed = times[rank]
             _log.warning(
-                "rank %d on %s is slow: it takes %.3g s per step for its own part, the median of the others is %.3g s "
+                "rank %d on %s is slow: it takes %.3g s per step for its own work, the median of the others is %.3g s "
                 "(%.1f ×), and all wait for it; it waits %.3g s for data and computes for %.3g s",
                 rank, self.hosts[rank], own[rank], usual, ratio, data, computed,
             )  # fmt: skip

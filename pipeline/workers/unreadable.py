@@ -17,13 +17,13 @@ _REMEDY = "restore the file and run the same command again, which resumes from t
 
 
 def note(folder: Path, error: UnreadableError) -> None:
-    """Remember what could not be read, for the workers that are started next."""
+    """Record what could not be read, for the workers that are started next."""
     with contextlib.suppress(OSError):
         write_json(folder / NOTE, error.place)
 
 
 def forget(folder: Path) -> None:
-    """A new call of the stage begins without such a note."""
+    """Delete that record, at the start of a new call of the stage."""
     with contextlib.suppress(OSError):
         (folder / NOTE).unlink(missing_ok=True)
 

@@ -64,7 +64,7 @@ def test_costs_are_printed_for_headers(capsys):
     assert benchmark.main(["--costs", "small", "mae_vit_base"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert [name for name, _ in lines] == ["small:", "mae_vit_base:"]
-    assert lines[1][1] == "# Cost: 111.9 M parameters, encoder 85.8 M, 19.6 GFLOP forward an image (counted)"
+    assert lines[1][1] == "# Cost: 111.9 M parameters, encoder 85.8 M, 19.6 GFLOP forward per image (counted)"
 
 
 def test_what_cannot_be_built_is_said(tmp_path, in_process):

@@ -207,7 +207,7 @@ def test_a_store_that_is_away_ends_nothing_and_gets_the_last_one_later(tmp_path,
     save(keeper, 90)
     assert keeper.finish() == keeper.uncopied == ""
     assert kept(store.folder) == [90]
-    assert caplog.records[-1].getMessage() == f"{store} takes checkpoints again, and has the last one"
+    assert caplog.records[-1].getMessage() == f"{store} accepts checkpoints again and has the latest one"
     shutil.rmtree(place)
     Keeper(here, keep=2, uploader=Copier(store, here, keep=2, best=False)).uploader.finish()  # a new process
     assert kept(store.folder) == [90]

@@ -33,7 +33,7 @@ MISTAKES = [
     ),
     (
         "encoder.patch_size=12",
-        "encoder.image_size=64: images of 64 pixels do not consist of whole tokens of 12 pixels; nearest allowed: 60 or 72",
+        "encoder.image_size=64: 64 pixels are not a multiple of the token size, 12 pixels; nearest allowed: 60 or 72",
     ),
     ("encoder.image_size=128", "encoder.image_size=128: larger than the stored images, data.image_size=64"),
     ("target.taps.5=8", "target.taps.5: level 5 is deeper than the stored pyramid, data.levels=4; allowed are 1 to 4"),
@@ -56,7 +56,7 @@ MISTAKES = [
     ("data.wavelet=morl", "data.wavelet=morl: not a discrete wavelet of PyWavelets"),
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value must be below the second"),
-    ("out=s3://bucket/x", "out=s3://bucket/x: checkpoints and reports are written to a folder"),
+    ("out=s3://bucket/x", "out=s3://bucket/x: must be a folder that all nodes see"),
     (
         "target.kind=hogs",
         "target.kind=hogs: no target of this name; did you mean 'hog'?; allowed are wavelet, pixels, hog, fourier",
@@ -136,7 +136,7 @@ TOGETHER = [
         ["decoder.depth=0", "decoder.attention=cross", "encoder.sees=masked"],
         "decoder.attention=cross: a linear decoder has no attention; set decoder.depth=1",
     ),
-    (["target.weights={3: 0, 4: 0}"], "target.weights: every level weighs 0"),
+    (["target.weights={3: 0, 4: 0}"], "target.weights: the weight of every level is 0"),
 ]
 
 

@@ -14,7 +14,7 @@ from wavemim.flops import cost_of
 NAMES = names_of("pipeline", "recipes")
 OWN = ("demo", "small", "tiny_imagenet")  # reproduce nothing
 FOUR = ("small_wavelet", "small_pixels", "small_hog", "small_fourier")
-COST = r"# Cost: [\d.]+ M parameters, encoder [\d.]+ M, [\d.]+ GFLOP forward an image \(counted\)"
+COST = r"# Cost: [\d.]+ M parameters, encoder [\d.]+ M, [\d.]+ GFLOP forward per image \(counted\)"
 
 
 def header(name):

@@ -50,7 +50,7 @@ def test_confusion_and_class_lines_equal_scikit_learn():
 def test_tables_and_picture_are_written(tmp_path, classes):
     labels, predicted = predictions(classes)
     matrix, names = confusion(labels, predicted, classes), [f"class, {i}" for i in range(classes)]
-    titles = {"trained": "trained encoder", "pixels": "raw pixels", "untrained": "not judged"}
+    titles = {"trained": "trained encoder", "pixels": "raw pixels", "untrained": "not evaluated"}
     files = write_tables(tmp_path, {"linear": {"pixels": matrix.T, "trained": matrix}}, names, titles)
     assert [path.name for path in files] == ["classes_linear.csv", "confusion_linear.csv", "confusion_linear.png"]
     with open(files[0], newline="", encoding="utf-8") as file:

@@ -11,12 +11,12 @@ from sklearn.preprocessing import StandardScaler
 from wavemim.evaluation.probes import few_labels, fit_probe, held_out, knn, linear_probe
 from wavemim.evaluation.protocols import (
     best_block,
-    judge_attentive,
-    judge_block,
-    judge_few_labels,
-    judge_knn,
-    judge_linear,
-    judge_rank,
+    evaluate_attentive,
+    evaluate_block,
+    evaluate_few_labels,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_rank,
 )
 
 
@@ -36,17 +36,19 @@ def test_linear_probe_equals_scikit_learn_on_the_same_features():
     train, test = blobs(600), blobs(300, seed=2)
     accuracy, strength = linear_probe(train, test, strengths=(0.1,), seed=0)
     assert strength == 0.1 and accuracy.n == 300
-    judged = judge_linear(train, test, strengths=(0.1,), seed=0)
+    result = evaluate_linear(train, test, strengths=(0.1,), seed=0)
     expected = reference(0.1).fit(*train).predict(test[0])
-    assert (judged.predicted != expected).mean() <= 0.004
-    assert judged.values["eval/linear_top1"] == accuracy.top1
+    assert (result.predicted != expected).mean() <= 0.004
+    assert result.values["eval/linear_top1"] == accuracy.top1
     assert accuracy.top1 == pytest.approx(100 * (expected == test[1]).mean(), abs=0.4)
-    assert judged.values["eval/linear_converged"] == 1
+    assert result.values["eval/linear_converged"] == 1
 
 
 def test_what_did_not_converge_is_said():
     train, test = blobs(600), blobs(300, seed=2)
-    assert judge_linear(train, test, strengths=(10.0,), seed=0, max_iterations=2).values["eval/linear_converged"] == 0
+    assert (
+        evaluate_linear(train, test, strengths=(10.0,), seed=0, max_iterations=2).values["eval/linear_converged"] == 0
+    )
 
 
 def test_strength_is_the_best_on_the_held_out_fifth_of_train():
@@ -65,14 +67,14 @@ def test_strength_is_the_best_on_the_held_out_fifth_of_train():
 
 def test_knn_and_its_curve_equal_scikit_learn():
     train, test = blobs(500), blobs(200, seed=3)
-    judged = judge_knn(train, test, k=15, curve=(1, 50, 1000)).values
+    result = evaluate_knn(train, test, k=15, curve=(1, 50, 1000)).values
     for k in (1, 15, 50):
         classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
         expected = 100 * classifier.fit(*train).score(*test)
-        assert judged[f"eval/knn_top1_k{k}"] == pytest.approx(expected, abs=0.51)
-        assert knn(train, test, k=k).top1 == judged[f"eval/knn_top1_k{k}"]
-    assert judged["eval/knn_top1"] == judged["eval/knn_top1_k15"]
-    assert "eval/knn_top1_k1000" not in judged  # train has no such many
+        assert result[f"eval/knn_top1_k{k}"] == pytest.approx(expected, abs=0.51)
+        assert knn(train, test, k=k).top1 == result[f"eval/knn_top1_k{k}"]
+    assert result["eval/knn_top1"] == result["eval/knn_top1_k15"]
+    assert "eval/knn_top1_k1000" not in result  # train has fewer images
     assert knn(train, test, k=1000).top1 == knn(train, test, k=500).top1
 
 
@@ -87,24 +89,24 @@ def test_few_labels_are_drawn_class_by_class():
 
 def test_few_labels_are_the_mean_and_the_spread_of_draws():
     train, test = blobs(400), blobs(200, seed=2)
-    judged = judge_few_labels(train, test, shares=(0.1, 0.005), draws=3, strengths=(0.1,), seed=7).values
+    result = evaluate_few_labels(train, test, shares=(0.1, 0.005), draws=3, strengths=(0.1,), seed=7).values
     found = []
     for draw in range(3):
         chosen = few_labels(train[1], 0.1, 7 + draw)
         found.append(100 * reference(0.1).fit(train[0][chosen], train[1][chosen]).score(*test))
     name = "eval/few10_top1"
-    assert judged[name] == pytest.approx(np.mean(found), abs=0.4)
-    assert judged[f"{name}_std"] == pytest.approx(np.std(found, ddof=1), abs=0.5)
-    assert judged[f"{name}_min"] <= judged[name] <= judged[f"{name}_max"]
-    assert judged[f"{name}_low"] < judged[name] < judged[f"{name}_high"]
-    assert judged["eval/few0.5_top1_labels"] == 4  # one a class
+    assert result[name] == pytest.approx(np.mean(found), abs=0.4)
+    assert result[f"{name}_std"] == pytest.approx(np.std(found, ddof=1), abs=0.5)
+    assert result[f"{name}_min"] <= result[name] <= result[f"{name}_max"]
+    assert result[f"{name}_low"] < result[name] < result[f"{name}_high"]
+    assert result["eval/few0.5_top1_labels"] == 4  # one per class
 
 
 def test_the_best_block_is_chosen_on_train():
     values = {}
     for number, spread in ((1, 3.0), (2, 0.8), (3, 3.0)):
         train, test = blobs(300, spread=spread), blobs(200, seed=2, spread=spread)
-        values |= judge_block(train, test, number=number, strengths=(0.1,), seed=0).values
+        values |= evaluate_block(train, test, number=number, strengths=(0.1,), seed=0).values
     assert best_block(values) == {"eval/best_block": 2}
     assert best_block(values | {"eval/linear_top1_block1": 100.0}) == {"eval/best_block": 2}
     assert best_block({"eval/linear_top1": 3.0}) == {}
@@ -113,7 +115,7 @@ def test_the_best_block_is_chosen_on_train():
 
 
 def test_without_labels_there_is_the_spectrum():
-    values = judge_rank(np.random.default_rng(0).normal(size=(200, 24)).astype(np.float32)).values
+    values = evaluate_rank(np.random.default_rng(0).normal(size=(200, 24)).astype(np.float32)).values
     assert set(values) == {"eval/rankme", "eval/alpha_req"} and values["eval/rankme"] > 20
 
 
@@ -147,13 +149,13 @@ def test_attention_finds_what_the_mean_of_tokens_does_not_hold():
     assert linear_probe(*pooled, strengths=(0.1,), seed=0)[0].high < 45  # chance is 25
     parts = [(test[0][:90], test[1][:90]), (test[0][90:], test[1][90:])]
     settled = {"epochs": 15, "batch": 64, "seed": 0, "device": torch.device("cpu")}
-    judged = judge_attentive(*train, parts, lrs=(1e-7, 3e-3), **settled)
-    assert judged.values["eval/attentive_top1"] > 90
-    assert judged.values["eval/attentive_lr"] == 3e-3
-    assert judged.values["eval/attentive_top1_n"] == 200 and judged.values["eval/attentive_images"] == 800
-    assert 100 * (judged.predicted == test[1]).mean() == judged.values["eval/attentive_top1"]
-    again = judge_attentive(*train, parts, lrs=(3e-3,), **settled)
-    assert np.array_equal(again.predicted, judged.predicted)  # seeded, and the choice leaves no trace
+    result = evaluate_attentive(*train, parts, lrs=(1e-7, 3e-3), **settled)
+    assert result.values["eval/attentive_top1"] > 90
+    assert result.values["eval/attentive_lr"] == 3e-3
+    assert result.values["eval/attentive_top1_n"] == 200 and result.values["eval/attentive_images"] == 800
+    assert 100 * (result.predicted == test[1]).mean() == result.values["eval/attentive_top1"]
+    again = evaluate_attentive(*train, parts, lrs=(3e-3,), **settled)
+    assert np.array_equal(again.predicted, result.predicted)  # seeded, and the choice leaves no trace
 
 
 def test_a_feature_that_never_varies_in_train_says_nothing_of_val():

@@ -387,7 +387,7 @@ def recipe_of(encoder, folders, out, **changes):
         (
             {"image_size": 30},
             SettingError,
-            r"segment\.image_size=30: not a multiple of the 8 pixels of a token.*allowed: 24",
+            r"segment\.image_size=30: not a multiple of the token size, 8 pixels.*allowed: 24",
         ),
         ({"mask_ending": "x"}, SettingError, r"no image has a mask"),
     ],

@@ -30,7 +30,7 @@ def test_mae_base_by_hand():
     assert cost.forward_flops == cost.encoder_flops + cost.decoder_flops
     assert cost.training_flops == 3 * cost.forward_flops
     assert (cost.parameters, cost.encoder_parameters) == (111_907_840, 85_798_656)
-    assert str(cost) == "111.9 M parameters, encoder 85.8 M, 19.6 GFLOP forward an image (counted)"
+    assert str(cost) == "111.9 M parameters, encoder 85.8 M, 19.6 GFLOP forward per image (counted)"
 
 
 def test_wamim_base_by_hand():

@@ -38,8 +38,8 @@ DINO += ["data.image_size=112", "encoder.image_size=112", "target.kind=pixels", 
                 "target.taps={4: 4}",
                 "mask.unit=16",
             ],
-            "encoder.name=swin_tiny_patch4_window7_224 with encoder.image_size=80: images of 80 pixels do not consist of "
-            "whole tokens of 32 pixels; nearest allowed: 64 or 96",
+            "encoder.name=swin_tiny_patch4_window7_224 with encoder.image_size=80: 80 pixels are not a multiple of the "
+            "token size, 32 pixels; nearest allowed: 64 or 96",
         ),
         (
             [*DINO, "mask.unit=16"],

@@ -195,7 +195,7 @@ def test_missing_packages_are_named_before_anything_is_written(tmp_path, monkeyp
 def test_a_store_that_is_away_costs_the_registration_alone(exported, tmp_path):
     out, _, _, _, result = exported
     away = recipe_for(out, "export.registry=dogs", "tracking.uri=http://127.0.0.1:9")
-    with pytest.raises(StageError, match=r"export\.registry=dogs: MLflow at http://127\.0\.0\.1:9.*tries again"):
+    with pytest.raises(StageError, match=r"export\.registry=dogs: MLflow at http://127\.0\.0\.1:9.*to retry"):
         run_stage(export_stage, away)
     with pytest.raises(StageError, match="does not answer"):  # the run has never reached it
         register(away, tmp_path, result["onnx"], name="dogs", about={})

@@ -177,8 +177,8 @@ def test_mistakes_are_one_line(runs, tmp_path, monkeypatch, capsys):
     here = f"tracking.uri={uri(out)}"
     for arguments, words in {
         ("third", here): "third: MLflow at sqlite:///",
-        ("0" * 32, here): "is not there in MLflow at",
-        ("it's", here): "no run of this name or id; there are",
+        ("0" * 32, here): "does not exist in MLflow at",
+        ("it's", here): "no run of this name or id; its runs are",
         (
             "first",
             here,
@@ -187,9 +187,9 @@ def test_mistakes_are_one_line(runs, tmp_path, monkeypatch, capsys):
         ): "--metric eval/knn: none of the runs has it; they have eval/linear_top1",
         ("first", here, "--plot", "none/c.png"): "none/c.png: the folder",
         ("first", "tracking.experiment=x"): "compare takes no setting except tracking.uri=URI",
-        ("first",): "it is not known where MLflow keeps the runs: give tracking.uri=URI",
+        ("first",): "the address of MLflow is unknown; give tracking.uri=URI",
         (out,): "holds runs; give one or more of them",
-        (tmp_path,): "has nothing that was logged",
+        (tmp_path,): "contains no logs of a stage",
         ("no/such", here): "no/such is not a folder",
         (here,): "compare needs one or more runs",
     }.items():
@@ -224,7 +224,7 @@ def test_old_doubled_and_ambiguous_runs_are_told_apart(runs, tmp_path):
         "pretrain": newest,
         "evaluate": evaluated,
     }
-    assert run.notes == [f"r: pretrain has an older run too, {replaced}, which is not shown"]
+    assert run.notes == [f"r: pretrain also has an older run, {replaced}, which is not shown"]
 
     from mlflow import MlflowClient
 
@@ -233,7 +233,10 @@ def test_old_doubled_and_ambiguous_runs_are_told_apart(runs, tmp_path):
     client.delete_tag(newest, "wavemim.run")
     client.delete_tag(evaluated, "wavemim.run")
     text = compare(["r"], uri=here, plot=tmp_path / "c.png")
-    assert "Note: r: made by an earlier version, without the tag wavemim.run; put together by wavemim.recipe" in text
+    assert (
+        "Note: r: logged by an earlier version, without the tag wavemim.run; stages were matched by wavemim.recipe"
+        in text
+    )
     assert "Note: r: its cost is unknown, it was not measured" in text
     assert "One run: nothing to compare" in text
     _, curves = module._read(["r"], here, ("train/loss",), drawn=True)

@@ -112,7 +112,7 @@ def test_mistakes_are_found_before_ray_starts(tmp_path, monkeypatch):
     (tmp_path / "there.parquet").write_bytes(b"old")
     (tmp_path / "folder.parquet").mkdir()
     for out, message in (
-        ("there.parquet", r"--out there\.parquet: .*is there already; --overwrite replaces it"),
+        ("there.parquet", r"--out there\.parquet: .*already exists; --overwrite replaces it"),
         ("folder.parquet", "is a folder; use another name"),
         ("features.csv", r"the name has to end in \.parquet"),
         ("absent/f.parquet", "the folder '.*absent' does not exist"),

@@ -68,7 +68,7 @@ def with_column(name, values):
 
 
 def test_a_whole_set_is_whole(folder):
-    assert verdict(folder) == (True, ["4 files, 9 rows: whole"])
+    assert verdict(folder) == (True, ["4 files, 9 rows: intact"])
 
 
 def test_one_flipped_bit_anywhere_names_the_shard(folder):
@@ -133,9 +133,9 @@ def test_counts_that_do_not_add_up_are_said(folder, counts, message):
 
 
 def test_verify_as_a_command(folder, monkeypatch, capsys, tmp_path):
-    assert wavemim(monkeypatch, capsys, "verify", folder, "-q") == (0, "4 files, 9 rows: whole\n", "")
+    assert wavemim(monkeypatch, capsys, "verify", folder, "-q") == (0, "4 files, 9 rows: intact\n", "")
     code, out, err = wavemim(monkeypatch, capsys, "verify", folder)
-    assert (code, out.splitlines()[-1]) == (0, "4 files, 9 rows: whole") and "100%" in err
+    assert (code, out.splitlines()[-1]) == (0, "4 files, 9 rows: intact") and "100%" in err
     (folder / VAL).unlink()
     code, out, err = wavemim(monkeypatch, capsys, "verify", folder, "-q")
     assert (code, out, err) == (1, f"{VAL}: is missing\n4 files, 9 rows: 1 damaged\n", "")
@@ -161,7 +161,7 @@ def test_a_set_behind_a_url(folder):
     store = fsspec.filesystem("memory")
     store.put(str(folder), "/wavemim-verify", recursive=True)
     try:
-        assert verdict("memory://wavemim-verify") == (True, ["4 files, 9 rows: whole"])
+        assert verdict("memory://wavemim-verify") == (True, ["4 files, 9 rows: intact"])
         _, facts = inspect("memory://wavemim-verify", progress=False)
         assert facts["where"] == "memory://wavemim-verify" and facts["duplicates"]["distinct"] == 9
         store.pipe(f"/wavemim-verify/{VAL}", b"PAR1")
@@ -264,7 +264,7 @@ def test_an_unlabelled_set_without_val_and_rejects(tmp_path):
     write_rejected(tmp_path / REJECTED, [])
     counts = {"inputs": 2, "kept": 2, "rejected": 0, "ignored": 0}
     edit(tmp_path, lambda manifest: manifest.update(classes=None, counts=counts))
-    assert verdict(tmp_path) == (True, ["3 files, 2 rows: whole"])
+    assert verdict(tmp_path) == (True, ["3 files, 2 rows: intact"])
     shards, facts = inspect(str(tmp_path), progress=False)
     assert facts["classes"] is None and facts["rows"] == {"train": 2, "val": 0} and facts["rejected"] == []
     assert "the set is unlabelled" in describe(facts)

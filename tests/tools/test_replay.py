@@ -85,7 +85,7 @@ def test_weights_that_are_gone_are_named_with_every_step(shards, tmp_path, monke
         assert math.isfinite(step.losses[2]) and not math.isfinite(step.losses[3])
         assert step.parameter is not None
         assert len(step.images) == 10  # all of them
-    assert said[-1] == "2 of 2 steps are not finite, with every image: the weights are the cause."
+    assert said[-1] == "2 of 2 steps are not finite for any image: the weights are the cause."
 
 
 def test_the_image_is_named_that_alone_does_it(shards, tmp_path, monkeypatch):
@@ -117,13 +117,13 @@ def test_the_image_is_named_that_alone_does_it(shards, tmp_path, monkeypatch):
     said = []
     found = replay(str(tmp_path / FOLDER), say=said.append)
     assert [step.images for step in found] == [[path], [path]]
-    assert said[-1] == "2 of 2 steps are not finite, because of 1 images that are not finite on their own."
+    assert said[-1] == "2 of 2 steps are not finite, because of 1 image whose loss or gradient is not finite."
     assert found[0].parameter is not None
     monkeypatch.undo()
     found = replay(str(tmp_path), say=said.append)  # with images that are whole
     assert [step.images for step in found] == [[], []]
     assert [step.parameter for step in found] == [None, None]
-    assert "All of it is finite here" in said[-1]
+    assert "All losses and gradients are finite here" in said[-1]
 
 
 def test_nothing_to_replay_is_said(tmp_path):

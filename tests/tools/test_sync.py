@@ -365,7 +365,7 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(
     assert in_file(tmp_path).total() == 22
     assert in_store(store, tracker.handle.run_id) == in_file(tmp_path)
     assert warned_of(tmp_path, caplog) == [
-        f"metrics cannot be written to {tmp_path}/metrics.jsonl (No space left on device); the run goes on"
+        f"metrics cannot be written to {tmp_path}/metrics.jsonl (No space left on device); the run continues"
     ]
 
 
@@ -415,7 +415,7 @@ def test_a_slow_server_holds_up_no_step_and_the_end_not_long(
     assert sorted(times)[490] < 0.02
     assert in_file(tmp_path).total() == 1000
     [warning] = warned_of(tmp_path, caplog)
-    assert warning.endswith(f"wavemim sync {tmp_path} sends what is left")
+    assert warning.endswith(f"wavemim sync {tmp_path} sends what is missing")
 
 
 def test_a_server_that_is_away_is_asked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,7 +467,7 @@ def test_a_password_is_not_kept_in_the_folder(tmp_path: Path, monkeypatch: pytes
     with Tracker.start(recipe_in(tmp_path, uri), "x", log_dir=tmp_path / "x") as tracker:
         log_some(tracker, 0, 1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
-    with pytest.raises(SettingError, match=r"not its password; give tracking\.uri="):
+    with pytest.raises(SettingError, match=r"or its password; give tracking\.uri="):
         sync(tmp_path / "x")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(StageError, match=r"MLflow at http://me:\*\*\*@127.* does not answer"):

@@ -252,8 +252,7 @@ def test_a_run_that_hangs_is_ended_and_resumes(recipe, shards, whole, tmp_path, 
             monitor.look()
     assert len(ended) == 1 and ended[0].pid == process.pid, process.communicate()
     assert (
-        "waiting for its own part of a step" in caplog.text
-        and "training resumes from the last checkpoint" in caplog.text
+        "waiting for its own computation" in caplog.text and "training resumes from the last checkpoint" in caplog.text
     )
     assert [images for images, _ in checkpoint.seen(stage)] == [64]
     again = start()

@@ -165,7 +165,7 @@ def test_a_text_of_that_name_is_no_file_of_weights(tmp_path):
 
 def test_heads_and_channels_that_cannot_be_seen_are_asked_for(tmp_path):
     file = saved(vit().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"heads of a ViT of width 64 cannot be told.*give --heads"):
+    with pytest.raises(ValueError, match=r"heads of a ViT of width 64 cannot be inferred.*give --heads"):
         import_vit(file, tmp_path / "out")
     with pytest.raises(ValueError, match=r"width 64 cannot be 5; give --heads"):
         import_vit(file, tmp_path / "out", heads=5)
@@ -187,7 +187,7 @@ def test_the_command(tmp_path, capsys):
     run(file, out, "--heads", "4")
     said = capsys.readouterr().out
     assert said == f"import: vit_base_patch16_224, width 64, 3 blocks, 4 heads, patches of 8 in 32 pixels → {out}\n"
-    with pytest.raises(SettingError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(SettingError, match="already exists; --overwrite replaces it"):
         run(file, out, "--heads", "4")
     run(file, out, "--heads", "4", "--overwrite")
     with pytest.raises(SettingError, match="was not written by import"):

@@ -35,7 +35,7 @@ RANK_IMAGES = 10_000  # more would hardly change the spectrum, and take minutes
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """The result of a protocol.
 
     Attributes:
@@ -62,19 +62,19 @@ def extract(
     return extract_taps(Taps(encode, blocks=False, tokens=False), batches).set
 
 
-def judge_linear(
+def evaluate_linear(
     train: Set, test: Set, *, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
-) -> Judgement:
+) -> Evaluation:
     """Evaluate a linear probe of the model's own features. Arguments as for `wavemim.evaluation.probes.fit_probe`."""
     probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations)
     values = Accuracy.of(probe.predicted == test[1]).named("eval/linear_top1")
     values |= {"eval/linear_strength": probe.strength, "eval/linear_converged": float(probe.converged)}
-    return Judgement(values, probe.predicted)
+    return Evaluation(values, probe.predicted)
 
 
-def judge_block(
+def evaluate_block(
     train: Set, test: Set, *, number: int, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
-) -> Judgement:
+) -> Evaluation:
     """Evaluate a linear probe of the pooled patch tokens of block `number`, on the test set and on the held-out part.
 
     Other arguments as for `wavemim.evaluation.probes.fit_probe`.
@@ -83,14 +83,14 @@ def judge_block(
     values = Accuracy.of(probe.predicted == test[1]).named(f"eval/linear_top1_block{number}")
     values[f"eval/linear_heldout_block{number}"] = probe.held_out
     values[f"eval/linear_converged_block{number}"] = float(probe.converged)
-    return Judgement(values, probe.predicted)
+    return Evaluation(values, probe.predicted)
 
 
 def best_block(values: Mapping[str, float]) -> dict[str, float]:
     """Choose the block with the best held-out accuracy, the deepest of equals.
 
     Args:
-        values: Metrics of `judge_block` for all blocks.
+        values: Metrics of `evaluate_block` for all blocks.
 
     Returns:
         ``eval/best_block``; nothing if no block was evaluated.
@@ -100,7 +100,7 @@ def best_block(values: Mapping[str, float]) -> dict[str, float]:
     return {"eval/best_block": float(max(scores)[1])} if scores else {}
 
 
-def judge_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE) -> Judgement:
+def evaluate_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE) -> Evaluation:
     """Evaluate k nearest neighbours.
 
     Args:
@@ -114,10 +114,10 @@ def judge_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE) ->
     values = Accuracy.of(predicted[k] == test[1]).named("eval/knn_top1")
     for other in ks:
         values |= Accuracy.of(predicted[other] == test[1]).named(f"eval/knn_top1_k{other}")
-    return Judgement(values, predicted[k])
+    return Evaluation(values, predicted[k])
 
 
-def judge_few_labels(
+def evaluate_few_labels(
     train: Set,
     test: Set,
     *,
@@ -126,7 +126,7 @@ def judge_few_labels(
     strengths: Sequence[float],
     seed: int,
     max_iterations: int = ITERATIONS,
-) -> Judgement:
+) -> Evaluation:
     """Evaluate linear probes on a fraction of the training labels, stratified by class.
 
     ``eval/few1_top1`` is the mean over the draws of 1 %; ``_min``, ``_max`` and ``_std`` are their spread. The interval
@@ -155,10 +155,10 @@ def judge_few_labels(
         values |= {f"{name}_min": 100 * min(found), f"{name}_max": 100 * max(found)}
         values |= {f"{name}_std": 100 * float(np.std(found, ddof=1 if draws > 1 else 0))}
         values |= {f"{name}_labels": float(count)}
-    return Judgement(values)
+    return Evaluation(values)
 
 
-def judge_attentive(
+def evaluate_attentive(
     tokens: np.ndarray,
     labels: np.ndarray,
     test: Iterable[Set],
@@ -168,7 +168,7 @@ def judge_attentive(
     seed: int,
     device: torch.device,
     batch: int = 256,
-) -> Judgement:
+) -> Evaluation:
     """Evaluate an attentive probe.
 
     Args:
@@ -189,10 +189,10 @@ def judge_attentive(
     found = np.concatenate(predicted)
     values = Accuracy.of(found == np.concatenate(truth)).named("eval/attentive_top1")
     values |= {"eval/attentive_lr": probe.lr, "eval/attentive_loss": probe.loss}
-    return Judgement(values | {"eval/attentive_images": float(len(labels))}, found)
+    return Evaluation(values | {"eval/attentive_images": float(len(labels))}, found)
 
 
-def judge_rank(features: np.ndarray) -> Judgement:
+def evaluate_rank(features: np.ndarray) -> Evaluation:
     """Compute RankMe and the exponent of α-ReQ, which need no labels, of the first 10,000 images' features (n, F)."""
     features = features[:RANK_IMAGES]
-    return Judgement({"eval/rankme": rankme(features), "eval/alpha_req": alpha_req(features)})
+    return Evaluation({"eval/rankme": rankme(features), "eval/alpha_req": alpha_req(features)})

@@ -1,4 +1,4 @@
-"""Figures of sweeps, losses and pyramids, and what all figures share."""
+"""Figures of sweeps, losses and pyramids, and helpers for all figures."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def _arguments(weights: Mapping[str, torch.Tensor], file: Path, heads: int | Non
     heads = heads or _HEADS.get(width)
     if heads is None or width % heads:
         known = ", ".join(map(str, _HEADS))
-        was = f"cannot be told from the weights (known widths: {known})" if heads is None else f"cannot be {heads}"
+        was = f"cannot be inferred from the weights (known widths: {known})" if heads is None else f"cannot be {heads}"
         raise ValueError(f"{file}: the number of heads of a ViT of width {width} {was}; give --heads")
     blocks = {int(found[1]) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))}
     pooled = "fc_norm.weight" in weights
