@@ -32,7 +32,7 @@ def main() -> None:
     features = encoder.features(arguments.images)
     print(f"{len(features)} images → {features.shape[1]} features each, seen at {encoder.image_size} px")
 
-    if len(features) > 1:
+    if len(features) > 2:  # of two images, the mean lies halfway: there is nothing to compare
         directions = torch.nn.functional.normalize(features - features.mean(0), dim=1)
         similarity = (directions @ directions.T).fill_diagonal_(-1)
         width = max(len(path.name) for path in arguments.images)

@@ -6,7 +6,10 @@ The modules of stages and tools are imported when their command runs, so that he
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
+import os
+import re
 import shutil
 import signal
 import sys
@@ -107,6 +110,23 @@ class _Commands(click.Group):
             return tool
         return _stage_command(cmd_name) if cmd_name in (SEQUENCES | STAGES) else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click has it, with one line for a name that is misspelt and for settings given to a tool."""
+        name, known = args[0], self.list_commands(ctx)
+        if name not in known and not name.startswith("-"):
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean '{near[0]}'?" if near else f"; commands are {', '.join(known)}"
+            raise SettingError(f"no command '{name}'{meant}")
+        if name in TOOLS and name not in ("compare", "sync"):  # which take tracking.uri=, and say so themselves
+            for argument in args[1:]:
+                if re.match(r"[a-z_.]+=", argument) and not os.path.exists(argument):
+                    raise SettingError(
+                        f"'{argument}': {name} takes paths and --options, not settings; wavemim {name} --help lists them"
+                    )
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing any."""
         for title, entries in (("Stages", SEQUENCES | STAGES), ("Tools", TOOLS)):
@@ -117,7 +137,7 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="wavemim STAGE --help lists the settings of a stage.",
+    epilog="wavemim STAGE --help lists the settings of a stage, wavemim TOOL --help the arguments of a tool.",
 )
 @click.version_option(__version__, prog_name="wavemim")
 def _group() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,20 @@ def ray_local() -> Iterator[SessionInfo]:
 
     with _session:
         yield _session.enter_context(ray_session(Cluster()))
+
+
+@pytest.fixture(autouse=True)
+def targets_of_other_tests() -> Iterator[None]:
+    """Targets that a test registers are unknown to the next one, as is the file that they came from."""
+    from wavemim import registry
+
+    classes, origins, modules = dict(registry._classes), dict(registry._origins), set(sys.modules)
+    yield
+    if registry._classes != classes:
+        for name in set(registry._classes) - set(classes):
+            if registry._classes[name].__module__ not in modules:
+                sys.modules.pop(registry._classes[name].__module__, None)
+        for kept, before in ((registry._classes, classes), (registry._origins, origins)):
+            new = set(kept) - set(before) - set(registry.BUILT_IN)
+            for name in new:
+                del kept[name]

@@ -52,7 +52,7 @@ MISTAKES = [
     (["tune", "tune.space=level_weight"], "did you mean 'level_weights'"),
     (["pretrain", "--recipe", "smal"], "did you mean 'small'"),
     (["pretrain", "--recipe", "nowhere.yaml"], "no such file"),
-    (["train"], "No such command"),
+    (["train"], "no command 'train'"),
     (["pretrain", "--fast"], "No such option"),
 ]
 
@@ -155,3 +155,17 @@ def test_every_command_is_listed_with_its_description(monkeypatch, capsys):
         assert f"  {name} " in out
         assert entry.about.split()[0] in out
         assert cli._group.get_command(None, name).name == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pretran"], "wavemim: no command 'pretran'; did you mean 'pretrain'?\n"),
+        (["inspect", "out=here"], "wavemim: 'out=here': inspect takes paths and --options, not settings; "),
+        (["verify", "shards=x"], "wavemim: 'shards=x': verify takes paths and --options, not settings; "),
+    ],
+)
+def test_mistakes_in_commands_and_tools_are_one_line(monkeypatch, capsys, arguments, said):
+    code, out, err = wavemim(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(said) and err.count("\n") == 1

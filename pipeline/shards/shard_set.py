@@ -205,6 +205,8 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
     if folder.size(MANIFEST) is None:
         unfinished = folder.size("settings.json") is not None
         hint = "prepare was interrupted there; run it again" if unfinished else "wavemim prepare makes one"
+        if folder.sub("shards").size(MANIFEST) is not None:  # an out folder
+            hint = f"{folder.sub('shards')} is one"
         raise ShardError(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
     try:
         manifest = json.loads(folder.read(MANIFEST))
