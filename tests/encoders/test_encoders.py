@@ -319,7 +319,7 @@ def test_make_encoder_takes_what_applies():
         (
             "vit_tiny_patch16_224",
             {"image_size": 60},
-            "images of 60 pixels .* tokens of 16 pixels; nearest allowed: 48 or 64",
+            "60 pixels are not a multiple of the token size, 16 pixels; nearest allowed: 48 or 64",
         ),
         ("vit_tiny_patch16_224", {"sees": "hidden"}, r"encoder\.sees='hidden': .*visible, masked, whole"),
         ("vit_tiny_patch16_224", {"positions": "rope"}, r"encoder\.positions='rope'"),

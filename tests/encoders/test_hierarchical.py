@@ -248,7 +248,7 @@ def test_make_encoder_chooses_it():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("resnet10t", {"image_size": 72}, "images of 72 pixels .* tokens of 32 pixels; nearest allowed: 64 or 96"),
+        ("resnet10t", {"image_size": 72}, "72 pixels are not a multiple of the token size, 32 pixels; nearest allowed: 64 or 96"),
         ("swin_tiny_patch4_window7_224", {"sees": "visible"}, r"encoder\.sees='visible'.*needs masked"),
         ("convnext_atto", {"patch_size": 16}, r"encoder\.patch_size=16 does not apply to 'convnext_atto'"),
         ("convnext_atto", {"options": {"in_chans": 5}}, r"encoder\.options\.in_chans=5 cannot be set here"),
