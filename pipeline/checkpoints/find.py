@@ -10,7 +10,6 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.config.load import validate
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
@@ -181,11 +180,6 @@ def checkpoint_of(recipe: Recipe) -> Path:
             f"{recipe.stage_dir('pretrain')} has no checkpoint; run wavemim pretrain with the same name= and out= first"
         )
     return found
-
-
-def recipe_of(checkpoint_path: Path) -> Recipe:
-    """The settings that a checkpoint was trained with."""
-    return validate(checkpoint.read_state(checkpoint_path, verify=False)["recipe"])
 
 
 def find(path: Path) -> Path | None:

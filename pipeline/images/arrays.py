@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from wavemim.upright import middle_square, turned_upright
+
 NPY_MAGIC = b"\x93NUMPY"
 # TIFF compressions, by tag value, whose decoders return at most as much as was requested: none, CCITT, LZW, deflate,
 # packbits, LZMA, Zstandard. For JPEG and JPEG 2000 the size is checked first; all others are rejected.
@@ -92,24 +94,6 @@ def check_tile(width: int, height: int, image_width: int, image_height: int) -> 
 def wrong_count(found: int, wanted: Pixels) -> RejectedImage:
     """The error for an image with the wrong number of channels."""
     return RejectedImage(f"wrong channel count ({found}, data.channels={wanted.channels})")
-
-
-def middle_square(width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest central square as Pillow's box (left, top, right, bottom); turning the image does not change it."""
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn square pixels (C, H, W) upright. `orientation` is that of EXIF, 1 to 8; any other value means upright."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(1, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, :, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def from_samples(samples: Samples, wanted: Pixels) -> np.ndarray:

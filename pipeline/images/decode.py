@@ -22,12 +22,11 @@ from pipeline.images.arrays import (
     check_tags,
     check_tile,
     from_samples,
-    middle_square,
     npy_samples,
     tiff_samples,
-    turned_upright,
     wrong_count,
 )
+from wavemim.upright import middle_square, turned_upright
 
 # Raster formats that the installed Pillow supports; EPS and similar ones it would pass to external programs. TGA has no
 # signature, so it is tried last.

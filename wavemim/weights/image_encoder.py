@@ -24,6 +24,7 @@ from wavemim.data_statistics import STD_FLOOR
 from wavemim.encoders.base import is_plain_vit
 from wavemim.encoders.factory import make_encoder
 from wavemim.encoders.pretrained import CONFIG, one_line
+from wavemim.upright import middle_square, turned_upright
 from wavemim.weights import checkpoint
 from wavemim.weights.checkpoint import CheckpointError
 
@@ -198,7 +199,7 @@ class ImageEncoder(nn.Module):
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         pixels = self._resized(image.convert("L" if self.channels == 1 else "RGB"))
-        return _upright(pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1), orientation)
+        return turned_upright(pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1), orientation)
 
     def _in_range(self, image: Image.Image) -> Image.Image:
         if self.value_range is None:
@@ -208,21 +209,8 @@ class ImageEncoder(nn.Module):
         return image.point([value for band in image.getbands() for value in (range(256) if band == "A" else table)])
 
     def _resized(self, image: Image.Image) -> np.ndarray:
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
+        box = middle_square(*image.size)
         return np.asarray(image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC, box=box))
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn square pixels (C, H, W) upright by their EXIF orientation, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(1, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, :, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def load_encoder(run: str | os.PathLike[str]) -> ImageEncoder:
