@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PROBE_IMAGES = 5_000  # train images that a probe is fitted on, at most
+import numpy as np
+
+PROBE_IMAGES = 10_000  # train images that a probe is fitted on, at most
 ITERATIONS = 300  # of its solver; converging would take as long as training
 STRENGTHS = (0.01, 0.1, 1.0)
 
@@ -23,7 +26,8 @@ def curve(
     points: int,
     device: str,
     untrained: bool = True,
-) -> list[dict[str, float]]:
+    **_: Any,
+) -> list[dict[str, Any]]:
     """Train a recipe and probe its encoder at several points.
 
     Args:
@@ -37,8 +41,9 @@ def curve(
         untrained: begin with a point of the untrained encoder.
 
     Returns:
-        One entry per point: images, seconds, FLOPs, top-1 and its interval in %. Seconds are those of training without
-        probes and checkpoints: CPU seconds of the process on a CPU, wall time on a GPU.
+        One entry per point: images, seconds, FLOPs, top-1 and its interval in %, and `correct`, which val images were
+        classified correctly, as text (`correct_of`). Seconds are those of training without probes and checkpoints: CPU
+        seconds of the process on a CPU, wall time on a GPU.
     """
     import torch
 
@@ -59,7 +64,7 @@ def curve(
     total = TrainSchedule.of(recipe, shards.rows["train"]).total_steps
     assert total >= points, f"{total} steps are fewer than {points} points"
     clock = time.process_time if device == "cpu" else time.perf_counter
-    lines: list[dict[str, float]] = []
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         kept: list[Path] = []
         apart, began = 0.0, clock()
@@ -80,7 +85,7 @@ def curve(
 
         train(recipe, shards, device=torch.device(device), on_checkpoint=keep)
         model, inputs = build_model(recipe, shards).to(device), build_inputs(shards).to(device)
-        first: dict[str, float] = {"images": 0, "seconds": 0.0, "flops": 0.0}
+        first: dict[str, Any] = {"images": 0, "seconds": 0.0, "flops": 0.0}
         if untrained:
             first |= probe(model.encoder.model.eval(), inputs, shards, recipe)
         for line, path in zip(lines, kept, strict=True):
@@ -89,14 +94,29 @@ def curve(
     return [first, *lines] if untrained else lines
 
 
-def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, float]:
+def probe(encode: Any, inputs: Any, shards: Any, recipe: Any) -> dict[str, Any]:
     """Linear probe on val, fitted on `PROBE_IMAGES` train images; its regularisation is chosen on a fifth of these."""
     from pipeline.evaluation.features import features_of
-    from wavemim.evaluation.probes import linear_probe
+    from wavemim.evaluation.metrics import Accuracy
+    from wavemim.evaluation.probes import fit_probe
 
     train, val = (
-        features_of(encode, inputs, shards, split, window=recipe.encoder.image_size, batch=256, max_rows=PROBE_IMAGES)
-        for split in ("train", "val")
+        features_of(encode, inputs, shards, split, window=recipe.encoder.image_size, batch=256, max_rows=rows)
+        for split, rows in (("train", PROBE_IMAGES), ("val", None))
     )
-    accuracy, _ = linear_probe(train, val, strengths=STRENGTHS, seed=0, max_iterations=ITERATIONS)
-    return {"top1": accuracy.top1, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
+    found = fit_probe(train, val[0], strengths=STRENGTHS, seed=0, max_iterations=ITERATIONS)
+    correct = found.predicted == val[1]
+    accuracy = Accuracy.of(correct)
+    return {
+        "top1": accuracy.top1,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "n": accuracy.n,
+        "correct": base64.b64encode(np.packbits(correct).tobytes()).decode(),
+    }
+
+
+def correct_of(point: Mapping[str, Any]) -> np.ndarray:
+    """Which val images a point's probe classified correctly: bool (n,), in the order of the shard set."""
+    packed = np.frombuffer(base64.b64decode(point["correct"]), np.uint8)
+    return np.unpackbits(packed, count=int(point["n"])).astype(bool)
