@@ -1,5 +1,8 @@
 """The light decoder of a tap: from the encoder's tokens to predictions for all positions, or some of them.
 
+Taps at the same block may share one decoder: the first of them has it (`TapDecoder`), the others are heads on its features
+(`TapHead`).
+
 Legend: B images, G tokens per side of the encoder at this tap, R prefix tokens (class, registers), V visible tokens,
 T tokens of a context, E encoder width, W decoder width, P positions per side, S chosen positions, D values per position.
 """
@@ -169,23 +172,51 @@ class TapDecoder(nn.Module):
         Returns:
             (B, S, D), or (B, P², D) without an index.
         """
+        return self.read(self.features(tokens, visible, index, trunk), index, trunk)
+
+    def features(
+        self,
+        tokens: torch.Tensor,
+        visible: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        trunk: Trunk | None = None,
+    ) -> torch.Tensor:
+        """Compute what the heads map to values. Arguments as for `forward`.
+
+        Returns:
+            (B, S or P², W) if only queries at positions leave the blocks, otherwise (B, G², W).
+        """
         assert (visible is not None) == self.drops, "visible indices are for encoders that drop tokens"
         tokens = self.embed(self.norm_in(tokens))
         if self.depth == 0:
-            return self.head(_chosen(self._pooled(tokens[:, self.prefix :]), index))
+            return tokens[:, self.prefix :]
         trunk = self.trunk if trunk is None else trunk
         assert trunk is not None, "this decoder was made for a shared trunk"
         if self.attention == "cross":
-            tokens = trunk(self._queries(tokens, index, trunk), self._placed(tokens, visible))
-        elif visible is not None and index is not None:
+            return trunk(self._queries(tokens, index, trunk), self._placed(tokens, visible))
+        if visible is not None and index is not None:
             queries = self._queries(tokens, index, trunk)
-            tokens = trunk(torch.cat((self._placed(tokens, visible), queries), 1))[:, tokens.shape[1] :]
-        else:
-            if visible is not None:
-                tokens = self._filled(tokens, visible, trunk)
-            tokens = trunk(self._placed(tokens, None))[:, self.prefix :]
-            tokens = _chosen(self._pooled(tokens), index)
-        return self.head(trunk.norm(tokens))
+            return trunk(torch.cat((self._placed(tokens, visible), queries), 1))[:, tokens.shape[1] :]
+        if visible is not None:
+            tokens = self._filled(tokens, visible, trunk)
+        return trunk(self._placed(tokens, None))[:, self.prefix :]
+
+    def read(
+        self, features: torch.Tensor, index: torch.Tensor | None = None, trunk: Trunk | None = None
+    ) -> torch.Tensor:
+        """Map `features` to values (B, S or P², D)."""
+        return self.head(self.normed(self.at_positions(features, index, self.pool), trunk))
+
+    def at_positions(self, features: torch.Tensor, index: torch.Tensor | None, pool: int) -> torch.Tensor:
+        """Features at the positions of a tap whose cells have `pool` tokens per side: (B, S or P², W)."""
+        if self.depth and (self.attention == "cross" or (self.drops and index is not None)):
+            return features  # of queries, which were made for positions
+        return _chosen(_pooled(features, self.tokens, pool), index)
+
+    def normed(self, features: torch.Tensor, trunk: Trunk | None = None) -> torch.Tensor:
+        """Features after the final norm of the blocks, if there are blocks."""
+        trunk = self.trunk if trunk is None else trunk
+        return features if self.depth == 0 or trunk is None else trunk.norm(features)
 
     def _placed(self, tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         """Tokens (B, R + V or R + G², W) plus their positions; zero for the prefix."""
@@ -207,16 +238,41 @@ class TapDecoder(nn.Module):
     def _queries(self, tokens: torch.Tensor, index: torch.Tensor | None, trunk: Trunk) -> torch.Tensor:
         """Mask tokens plus positions (B, S or P², W); of a coarse position, those of its tokens are averaged."""
         assert trunk.mask_token is not None
-        places = self._pooled(self.places[:, self.prefix :])
+        places = _pooled(self.places[:, self.prefix :], self.tokens, self.pool)
         places = places.expand(tokens.shape[0], -1, -1) if index is None else F.embedding(index, places[0])
         return (trunk.mask_token + places).to(tokens.dtype)
 
-    def _pooled(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Patch tokens (B, G², W) averaged over the cell of each position: (B, P², W)."""
-        if self.pool == 1:
-            return tokens
-        cells = tokens.reshape(tokens.shape[0], self.positions, self.pool, self.positions, self.pool, tokens.shape[2])
-        return cells.mean((2, 4)).flatten(1, 2)
+
+class TapHead(nn.Module):
+    """The head of a tap that shares the decoder of another tap at the same block."""
+
+    def __init__(self, decoder: TapDecoder, *, positions: int, values: int) -> None:
+        """Create the head.
+
+        Args:
+            decoder: The decoder that is shared. It is not stored here, so that its weights are saved once.
+            positions: P of this tap.
+            values: D of this tap.
+        """
+        super().__init__()
+        assert decoder.tokens % positions == 0, (decoder.tokens, positions)
+        self.positions, self.pool = positions, decoder.tokens // positions
+        self.head = nn.Linear(decoder.head.in_features, values)
+        _initialise(self.head)
+
+    def read(
+        self, decoder: TapDecoder, features: torch.Tensor, index: torch.Tensor | None, trunk: Trunk | None
+    ) -> torch.Tensor:
+        """Map the features of `decoder` to values (B, S or P², D)."""
+        return self.head(decoder.normed(decoder.at_positions(features, index, self.pool), trunk))
+
+
+def _pooled(tokens: torch.Tensor, side: int, pool: int) -> torch.Tensor:
+    """Tokens (B, side², W) averaged over cells of pool·pool tokens: (B, (side/pool)², W)."""
+    if pool == 1:
+        return tokens
+    cells = tokens.reshape(tokens.shape[0], side // pool, pool, side // pool, pool, tokens.shape[2])
+    return cells.mean((2, 4)).flatten(1, 2)
 
 
 def _chosen(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

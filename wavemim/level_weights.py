@@ -1,11 +1,12 @@
-"""Weights of the levels' losses: fixed, scheduled, or learned.
+"""Weights of the levels' losses: fixed, tilted between coarse and fine levels, scheduled, or learned.
 
 Legend: T taps, in the order of the model's levels, from fine to coarse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,17 +24,37 @@ class LevelWeights(nn.Module):
     faded in linearly over the next T-th of training, so that all have their full weight in the last T-th.
     "fine_to_coarse": the reverse. "learned": homoscedastic uncertainty (Kendall, Gal, Cipolla, CVPR 2018, eq. 7),
     λ/2 · (exp(-s) · loss + s) with a learned s per level.
+
+    With a tilt t, λ is in addition multiplied by the level's share of all predicted coefficients to the power of t, where
+    these factors are scaled to sum to 1. A level's loss is a mean over its coefficients, of which each finer level has four
+    times as many; so by Parseval, t = 1 is the loss on pixels where the levels together are an orthonormal transform of each
+    patch. t = 0 weighs all levels equally, which is coarser; t > 1 is finer than pixels.
     """
 
-    def __init__(self, weights: Sequence[float], kind: Weighting = "fixed") -> None:
+    def __init__(
+        self,
+        weights: Sequence[float],
+        kind: Weighting = "fixed",
+        *,
+        tilt: float | Mapping[float, float] | None = None,
+        coefficients: Sequence[int] = (),
+    ) -> None:
         """Create the weights.
 
         Args:
             weights: λ of the T levels.
             kind: How they change.
+            tilt: t, or {share of training that is done: t}, linear between these points and constant outside; None: no
+                tilt, so that the factors are 1.
+            coefficients: Number of coefficients per image of each level, for a tilt.
         """
         super().__init__()
         self.kind = kind
+        self.tilt = None if tilt is None else sorted(({0.0: tilt} if isinstance(tilt, float | int) else tilt).items())
+        if self.tilt is not None:
+            assert len(coefficients) == len(weights), (coefficients, weights)
+            counts = torch.tensor(coefficients).double()
+            self.register_buffer("log_share", (counts / counts.sum()).log().float(), persistent=False)
         self.register_buffer("given", torch.tensor(weights).float(), persistent=False)
         turns = torch.arange(len(weights)).float()
         self.register_buffer("turn", turns if kind == "fine_to_coarse" else turns.flip(0), persistent=False)
@@ -43,6 +64,8 @@ class LevelWeights(nn.Module):
     def at(self, progress: float) -> torch.Tensor:
         """Return the scheduled weights (T,) at `progress`, the fraction of training that is done."""
         given = self.get_buffer("given")
+        if self.tilt is not None:
+            given = given * (self.get_buffer("log_share") * _between(self.tilt, progress)).softmax(0)
         if self.kind in ("fixed", "learned"):
             return given
         return given * (progress * len(given) - self.get_buffer("turn") + 1).clamp(0, 1)
@@ -67,3 +90,12 @@ class LevelWeights(nn.Module):
         if self.kind == "learned":
             losses = ((-self.log_variance).exp() * losses + self.log_variance * share) / 2
         return (losses * scheduled).sum()
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Interpolate linearly between points (x, y) in ascending order; constant outside."""
+    after = bisect.bisect_right([point[0] for point in points], x)
+    if after in (0, len(points)):
+        return points[max(after - 1, 0)][1]
+    (x0, y0), (x1, y1) = points[after - 1], points[after]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from wavemim.constraints import check_tapped
-from wavemim.decoders import TapDecoder, Trunk
+from wavemim.decoders import TapDecoder, TapHead, Trunk
 from wavemim.encoders.base import Encoder
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import share_at, visible_indices_of
@@ -33,6 +33,8 @@ class DecoderSettings:
         attention: "self" over all tokens, or "cross" from predicted positions to the encoder's tokens.
         shared: Whether all taps share one set of blocks.
         predict: Fraction of the hidden positions that is predicted.
+        per: "tap": every tap has a decoder. "block": taps at the same block share one and have a head each; those whose
+            positions differ only if attention is "self" and all positions are predicted.
     """
 
     width: int = 256
@@ -41,6 +43,7 @@ class DecoderSettings:
     attention: Literal["self", "cross"] = "self"
     shared: bool = False
     predict: float = 1.0
+    per: Literal["tap", "block"] = "tap"
 
 
 class MaskedImageModel(nn.Module):
@@ -83,14 +86,20 @@ class MaskedImageModel(nn.Module):
                 drops=encoder.drops,
                 attention=decoder.attention,
             )
-        self.decoders = nn.ModuleDict(
-            {
-                str(tap.level): TapDecoder(
+        self.leaders = _leaders(target, decoder)
+        self.decoders = nn.ModuleDict()
+        for tap in target.taps:
+            positions, values = target.positions(tap.level), target.values(tap)
+            leader = self.leaders[tap.level]
+            self.decoders[str(tap.level)] = (
+                TapHead(self._decoder(leader), positions=positions, values=values)
+                if leader != tap.level
+                else TapDecoder(
                     encoder.width(tap.block),
                     tokens=encoder.image_size // encoder.token_size(tap.block),
                     prefix=encoder.prefix,
-                    positions=target.positions(tap.level),
-                    values=target.values(tap),
+                    positions=positions,
+                    values=values,
                     width=decoder.width,
                     depth=decoder.depth,
                     heads=decoder.heads,
@@ -99,9 +108,12 @@ class MaskedImageModel(nn.Module):
                     attention=decoder.attention,
                     trunk=self.trunk,
                 )
-                for tap in target.taps
-            }
-        )
+            )
+
+    def _decoder(self, leader: int) -> TapDecoder:
+        decoder = self.decoders[str(leader)]
+        assert isinstance(decoder, TapDecoder)
+        return decoder
 
     def hide(self, hidden: int) -> None:
         """Expect masks that hide `hidden` cells from now on."""
@@ -126,7 +138,8 @@ class MaskedImageModel(nn.Module):
         for level in self.levels:
             share = share_at(mask, self.encoder.grid, self.target.positions(level))
             count = max(1, round(share.shape[1] * self.hidden_share * self.predict_share))
-            order = (share > 0) + uniform(seed, f"predict {level}", epoch, rows, share.shape[1])
+            drawn = uniform(seed, f"predict {self.leaders[level]}", epoch, rows, share.shape[1])
+            order = (share > 0) + drawn
             found[level] = order.topk(count, dim=1).indices.sort(dim=1).values
         return found
 
@@ -148,10 +161,19 @@ class MaskedImageModel(nn.Module):
         visible = visible_indices_of(mask, self.visible) if self.encoder.drops else None
         tokens = self.encoder(images, mask, visible, [tap.block for tap in self.target.taps])
         index = index or {}
-        return {
-            tap.level: self.decoders[str(tap.level)](tokens[tap.block], visible, index.get(tap.level), self.trunk)
-            for tap in self.target.taps
-        }
+        features: dict[int, torch.Tensor] = {}
+        found: dict[int, torch.Tensor] = {}
+        for tap in self.target.taps:
+            at, leader = index.get(tap.level), self.leaders[tap.level]
+            decoder, head = self._decoder(leader), self.decoders[str(tap.level)]
+            if leader not in features:
+                features[leader] = decoder.features(tokens[tap.block], visible, at, self.trunk)
+            found[tap.level] = (
+                head.read(decoder, features[leader], at, self.trunk)
+                if isinstance(head, TapHead)
+                else decoder.read(features[leader], at, self.trunk)
+            )
+        return found
 
     def _everywhere(self, level: int, mask: torch.Tensor) -> torch.Tensor:
         """Indices (B, P²) of all positions."""
@@ -191,6 +213,17 @@ class MaskedImageModel(nn.Module):
             losses.append((error * weight).sum())
         stacked = torch.stack(losses)
         return self.level_weights(stacked, scheduled, weight.sum()), stacked
+
+
+def _leaders(target: Target, decoder: DecoderSettings) -> dict[int, int]:
+    """{level: the finest level whose decoder it uses}, in the order of the taps: its own, unless decoders are per block."""
+    anywhere = decoder.attention == "self" and decoder.predict == 1  # features of all tokens, which any tap can pool
+    first: dict[tuple[int, int], int] = {}
+    found = {}
+    for tap in target.taps:
+        place = (tap.block, 0 if anywhere else target.positions(tap.level))
+        found[tap.level] = first.setdefault(place, tap.level) if decoder.per == "block" else tap.level
+    return found
 
 
 def check_taps(encoder: Encoder, taps: Iterable[Tap]) -> None:

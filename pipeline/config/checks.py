@@ -123,6 +123,15 @@ def _check_target(recipe: Recipe) -> None:
         raise SettingError(
             f"target.normalise=contrast: for target.kind=wavelet only, not {target.kind}; use patch, dataset or none"
         )
+    if not target.predicts_bands and target.tilt is not None:
+        raise SettingError(
+            f"target.tilt={target.tilt}: target.kind={target.kind} has no bands, so all its levels have the same coefficients; "
+            "set target.tilt=null"
+        )
+    if target.kind != "wavelet" and target.band_scale != "auto":
+        raise SettingError(
+            f"target.band_scale={target.band_scale}: for target.kind=wavelet only, not {target.kind}; use auto"
+        )
     if not any(recipe.weights_by_level().values()):
         raise SettingError(
             "target.weights: the weight of every level is 0, so nothing would be trained; set at least one above 0"

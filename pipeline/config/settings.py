@@ -45,6 +45,25 @@ def _options(value: Any) -> Any:
     return {key: number_like(inner) if isinstance(inner, str) else inner for key, inner in value.items()}
 
 
+def _tilt(value: Any) -> Any:
+    """A tilt, or a schedule of tilts as floats by floats."""
+    if isinstance(value, str):
+        value = number_like(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > 4:
+        raise ValueError("must be from -4 to 4")
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("must be a number, or {share of training: tilt} such as {0: 0, 1: 1}")
+    points = {number_like(str(at)): number_like(str(tilt)) for at, tilt in value.items()}
+    if any(isinstance(number, str) for point in points.items() for number in point):
+        raise ValueError("must be a number, or {share of training: tilt} such as {0: 0, 1: 1}")
+    if any(not 0 <= at <= 1 for at in points) or any(abs(tilt) > 4 for tilt in points.values()):
+        raise ValueError("shares of training are from 0 to 1, tilts from -4 to 4")
+    return points
+
+
+Tilt = Annotated[float | dict[float, float] | None, BeforeValidator(_tilt)]
 Steps = Annotated[tuple[float, ...] | Literal["lossless"], BeforeValidator(_steps)]
 
 
@@ -165,6 +184,15 @@ class Target(Section):
         "fixed: target.weights hold throughout. coarse_to_fine, fine_to_coarse: levels are phased in over training in this "
         "order. learned: weighted by learned uncertainty.",
     )
+    tilt: Tilt = setting(
+        None,
+        "Tilt of the weights between coarse and fine levels: each is in addition multiplied by the level's share of the "
+        "predicted coefficients to this power, scaled so that these factors sum to 1. 0: all levels weigh the same. 1: as in "
+        "a loss on pixels. Above 1: finer than pixels. A mapping such as {0: 0, 1: 1} makes a schedule: share of training "
+        "that is done to tilt, linear in between. null: no tilt, the factors are 1. Targets with bands only.",
+        resumable=True,
+        added=True,
+    )
     bands: dict[Positive, Bands] = setting(
         {},
         "wavelet: for each level, the predicted bands out of A, H, V and D. Levels that are not named: AHVD at the coarsest "
@@ -174,6 +202,13 @@ class Target(Section):
         "patch",
         "How targets are normalised. dataset: by the shard set's statistics. patch: by each patch's own mean and deviation "
         "(hog: per cell). contrast (wavelet only): by the mean and deviation of each patch's pixels. none: not at all.",
+    )
+    band_scale: Literal["auto", "kept", "erased"] = setting(
+        "auto",
+        "wavelet: the scale between levels and bands. kept: that of the images. erased: each level, band and channel in units "
+        "of its standard deviation over the shard set. auto: erased for target.normalise=dataset and patch, kept for contrast "
+        "and none.",
+        added=True,
     )
     loss: Literal["l2", "l1", "smooth_l1"] = setting("l2", "Loss of each predicted value. Not for fourier.")
     source: Literal["stored", "device"] = setting(
@@ -204,6 +239,12 @@ class Decoder(Section):
     )
     shared: bool = setting(False, "Use the same transformer blocks for all taps.")
     predict: float = setting(1.0, "Share of the hidden positions that is predicted in each step.", gt=0, le=1)
+    per: Literal["tap", "block"] = setting(
+        "tap",
+        "tap: each tap has a decoder. block: taps at the same block share one decoder and have a linear head each; taps whose "
+        "positions differ share only with decoder.attention=self and decoder.predict=1.",
+        added=True,
+    )
 
 
 class Mask(Section):

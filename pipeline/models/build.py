@@ -133,7 +133,12 @@ def _model(recipe: Recipe, statistics: Statistics, wavelet: str, *, start: bool 
                 target,
                 hidden=build_masking(recipe, encoder).hidden,
                 decoder=DecoderSettings(**recipe.decoder.model_dump()),
-                level_weights=LevelWeights([weights[tap.level] for tap in target.taps], recipe.target.weighting),
+                level_weights=LevelWeights(
+                    [weights[tap.level] for tap in target.taps],
+                    recipe.target.weighting,
+                    tilt=recipe.target.tilt,
+                    coefficients=[target.positions(tap.level) ** 2 * target.values(tap) for tap in target.taps],
+                ),
             )
         except SettingError:
             raise
@@ -158,6 +163,7 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         "loss": settings.loss,
         "wavelet": wavelet,
         "on_device": settings.source == "device",
+        "band_scale": settings.band_scale,
         "bins": settings.bins,
         "gamma": settings.gamma,
         "focal": settings.focal,

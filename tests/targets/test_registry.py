@@ -79,7 +79,7 @@ def test_the_built_in_targets_come_through_the_same_door():
     for name in registry.BUILT_IN:  # known without their classes, so that settings are checked without torch
         assert predicts_bands(name) == target_class(name).predicts_bands
     assert arguments_of(WaveletTarget) == {
-        *("image_size", "token_sizes", "wavelet", "normalise", "loss", "on_device"),
+        *("image_size", "token_sizes", "wavelet", "normalise", "loss", "on_device", "band_scale"),
     }
 
 

@@ -20,11 +20,18 @@ def coefficients(image, level, band):
     return approximation if band == "A" else details[0][BAND[band]]
 
 
-@pytest.mark.parametrize("normalise", ["dataset", "patch", "contrast", "none"])
-def test_target_equals_a_literal_loop_over_pywavelets(normalise):
+KINDS = [
+    *(("dataset", "auto"), ("patch", "auto"), ("contrast", "auto"), ("none", "auto")),
+    *(("dataset", "kept"), ("patch", "kept"), ("contrast", "erased"), ("none", "erased")),
+]
+
+
+@pytest.mark.parametrize(("normalise", "band_scale"), KINDS)
+def test_target_equals_a_literal_loop_over_pywavelets(normalise, band_scale):
     images = photos(3)
     stats = statistics(images)
-    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise)
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise, band_scale=band_scale)
+    kept = band_scale == "kept" or (band_scale == "auto" and normalise in ("contrast", "none"))
     made = target(*Inputs(STEPS, stats)(stored(images)))
     scale = np.mean(stats.pixel_std)
     for tap in TAPS:
@@ -40,7 +47,8 @@ def test_target_equals_a_literal_loop_over_pywavelets(normalise):
                         part = plane[y * cells : (y + 1) * cells, x * cells : (x + 1) * cells]
                         mean, std = stats.mean[tap.level][band][c], stats.std[tap.level][band][c]
                         if normalise == "none":
-                            mean, std = (mean if band == "A" else 0.0), scale
+                            mean = mean if band == "A" else 0.0
+                        std = scale if kept else std
                         vector.append((part.ravel() - mean) / std)
                 vector = np.concatenate(vector)
                 if normalise == "patch":
@@ -52,17 +60,18 @@ def test_target_equals_a_literal_loop_over_pywavelets(normalise):
                     window = (window - np.array(stats.pixel_mean)[:, None, None]) / pixel_std
                     window = (window - window.mean()) / np.sqrt(window.var(ddof=1) + 1e-6) * pixel_std
                     vector = np.concatenate([
-                        coefficients(window[c], tap.level, band).ravel() / stats.std[tap.level][band][c]
+                        coefficients(window[c], tap.level, band).ravel()
+                        / (stats.pixel_std[c] if kept else stats.std[tap.level][band][c])
                         for c in range(3) for band in tap.bands
                     ])  # fmt: skip
                 np.testing.assert_allclose(made[tap.level][b, position].numpy(), vector, atol=2e-3)
 
 
-@pytest.mark.parametrize("normalise", ["dataset", "patch", "contrast", "none"])
-def test_coefficients_undo_the_target(normalise):
+@pytest.mark.parametrize(("normalise", "band_scale"), KINDS)
+def test_coefficients_undo_the_target(normalise, band_scale):
     images = photos(4)
     stats = statistics(images)
-    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise)
+    target = WaveletTarget(TAPS, stats, image_size=SIZE, token_sizes=TOKENS, normalise=normalise, band_scale=band_scale)
     normalised, pyramid = Inputs(STEPS, stats)(stored(images))
     back = target.coefficients(target(normalised, pyramid), normalised, pyramid)
     for tap in TAPS:

@@ -6,6 +6,7 @@ Legend as in `wavemim.targets.base`; K bands.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -15,16 +16,22 @@ from wavemim.registry import register_target
 from wavemim.targets.base import Loss, Normalise, Tap, Target, from_positions, moments, to_positions
 from wavemim.wavelets import decompose, reconstruct
 
+BandScale = Literal["auto", "kept", "erased"]
+
 
 @register_target("wavelet")
 class WaveletTarget(Target):
     """The wavelet coefficients of every position, as vectors.
 
     `normalise`: "dataset": by the data set's mean and standard deviation per level, band and channel; "patch": in
-    addition by those of the position's own vector; "contrast": in addition by the mean and standard deviation of the
-    position's own pixels (for Haar these are the coefficients of the image of MAE's normalised patches, each level and
-    band in its own unit); "none": in units of the pixels' standard deviation, orthonormal, so that the sum over all
-    levels is a plain pixel loss.
+    addition by those of the position's own vector; "contrast": by the mean and standard deviation of the position's own
+    pixels (for Haar these are the coefficients of the image of MAE's normalised patches); "none": minus the data set's mean,
+    in units of the pixels' standard deviation.
+
+    `band_scale`: "kept": coefficients are those of an orthonormal transform, so that the scale between levels and bands is
+    that of the images; "erased": each level, band and channel in the unit of its own standard deviation over the data set;
+    "auto": erased for "dataset" and "patch", kept for "contrast" and "none". Where it is kept, the sum of squares over all
+    levels and bands of a patch is that of its pixels.
     """
 
     predicts_bands = True
@@ -40,6 +47,7 @@ class WaveletTarget(Target):
         normalise: Normalise = "dataset",
         loss: Loss = "l2",
         on_device: bool = False,
+        band_scale: BandScale = "auto",
     ) -> None:
         """Create the target.
 
@@ -52,6 +60,7 @@ class WaveletTarget(Target):
             normalise: "dataset", "patch", "contrast" or "none".
             loss: The error of an element.
             on_device: Compute the coefficients from the images instead of using the stored pyramid.
+            band_scale: "auto", "kept" or "erased".
 
         Raises:
             ValueError: If a level's cells and the tokens do not divide each other or the image.
@@ -60,14 +69,18 @@ class WaveletTarget(Target):
             taps, statistics, image_size=image_size, token_sizes=token_sizes, normalise=normalise, loss=loss
         )
         self.wavelet, self.on_device = wavelet, on_device
-        pixel_scale = sum(statistics.pixel_std) / self.channels
+        kept = normalise in ("contrast", "none") if band_scale == "auto" else band_scale == "kept"
+        # per channel where channels are normalised by themselves, as the encoder's images are
+        mean_std = sum(statistics.pixel_std) / self.channels
+        unit = torch.tensor(statistics.pixel_std if normalise == "contrast" else [mean_std] * self.channels)
         for tap in self.taps:
             mean = torch.tensor([statistics.mean[tap.level][band] for band in tap.bands])  # (K, C)
             std = torch.tensor([statistics.std[tap.level][band] for band in tap.bands])
             is_a = torch.tensor([[band == "A"] for band in tap.bands])
+            if kept:
+                std = unit.expand_as(std)
             if normalise == "none":
                 mean = torch.where(is_a, mean, torch.zeros_like(mean))
-                std = torch.full_like(std, pixel_scale)
             elif normalise == "contrast":
                 mean = is_a * 2**tap.level * torch.tensor(statistics.pixel_mean)
             self.register_buffer(f"mean{tap.level}", mean.T[None, :, :, None, None].float().clone(), persistent=False)
