@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wavemim.inputs import Crop
 from wavemim.model import MaskedImageModel
@@ -49,6 +50,24 @@ def apply_gradients(
     if averaged is not None:
         averaged.update(model)
     return grad_norm.detach()
+
+
+def attention_kernels(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Choose the kernels of attention for the forward and backward passes within the block.
+
+    On CPUs, the backward pass of the fused kernel is so slow in bfloat16 that it costs all that bfloat16 gains elsewhere;
+    plain matrix products are used there. Only training needs this: in forward passes alone the fused kernel is fast.
+
+    Args:
+        device: Where the network is.
+        precision: The dtype of its arithmetic.
+
+    Returns:
+        A context manager. The choice holds for the whole process while it is active.
+    """
+    if device.type == "cpu" and precision == torch.bfloat16:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,8 @@ class TrainStep:
             batch = batch.without_filling(self.accumulate)
         parts = list(batch.split(self.accumulate))
         for number, part in enumerate(parts, 1):
-            with contextlib.nullcontext() if number == len(parts) else self._without_exchange():
+            exchange = contextlib.nullcontext() if number == len(parts) else self._without_exchange()
+            with exchange, attention_kernels(self.device, self.precision):
                 losses += self._backward(part, total, epoch, progress)
         return losses
 
