@@ -36,7 +36,7 @@ def apply_gradients(
 
     Args:
         model: The model, whose gradients are then deleted.
-        optimizer: A fused one.
+        optimizer: One of `wavemim.optim`, which can skip a step on the device.
         clip_grad: Largest gradient norm; infinity: any.
         averaged: Moving average of the weights, which is updated.
 
@@ -135,7 +135,7 @@ class TrainStep:
         Args:
             model: The model; it may be sharded in place (`wavemim.sharding.shard`), before its optimiser is made.
             views: Makes what the network sees of a batch.
-            optimizer: A fused one, which can skip a step on the device.
+            optimizer: One of `wavemim.optim`, which can skip a step on the device.
             schedule: The learning-rate schedule, with timm's ``step_update``.
             seed: Of everything random.
             total_steps: Steps of the whole training.

@@ -195,6 +195,11 @@ def check_mask(recipe: Recipe, *, cell: int, default: int) -> int:
 
 
 def _check_train(train: Train) -> None:
+    if train.optimizer == "muon" and train.parallel == "fsdp":
+        raise SettingError(
+            "train.optimizer=muon: needs whole matrices, and train.parallel=fsdp shards them; set train.parallel=ddp or "
+            "train.optimizer=adamw"
+        )
     if train.workers > train.batch:
         raise SettingError(
             f"train.workers={train.workers}: more workers than images in a batch, train.batch={train.batch}"

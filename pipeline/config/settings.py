@@ -250,6 +250,12 @@ class Train(Section):
         "for models that do not fit into the memory of one.",
         operational=True,  # sums are added in another order
     )
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "adamw: AdamW for all parameters. muon: Muon for the matrices of linear layers, AdamW for the others and for the "
+        "layers that predict; learning rate and weight decay keep their meaning. Not for train.parallel=fsdp.",
+        added=True,
+    )
     lr: float = setting(
         1.5e-4, "Learning rate for a batch of 256; scaled linearly with the batch.", gt=0, resumable=True
     )
@@ -265,7 +271,7 @@ class Train(Section):
     )
     warmup_epochs: float = setting(10, "Epochs of linear warm-up.", ge=0, resumable=True)
     weight_decay: float = setting(
-        0.05, "Weight decay of AdamW. Norms, biases, tokens and positions have none.", ge=0, resumable=True
+        0.05, "Weight decay. Norms, biases, tokens and positions have none.", ge=0, resumable=True
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = setting(
         (0.9, 0.95), "Betas of AdamW.", resumable=True

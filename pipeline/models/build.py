@@ -21,6 +21,7 @@ from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
+from wavemim.optim import hidden_matrices
 from wavemim.registry import arguments_of, target_class
 from wavemim.targets import Statistics, Tap, Target
 from wavemim.views import Augment, Frequencies, Views
@@ -240,7 +241,11 @@ def check_model(recipe: Recipe) -> None:
     for size in recipe.train.progressive or [recipe.encoder.image_size]:
         part, _ = for_size(recipe, size, data.image_size, data.levels)
         with torch.device("meta"):
-            _check_forward(part, build_blank_model(part))
+            model = build_blank_model(part)
+            _check_forward(part, model)
+        if recipe.train.optimizer == "muon":
+            with named("train.optimizer=muon", "; set train.optimizer=adamw"):
+                hidden_matrices(model)
 
 
 def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:

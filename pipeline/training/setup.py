@@ -79,7 +79,9 @@ def set_up(
         if before is not None:
             checkpoint.load_model(before, placed, name=file)
     peak_lr = settings.lr * schedule.batch / 256
-    optimizer = make_optimizer(model, lr=peak_lr, weight_decay=settings.weight_decay, betas=settings.betas)
+    optimizer = make_optimizer(
+        model, lr=peak_lr, weight_decay=settings.weight_decay, betas=settings.betas, kind=settings.optimizer
+    )
     if before is not None:
         checkpoint.load_optimizer(before, model, optimizer)
     if settings.recompute:
