@@ -78,6 +78,7 @@ def make_step(
     ema=None,
     device="cpu",
     optimizer="adamw",
+    masks=1,
     **kw,
 ):
     """A whole training step around a tiny model."""
@@ -86,7 +87,7 @@ def make_step(
     schedule = make_schedule(optimizer, total_steps=steps, warmup_steps=5, min_lr=lr / 100)
     return TrainStep(
         model,
-        Views(inputs, masking_of(ratio), seed=0),
+        Views(inputs, masking_of(ratio), seed=0, masks=masks),
         optimizer,
         schedule,
         seed=0,

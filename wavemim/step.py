@@ -16,7 +16,7 @@ from wavemim.inputs import Crop
 from wavemim.model import MaskedImageModel
 from wavemim.optim import Average
 from wavemim.sharding import whole
-from wavemim.views import Views
+from wavemim.views import Views, repeated
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class TrainStep:
 
         Args:
             model: The model; it may be sharded in place (`wavemim.sharding.shard`), before its optimiser is made.
-            views: Makes what the network sees of a batch.
+            views: Makes what the network sees of a batch. With several masks for each image, the network computes them
+                together, and the loss is their mean.
             optimizer: One of `wavemim.optim`, which can skip a step on the device.
             schedule: The learning-rate schedule, with timm's ``step_update``.
             seed: Of everything random.
@@ -194,10 +195,12 @@ class TrainStep:
     def _backward(self, part: Part, total: float, epoch: int, progress: float) -> torch.Tensor:
         view = self.views(part.stored, part.rows, epoch=epoch, crop=part.crop)
         rows = part.rows.to(self.device, non_blocking=True)
-        targets = self.model.target(view.images, view.pyramid)
+        masks = self.views.masks
+        once = self.model.target(view.images, view.pyramid)
+        targets = {level: repeated(values, masks) for level, values in once.items()}
         index = self.model.chosen(view.mask, rows, seed=self.seed, epoch=epoch)
         # DDP averages the gradients over the workers
-        share = part.weight.to(self.device, non_blocking=True) * (self.world / total)
+        share = repeated(part.weight.to(self.device, non_blocking=True) * (self.world / total), masks) / masks
         scheduled = self.model.level_weights.at(progress)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             loss, losses = self.wrapped(view.seen, targets, view.mask, share, scheduled, index, view.spectrum)

@@ -182,6 +182,8 @@ def check_mask(recipe: Recipe, *, cell: int, default: int) -> int:
         SettingError: If masks cannot be drawn.
     """
     mask, size = recipe.mask, recipe.encoder.image_size
+    with named(f"mask.count={mask.count}", f" (mask.kind={mask.kind})"):
+        constraints.check_mask_count(mask.count, mask.kind, mask.low_pass_share)
     unit = constraints.block_side(mask.unit, cell=cell, default=default, kind=mask.kind)
     if mask.kind == "frequency":
         with named(f"mask.radius={mask.radius:g}"):

@@ -215,6 +215,14 @@ class Mask(Section):
         "frequency: a part of the image's spectrum.",
     )
     ratio: float = setting(0.75, "Share of the image that is hidden. Not for frequency.", gt=0, lt=1, resumable=True)
+    count: Positive = setting(
+        1,
+        "Masks for each image that is read. The network computes each image with all of them, which takes that many times the "
+        "computation and memory; the target is computed once. What they leave visible is disjoint as far as possible, "
+        "except for energy. frequency: at most 2.",
+        resumable=True,
+        added=True,
+    )
     unit: Positive | None = setting(
         None,
         "Side in pixels of the squares that are hidden as a whole. null: a patch; 32 for mask.kind=block and for backbones "

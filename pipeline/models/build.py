@@ -215,7 +215,8 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
         recipe: All settings.
         model: The model, whose encoder has the grid of the masks.
         inputs: What turns a batch into images and coefficients.
-        augment: Whether images are augmented. Figures and measurements are made without.
+        augment: Whether images are augmented, and masked as often as in training. Figures and measurements are made
+            without, with one mask for each image.
     """
     cropped, frequencies = None, None
     if augment and recipe.train.augment == "rrc":
@@ -223,7 +224,8 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
     if recipe.mask.kind == "frequency":
         frequencies = Frequencies(recipe.mask.radius, recipe.mask.low_pass_share)
     masking = build_masking(recipe, model.encoder)
-    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies)
+    masks = recipe.mask.count if augment else 1
+    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies, masks=masks)
 
 
 def check_model(recipe: Recipe) -> None:

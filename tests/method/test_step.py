@@ -21,6 +21,8 @@ KINDS = {
     "partial self-attention": {"decoder": DecoderSettings(16, 1, 2, predict=0.4)},
     "shared, learned weights": {"decoder": DecoderSettings(16, 2, 2, shared=True), "weighting": "learned"},
     "an average of weights": {"ema": 0.99},
+    "Muon": {"optimizer": "muon"},
+    "three masks": {"masks": 3, "decoder": DecoderSettings(16, 1, 2, predict=0.4)},
     "masked tokens, linear": {"sees": "masked", "decoder": DecoderSettings(16, 0, 2)},
 }
 
