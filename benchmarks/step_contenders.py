@@ -122,7 +122,7 @@ def make_contender(name: str, settings: Settings, mode: str) -> Contender:
     )
     inputs = [_pinned(stored) if device.type == "cuda" else stored for stored in batches]
     label = f"{recipe.name} compiled" if mode == "compiled" else recipe.name
-    contender = Contender(label, name, recipe, cost_of(model), step, inputs, 0)
+    contender = Contender(label, name, recipe, cost_of(model, recipe.mask.count), step, inputs, 0)
     for _ in range(WARM_STEPS if device.type == "cuda" else 1):
         contender.run_once()
     _wait(device)

@@ -66,14 +66,28 @@ def masking_of(ratio=0.5):
     return Masking("random", ratio, SIZE // PATCH)
 
 
-def make_step(images, *, lr=1e-3, steps=100, ratio=0.5, wrap=None, world=1, clip=None, ema=None, device="cpu", **kw):
+def make_step(
+    images,
+    *,
+    lr=1e-3,
+    steps=100,
+    ratio=0.5,
+    wrap=None,
+    world=1,
+    clip=None,
+    ema=None,
+    device="cpu",
+    optimizer="adamw",
+    masks=1,
+    **kw,
+):
     """A whole training step around a tiny model."""
     model, inputs = (part.to(device) for part in make(images, ratio=ratio, **kw))
-    optimizer = make_optimizer(model, lr=lr, weight_decay=0.05, betas=(0.9, 0.95))
+    optimizer = make_optimizer(model, lr=lr, weight_decay=0.05, betas=(0.9, 0.95), kind=optimizer)
     schedule = make_schedule(optimizer, total_steps=steps, warmup_steps=5, min_lr=lr / 100)
     return TrainStep(
         model,
-        Views(inputs, masking_of(ratio), seed=0),
+        Views(inputs, masking_of(ratio), seed=0, masks=masks),
         optimizer,
         schedule,
         seed=0,

@@ -110,6 +110,25 @@ def check_frequencies(radius: float, low_pass_share: float, image_size: int) -> 
         raise ValueError(f"a low-pass share of {low_pass_share} is not a number from 0 to 1")
 
 
+def check_mask_count(count: int, kind: str, low_pass_share: float) -> None:
+    """Check the number of masks for each image.
+
+    Args:
+        count: Number of masks.
+        kind: Their kind.
+        low_pass_share: Of masks in the spectrum, the share of images that keep the circle only.
+
+    Raises:
+        ValueError: If masks in the spectrum would be the same.
+    """
+    most = 2 if 0 < low_pass_share < 1 else 1  # low-pass and high-pass
+    if kind == "frequency" and count > most:
+        raise ValueError(
+            f"a low-pass share of {low_pass_share:g} allows {most} different mask{'s' if most > 1 else ''} of an image; "
+            f"use at most {most}"
+        )
+
+
 def check_level(level: int, least: int) -> None:
     """Check that a target has this level: some have none for the patch itself.
 

@@ -29,7 +29,7 @@ from wavemim.augment import resized_crop
 from wavemim.encoders.base import create, is_plain_vit
 from wavemim.inputs import Inputs
 from wavemim.optim import NO_DECAY, Average
-from wavemim.step import StepResult, apply_gradients
+from wavemim.step import StepResult, apply_gradients, attention_kernels
 
 MIDDLE = 7 / 8  # share of a stored image's side that is evaluated: 224 of 256 pixels
 # Pooling of ViTs: the mean of the patch tokens, normalised after pooling by a new norm (MAE); or the class token.
@@ -244,7 +244,7 @@ class FinetuneStep:
         parts = _split(len(chosen), self.accumulate) if len(filling) == 0 else [slice(0, len(chosen))]
         for number, part in enumerate(parts, 1):
             exchange = self.wrapped.no_sync() if self.world > 1 and number < len(parts) else contextlib.nullcontext()  # type: ignore[operator]
-            with exchange:
+            with exchange, attention_kernels(images.device, self.precision):
                 counted = min(part.stop, count) - part.start
                 loss = self._loss(images[part], labels[part], counted) * (counted * self.world / total)
                 loss.backward()

@@ -31,6 +31,7 @@ class Cost:
         forward_flops: Of the whole model.
         encoder_flops: Of the encoder.
         decoder_flops: Of everything else.
+        masks: Masks for each image in training, each of which takes a pass of its own.
     """
 
     parameters: int
@@ -38,11 +39,12 @@ class Cost:
     forward_flops: int
     encoder_flops: int
     decoder_flops: int
+    masks: int = 1
 
     @property
     def training_flops(self) -> int:
-        """FLOPs of a forward and a backward pass."""
-        return (1 + BACKWARD) * self.forward_flops
+        """FLOPs of training for each image: a forward and a backward pass with each of its masks."""
+        return self.masks * (1 + BACKWARD) * self.forward_flops
 
     def __str__(self) -> str:
         """Return one line, as in the headers of recipes."""
@@ -52,8 +54,13 @@ class Cost:
         )
 
 
-def cost_of(model: MaskedImageModel) -> Cost:
-    """Compute the cost of a model. The model is not changed and may be on the meta device."""
+def cost_of(model: MaskedImageModel, masks: int = 1) -> Cost:
+    """Compute the cost of a model.
+
+    Args:
+        model: It is not changed and may be on the meta device.
+        masks: Masks for each image in training.
+    """
     blank = _on_meta(model)
     encoder, channels = blank.encoder, blank.target.channels
     with torch.device("meta"), torch.no_grad():
@@ -73,6 +80,7 @@ def cost_of(model: MaskedImageModel) -> Cost:
         forward_flops=forward,
         encoder_flops=of_encoder,
         decoder_flops=forward - of_encoder,
+        masks=masks,
     )
 
 

@@ -21,8 +21,13 @@ from wavemim.randomness import uniform
 from wavemim.wavelets import DETAILS
 
 
-def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int, unit: int = 1) -> torch.Tensor:
-    """Draw random masks with an exact ratio (MAE, He et al. 2022), as a pure function of (seed, epoch, row).
+def random_mask(
+    rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch: int, unit: int = 1, number: int = 0
+) -> torch.Tensor:
+    """Draw random masks with an exact ratio (MAE, He et al. 2022), as a pure function of (seed, epoch, row, number).
+
+    Of one image, the visible parts of the first masks are disjoint, as many as fit into it (DMJD, Ma et al. 2023): of the
+    first four with a ratio of 0.75. The next ones are again disjoint among themselves, and independent of those before.
 
     Args:
         rows: Row numbers (B,) of the images.
@@ -31,12 +36,16 @@ def random_mask(rows: torch.Tensor, grid: int, ratio: float, *, seed: int, epoch
         seed: Of the run.
         epoch: Of training.
         unit: Cells per side of a block; above 1, whole blocks are hidden (SimMIM, Xie et al. 2022).
+        number: Of the mask, from 0 on, where an image has several.
 
     Returns:
         bool (B, N).
     """
     assert grid % unit == 0, (grid, unit)
-    return _hide_first(_noise(rows, grid // unit, seed, epoch), ratio, unit)
+    blocks = (grid // unit) ** 2
+    visible = blocks - hidden_count(blocks, ratio)
+    draw, place = divmod(number, blocks // max(visible, 1))
+    return _hide_first(_noise(rows, grid // unit, seed, epoch, draw), ratio, unit, rolled=place * visible)
 
 
 def energy_mask(
@@ -50,12 +59,14 @@ def energy_mask(
     epoch: int,
     unit: int = 1,
     floor: float = 1.0,
+    number: int = 0,
 ) -> torch.Tensor:
     """Draw masks with an exact ratio that prefer blocks by their wavelet energy.
 
     Blocks are drawn without replacement, each with probability ∝ energy^strength among the remaining ones (Gumbel top-k:
-    Kool et al., Stochastic beams and where to find them, ICML 2019). A pure function of (seed, epoch, row, energy): it
-    does not depend on the other images of the batch.
+    Kool et al., Stochastic beams and where to find them, ICML 2019). A pure function of (seed, epoch, row, number,
+    energy): it does not depend on the other images of the batch. Several masks of an image are independent draws: if
+    their visible parts were disjoint, they would together show all of it, whatever its energy.
 
     Args:
         energy: (B, N), of `detail_energy`.
@@ -69,14 +80,15 @@ def energy_mask(
         unit: Cells per side of a block.
         floor: Added to the energy of each cell. Differences far below it have no effect, and cells without any detail
             are equally likely.
+        number: Of the mask, from 0 on, where an image has several.
 
     Returns:
         bool (B, N).
     """
     assert grid % unit == 0 and floor > 0, (grid, unit, floor)
     if strength == 0:
-        return random_mask(rows, grid, ratio, seed=seed, epoch=epoch, unit=unit)
-    noise = _noise(rows, grid // unit, seed, epoch)
+        return random_mask(rows, grid, ratio, seed=seed, epoch=epoch, unit=unit, number=number)
+    noise = _noise(rows, grid // unit, seed, epoch, number)
     blocks = _sum_cells(energy.float().reshape(-1, 1, grid, grid), unit).flatten(1) + floor * unit * unit
     # -log(-log1p(-u)) has Gumbel's distribution and falls with u; half a step of u instead of 0 keeps it finite.
     gumbel = -torch.log(-torch.log1p(-noise.clamp_min(2.0**-25)))
@@ -151,7 +163,7 @@ class Masking:
         return hidden_count((self.grid // self.unit) ** 2, self.ratio) * self.unit**2
 
     def __call__(
-        self, rows: torch.Tensor, pyramid: Mapping[int, torch.Tensor], *, seed: int, epoch: int
+        self, rows: torch.Tensor, pyramid: Mapping[int, torch.Tensor], *, seed: int, epoch: int, number: int = 0
     ) -> torch.Tensor:
         """Draw masks. The floor of "energy" is what rounding to 8 bits leaves in a flat cell: 1/12 per coefficient.
 
@@ -160,6 +172,7 @@ class Masking:
             pyramid: Their coefficients {level: (B, C, K, h, w)}; only used by "energy".
             seed: Of the run.
             epoch: Of training.
+            number: Of the mask, from 0 on, where an image has several; see `random_mask` and `energy_mask`.
 
         Returns:
             bool (B, N) on the device of `rows`.
@@ -167,7 +180,7 @@ class Masking:
         if self.kind == "frequency":
             return torch.ones(rows.shape[0], self.grid**2, dtype=torch.bool, device=rows.device)
         if self.kind != "energy":
-            return random_mask(rows, self.grid, self.ratio, seed=seed, epoch=epoch, unit=self.unit)
+            return random_mask(rows, self.grid, self.ratio, seed=seed, epoch=epoch, unit=self.unit, number=number)
         blocks = self.grid // self.unit
         used = [pyramid[level] for level in _levels_within(pyramid, blocks)]
         coefficients = sum(len(DETAILS) * v.shape[1] * v.shape[3] * v.shape[4] for v in used) / self.grid**2
@@ -183,6 +196,7 @@ class Masking:
             epoch=epoch,
             unit=self.unit,
             floor=coefficients / 12,
+            number=number,
         )
 
 
@@ -232,15 +246,18 @@ def filled_in(images: torch.Tensor, hidden: torch.Tensor | float, mask: torch.Te
     return images * (1 - share) + hidden * share
 
 
-def _noise(rows: torch.Tensor, side: int, seed: int, epoch: int) -> torch.Tensor:
+def _noise(rows: torch.Tensor, side: int, seed: int, epoch: int, draw: int) -> torch.Tensor:
     """Uniform random numbers (B, side²), one per block, the same for every kind of mask."""
-    return uniform(seed, "mask", epoch, rows, side * side)
+    return uniform(seed, "mask", epoch, rows, side * side, number=draw)
 
 
-def _hide_first(keys: torch.Tensor, ratio: float, unit: int) -> torch.Tensor:
-    """Masks (B, blocks · unit²) that hide the blocks with the smallest `keys` (B, blocks)."""
+def _hide_first(keys: torch.Tensor, ratio: float, unit: int, rolled: int = 0) -> torch.Tensor:
+    """Masks (B, blocks · unit²) that hide the blocks with the smallest `keys` (B, blocks).
+
+    With `rolled`, so many blocks with the largest keys come first.
+    """
     batch, blocks = keys.shape
-    order = keys.argsort(stable=True, dim=1)
+    order = keys.argsort(stable=True, dim=1).roll(rolled, 1)
     mask = torch.zeros(batch, blocks, dtype=torch.bool, device=keys.device)
     mask = mask.scatter_(1, order[:, : hidden_count(blocks, ratio)], True)
     side = math.isqrt(blocks)
@@ -273,9 +290,9 @@ def frequency_numbers(size: int, device: torch.device | str | None = None) -> to
 
 
 def hidden_frequencies(
-    rows: torch.Tensor, size: int, *, radius: float, low_pass_share: float, seed: int, epoch: int
+    rows: torch.Tensor, size: int, *, radius: float, low_pass_share: float, seed: int, epoch: int, number: int = 0
 ) -> torch.Tensor:
-    """Draw the frequencies to remove, as a pure function of (seed, epoch, row).
+    """Draw the frequencies to remove, as a pure function of (seed, epoch, row, number).
 
     Args:
         rows: Row numbers (B,) of the images.
@@ -285,6 +302,8 @@ def hidden_frequencies(
             only keeps the others (high-pass).
         seed: Of the run.
         epoch: Of training.
+        number: Of the mask, 0 or 1. With a probability of 0.5, the second mask of an image keeps what the first one
+            removes; with other probabilities, both are the same for as few images as possible.
 
     Returns:
         bool (B, H, W), True = removed, in the layout of `torch.fft.fft2`.
@@ -295,8 +314,10 @@ def hidden_frequencies(
     check_frequencies(radius, low_pass_share, size)
     squares = frequency_numbers(size, rows.device).square()
     inside = (squares[:, None] + squares[None, :]) < radius**2
-    low_pass = uniform(seed, "frequencies", epoch, rows, 1) < low_pass_share
-    return inside[None] ^ low_pass[:, :, None]
+    drawn = uniform(seed, "frequencies", epoch, rows, 1)
+    if number % 2:
+        drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # exact, and uniform too
+    return inside[None] ^ (drawn < low_pass_share)[:, :, None]
 
 
 def corrupt(images: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

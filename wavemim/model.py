@@ -121,16 +121,16 @@ class MaskedImageModel(nn.Module):
         self.visible, self.hidden_share = cells - hidden, hidden / cells
 
     def chosen(self, mask: torch.Tensor, rows: torch.Tensor, *, seed: int, epoch: int) -> dict[int, torch.Tensor]:
-        """Draw the positions to predict from the hidden ones, as a pure function of (seed, epoch, row).
+        """Draw the positions to predict from the hidden ones, as a pure function of (seed, epoch, row, number of the mask).
 
         Args:
-            mask: bool (B, N), True = hidden.
+            mask: bool (B, N), True = hidden; or (M·B, N), M masks for each image, as in `wavemim.views`.
             rows: Row numbers (B,) of the images.
             seed: Of the run.
             epoch: Of training.
 
         Returns:
-            {level: (B, S)}, ascending; empty if all positions are predicted.
+            {level: (B or M·B, S)}, ascending; empty if all positions are predicted.
         """
         if self.predict_share == 1:
             return {}
@@ -138,8 +138,11 @@ class MaskedImageModel(nn.Module):
         for level in self.levels:
             share = share_at(mask, self.encoder.grid, self.target.positions(level))
             count = max(1, round(share.shape[1] * self.hidden_share * self.predict_share))
-            drawn = uniform(seed, f"predict {self.leaders[level]}", epoch, rows, share.shape[1])
-            order = (share > 0) + drawn
+            draws = [
+                uniform(seed, f"predict {self.leaders[level]}", epoch, rows, share.shape[1], number=number)
+                for number in range(len(mask) // len(rows))
+            ]
+            order = (share > 0) + torch.cat(draws)
             found[level] = order.topk(count, dim=1).indices.sort(dim=1).values
         return found
 

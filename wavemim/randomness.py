@@ -15,7 +15,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def uniform(seed: int, purpose: str, epoch: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+def uniform(seed: int, purpose: str, epoch: int, rows: torch.Tensor, count: int, *, number: int = 0) -> torch.Tensor:
     """Draw uniform random numbers.
 
     Args:
@@ -24,10 +24,12 @@ def uniform(seed: int, purpose: str, epoch: int, rows: torch.Tensor, count: int)
         epoch: Of training.
         rows: Row numbers (B,) of the images.
         count: Numbers per image.
+        number: Of the draw, where there are several for the same image and purpose.
 
     Returns:
         (B, count), float32 in [0, 1), on the device of `rows`.
     """
+    purpose = f"{purpose} {number}" if number else purpose
     base = _mix_int(_mix_int(_mix_int(seed) ^ zlib.crc32(purpose.encode())) ^ epoch)
     lines = _mix(rows.to(torch.int64) ^ _signed(base))
     places = torch.arange(1, count + 1, device=rows.device, dtype=torch.int64) * _signed(_GOLDEN)

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wavemim.inputs import Crop
 from wavemim.model import MaskedImageModel
 from wavemim.optim import Average
 from wavemim.sharding import whole
-from wavemim.views import Views
+from wavemim.views import Views, repeated
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def apply_gradients(
 
     Args:
         model: The model, whose gradients are then deleted.
-        optimizer: A fused one.
+        optimizer: One of `wavemim.optim`, which can skip a step on the device.
         clip_grad: Largest gradient norm; infinity: any.
         averaged: Moving average of the weights, which is updated.
 
@@ -49,6 +50,24 @@ def apply_gradients(
     if averaged is not None:
         averaged.update(model)
     return grad_norm.detach()
+
+
+def attention_kernels(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Choose the kernels of attention for the forward and backward passes within the block.
+
+    On CPUs, the backward pass of the fused kernel is so slow in bfloat16 that it costs all that bfloat16 gains elsewhere;
+    plain matrix products are used there. Only training needs this: in forward passes alone the fused kernel is fast.
+
+    Args:
+        device: Where the network is.
+        precision: The dtype of its arithmetic.
+
+    Returns:
+        A context manager. The choice holds for the whole process while it is active.
+    """
+    if device.type == "cpu" and precision == torch.bfloat16:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -115,8 +134,9 @@ class TrainStep:
 
         Args:
             model: The model; it may be sharded in place (`wavemim.sharding.shard`), before its optimiser is made.
-            views: Makes what the network sees of a batch.
-            optimizer: A fused one, which can skip a step on the device.
+            views: Makes what the network sees of a batch. With several masks for each image, the network computes them
+                together, and the loss is their mean.
+            optimizer: One of `wavemim.optim`, which can skip a step on the device.
             schedule: The learning-rate schedule, with timm's ``step_update``.
             seed: Of everything random.
             total_steps: Steps of the whole training.
@@ -167,17 +187,20 @@ class TrainStep:
             batch = batch.without_filling(self.accumulate)
         parts = list(batch.split(self.accumulate))
         for number, part in enumerate(parts, 1):
-            with contextlib.nullcontext() if number == len(parts) else self._without_exchange():
+            exchange = contextlib.nullcontext() if number == len(parts) else self._without_exchange()
+            with exchange, attention_kernels(self.device, self.precision):
                 losses += self._backward(part, total, epoch, progress)
         return losses
 
     def _backward(self, part: Part, total: float, epoch: int, progress: float) -> torch.Tensor:
         view = self.views(part.stored, part.rows, epoch=epoch, crop=part.crop)
         rows = part.rows.to(self.device, non_blocking=True)
-        targets = self.model.target(view.images, view.pyramid)
+        masks = self.views.masks
+        once = self.model.target(view.images, view.pyramid)
+        targets = {level: repeated(values, masks) for level, values in once.items()}
         index = self.model.chosen(view.mask, rows, seed=self.seed, epoch=epoch)
         # DDP averages the gradients over the workers
-        share = part.weight.to(self.device, non_blocking=True) * (self.world / total)
+        share = repeated(part.weight.to(self.device, non_blocking=True) * (self.world / total), masks) / masks
         scheduled = self.model.level_weights.at(progress)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             loss, losses = self.wrapped(view.seen, targets, view.mask, share, scheduled, index, view.spectrum)

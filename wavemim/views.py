@@ -1,6 +1,7 @@
 """Views of a batch: from the integers of a shard to image, mask, corrupted image and pyramid.
 
-Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels per side, N cells of the mask.
+Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels per side, N cells of the mask, M masks of each
+image. Dimension M·B: the whole batch with its first masks, then with its second ones, and so on.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ class View:
 
     Attributes:
         images: (B, C, H, W), normalised, complete: the source of the targets.
-        seen: The encoder's input: the same, or without the removed frequencies.
+        seen: The encoder's input (M·B, C, H, W): the same, or without the removed frequencies.
         pyramid: {level: (B, C, K, h, w)}, coefficients of the images.
-        mask: bool (B, N), True = hidden.
-        spectrum: bool (B, H, W), True = removed; None if masking is not by frequency.
+        mask: bool (M·B, N), True = hidden.
+        spectrum: bool (M·B, H, W), True = removed; None if masking is not by frequency.
     """
 
     images: torch.Tensor
@@ -65,8 +66,24 @@ class View:
     spectrum: torch.Tensor | None
 
 
+def repeated(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Repeat a batch.
+
+    Args:
+        values: (B, …).
+        count: M.
+
+    Returns:
+        (M·B, …): the whole batch M times; for M = 1 the batch itself.
+    """
+    return values if count == 1 else values.repeat(count, *[1] * (values.ndim - 1))
+
+
 class Views:
-    """Makes views. Masks and crops are pure functions of (seed, epoch, row of the image)."""
+    """Makes views. Masks and crops are pure functions of (seed, epoch, row of the image, number of the mask).
+
+    An image is cropped and mirrored once, however many masks it has.
+    """
 
     def __init__(
         self,
@@ -76,6 +93,7 @@ class Views:
         seed: int,
         augment: Augment | None = None,
         frequencies: Frequencies | None = None,
+        masks: int = 1,
     ) -> None:
         """Create the views of a run.
 
@@ -85,10 +103,11 @@ class Views:
             seed: Of the run.
             augment: Crops and mirrors whole images, if given.
             frequencies: Masking by frequency; needed if and only if masking.kind is "frequency".
+            masks: M.
         """
         assert (masking.kind == "frequency") == (frequencies is not None)
         self.inputs, self.masking, self.seed = inputs, masking, seed
-        self.augment, self.frequencies = augment, frequencies
+        self.augment, self.frequencies, self.masks = augment, frequencies, masks
 
     def __call__(
         self, stored: Mapping[int, torch.Tensor], rows: torch.Tensor, *, epoch: int, crop: Crop | None = None
@@ -134,15 +153,22 @@ class Views:
             The view.
         """
         with torch.no_grad():
-            mask = self.masking(rows, pyramid, seed=self.seed, epoch=epoch)
+            numbers = range(self.masks)
+            mask = torch.cat([self.masking(rows, pyramid, seed=self.seed, epoch=epoch, number=n) for n in numbers])
+            seen = repeated(images, self.masks)
             if self.frequencies is None:
-                return View(images, images, pyramid, mask, None)
-            spectrum = hidden_frequencies(
-                rows,
-                images.shape[-1],
-                radius=self.frequencies.radius,
-                low_pass_share=self.frequencies.low_pass_share,
-                seed=self.seed,
-                epoch=epoch,
-            )
-            return View(images, corrupt(images, spectrum), pyramid, mask, spectrum)
+                return View(images, seen, pyramid, mask, None)
+            spectra = [
+                hidden_frequencies(
+                    rows,
+                    images.shape[-1],
+                    radius=self.frequencies.radius,
+                    low_pass_share=self.frequencies.low_pass_share,
+                    seed=self.seed,
+                    epoch=epoch,
+                    number=number,
+                )
+                for number in numbers
+            ]
+            spectrum = torch.cat(spectra)
+            return View(images, corrupt(seen, spectrum), pyramid, mask, spectrum)

@@ -191,6 +191,8 @@ def check_mask(recipe: Recipe, *, cell: int, default: int) -> int:
         SettingError: If masks cannot be drawn.
     """
     mask, size = recipe.mask, recipe.encoder.image_size
+    with named(f"mask.count={mask.count}", f" (mask.kind={mask.kind})"):
+        constraints.check_mask_count(mask.count, mask.kind, mask.low_pass_share)
     unit = constraints.block_side(mask.unit, cell=cell, default=default, kind=mask.kind)
     if mask.kind == "frequency":
         with named(f"mask.radius={mask.radius:g}"):
@@ -204,6 +206,11 @@ def check_mask(recipe: Recipe, *, cell: int, default: int) -> int:
 
 
 def _check_train(train: Train) -> None:
+    if train.optimizer == "muon" and train.parallel == "fsdp":
+        raise SettingError(
+            "train.optimizer=muon: needs whole matrices, and train.parallel=fsdp shards them; set train.parallel=ddp or "
+            "train.optimizer=adamw"
+        )
     if train.workers > train.batch:
         raise SettingError(
             f"train.workers={train.workers}: more workers than images in a batch, train.batch={train.batch}"

@@ -256,6 +256,14 @@ class Mask(Section):
         "frequency: a part of the image's spectrum.",
     )
     ratio: float = setting(0.75, "Share of the image that is hidden. Not for frequency.", gt=0, lt=1, resumable=True)
+    count: Positive = setting(
+        1,
+        "Masks for each image that is read. The network computes each image with all of them, which takes that many times the "
+        "computation and memory; the target is computed once. What they leave visible is disjoint as far as possible, "
+        "except for energy. frequency: at most 2.",
+        resumable=True,
+        added=True,
+    )
     unit: Positive | None = setting(
         None,
         "Side in pixels of the squares that are hidden as a whole. null: a patch; 32 for mask.kind=block and for backbones "
@@ -291,6 +299,12 @@ class Train(Section):
         "for models that do not fit into the memory of one.",
         operational=True,  # sums are added in another order
     )
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw",
+        "adamw: AdamW for all parameters. muon: Muon for the matrices of linear layers, AdamW for the others and for the "
+        "layers that predict; learning rate and weight decay keep their meaning. Not for train.parallel=fsdp.",
+        added=True,
+    )
     lr: float = setting(
         1.5e-4, "Learning rate for a batch of 256; scaled linearly with the batch.", gt=0, resumable=True
     )
@@ -306,7 +320,7 @@ class Train(Section):
     )
     warmup_epochs: float = setting(10, "Epochs of linear warm-up.", ge=0, resumable=True)
     weight_decay: float = setting(
-        0.05, "Weight decay of AdamW. Norms, biases, tokens and positions have none.", ge=0, resumable=True
+        0.05, "Weight decay. Norms, biases, tokens and positions have none.", ge=0, resumable=True
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = setting(
         (0.9, 0.95), "Betas of AdamW.", resumable=True

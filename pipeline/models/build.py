@@ -21,6 +21,7 @@ from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
 from wavemim.masking import Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
+from wavemim.optim import hidden_matrices
 from wavemim.registry import arguments_of, target_class
 from wavemim.targets import Statistics, Tap, Target
 from wavemim.views import Augment, Frequencies, Views
@@ -220,7 +221,8 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
         recipe: All settings.
         model: The model, whose encoder has the grid of the masks.
         inputs: What turns a batch into images and coefficients.
-        augment: Whether images are augmented. Figures and measurements are made without.
+        augment: Whether images are augmented, and masked as often as in training. Figures and measurements are made
+            without, with one mask for each image.
     """
     cropped, frequencies = None, None
     if augment and recipe.train.augment == "rrc":
@@ -228,7 +230,8 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
     if recipe.mask.kind == "frequency":
         frequencies = Frequencies(recipe.mask.radius, recipe.mask.low_pass_share)
     masking = build_masking(recipe, model.encoder)
-    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies)
+    masks = recipe.mask.count if augment else 1
+    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies, masks=masks)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -246,7 +249,11 @@ def check_model(recipe: Recipe) -> None:
     for size in recipe.train.progressive or [recipe.encoder.image_size]:
         part, _ = for_size(recipe, size, data.image_size, data.levels)
         with torch.device("meta"):
-            _check_forward(part, build_blank_model(part))
+            model = build_blank_model(part)
+            _check_forward(part, model)
+        if recipe.train.optimizer == "muon":
+            with named("train.optimizer=muon", "; set train.optimizer=adamw"):
+                hidden_matrices(model)
 
 
 def _check_forward(recipe: Recipe, model: MaskedImageModel) -> None:

@@ -39,7 +39,7 @@ class Training:
     step: TrainStep
     reader: Reader
     saver: checkpoint.Saver
-    flops: int  # of a forward and a backward pass of one image
+    flops: int  # of a forward and a backward pass of one image, with each of its masks
 
 
 def set_up(
@@ -69,7 +69,7 @@ def set_up(
     settings = phase.recipe.train
     sharded = settings.parallel == "fsdp" and world > 1
     model = _model(recipe, phase, shards, start=before is None)
-    flops = cost_of(model).training_flops
+    flops = cost_of(model, recipe.mask.count).training_flops
     averaged = None if settings.ema is None else make_average(model, settings.ema)
     for placed, file in _files(model, averaged):
         if sharded:  # before there is an optimiser, so that its moments are sharded too
@@ -79,7 +79,9 @@ def set_up(
         if before is not None:
             checkpoint.load_model(before, placed, name=file)
     peak_lr = settings.lr * schedule.batch / 256
-    optimizer = make_optimizer(model, lr=peak_lr, weight_decay=settings.weight_decay, betas=settings.betas)
+    optimizer = make_optimizer(
+        model, lr=peak_lr, weight_decay=settings.weight_decay, betas=settings.betas, kind=settings.optimizer
+    )
     if before is not None:
         checkpoint.load_optimizer(before, model, optimizer)
     if settings.recompute:

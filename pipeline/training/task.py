@@ -23,7 +23,7 @@ class Task(Protocol):
     wrapped: nn.Module  # the model, behind DDP where there are several workers
     reader: Reader
     saver: checkpoint.Saver
-    image_flops: int  # of a forward and a backward pass of one image
+    image_flops: int  # of a forward and a backward pass of one image, with each of its masks
 
     def batches(self, epoch: int, start: int) -> Generator[Batch]:
         """Batches of an epoch from batch `start` on; closing the generator ends its threads."""

@@ -47,7 +47,7 @@ def test_every_setting_is_read_by_a_stage_and_decides_no_other():
 
 
 def test_what_may_change_on_resume_decides_what_pretraining_computes():
-    assert len(CHANGEABLE) == 14
+    assert len(CHANGEABLE) == 15
     for key in CHANGEABLE:
         assert "pretrain" in BEHAVIOURS[key].identity, key
 

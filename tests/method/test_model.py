@@ -178,17 +178,23 @@ def test_the_average_is_a_literal_one():
     assert not torch.equal(found, weights.double())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("done", [0, 2])  # with and without moments from earlier steps
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(value):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_training_goes_on(value, done, optimizer):
     images = photos(4)
-    step, clean = make_step(images, clip=1.0), make_step(images, clip=1.0)
+    step, clean = (make_step(images, clip=1.0, optimizer=optimizer) for _ in range(2))
     rows, one = torch.arange(4), torch.ones(4)
-    for number in range(2):
+    for number in range(done):
         step(stored(images), rows, one, 4.0, epoch=number, step=number)
         clean(stored(images), rows, one, 4.0, epoch=number, step=number)
-    hook = step.model.decoders["2"].head.weight.register_hook(lambda grad: torch.full_like(grad, value))
+    hooks = [
+        layer.weight.register_hook(lambda grad: torch.full_like(grad, value))
+        for layer in (step.model.decoders["2"].head, step.model.encoder.model.blocks[1].mlp.fc1)
+    ]
     result = step(stored(images), rows, one, 4.0, epoch=2, step=2)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     assert not result.grad_norm.isfinite() and result.losses.isfinite().all()
     for a, b in zip(step.model.parameters(), clean.model.parameters(), strict=True):
         assert torch.equal(a, b)

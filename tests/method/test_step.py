@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import SIZE, STEPS, TAPS, make_step, photos, statistics, stored
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavemim.encoders.hierarchical import HierarchicalEncoder
@@ -20,6 +21,8 @@ KINDS = {
     "partial self-attention": {"decoder": DecoderSettings(16, 1, 2, predict=0.4)},
     "shared, learned weights": {"decoder": DecoderSettings(16, 2, 2, shared=True), "weighting": "learned"},
     "an average of weights": {"ema": 0.99},
+    "Muon": {"optimizer": "muon"},
+    "three masks": {"masks": 3, "decoder": DecoderSettings(16, 1, 2, predict=0.4)},
     "masked tokens, linear": {"sees": "masked", "decoder": DecoderSettings(16, 0, 2)},
 }
 
@@ -99,6 +102,28 @@ def test_a_step_on_a_gpu_does_not_synchronise(kind):
         step(batch, rows, weight, 4.0, epoch=0, step=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("recompute", [False, True])  # activations are then computed again in the backward pass
+@pytest.mark.parametrize("attention", ["self", "cross"])  # timm's, and our own
+def test_attention_in_bfloat16_on_a_cpu_avoids_the_fused_kernel(attention, recompute):
+    images, results, kernels = photos(4), {}, {}
+    for precision in (torch.float32, torch.bfloat16):
+        step = make_step(images, decoder=DecoderSettings(16, 1, 2, attention=attention))
+        step.precision = precision
+        if recompute:
+            step.model.encoder.recompute_activations()
+        with profile() as profiled:
+            results[precision] = run(step, images)
+        kernels[precision] = {event.key for event in profiled.key_averages() if "_scaled_dot_product" in event.key}
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert kernels[torch.float32] == {fused, f"{fused}_backward"}
+    assert kernels[torch.bfloat16] == {"aten::_scaled_dot_product_attention_math"}
+    low, full = results[torch.bfloat16], results[torch.float32]
+    torch.testing.assert_close(low.losses, full.losses, rtol=0.01, atol=0)
+    torch.testing.assert_close(low.grad_norm, full.grad_norm, rtol=0.03, atol=0)
+    assert not torch.equal(low.losses, full.losses)
+    assert torch.backends.cuda.flash_sdp_enabled()  # outside of steps nothing has changed
 
 
 @pytest.mark.parametrize("predict", [0.25, 0.5])

@@ -43,7 +43,7 @@ def shards(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("set") / "shards", photos(60))
 
 
-def run(shards, folder, resume=None, end_at=None, spent=None, epochs=2):
+def run(shards, folder, resume=None, end_at=None, spent=None, epochs=2, masks=1):
     """Train, log as a stage does, save at each epoch's end; fall over at `end_at` images."""
     lines = JsonLines(folder / "metrics.jsonl")
 
@@ -52,7 +52,7 @@ def run(shards, folder, resume=None, end_at=None, spent=None, epochs=2):
         if images == end_at:
             raise KeyboardInterrupt
 
-    recipe = with_overrides(load("small"), {**SETTINGS, "train.epochs": epochs})
+    recipe = with_overrides(load("small"), {**SETTINGS, "train.epochs": epochs, "mask.count": masks})
     save = {"on_checkpoint": lambda write, state: write(folder / f"images-{state['images']}")}
     train(recipe, shards, device=torch.device("cpu"), resume=resume, on_log=log, spent=spent, **save)
     return spent_in(folder)
@@ -91,6 +91,13 @@ def test_training_counts_images_arithmetic_and_bytes(shards, tmp_path):
     assert 50e6 < spent.peak_memory_bytes < 100e9
 
 
+def test_each_mask_costs_arithmetic_but_no_reading(shards, tmp_path):
+    spent = run(shards, tmp_path, masks=2)
+    assert spent.images_seen == 80
+    assert spent.flops == 2 * 3 * image_by_hand() * 2 * 3 * 16
+    assert spent.bytes_read == 2 * stored(shards, "train")
+
+
 def test_costs_only_grow_in_training(shards, tmp_path):
     run(shards, tmp_path)
     costs = [Spent.of(entry["metrics"]) for entry, _ in JsonLines(tmp_path / "metrics.jsonl").read()]
@@ -125,12 +132,13 @@ def test_without_its_metrics_a_run_goes_on_from_what_the_checkpoint_cost(shards,
     assert spent.wall_clock_s > state["cost"]["wall_clock_s"] > 0
 
 
-def test_the_step_does_what_is_counted():
+@pytest.mark.parametrize("masks", [1, 3])
+def test_the_step_does_what_is_counted(masks):
     """torch's counter sees a little less: nothing asks for the gradient of the images."""
     images = tiny.photos(4)
-    step = tiny.make_step(images)
+    step = tiny.make_step(images, masks=masks)
     rows, weight = torch.arange(4), torch.ones(4)
-    counted = 4 * cost_of(step.model).training_flops
+    counted = 4 * cost_of(step.model, masks).training_flops
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(tiny.stored(images), rows, weight, 4.0, epoch=0, step=0)
     assert 0.93 * counted < counter.get_total_flops() <= counted

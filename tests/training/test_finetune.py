@@ -229,6 +229,15 @@ def test_a_step_is_what_it_says():
     torch.testing.assert_close(after, before * (1 - rate * 0.05) - rate * gradient / (gradient.abs() + 1e-8))
 
 
+def test_attention_in_bfloat16_on_a_cpu_avoids_the_fused_kernel():
+    model = classifier("vit_tiny_patch16_224", drop_path=0.0)
+    for precision, kernel in ((torch.float32, "flash_attention_for_cpu"), (torch.bfloat16, "attention_math")):
+        with torch.profiler.profile() as profiled:
+            gradients(make_step(model, Mixing(5), precision=precision), *batch_of(2), 2.0)
+        used = {event.key for event in profiled.key_averages() if "_scaled_dot_product" in event.key}
+        assert {key.removesuffix("_backward") for key in used} == {f"aten::_scaled_dot_product_{kernel}"}
+
+
 def test_parts_of_workers_make_up_the_gradient_of_the_whole():
     model = classifier("vit_tiny_patch16_224", drop_path=0.0)
     images, labels, weight = batch_of(6)

@@ -118,6 +118,12 @@ HARNESS = {
         "train.recompute": True,
         "train.clip_grad": None,
     },
+    "wavelet, Muon, three masks in parts": {
+        "train.optimizer": "muon",
+        "mask": {"count": 3, "ratio": 0.75},
+        "train.accumulate": 2,
+        "decoder.predict": 0.5,
+    },
     "wavelet, drop path": {"encoder.options": {"drop_path_rate": 0.3, "proj_drop_rate": 0.2}},
     "a hierarchy, shared decoder": {
         "encoder": {"name": "resnet10t", "image_size": 64},

@@ -27,13 +27,14 @@ def steps(step, images, first, last):
     ]
 
 
-def test_resuming_equals_no_interruption(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_equals_no_interruption(tmp_path, optimizer):
     images = photos(8)
-    undisturbed = make_step(images)
+    undisturbed = make_step(images, optimizer=optimizer)
     steps(undisturbed, images, 0, 3)
     checkpoint.save(tmp_path / "c", undisturbed.model, undisturbed.optimizer, {"images": 24})
     expected = steps(undisturbed, images, 3, 6)
-    resumed = make_step(images, seed=99)
+    resumed = make_step(images, seed=99, optimizer=optimizer)
     checkpoint.load_model(tmp_path / "c", resumed.model)
     checkpoint.load_optimizer(tmp_path / "c", resumed.model, resumed.optimizer)
     for a, b in zip(steps(resumed, images, 3, 6), expected, strict=True):
