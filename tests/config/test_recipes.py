@@ -31,7 +31,12 @@ def blank(name):
 
 def test_the_recipes_that_are_promised():
     sizes = {"wamim_vit": "tiny small base large", "wamim_swin": "tiny base", "wamim_convnext": "tiny base"}
-    sizes |= {"mae_vit": "small base", "localmim_vit": "small base", "simmim_swin": "base", "mfm_vit": "base"}
+    sizes |= {
+        "mae_vit": "small base tiny_cifar10 lite_tiny_imagenet",
+        "localmim_vit": "small base",
+        "simmim_swin": "base",
+        "mfm_vit": "base",
+    }
     assert set(NAMES) >= {f"{kind}_{size}" for kind, all_ in sizes.items() for size in all_.split()} | {*FOUR}
 
 
@@ -59,6 +64,8 @@ PUBLISHED = {
     "mae_vit_base": (4096, 1.5e-4 * 4096 / 256, 40, (0.9, 0.95), None, 0.05, 0.75),
     "simmim_swin_base": (2048, 1e-4 * 2048 / 512, 10, (0.9, 0.999), 5.0, 0.05, 0.6),
     "mfm_vit_base": (2048, 3e-4 * 2048 / 512, 20, (0.9, 0.95), 3.0, 0.05, None),
+    "mae_vit_tiny_cifar10": (512, 3e-4, 15, (0.9, 0.95), None, 0.05, 0.75),
+    "mae_vit_lite_tiny_imagenet": (128, 5e-4, 20, (0.9, 0.95), None, 0.15, 0.75),
     "wamim_vit_base": (2048, 2e-4 * 2048 / 256, 10, (0.9, 0.95), 3.0, 0.05, 0.75),
     "wamim_swin_base": (2048, 1e-4 * 2048 / 256, 10, (0.9, 0.95), 3.0, 0.05, 0.75),
 }
@@ -92,6 +99,28 @@ def test_published_fine_tuning(name):
     assert (found.batch, rate, *lengths) == FINETUNED[name]
     assert (found.mixup, found.cutmix, found.label_smoothing, found.erasing) == (0.8, 1.0, 0.1, 0.25)
     assert (found.rand_augment, found.weight_decay, found.betas) == ("rand-m9-mstd0.5-inc1", 0.05, (0.9, 0.999))
+
+
+# Images a step, learning rate at this batch, epochs, of warm-up, weight decay; blocks, width and heads of encoder and decoder.
+SMALL_MAE = {
+    "mae_vit_tiny_cifar10": (128, 5e-4, 50, 5, 0.05, (12, 192, 3), (4, 192, 3)),
+    "mae_vit_lite_tiny_imagenet": (128, 1e-3, 100, 5, 0.05, (7, 256, 4), (2, 128, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_MAE)
+def test_published_small_vits(name):
+    recipe, model = load(name), blank(name).encoder.model
+    found, decoder = recipe.finetune, recipe.decoder
+    rate = pytest.approx(found.lr * found.batch / 256)
+    shape = (len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads)
+    sizes = (shape, (decoder.depth, decoder.width, decoder.heads))
+    assert (found.batch, rate, found.epochs, found.warmup_epochs, found.weight_decay, *sizes) == SMALL_MAE[name]
+    regularised = (found.layer_decay, found.drop_path, found.mixup, found.cutmix, found.label_smoothing, found.erasing)
+    assert regularised == (1, 0, 0, 0, 0, 0) and found.head == "token"
+    train, images = recipe.train, (recipe.data.image_size, recipe.data.steps)
+    assert (train.augment, train.flip, recipe.encoder.image_size) == ("window", False, images[0])  # the whole image
+    assert images[1] == "lossless" and recipe.target.normalise == "none" and len(recipe.target.taps) == 1
 
 
 def test_published_pictures_masks_and_decoders():

@@ -36,9 +36,9 @@ CPU = torch.device("cpu")
 
 
 def narrowed(case: Case) -> Recipe:
-    """The case's recipe at CPU size: narrow, shallow, images of 64 pixels."""
+    """The case's recipe at CPU size: narrow, shallow, images of at most 64 pixels."""
     recipe = load(case.recipe)
-    changes: dict[str, Any] = {"encoder.image_size": 64}
+    changes: dict[str, Any] = {"encoder.image_size": min(64, recipe.data.image_size)}
     if recipe.data.image_size > 64:
         changes["data.image_size"] = 96
     if recipe.encoder.name.startswith("vit"):
