@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from wavemim.constraints import check_image_size
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, check_options, create
 from wavemim.encoders.pretrained import fill
+from wavemim.initial_weights import Init, initialise_vit
 from wavemim.positions import sincos
 
 
@@ -44,13 +45,15 @@ class ViTEncoder(Encoder):
         heads: int | None = None,
         class_token: bool = True,
         positions: Positions = "sincos",
+        init: Init = "timm",
         sees: Sees = "visible",
         options: Mapping[str, Any] | None = None,
         pretrained: bool | str = False,
     ) -> None:
         """Create the encoder. Arguments as for `wavemim.encoders.factory.make_encoder`.
 
-        With `pretrained`, positions are those of the weights: "sincos" keeps them fixed, "learned" trains them.
+        With `pretrained`, `init` has no effect, and positions are those of the weights: "sincos" keeps them fixed,
+        "learned" trains them.
 
         Raises:
             ValueError: If the model is not a plain ViT, cannot be built, or `pretrained` does not fit it.
@@ -63,6 +66,8 @@ class ViTEncoder(Encoder):
             raise ValueError(f"encoder.sees={sees!r}: '{name}' needs one of {', '.join(get_args(Sees))}")
         if positions not in get_args(Positions):
             raise ValueError(f"encoder.positions={positions!r}: must be one of {', '.join(get_args(Positions))}")
+        if init not in get_args(Init):
+            raise ValueError(f"encoder.init={init!r}: must be one of {', '.join(get_args(Init))}")
         self.name, self.image_size, self.sees = name, image_size, sees
         # Features for evaluation are the mean of the normalised patch tokens. The final norm stays in front of the
         # pooling, as in pretraining; timm would move it behind.
@@ -76,6 +81,8 @@ class ViTEncoder(Encoder):
         if len(set(model.patch_embed.patch_size)) > 1:
             raise ValueError(f"patches of '{name}' are not square")
         filled = fill(model, name, self.arguments, pretrained)
+        if not filled:
+            initialise_vit(model, init)
         if positions == "sincos" and not filled:
             if model.embed_dim % 4:
                 raise ValueError(
