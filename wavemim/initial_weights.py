@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -38,8 +38,10 @@ def initialise_vit(model: VisionTransformer, init: Init) -> None:
         init: The rule.
 
     Raises:
-        ValueError: If the model's blocks are not of the standard form, which "beit" needs.
+        ValueError: If there is no such rule, or the model's blocks are not of the standard form, which "beit" needs.
     """
+    if init not in get_args(Init):
+        raise ValueError(f"encoder.init={init!r}: must be one of {', '.join(get_args(Init))}")
     tokens = [token for token in (model.cls_token, model.reg_token) if token is not None]
     if init == "mae":
         model.apply(xavier)

@@ -113,5 +113,6 @@ def test_a_smaller_size_is_trained_evaluated_and_exported(shards, tmp_path):
     _export(recipe, subject, shards, last, tmp_path / "model", {})
     again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert again.pretrained_cfg["input_size"] == (3, 48, 48)
+    assert again.pretrained_cfg["crop_pct"] == pytest.approx(56 / 64)  # 7/8 of the stored images
     images = torch.randn(4, 3, 48, 48)
     torch.testing.assert_close(again.eval()(images), found.model.eval()(images))

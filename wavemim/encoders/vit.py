@@ -66,8 +66,6 @@ class ViTEncoder(Encoder):
             raise ValueError(f"encoder.sees={sees!r}: '{name}' needs one of {', '.join(get_args(Sees))}")
         if positions not in get_args(Positions):
             raise ValueError(f"encoder.positions={positions!r}: must be one of {', '.join(get_args(Positions))}")
-        if init not in get_args(Init):
-            raise ValueError(f"encoder.init={init!r}: must be one of {', '.join(get_args(Init))}")
         self.name, self.image_size, self.sees = name, image_size, sees
         # Features for evaluation are the mean of the normalised patch tokens. The final norm stays in front of the
         # pooling, as in pretraining; timm would move it behind.
@@ -80,17 +78,10 @@ class ViTEncoder(Encoder):
         check_image_size(image_size, patch)
         if len(set(model.patch_embed.patch_size)) > 1:
             raise ValueError(f"patches of '{name}' are not square")
-        filled = fill(model, name, self.arguments, pretrained)
-        if not filled:
+        if not fill(model, name, self.arguments, pretrained):
             initialise_vit(model, init)
-        if positions == "sincos" and not filled:
-            if model.embed_dim % 4:
-                raise ValueError(
-                    f"encoder.width={model.embed_dim} is not a multiple of 4, as sine-cosine positions need"
-                )
-            assert model.pos_embed is not None
-            prefix = model.pos_embed.shape[1] - (image_size // patch) ** 2  # 0 if timm gives the prefix no positions
-            model.pos_embed = nn.Parameter(sincos(image_size // patch, model.embed_dim, prefix))
+            if positions == "sincos":
+                model.pos_embed = _sincos_positions(model, image_size // patch)
         assert model.pos_embed is not None  # ensured by _plain_vit
         model.pos_embed.requires_grad_(positions == "learned")
         self.depth, self.cell, self.grid = len(model.blocks), patch, image_size // patch
@@ -144,6 +135,15 @@ class ViTEncoder(Encoder):
             if number in wanted:
                 taps[number] = model.norm(tokens) if number == self.depth else tokens
         return taps
+
+
+def _sincos_positions(model: VisionTransformer, grid: int) -> nn.Parameter:
+    """Sine-cosine positions of `grid`² patches and of the prefix tokens that have positions in timm."""
+    if model.embed_dim % 4:
+        raise ValueError(f"encoder.width={model.embed_dim} is not a multiple of 4, as sine-cosine positions need")
+    assert model.pos_embed is not None
+    prefix = model.pos_embed.shape[1] - grid**2  # 0 if timm gives the prefix no positions
+    return nn.Parameter(sincos(grid, model.embed_dim, prefix))
 
 
 def _plain_vit(model: nn.Module, name: str) -> VisionTransformer:
