@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from wavemim.constraints import check_decoder_depth, check_decoder_width
+from wavemim.initial_weights import xavier
 from wavemim.positions import sincos
 
 Attention = Literal["self", "cross"]
@@ -79,7 +80,7 @@ class Trunk(nn.Module):
             for _ in range(depth)
         )
         self.norm = LayerNorm(width)
-        self.apply(_initialise)
+        self.apply(xavier)
 
     def forward(self, tokens: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         """Return tokens (B, S, W) after all blocks, not yet normalised; `context` (B, T, W) is for cross-attention."""
@@ -148,8 +149,9 @@ class TapDecoder(nn.Module):
             self.places = nn.Parameter(sincos(tokens, width, prefix), requires_grad=False)
         self.embed = nn.Linear(encoder_width, width) if depth else nn.Identity()
         self.head = nn.Linear(width if depth else encoder_width, values)
-        _initialise(self.embed)
-        _initialise(self.head)
+        if depth:  # as in MAE; a linear decoder keeps torch's initial weights, as in SimMIM and MFM
+            xavier(self.embed)
+            xavier(self.head)
 
     def forward(
         self,
@@ -278,11 +280,3 @@ def _pooled(tokens: torch.Tensor, side: int, pool: int) -> torch.Tensor:
 def _chosen(tokens: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """Tokens (B, S, W) at an index (B, S) into tokens (B, P², W); all of them without an index."""
     return tokens if index is None else tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-def _initialise(module: nn.Module) -> None:
-    """Xavier uniform initialisation of linear maps, as in MAE."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

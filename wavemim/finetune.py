@@ -22,11 +22,15 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from timm.loss import SoftTargetCrossEntropy
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from wavemim.augment import resized_crop
+from wavemim.constraints import check_image_size
 from wavemim.encoders.base import create, is_plain_vit
+from wavemim.encoders.pretrained import one_line
 from wavemim.inputs import Inputs
 from wavemim.optim import NO_DECAY, Average
 from wavemim.step import StepResult, apply_gradients, attention_kernels
@@ -98,6 +102,43 @@ def _head(model: nn.Module) -> list[nn.Module]:
     """The classifier layers; distilled models have two."""
     found = model.get_classifier()  # type: ignore[operator]  # timm's
     return list(found) if isinstance(found, tuple) else [found]
+
+
+def resize_input(model: nn.Module, arguments: Mapping[str, Any], *, channels: int, size: int) -> dict[str, Any]:
+    """Adapt a classifier to another image size.
+
+    Absolute positions are resampled. The windows of a Swin keep their share of the image, and its tables of relative
+    positions are resampled: a window of 6 at 192 pixels becomes one of 7 at 224.
+
+    Args:
+        model: The classifier; changed in place.
+        arguments: Those of ``timm.create_model`` that made it.
+        channels: C.
+        size: H = W of the images from now on, in pixels.
+
+    Returns:
+        The arguments that make it at this size.
+
+    Raises:
+        ValueError: The model has no such size, or cannot be changed.
+    """
+    known: Any = getattr(model, "feature_info", None) or [{}]
+    check_image_size(size, int(known[-1].get("reduction", 1)))
+    changed = dict(arguments)
+    try:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size((size, size))  # type: ignore[operator]  # timm's
+            changed["img_size"] = size
+        if isinstance(model, SwinTransformer | SwinTransformerV2):
+            layers: Any = model.layers
+            changed["window_size"] = [int(layer.blocks[0].window_size[0]) for layer in layers]
+        mode = model.training
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, channels, size, size))
+        model.train(mode)
+    except (RuntimeError, AssertionError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"the model does not accept images of {size} pixels: {one_line(error)}") from None
+    return changed
 
 
 def freeze_encoder(model: nn.Module) -> None:

@@ -185,24 +185,32 @@ class Average(nn.Module):
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, *, total_steps: int, warmup_steps: int, min_lr: float
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    min_lr: float,
+    warmup_prefix: bool = False,
 ) -> CosineLRScheduler:
-    """Create a schedule by step: linear warm-up, then a cosine.
+    """Create a schedule by step: linear warm-up, then a cosine, which reaches its minimum at `total_steps`.
 
     Args:
         optimizer: The optimizer; its learning rates are the peak.
         total_steps: Steps of training.
         warmup_steps: Steps of the warm-up, which starts at 0.
         min_lr: The learning rate at the end.
+        warmup_prefix: True: the cosine starts at the peak when the warm-up ends (MAE). False: it starts at step 0 and the
+            warm-up replaces its first part, so that the rate drops where the warm-up ends (SimMIM).
 
     Returns:
         timm's scheduler; its ``step_update(step)`` is a pure function of the step.
     """
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(total_steps, 1),
+        t_initial=max(total_steps - warmup_steps if warmup_prefix else total_steps, 1),
         lr_min=min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=0.0,
+        warmup_prefix=warmup_prefix,
         t_in_epochs=False,
     )

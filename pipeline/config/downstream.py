@@ -93,9 +93,15 @@ def _policy(value: str) -> str:
 
 
 class Finetune(Section):
-    """Fine-tuning of the encoder as a classifier. The defaults are those of MAE ViT-B."""
+    """Fine-tuning of the encoder as a classifier. The defaults are those of MAE ViT-B, but for finetune.warmup_prefix."""
 
     epochs: float = setting(100, "Passes over the train split.", gt=0)
+    image_size: Positive | None = setting(
+        None,
+        "Side of the images in pixels, at most that of the stored ones. Positions are resampled; windows of Swin keep their "
+        "share of the image. null: the encoder's training size.",
+        added=True,
+    )
     batch: Positive = setting(1024, "Global batch size: images per step over all workers.")
     accumulate: Positive = setting(
         1,
@@ -112,6 +118,12 @@ class Finetune(Section):
     )
     min_lr_share: Share = setting(5e-4, "Final learning rate of the cosine schedule, as a share of the peak.")
     warmup_epochs: float = setting(5, "Epochs of linear warm-up.", ge=0)
+    warmup_prefix: bool = setting(
+        False,
+        "Where the cosine schedule starts. true: at the end of the warm-up, at the peak, as in MAE. false: at the first step; "
+        "the warm-up replaces its first part, and the rate drops where the warm-up ends, as in SimMIM.",
+        added=True,
+    )
     weight_decay: float = setting(0.05, "Weight decay of AdamW. Norms, biases, tokens and positions have none.", ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = setting(
         (0.9, 0.999), "Betas of AdamW."

@@ -137,6 +137,13 @@ class Encoder(Section):
     positions: Literal["sincos", "learned"] = setting(
         "sincos", "Position embeddings: fixed sine-cosine, or learned. Plain ViTs only.", vit_only=True
     )
+    init: Literal["timm", "mae", "beit"] = setting(
+        "timm",
+        "How random initial weights are drawn. timm: as the timm model does. mae: as in MAE and LocalMIM, Xavier's uniform "
+        "rule. beit: as in BEiT and MFM, a truncated normal distribution, smaller towards the last block. Plain ViTs only.",
+        vit_only=True,
+        added=True,
+    )
     sees: Literal["auto", "visible", "masked"] = setting(
         "auto",
         "How the encoder treats hidden patches. visible: they are dropped (plain ViTs only). masked: they are replaced by "
@@ -319,6 +326,13 @@ class Train(Section):
         0.01, "Final learning rate of the cosine schedule, as a share of the peak.", resumable=True
     )
     warmup_epochs: float = setting(10, "Epochs of linear warm-up.", ge=0, resumable=True)
+    warmup_prefix: bool = setting(
+        False,
+        "Where the cosine schedule starts. true: at the end of the warm-up, at the peak, as in MAE. false: at the first step; "
+        "the warm-up replaces its first part, and the rate drops where the warm-up ends, as in SimMIM.",
+        resumable=True,
+        added=True,
+    )
     weight_decay: float = setting(
         0.05, "Weight decay. Norms, biases, tokens and positions have none.", ge=0, resumable=True
     )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoints.find import checkpoint_of
+from pipeline.config.checks import named
 from pipeline.config.downstream import Finetune
 from pipeline.config.load import validate
 from pipeline.config.recipe import Recipe
@@ -22,7 +23,7 @@ from pipeline.models.build import build_blank_model, build_encoder, statistics_o
 from pipeline.models.timm_config import TIMM, create_arguments, fitting_size, pixel_statistics, read_config, timm_config
 from pipeline.shards.shard_set import ShardSet
 from wavemim.encoders.pretrained import CONFIG, one_line
-from wavemim.finetune import freeze_encoder, make_classifier
+from wavemim.finetune import freeze_encoder, make_classifier, resize_input
 from wavemim.inputs import Inputs
 from wavemim.targets import STD_FLOOR
 from wavemim.weights import checkpoint
@@ -284,6 +285,11 @@ def check_labels(shards: ShardSet) -> list[str]:
     return shards.classes
 
 
+def finetune_size(finetune: Finetune, origin: EncoderSource) -> int:
+    """Side in pixels of the images that an encoder is fine-tuned on."""
+    return finetune.image_size or origin.image_size
+
+
 def build_classifier(
     finetune: Finetune, origin: EncoderSource, shards: ShardSet
 ) -> tuple[nn.Module, str, dict[str, Any]]:
@@ -306,6 +312,12 @@ def build_classifier(
             f"finetune.rand_augment={finetune.rand_augment}: RandAugment needs images of 1 or 3 channels, "
             f"but {shards.url} stores {origin.channels}; set finetune.rand_augment=null"
         )
+    size = finetune_size(finetune, origin)
+    if size > shards.image_size:
+        raise SettingError(
+            f"finetune.image_size={size}: larger than the images of {shards.image_size} pixels that {shards.url} stores; "
+            "use smaller images or store larger ones"
+        )
     encoder = origin.model()
     name, arguments = _described(origin, encoder)
     try:
@@ -319,6 +331,9 @@ def build_classifier(
         )
     except ValueError as error:
         raise SettingError(f"checkpoint={origin.source} cannot be fine-tuned: {error}") from None
+    if size != origin.image_size:
+        with named(f"finetune.image_size={size}"):
+            arguments = resize_input(model, arguments, channels=origin.channels, size=size)
     if finetune.freeze:
         freeze_encoder(model)
     return model, name, arguments

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
-from pipeline.models.encoder_source import EncoderSource, build_classifier, find_encoder
+from pipeline.models.encoder_source import EncoderSource, build_classifier, find_encoder, finetune_size
 from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo, check_room
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
@@ -180,19 +180,19 @@ def _export(
     """The fine-tuned model as a folder that timm loads, with the names of its classes."""
     model, name, arguments = build_classifier(recipe.finetune, subject, shards)
     checkpoint.load_trained(final, model)
-    side = shards.image_size
+    side, size = shards.image_size, finetune_size(recipe.finetune, subject)
     about = {"version": __version__, "recipe": recipe.name, "shards": shards.fingerprint, "encoder": subject.source}
     export_timm(
         target,
         model,
         architecture=name,
         arguments=arguments,
-        image_size=subject.image_size,
+        image_size=size,
         pixel_mean=list(subject.pixel_mean),
         pixel_std=list(subject.pixel_std),
         about={**about, **measured},
         classes=shards.classes or (),
-        crop_pct=middle_side(side, subject.image_size) / side,
+        crop_pct=middle_side(side, size) / side,
     )
 
 

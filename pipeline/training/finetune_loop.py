@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config.recipe import Recipe
-from pipeline.models.encoder_source import build_classifier
+from pipeline.models.encoder_source import build_classifier, finetune_size
 from pipeline.runtime.usage import Spent
 from pipeline.shards.batches import Batch, positions_of_part, sequential
 from pipeline.shards.reader import Reader
@@ -21,14 +21,14 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.training import loop
 from pipeline.training.metrics import Telemetry
 from pipeline.training.schedule import FinetuneState, TrainSchedule
-from pipeline.training.setup import precision_of
+from pipeline.training.setup import precision_of, schedule_of
 from pipeline.workers.harness import Harness
 from pipeline.workers.heartbeat import EVALUATION, MODEL, OTHERS
 from wavemim.augment import RandAugment, random_resized_crop
 from wavemim.finetune import FinetuneStep, Mixing, count_predictions, make_finetune_optimizer
 from wavemim.flops import BACKWARD, forward_flops
 from wavemim.inputs import Inputs
-from wavemim.optim import make_average, make_schedule
+from wavemim.optim import make_average
 from wavemim.step import StepResult
 from wavemim.weights import checkpoint
 
@@ -94,7 +94,7 @@ class FinetuneTask:
         """Build it from the settings and, when resuming, the harness's checkpoint; `spent` is called for checkpoints."""
         self.settings, self.shards, self.schedule, self.state = recipe.finetune, shards, schedule, state
         self.harness, self.device, self.rank, self.world = harness, harness.device, harness.rank, harness.world
-        self.size, self.seed = subject.image_size, recipe.seed
+        self.size, self.seed = finetune_size(self.settings, subject), recipe.seed
         self.counts: torch.Tensor | None = None  # of the last evaluation
         self._host_inputs = subject.inputs(shards)
         self._inputs = subject.inputs(shards).to(self.device)
@@ -140,15 +140,12 @@ class FinetuneTask:
             checkpoint.load_optimizer(resume, model, optimizer)
             if self.averaged is not None:
                 checkpoint.load_model(resume, self.averaged.module, name=checkpoint.AVERAGED)
-        lowest = peak * settings.min_lr_share
         classes = len(self.shards.classes or ())
         return FinetuneStep(
             model,
             Mixing(classes, settings.mixup, settings.cutmix, settings.label_smoothing, settings.erasing),
             optimizer,
-            make_schedule(
-                optimizer, total_steps=schedule.total_steps, warmup_steps=schedule.warmup_steps, min_lr=lowest
-            ),
+            schedule_of(settings, schedule, optimizer),
             seed=self.seed,
             precision=precision_of(settings, self.device),
             clip_grad=settings.clip_grad,

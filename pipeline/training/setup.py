@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from pipeline.config.downstream import Finetune
@@ -112,17 +113,11 @@ def _step(
     wrapped: nn.Module,
 ) -> TrainStep:
     settings = phase.recipe.train
-    peak_lr = settings.lr * schedule.batch / 256
     return TrainStep(
         model,
         views_of(phase, model, shards, harness.device),
         optimizer,
-        make_schedule(
-            optimizer,
-            total_steps=schedule.total_steps,
-            warmup_steps=schedule.warmup_steps,
-            min_lr=peak_lr * settings.min_lr_share,
-        ),
+        schedule_of(settings, schedule, optimizer),
         seed=phase.recipe.seed,
         total_steps=schedule.total_steps,
         clip_grad=settings.clip_grad,
@@ -132,6 +127,25 @@ def _step(
         wrapped=wrapped,
         world=harness.world,
         rank=harness.rank,
+    )
+
+
+def schedule_of(
+    settings: Train | Finetune, lengths: TrainSchedule, optimizer: torch.optim.Optimizer
+) -> CosineLRScheduler:
+    """The learning-rate schedule of pretraining or fine-tuning.
+
+    Args:
+        settings: Of the stage.
+        lengths: Its batch and its numbers of steps.
+        optimizer: The optimizer, whose rate is the peak.
+    """
+    return make_schedule(
+        optimizer,
+        total_steps=lengths.total_steps,
+        warmup_steps=lengths.warmup_steps,
+        min_lr=settings.lr * lengths.batch / 256 * settings.min_lr_share,
+        warmup_prefix=settings.warmup_prefix,
     )
 
 

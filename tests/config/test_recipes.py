@@ -87,7 +87,8 @@ FINETUNED = {
     "wamim_vit_base": (1024, 4e-3, 0.75, 100, 20, 0.1),
     "wamim_vit_large": (1024, 3e-3, 0.75, 50, 5, 0.2),
     "wamim_swin_base": (1024, 4e-3, 0.9, 100, 20, 0.1),
-    "simmim_swin_base": (2048, 1.25e-3 * 2048 / 512, 0.9, 100, 20, 0.1),
+    "simmim_swin_base": (2048, 1.25e-3 * 2048 / 512, 0.8, 100, 20, 0.1),  # after 800 epochs of pretraining
+    "mfm_vit_base": (2048, 2e-3 * 2048 / 512, 0.8, 100, 5, 0.1),
 }
 
 
@@ -139,6 +140,10 @@ def test_published_pictures_masks_and_decoders():
     assert (mfm.mask.radius, mfm.mask.low_pass_share, mfm.target.gamma, mfm.target.focal) == (16, 0.5, 1, 0)
     assert simmim.decoder.depth == mfm.decoder.depth == 0
     assert blank("simmim_swin_base").encoder.model.layers[0].blocks[0].window_size == (6, 6)
+    assert (simmim.train.epochs, simmim.finetune.image_size) == (800, 224)
+    assert {r.name: r.encoder.init for r in (mae, localmim, simmim, mfm)} == dict(
+        zip(names, ("mae", "mae", "timm", "beit"), strict=True)
+    )
     assert blank("wamim_swin_base").encoder.model.layers[0].blocks[0].window_size == (7, 7)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, is_plain_vit
 from wavemim.encoders.hierarchical import HierarchicalEncoder
 from wavemim.encoders.vit import ViTEncoder
+from wavemim.initial_weights import Init
 
 
 def make_encoder(
@@ -21,6 +22,7 @@ def make_encoder(
     heads: int | None = None,
     class_token: bool | None = None,
     positions: Positions | None = None,
+    init: Init | None = None,
     sees: Sees | None = None,
     options: Mapping[str, Any] | None = None,
     pretrained: bool | str = False,
@@ -30,7 +32,7 @@ def make_encoder(
     Args:
         name: timm's name of the model.
         image_size: Pixels per side, H = W.
-        patch_size: Pixels per side of a patch; None: the model's. This and all arguments up to `positions` only apply
+        patch_size: Pixels per side of a patch; None: the model's. This and all arguments up to `init` only apply
             to plain ViTs, except `channels`.
         channels: C.
         width: Embedding width; None: the model's.
@@ -38,6 +40,7 @@ def make_encoder(
         heads: Attention heads; None: the model's.
         class_token: Whether there is a class token; None: yes.
         positions: "sincos" or "learned"; None: "sincos".
+        init: Initial weights without `pretrained`, as of `wavemim.initial_weights.initialise_vit`; None: "timm".
         sees: What happens to hidden tokens: "visible" drops them, "masked" replaces them by a mask token, "whole"
             ignores the mask. None: "visible" for a ViT, "masked" for others.
         options: Further arguments of ``timm.create_model``.
@@ -54,14 +57,15 @@ def make_encoder(
     own: dict[str, Any] = {"image_size": image_size, "channels": channels, "pretrained": pretrained}
     own |= {"options": options or {}} | ({} if sees is None else {"sees": sees})
     plain: dict[str, Any] = {"patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
-    plain |= {"class_token": class_token, "positions": positions}
+    plain |= {"class_token": class_token, "positions": positions, "init": init}
     given: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
     if is_plain_vit(name):
         return ViTEncoder(name, **own, **given)
     if given:
         named = ", ".join(f"encoder.{key}={value!r}" for key, value in given.items())
         does = "does" if len(given) == 1 else "do"
+        timm_init = ", encoder.init to timm" if "init" in given else ""
         raise ValueError(
-            f"{named} {does} not apply to '{name}', only to plain ViTs; set those that a recipe sets to null"
+            f"{named} {does} not apply to '{name}', only to plain ViTs; set those that a recipe sets to null{timm_init}"
         )
     return HierarchicalEncoder(name, **own)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from wavemim.constraints import check_image_size
 from wavemim.encoders.base import Encoder, Positions, Sees, check_name, check_options, create
 from wavemim.encoders.pretrained import fill
+from wavemim.initial_weights import Init, initialise_vit
 from wavemim.positions import sincos
 
 
@@ -44,13 +45,15 @@ class ViTEncoder(Encoder):
         heads: int | None = None,
         class_token: bool = True,
         positions: Positions = "sincos",
+        init: Init = "timm",
         sees: Sees = "visible",
         options: Mapping[str, Any] | None = None,
         pretrained: bool | str = False,
     ) -> None:
         """Create the encoder. Arguments as for `wavemim.encoders.factory.make_encoder`.
 
-        With `pretrained`, positions are those of the weights: "sincos" keeps them fixed, "learned" trains them.
+        With `pretrained`, `init` has no effect, and positions are those of the weights: "sincos" keeps them fixed,
+        "learned" trains them.
 
         Raises:
             ValueError: If the model is not a plain ViT, cannot be built, or `pretrained` does not fit it.
@@ -75,15 +78,10 @@ class ViTEncoder(Encoder):
         check_image_size(image_size, patch)
         if len(set(model.patch_embed.patch_size)) > 1:
             raise ValueError(f"patches of '{name}' are not square")
-        filled = fill(model, name, self.arguments, pretrained)
-        if positions == "sincos" and not filled:
-            if model.embed_dim % 4:
-                raise ValueError(
-                    f"encoder.width={model.embed_dim} is not a multiple of 4, as sine-cosine positions need"
-                )
-            assert model.pos_embed is not None
-            prefix = model.pos_embed.shape[1] - (image_size // patch) ** 2  # 0 if timm gives the prefix no positions
-            model.pos_embed = nn.Parameter(sincos(image_size // patch, model.embed_dim, prefix))
+        if not fill(model, name, self.arguments, pretrained):
+            initialise_vit(model, init)
+            if positions == "sincos":
+                model.pos_embed = _sincos_positions(model, image_size // patch)
         assert model.pos_embed is not None  # ensured by _plain_vit
         model.pos_embed.requires_grad_(positions == "learned")
         self.depth, self.cell, self.grid = len(model.blocks), patch, image_size // patch
@@ -137,6 +135,15 @@ class ViTEncoder(Encoder):
             if number in wanted:
                 taps[number] = model.norm(tokens) if number == self.depth else tokens
         return taps
+
+
+def _sincos_positions(model: VisionTransformer, grid: int) -> nn.Parameter:
+    """Sine-cosine positions of `grid`² patches and of the prefix tokens that have positions in timm."""
+    if model.embed_dim % 4:
+        raise ValueError(f"encoder.width={model.embed_dim} is not a multiple of 4, as sine-cosine positions need")
+    assert model.pos_embed is not None
+    prefix = model.pos_embed.shape[1] - grid**2  # 0 if timm gives the prefix no positions
+    return nn.Parameter(sincos(grid, model.embed_dim, prefix))
 
 
 def _plain_vit(model: nn.Module, name: str) -> VisionTransformer:
