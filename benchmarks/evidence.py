@@ -9,12 +9,12 @@ function of seed, epoch and row). The frozen encoder is evaluated by a linear pr
 training; with --finetune also by fine-tuning at the end. Variants are compared image by image on val, at equal images, equal
 FLOPs and equal process time, each difference with its 95 % interval (evidence_statistics.py).
 
-SHARDS is a labelled shard set of 64-px images (recipes small_*) or 32-px images (small32_*). One of 49 MiB that can be carried to
-a GPU, 12,500 train and 5,000 val images, is made of the 50 classes of Tiny ImageNet in this project's examples by
+SHARDS is a labelled shard set of 64-px images (recipes small_*) or 32-px images (small32_*). A small one for --full, 48 MiB for
+12,500 train and 5,000 val images, is made of 50 classes of Tiny ImageNet (train/CLASS/CLASS_N.JPEG, val/CLASS/…) by
 
-    cd tiny-imagenet-50 && find train val -name '*.JPEG' | awk -F'[/_.]' 'BEGIN {print "path,label,split"}
+    (cd tiny-imagenet-50; find train val -name '*.JPEG' | awk -F'[/_.]' 'BEGIN {print "path,label,split"}
       $1 == "val" {print $0 "," $2 ",val"}
-      $1 == "train" && $4 < 300 {print $0 "," $2 "," ($4 < 250 ? "train" : "val")}' > carried.csv
+      $1 == "train" && $4 < 300 {print $0 "," $2 "," ($4 < 250 ? "train" : "val")}' > carried.csv)
     wavemim prepare --recipe small images=tiny-imagenet-50/carried.csv out=carried 'data.steps=[40, 32, 16, 16]'
 
 Variants take turns, seed by seed. Seconds are those of training only: on a CPU the CPU seconds of the process; on a GPU, where
@@ -157,7 +157,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     )
     sizes = parser.add_mutually_exclusive_group()
     for name, size in SIZES.items():
-        words = f"{size.images:,} images, {size.seeds} seeds, {size.points} probes"
+        words = f"{size.images:,} images, {size.seeds} seed{'s' * (size.seeds > 1)}, {size.points} probes"
         more = {"screen": "; the default", "finals": "", "full": f"; a ViT-S, for a GPU, --minutes {FULL_MINUTES:g}"}[
             name
         ]
@@ -166,7 +166,9 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--images-seen", type=int, help="images that every variant is trained on")
     parser.add_argument("--points", type=int, help="probes during training")
     parser.add_argument("--seeds", type=int, help="seeds per variant")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all variants")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of all variants"
+    )
     parser.add_argument(
         "--finetune", type=float, nargs="?", const=10.0, metavar="EPOCHS", help="also fine-tune; default: 10 epochs"
     )

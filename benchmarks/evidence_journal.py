@@ -81,6 +81,7 @@ class Journal:
             if left < max(expected, 1):
                 return self._lacks(label, f"skipped: it takes about {expected:.0f} s, {max(left, 0):.0f} s are left")
             began = time.monotonic()
+            print(f"{label}: begins", flush=True)
             try:
                 found = in_child(
                     f"evidence_training:{function}",

@@ -139,12 +139,18 @@ def curve(
 @contextlib.contextmanager
 def _run_folder(work: str | None) -> Iterator[Path]:
     """The folder of a run, which is this process's alone: a process of an interrupted call may still be at it."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(work or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK):
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("waits for the process of an interrupted call, which is still running", flush=True)
+            lock.acquire()
+        with lock:
             yield folder
 
 

@@ -39,11 +39,11 @@ class Size:
 
 # Short runs need many steps more than large batches: with the recipes' batch of 128, HOG learnt nothing from 20,000 images.
 _CPU = {"train.batch": 32, "train.lr": 6e-3, "train.precision": "bfloat16"}
-_GPU = {"train.batch": 256, "train.lr": 1.5e-3, "train.precision": "bfloat16", "train.compile": True}
+_GPU = {"train.batch": 128, "train.lr": 2e-3, "train.precision": "bfloat16", "train.compile": True}
 SIZES = {
     "screen": Size(100_000, 1, 2, _CPU),
     "finals": Size(800_000, 3, 8, _CPU),
-    "full": Size(400_000, 3, 4, _GPU),
+    "full": Size(300_000, 3, 4, _GPU),
 }
 VIT_SMALL = {"encoder.name": "vit_small_patch16_224", "encoder.width": 384, "encoder.depth": 12, "encoder.heads": 6}
 

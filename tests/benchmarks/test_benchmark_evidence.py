@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from tiny_shards import photos, write_set
 
+from pipeline.shards.layout import Layout
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"encoder.width": 24, "encoder.depth": 8, "encoder.heads": 2, "decoder.width": 16, "decoder.heads": 2}
 TINY |= {"train.batch": 32, "finetune.batch": 16, "finetune.lr": 1e-2}
@@ -95,6 +97,22 @@ def test_progressive_runs_and_compares_with_the_fixed_size(shards, in_process, t
     assert kept["32 px for a half"][0][-1]["flops"] < kept["64 px"][0][-1]["flops"]
     assert kept["32 px for a half"][0][-1]["sizes"] == {"32": 64, "64": 64}
     assert "time to equal accuracy" in capsys.readouterr().out
+
+
+def test_32_px_images_are_a_testbed_of_their_own(in_process, tmp_path, monkeypatch):
+    images = photos(96, 32)
+    small = write_set(tmp_path / "set", images, Layout(32, 3, {1: 4, 2: 2, 3: 1}), rows_per_group=16).folder.url
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "base: small_wavelet\ndata: {image_size: 32, levels: 3}\nencoder: {image_size: 32, patch_size: 4}\n"
+        "target: {taps: {2: 6, 3: 8}}\n"
+    )
+    out = tmp_path / "p.json"
+    options = ["--shards", small, "--images-seen", 64, "--points", 1, "--jobs", 1, "--json", out, "--recipe", recipe]
+    call(monkeypatch, "progressive", *options, "--schedules", "32 px for a half", "--set", *arguments_of(**TINY))
+    kept = json.loads(out.read_text())["results"]["schedules"]
+    assert kept["64 px"][0][-1]["sizes"] == {"32": 64}
+    assert kept["32 px for a half"][0][-1]["sizes"] == {"16": 32, "32": 32}
 
 
 def test_schedules_are_compared_with_the_fixed_size(benchmarks):
