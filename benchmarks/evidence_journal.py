@@ -28,7 +28,7 @@ class Journal:
         Args:
             path: The file.
             minutes: Time limit, from now on; None: none. What would not be finished by then is not begun.
-            reserve: Seconds of it that are kept for `alone`.
+            reserve: Seconds of it that are kept for `pace`.
         """
         self.path, self.work = path, path.with_suffix("")
         self._end = time.monotonic() + 60 * minutes if minutes else math.inf
