@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -9,6 +10,8 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -29,6 +32,10 @@ class BenchmarkError(Exception):
     """A measurement failed; the text is the child's last message."""
 
 
+class OutOfTime(Exception):
+    """A measurement was stopped because its time was over."""
+
+
 def usable_cores() -> list[int]:
     """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -40,6 +47,8 @@ def in_child(
     cores: int | None = None,
     threads: int | None = None,
     libraries: str | None = None,
+    say: Callable[[str], None] | None = None,
+    seconds: float | None = None,
     **arguments: Any,
 ) -> Any:
     """Call a function of this folder in a new process.
@@ -49,6 +58,8 @@ def in_child(
         cores: pin the process and its descendants to that many cores; libraries use as many threads.
         threads: threads of the libraries; default: `cores`.
         libraries: folder of additional packages that only this process can import.
+        say: called with every line that the function prints, as soon as it is printed.
+        seconds: the process is ended after so long.
         arguments: passed to the function, as JSON.
 
     Returns:
@@ -57,6 +68,7 @@ def in_child(
     Raises:
         Missing: something that the function needs is not there.
         BenchmarkError: the function failed.
+        OutOfTime: it took longer than `seconds`.
     """
     threads = cores if threads is None else threads
     environment = dict(os.environ)
@@ -69,17 +81,53 @@ def in_child(
         raise Missing(f"{cores} cores")
     call = json.dumps({"function": function, "arguments": arguments, "cores": allowed, "threads": threads})
     command = [sys.executable, str(Path(__file__).resolve())]
-    done = subprocess.run(command, env=environment, input=call, capture_output=True, text=True)
-    answers = [line.removeprefix(ANSWER) for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    if done.returncode or not answers:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    status, answers, errors, late = _child(command, environment, call, say, seconds)
+    if late:
+        raise OutOfTime(f"{function} was stopped after {seconds:.0f} s")
+    if status or not answers:
+        lines = [line for line in errors.splitlines() if line.strip()]
         if os.environ.get("BENCHMARK_TRACEBACKS"):
-            print(done.stderr, file=sys.stderr)
-        raise BenchmarkError(f"{function} ended with status {done.returncode}: {lines[-1] if lines else 'no message'}")
+            print(errors, file=sys.stderr)
+        raise BenchmarkError(f"{function} ended with status {status}: {lines[-1] if lines else 'no message'}")
     answer = json.loads(answers[-1])
     if "missing" in answer:
         raise Missing(answer["missing"])
     return answer["value"]
+
+
+def _child(
+    command: list[str],
+    environment: Mapping[str, str],
+    call: str,
+    say: Callable[[str], None] | None,
+    seconds: float | None,
+) -> tuple[int, list[str], str, bool]:
+    """Run the process: its status, its answers, its messages, and whether it was ended because its time was over."""
+    late = threading.Event()
+    answers: list[str] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        timer = threading.Timer(seconds or 0, lambda: (late.set(), child.kill()))
+        try:
+            if seconds is not None:
+                timer.start()
+            with contextlib.suppress(BrokenPipeError), child.stdin as sent:  # type: ignore[union-attr]
+                sent.write(call)
+            for line in child.stdout:  # type: ignore[union-attr]
+                if line.startswith(ANSWER):
+                    answers.append(line.removeprefix(ANSWER))
+                elif say is not None:
+                    say(line.rstrip("\n"))
+            status = child.wait()
+        finally:
+            timer.cancel()
+            child.kill()
+            child.wait()
+            child.stdout.close()  # type: ignore[union-attr]
+        errors.seek(0)
+        return status, answers, errors.read(), late.is_set()
 
 
 def _be_child(call: Mapping[str, Any]) -> None:

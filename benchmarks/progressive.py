@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import Any
 
-from evidence import Results, draw, journal_of, keep, parser_of, run, settle, table, training_to_reach
+from evidence import check, journal_of, keep, parser_of, run, settle
+from evidence_report import draw, table
+from evidence_statistics import Results, training_to_reach
+from evidence_variants import TESTBEDS, Variant, settled
 
 FIXED = "64 px"
 SCHEDULES: dict[str, Mapping[int, float]] = {
@@ -42,25 +44,37 @@ def compare(results: Results) -> dict[str, dict[str, float | None]]:
 
 
 def _end(results: Results, name: str, key: str) -> float:
-    return statistics.mean(curve[-1][key] for curve in results[name])
+    return statistics.mean(curve[-1][key] for curve in results[name] if curve is not None)
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--recipe", default="small_wavelet")
+    parser.add_argument("--recipe", default="wavelet", help="name without the prefix of the testbed, or a YAML file")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), metavar="NAME")
     arguments = parser.parse_args()
-    settle(arguments, "progressive")
-    chosen = {FIXED, *arguments.schedules}
-    variants: dict[str, tuple[str, dict[str, Any]]] = {
-        name: (arguments.recipe, {"train.progressive": dict(sizes)})
+    shards = settle(parser, arguments, "progressive")
+    comparison = {
+        name: Variant(arguments.recipe, {"train.progressive": dict(sizes)} if sizes else {})
         for name, sizes in SCHEDULES.items()
-        if name in chosen
+        if name in {FIXED, *arguments.schedules}
     }
-    journal = journal_of(arguments)
-    results = run(arguments, variants, journal)
-    print(f"\n{table(results)}\n")
-    compared = compare(results)
+    variants = settled(comparison, TESTBEDS[shards.image_size])
+    check(parser, arguments, shards, variants)
+    journal = journal_of(arguments, len(variants))
+    for found in run(arguments, variants, journal):
+        print(f"\n{table(found.results, dict.fromkeys(variants, FIXED))}\n", flush=True)
+    results = {name: runs for name, runs in found.results.items() if any(runs)}
+    if FIXED in results:
+        compared = compare(results)
+        _print(compared)
+        goals = {f"time_to_equal_accuracy, {name}": line["time_to_equal_accuracy"] for name, line in compared.items()}
+        draw(arguments.plot, results)
+        keep(arguments, {"schedules": found.results}, goals=goals, finetuned={"schedules": found.tuned})
+    if not journal.close():
+        raise SystemExit(1)
+
+
+def _print(compared: Mapping[str, Mapping[str, float | None]]) -> None:
     print("| schedule | time | FLOPs | gain, points | time to equal accuracy |")
     print("|---|---|---|---|---|")
     for name, line in compared.items():
@@ -69,10 +83,6 @@ def main() -> None:
         print(
             f"| {name} | {line['time_share']:.2f} | {line['flop_share']:.2f} | {line['gain_in_points']:+.1f} | {shown} |"
         )
-    draw(arguments.plot, results)
-    goals = {f"time_to_equal_accuracy, {name}": line["time_to_equal_accuracy"] for name, line in compared.items()}
-    keep(arguments, goals, {"schedules": results})
-    journal.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from harness import ROOT, Call, Expected, Experiment, main
+from harness import RECIPES_BATCH, ROOT, Call, Expected, Experiment, main
 
 ROWS = {
     "pixels": 19.1,
@@ -36,12 +36,12 @@ ROWS = {
 
 
 def commands(call: Call) -> list[list[str]]:
-    """One call of evidence.py with the comparison added. `--full` keeps the recipes' batches."""
+    """One call of evidence.py with the comparison added, and with the recipes' batches."""
     budget = call.either(("--images-seen", 20000), ("--images-seen", 640, "--variants", "pixels", "patch"))
     return [
         [
             *(sys.executable, str(ROOT / "experiments" / "comparisons.py"), "--shards", call.shards),
-            *("--compare", "half_budget", "--full", *budget, "--points", "1", "--seeds", "1", "--threads", "1"),
+            *("--compare", "half_budget", *RECIPES_BATCH, *budget, "--points", "1", "--seeds", "1", "--threads", "1"),
             *("--json", str(call.out / "result.json")),
         ]
     ]

@@ -23,6 +23,9 @@ INPUTS = {
     "shards": "labelled shard set of 64-px images, made by `wavemim prepare --recipe small images=FOLDER out=OUT`",
     "libraries": "folder that the public loaders were installed into, by `pip install --target`",
 }
+# Settings of published runs of benchmarks/evidence.py and progressive.py, which its defaults no longer are.
+FLOAT32 = ("--set", "train.precision=float32")
+RECIPES_BATCH = (*FLOAT32, "train.batch=128", "train.lr=3e-3")
 MISSING = object()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from harness import Call, Expected, Experiment, benchmark, curves, main
+from harness import FLOAT32, Call, Expected, Experiment, benchmark, curves, main
 
 
 def commands(call: Call) -> list[list[str]]:
@@ -22,7 +22,7 @@ def commands(call: Call) -> list[list[str]]:
         benchmark(
             *("evidence", "--shards", call.shards, "--json", call.out / "result.json"),
             *call.either(full, ("--images-seen", 640, "--points", 1, "--seeds", 1)),
-            *("--threads", 1, "--variants", "wavelet", "pixels", "hog", "fourier"),
+            *("--threads", 1, *FLOAT32, "--variants", "wavelet", "pixels", "hog", "fourier"),
         )
     ]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from harness import Call, Expected, Experiment, benchmark, curves, main
+from harness import FLOAT32, Call, Expected, Experiment, benchmark, curves, main
 
 FIRST = "levels 3, 4, per patch"
 ROWS = {
@@ -31,7 +31,7 @@ def commands(call: Call) -> list[list[str]]:
         benchmark(
             *("evidence", "--shards", call.shards, "--compare", "wavelets", "--json", call.out / "result.json"),
             *call.either(full, ("--images-seen", 640, "--points", 1, "--seeds", 1)),
-            *("--threads", 1, "--variants", *ROWS, *TWO_PROBES),
+            *("--threads", 1, *FLOAT32, "--variants", *ROWS, *TWO_PROBES),
         )
     ]
 

@@ -80,7 +80,7 @@ def parse(monkeypatch):
 
 
 def test_the_parser_fixture_refuses_what_a_benchmark_does_not_know(parse):
-    assert parse("progressive", ["--shards", "x"]).points == 4
+    assert parse("progressive", ["--shards", "x"]).recipe == "wavelet"
     with pytest.raises(SystemExit):
         parse("progressive", ["--shards", "x", "--no-such-option"])
 
@@ -124,7 +124,7 @@ def test_every_command_parses(name, tmp_path, parse):
 def _variants_exist(given):
     evidence, own = importlib.import_module("evidence"), importlib.import_module("comparisons")
     known = {**evidence.COMPARISONS, **own.COMPARISONS}
-    assert set(given.variants or ()) <= {variant for name in given.compare for variant in known[name]}
+    assert set(given.variants or ()) <= {variant for name in given.compare or ["targets"] for variant in known[name]}
 
 
 def test_every_published_table_has_a_script_or_a_reason():
@@ -252,8 +252,11 @@ def test_counted_decoders_are_the_published_ones():
 def test_own_comparisons_are_recipes_that_differ():
     from pipeline.config.load import load, with_overrides
 
-    for variants in importlib.import_module("comparisons").COMPARISONS.values():
-        recipes = [with_overrides(load(name), settings).dump() for name, settings in variants.values()]
+    evidence_variants = importlib.import_module("evidence_variants")
+    for comparison in importlib.import_module("comparisons").COMPARISONS.values():
+        variants = evidence_variants.settled(comparison, evidence_variants.TESTBEDS[64]).values()
+        overrides = [(load(variant.recipe), evidence_variants.resetting(variant.overrides)) for variant in variants]
+        recipes = [with_overrides(recipe, settings).dump() for recipe, settings in overrides]
         assert all(recipes.count(recipe) == 1 for recipe in recipes)
 
 
