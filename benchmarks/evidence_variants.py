@@ -82,10 +82,10 @@ LEVERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("all predicted, by cross-attention", {"decoder.attention": "cross"}),
     ("decoders of 2 blocks", {"decoder.depth": 2}),
     ("decoders twice as wide", {"decoder.width": 128}),
-    ("a decoder for each block", {"decoder.per": "block"}),
+    ("a decoder for each block of the encoder", {"decoder.per": "block"}),
     ("L1", {"target.loss": "l1"}),
     ("Muon", {"train.optimizer": "muon"}),
-    ("cosine from step 0", {"train.cosine_start": 0}),
+    ("cosine after the warm-up", {"train.warmup_prefix": True}),
 )
 WAVELET_LEVERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("tilt 0", {"target.tilt": 0.0}),
