@@ -184,6 +184,12 @@ class Target(Section):
     focal: float = setting(
         0.0, "fourier: exponent of the focal weight of large errors. 0: no focal weight.", ge=0, le=4
     )
+    average: Literal["image", "frequency"] = setting(
+        "image",
+        "fourier with mask.kind=frequency: what weighs the same in the loss. image: every image, by the mean over its removed "
+        "frequencies. frequency: every removed frequency of all images, as in MFM.",
+        added=True,
+    )
 
     @property
     def predicts_bands(self) -> bool:

@@ -19,11 +19,11 @@ from wavemim.encoders.base import Encoder, is_plain_vit
 from wavemim.encoders.factory import make_encoder
 from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
-from wavemim.masking import Masking
+from wavemim.masking import Frequencies, Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
 from wavemim.registry import arguments_of, target_class
 from wavemim.targets import Statistics, Tap, Target
-from wavemim.views import Augment, Frequencies, Views
+from wavemim.views import Augment, Views
 from wavemim.weights import checkpoint
 
 _VIT_ONLY = [key.removeprefix("encoder.") for key, behaviour in BEHAVIOURS.items() if behaviour.vit_only]
@@ -161,6 +161,8 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         "bins": settings.bins,
         "gamma": settings.gamma,
         "focal": settings.focal,
+        "average": settings.average,
+        "frequencies": _frequencies(recipe),
     }
     cls: type[Target] = target_class(settings.kind, settings.module)
     takes = arguments_of(cls)
@@ -174,6 +176,12 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         raise SettingError(f"target.loss={settings.loss}: target.kind={settings.kind} defines its own loss")
     given = {key: value for key, value in offered.items() if key in takes}
     return cls(taps, statistics, **common, **given, **settings.options)
+
+
+def _frequencies(recipe: Recipe) -> Frequencies | None:
+    """How frequencies are removed; None where patches are hidden."""
+    mask = recipe.mask
+    return Frequencies(mask.radius, mask.low_pass_share) if mask.kind == "frequency" else None
 
 
 def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
@@ -216,13 +224,11 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
         inputs: What turns a batch into images and coefficients.
         augment: Whether images are augmented. Figures and measurements are made without.
     """
-    cropped, frequencies = None, None
+    cropped = None
     if augment and recipe.train.augment == "rrc":
         cropped = Augment(recipe.encoder.image_size, scale=recipe.train.crop_scale, flip=recipe.train.flip)
-    if recipe.mask.kind == "frequency":
-        frequencies = Frequencies(recipe.mask.radius, recipe.mask.low_pass_share)
     masking = build_masking(recipe, model.encoder)
-    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies)
+    return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=_frequencies(recipe))
 
 
 def check_model(recipe: Recipe) -> None:

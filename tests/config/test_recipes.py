@@ -108,6 +108,7 @@ def test_published_pictures_masks_and_decoders():
         "l1",
     )
     assert (mfm.mask.radius, mfm.mask.low_pass_share, mfm.target.gamma, mfm.target.focal) == (16, 0.5, 1, 0)
+    assert mfm.target.average == "frequency"
     assert simmim.decoder.depth == mfm.decoder.depth == 0
     assert blank("simmim_swin_base").encoder.model.layers[0].blocks[0].window_size == (6, 6)
     assert blank("wamim_swin_base").encoder.model.layers[0].blocks[0].window_size == (7, 7)
