@@ -106,7 +106,7 @@ class Taps:
             encode: The model, or a function from images (B, C, H, W) to features.
             blocks: Whether to compute features of every block.
             tokens: Whether to return patch tokens of the last block.
-            pools: Poolings out of `pools_of(encode)`; the first one gives the features. None: the model's own features.
+            pools: Poolings out of `pools_of(encode)`; the first one gives the features. Empty: the model's own features.
         """
         self.pools = tuple(pools)
         able = isinstance(encode, nn.Module) and hasattr(encode, "forward_intermediates")
@@ -132,8 +132,8 @@ class Taps:
         """Features of every pooling, from the `last` tokens of another pass where they serve."""
         if not self.pools:
             return [self.encode(images).flatten(1) if last is None else self._final(images, last)]
-        if last is not None:
-            self._final(images, last)
+        if last is not None and self._in_one is None:
+            self._final(images, last)  # to see whether the tokens serve
         tokens = last if last is not None and self._in_one else self.encode.forward_features(images)  # type: ignore[attr-defined]
         return [_pooled(self.encode, tokens, pool) for pool in self.pools]
 
