@@ -44,6 +44,7 @@ _WITH_RAY = (
         "test_segmentation.py",
         "test_job_submit.py",
         "test_ray_session.py",
+        "test_evaluate_pools.py",
     ),
 )
 

@@ -260,7 +260,8 @@ class TapHead(nn.Module):
         assert decoder.tokens % positions == 0, (decoder.tokens, positions)
         self.positions, self.pool = positions, decoder.tokens // positions
         self.head = nn.Linear(decoder.head.in_features, values)
-        _initialise(self.head)
+        if decoder.depth:
+            xavier(self.head)
 
     def read(
         self, decoder: TapDecoder, features: torch.Tensor, index: torch.Tensor | None, trunk: Trunk | None

@@ -289,6 +289,28 @@ def frequency_numbers(size: int, device: torch.device | str | None = None) -> to
     return torch.where(places < (size + 1) // 2, places, places - size)
 
 
+@dataclass(frozen=True)
+class Frequencies:
+    """Masking by frequency (MFM): an image keeps a circle of its spectrum, or everything else.
+
+    Attributes:
+        radius: Of the circle, in cycles per image.
+        low_pass_share: Fraction of the images that keep the circle.
+    """
+
+    radius: float = 16.0
+    low_pass_share: float = 0.5
+
+    def probability(self, size: int) -> torch.Tensor:
+        """Return the probability that `hidden_frequencies` removes each frequency of an image of `size` pixels per side.
+
+        Returns:
+            float64 (H, W), in the layout of `torch.fft.fft2`.
+        """
+        inside = _circle(size, self.radius)
+        return torch.where(inside, 1 - self.low_pass_share, self.low_pass_share).double()
+
+
 def hidden_frequencies(
     rows: torch.Tensor, size: int, *, radius: float, low_pass_share: float, seed: int, epoch: int, number: int = 0
 ) -> torch.Tensor:
@@ -312,12 +334,17 @@ def hidden_frequencies(
         ValueError: If the circle is empty or wider than the spectrum, or the probability is not in [0, 1].
     """
     check_frequencies(radius, low_pass_share, size)
-    squares = frequency_numbers(size, rows.device).square()
-    inside = (squares[:, None] + squares[None, :]) < radius**2
+    inside = _circle(size, radius, rows.device)
     drawn = uniform(seed, "frequencies", epoch, rows, 1)
     if number % 2:
         drawn = torch.where(drawn < 0.5, drawn + 0.5, drawn - 0.5)  # exact, and uniform too
     return inside[None] ^ (drawn < low_pass_share)[:, :, None]
+
+
+def _circle(size: int, radius: float, device: torch.device | None = None) -> torch.Tensor:
+    """The frequencies u² + v² < radius², bool (H, W)."""
+    squares = frequency_numbers(size, device).square()
+    return (squares[:, None] + squares[None, :]) < radius**2
 
 
 def corrupt(images: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

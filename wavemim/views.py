@@ -13,7 +13,7 @@ import torch
 
 from wavemim.augment import random_resized_crop
 from wavemim.inputs import Crop, Inputs
-from wavemim.masking import Masking, corrupt, hidden_frequencies
+from wavemim.masking import Frequencies, Masking, corrupt, hidden_frequencies
 from wavemim.wavelets import decompose
 
 
@@ -32,19 +32,6 @@ class Augment:
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
-
-
-@dataclass(frozen=True)
-class Frequencies:
-    """Masking by frequency (MFM): an image keeps a circle of its spectrum, or everything else.
-
-    Attributes:
-        radius: Of the circle, in cycles per image.
-        low_pass_share: Fraction of the images that keep the circle.
-    """
-
-    radius: float = 16.0
-    low_pass_share: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 
 from pipeline.config.downstream import Finetune
+from pipeline.config.model_settings import Encoder, Target
 from pipeline.config.recipe import BEHAVIOURS, Recipe, behaviour_of, for_size
-from pipeline.config.settings import Data, Encoder, Target, Train
+from pipeline.config.settings import Data, Train
 from pipeline.errors import SettingError
 from wavemim import constraints, registry
 

@@ -23,6 +23,14 @@ class Evaluate(Section):
         "at least as long as the others together.",
         min_length=1,
     )
+    pool: tuple[Literal["mean", "token"], ...] = setting(
+        ("mean", "token"),
+        "Vision transformers: how the final tokens become features. mean: the mean of the patch tokens. token: the class token. "
+        "The first one that the encoder has is that of all protocols, the second one is measured by linear and knn as well. "
+        "Other encoders have features of their own.",
+        min_length=1,
+        added=True,
+    )
     batch: Positive = setting(256, "Images per forward pass.", operational=True)
     max_images: Positive = setting(50_000, "Largest number of train images that probes are fitted to.")
     probe_strengths: tuple[Annotated[float, Field(gt=0)], ...] = setting(

@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting, values_of
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
-from pipeline.config.settings import Cluster, Data, Decoder, Encoder, Mask, Section, Target, Tracking, Train
+from pipeline.config.model_settings import Decoder, Encoder, Mask, Target
+from pipeline.config.settings import Cluster, Data, Section, Tracking, Train
 
 _MODEL: dict[str, Any] = {"stages": ("pretrain", "tune", "run"), "searchable": True, "in_card": True}
 

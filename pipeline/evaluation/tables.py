@@ -13,6 +13,7 @@ from pipeline.runtime.formatting import table
 from wavemim.evaluation.metrics import class_table
 from wavemim.figures.confusion import confusion_figure
 
+POOLS = {"mean": "mean of the patch tokens", "token": "class token"}
 COLUMNS = ("class", "n", "correct", "accuracy", "low", "high", "encoder")
 
 
@@ -79,7 +80,11 @@ def evaluation_tables(result: Mapping[str, Any]) -> str:
         result: The result of the stage `evaluate`.
     """
     titles, measured = result["titles"], result["measured"]
-    parts = [table(("", *titles.values()), [(name, *cells) for name, cells in _rows(titles, measured)])]
+    parts = [
+        table(
+            ("", *titles.values()), [(name, *cells) for name, cells in _rows(titles, measured, result.get("pools", ()))]
+        )
+    ]
     if not result["labelled"]:
         return parts[0]
     if curve := _curve(titles, measured):
@@ -98,7 +103,10 @@ def evaluation_tables(result: Mapping[str, Any]) -> str:
     open_ended = [
         titles[which]
         for which in titles
-        if any(key.startswith("eval/linear_converged") and value == 0 for key, value in measured[which].items())
+        if any(
+            key.startswith("eval/linear") and "_converged" in key and value == 0
+            for key, value in measured[which].items()
+        )
     ]
     if open_ended:
         parts.append(
@@ -123,8 +131,14 @@ def verdict(result: Mapping[str, Any]) -> str:
     )
 
 
-def _rows(titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[str]]]:
-    names = {"eval/linear_top1": "linear probe", "eval/attentive_top1": "attentive probe", "eval/knn_top1": "kNN"}
+def _rows(
+    titles: Mapping[str, str], measured: Mapping[str, Mapping[str, float]], pools: Sequence[str]
+) -> list[tuple[str, list[str]]]:
+    names = {}
+    for protocol, name in (("linear", "linear probe"), ("attentive", "attentive probe"), ("knn", "kNN")):
+        pooled = pools if protocol != "attentive" else ()
+        names[f"eval/{protocol}_top1"] = f"{name}, {POOLS[pooled[0]]}" if pooled else name
+        names |= {f"eval/{protocol}_{pool}_top1": f"{name}, {POOLS[pool]}" for pool in pooled[1:]}
     rows = [
         (name, [_interval(measured[which], key) for which in titles])
         for key, name in names.items()

@@ -11,20 +11,20 @@ import torch
 
 from pipeline.config.checks import check_cells, check_decoder, check_mask, check_sizes, named
 from pipeline.config.load import validate
+from pipeline.config.model_settings import Encoder as EncoderSettings
 from pipeline.config.recipe import BEHAVIOURS, Recipe, for_size
-from pipeline.config.settings import Encoder as EncoderSettings
 from pipeline.errors import SettingError
 from pipeline.shards.shard_set import ShardSet
 from wavemim.encoders.base import Encoder, is_plain_vit
 from wavemim.encoders.factory import make_encoder
 from wavemim.inputs import Inputs
 from wavemim.level_weights import LevelWeights
-from wavemim.masking import Masking
+from wavemim.masking import Frequencies, Masking
 from wavemim.model import DecoderSettings, MaskedImageModel, check_taps
 from wavemim.optim import hidden_matrices
 from wavemim.registry import arguments_of, target_class
 from wavemim.targets import Statistics, Tap, Target
-from wavemim.views import Augment, Frequencies, Views
+from wavemim.views import Augment, Views
 from wavemim.weights import checkpoint
 
 _VIT_ONLY = [key.removeprefix("encoder.") for key, behaviour in BEHAVIOURS.items() if behaviour.vit_only]
@@ -168,6 +168,8 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         "bins": settings.bins,
         "gamma": settings.gamma,
         "focal": settings.focal,
+        "average": settings.average,
+        "frequencies": _frequencies(recipe),
     }
     cls: type[Target] = target_class(settings.kind, settings.module)
     takes = arguments_of(cls)
@@ -181,6 +183,12 @@ def _target(recipe: Recipe, encoder: Encoder, statistics: Statistics, wavelet: s
         raise SettingError(f"target.loss={settings.loss}: target.kind={settings.kind} defines its own loss")
     given = {key: value for key, value in offered.items() if key in takes}
     return cls(taps, statistics, **common, **given, **settings.options)
+
+
+def _frequencies(recipe: Recipe) -> Frequencies | None:
+    """How frequencies are removed; None where patches are hidden."""
+    mask = recipe.mask
+    return Frequencies(mask.radius, mask.low_pass_share) if mask.kind == "frequency" else None
 
 
 def build_masking(recipe: Recipe, encoder: Encoder) -> Masking:
@@ -224,13 +232,11 @@ def build_views(recipe: Recipe, model: MaskedImageModel, inputs: Inputs, *, augm
         augment: Whether images are augmented, and masked as often as in training. Figures and measurements are made
             without, with one mask for each image.
     """
-    cropped, frequencies = None, None
+    cropped = None
     if augment and recipe.train.augment == "rrc":
         cropped = Augment(recipe.encoder.image_size, scale=recipe.train.crop_scale, flip=recipe.train.flip)
-    if recipe.mask.kind == "frequency":
-        frequencies = Frequencies(recipe.mask.radius, recipe.mask.low_pass_share)
     masking = build_masking(recipe, model.encoder)
-    masks = recipe.mask.count if augment else 1
+    masks, frequencies = recipe.mask.count if augment else 1, _frequencies(recipe)
     return Views(inputs, masking, seed=recipe.seed, augment=cropped, frequencies=frequencies, masks=masks)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.checkpoints.find import checkpoint_of
@@ -29,7 +30,7 @@ from pipeline.shards.batches import positions_of_part, split_bytes
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.evaluate_task import evaluate_features, evaluate_tokens, read_part
 from pipeline.tracking.tracker import Tracker
-from wavemim.evaluation.features import Taps
+from wavemim.evaluation.features import Taps, pools_of
 from wavemim.evaluation.protocols import best_block
 
 PART_ROWS, PART_ROWS_GPU = (
@@ -37,6 +38,7 @@ PART_ROWS, PART_ROWS_GPU = (
     8192,
 )  # images per reading task: minutes of work, so that building a model is negligible
 OF_TOKENS = ("blocks", "attentive")  # protocols on the feature maps of blocks, which raw pixels do not have
+OF_POOLS = ("linear", "knn")  # protocols that are repeated for every pooling
 
 CHECKS = ()
 
@@ -50,6 +52,7 @@ class Checked:
     labelled: bool  # whether there are labelled val images
     protocols: tuple[str, ...]  # without those that need labels where there are none
     blocks: int  # of the encoder, for protocols on feature maps; 0 where there is no such protocol
+    pools: tuple[str, ...]  # poolings that are evaluated, the first one by all protocols; none: the encoder's own
 
 
 def check(recipe: Recipe) -> Checked:
@@ -65,8 +68,9 @@ def check(recipe: Recipe) -> Checked:
     subject = find_encoder(recipe, shards)
     labelled = shards.classes is not None and bool(shards.rows.get("val"))
     asked = tuple(name for name in dict.fromkeys(recipe.evaluate.protocols) if labelled or name == "rank")
-    blocks = _count_blocks(recipe, subject) if labelled else 0
-    return Checked(shards, subject, labelled, asked or ("rank",), blocks)
+    model = subject.model(trained=False).eval()
+    blocks = _count_blocks(recipe, subject, model) if labelled else 0
+    return Checked(shards, subject, labelled, asked or ("rank",), blocks, _pools(recipe, subject, model))
 
 
 def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: bool = True) -> dict[str, Any]:
@@ -111,6 +115,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                 "train_images": min(shards.rows["train"], recipe.evaluate.max_images),
                 "val_images": shards.rows.get("val", 0),
                 "titles": titles,
+                "pools": list(checked.pools),
                 "files": [path.name for path in files],
                 "measured": measured,
                 "cost": meter.read().record(),
@@ -125,12 +130,24 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"
 
 
-def _count_blocks(recipe: Recipe, subject: EncoderSource) -> int:
+def _pools(recipe: Recipe, subject: EncoderSource, model: nn.Module) -> tuple[str, ...]:
+    """The poolings to evaluate, out of those that the encoder has. Raises SettingError where none is left."""
+    asked = recipe.evaluate.pool
+    able = pools_of(model, torch.zeros(1, subject.channels, subject.image_size, subject.image_size))
+    found = tuple(name for name in dict.fromkeys(asked) if name in able)
+    if not found and "mean" not in asked:
+        raise SettingError(
+            f"evaluate.pool={list(asked)}: {subject.source} has no class token; set evaluate.pool=[mean]"
+        )
+    return found
+
+
+def _count_blocks(recipe: Recipe, subject: EncoderSource, model: nn.Module) -> int:
     """Blocks that are evaluated; 0 without such a protocol. Raises SettingError where the encoder has no feature maps."""
     asked = [name for name in OF_TOKENS if name in recipe.evaluate.protocols]
     if not asked:
         return 0
-    taps = Taps(subject.model(trained=False).eval(), blocks=True, tokens=False)
+    taps = Taps(model, blocks=True, tokens=False)
     _, blocks, _ = taps(torch.zeros(1, subject.channels, subject.image_size, subject.image_size))
     if not blocks:
         raise SettingError(
@@ -146,7 +163,7 @@ class _Tasks:
     def __init__(self, recipe: Recipe, checked: Checked, use_gpu: bool, meter: TaskMeter) -> None:
         self.recipe, self.use_gpu, self.meter = recipe, use_gpu, meter
         self.subject, self.shards = checked.subject, checked.shards
-        self.protocols, self.blocks = checked.protocols, checked.blocks
+        self.protocols, self.blocks, self.pools = checked.protocols, checked.blocks, checked.pools
         self.splits = ("train", "val") if checked.labelled else ("train",)
 
     def run(self, progress: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, np.ndarray]]]:
@@ -220,6 +237,7 @@ class _Tasks:
                     self._rows(split),
                     blocks=which != "pixels" and "blocks" in self.protocols,
                     token_rows=limit if wanted else 0,
+                    pools=() if which == "pixels" else self.pools,
                     use_gpu=self.use_gpu,
                 )
                 for number in range(parts)
@@ -256,3 +274,6 @@ class _Tasks:
                     yield protocol, task.remote(protocol, number, settings, classes, places, *parts)
             else:
                 yield protocol, task.remote(protocol, 0, settings, classes, places, *parts)
+            if protocol in OF_POOLS and which != "pixels":
+                for pool in self.pools[1:]:
+                    yield protocol, task.remote(protocol, 0, settings, classes, places, *parts, pool=pool)

@@ -44,13 +44,14 @@ def read_part(
     *,
     blocks: bool,
     token_rows: int,
+    pools: tuple[str, ...],
     use_gpu: bool,
 ) -> tuple[Tapped, Tokens | None]:
     """Read features of a part of a split, and its patch tokens with labels and places where `token_rows` > 0."""
     torch.set_num_threads(1)
     shards, device = ShardSet.open(shards_at, check_files=False), torch.device("cuda" if use_gpu else "cpu")
     found = tapped_of(
-        Taps(_encoder(which, subject, device), blocks=blocks, tokens=token_rows > 0),
+        Taps(_encoder(which, subject, device), blocks=blocks, tokens=token_rows > 0, pools=pools),
         subject.inputs(shards).to(device),
         shards,
         split,
@@ -88,8 +89,9 @@ def evaluate_features(
     classes: int,
     places: dict[str, list[np.ndarray]],
     *parts: Tapped,
+    pool: str = "",
 ) -> Evaluated:
-    """Evaluate one protocol on all parts of train, then of val."""
+    """Evaluate one protocol on all parts of train, then of val: on the features of a further `pool`, if one is named."""
     recipe, cut = validate(settings), len(places["train"])
     train = joined(parts[:cut], places["train"])
     if protocol == "rank":
@@ -102,6 +104,11 @@ def evaluate_features(
         "max_iterations": own.probe_iterations,
     }
     found: Evaluation
+    if pool:
+        sets = train.pooled(pool), test.pooled(pool)
+        if protocol == "linear":
+            return evaluate_linear(*sets, pool=pool, **fitted).values, None
+        return evaluate_knn(*sets, k=own.knn_k, curve=(), pool=pool).values, None
     if protocol == "linear":
         found = evaluate_linear(train.set, test.set, **fitted)
     elif protocol == "blocks":

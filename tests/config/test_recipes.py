@@ -12,7 +12,7 @@ from pipeline.models.build import build_blank_model
 from wavemim.flops import cost_of
 
 NAMES = names_of("pipeline", "recipes")
-OWN = ("demo", "small", "tiny_imagenet")  # reproduce nothing
+OWN = ("demo", "small", "small32", "tiny_imagenet")  # reproduce nothing
 FOUR = ("small_wavelet", "small_pixels", "small_hog", "small_fourier")
 COST = r"# Cost: [\d.]+ M parameters, encoder [\d.]+ M, [\d.]+ GFLOP forward per image \(counted\)"
 
@@ -138,6 +138,7 @@ def test_published_pictures_masks_and_decoders():
         "l1",
     )
     assert (mfm.mask.radius, mfm.mask.low_pass_share, mfm.target.gamma, mfm.target.focal) == (16, 0.5, 1, 0)
+    assert mfm.target.average == "frequency"
     assert simmim.decoder.depth == mfm.decoder.depth == 0
     assert blank("simmim_swin_base").encoder.model.layers[0].blocks[0].window_size == (6, 6)
     assert (simmim.train.epochs, simmim.finetune.image_size) == (800, 224)
@@ -147,14 +148,16 @@ def test_published_pictures_masks_and_decoders():
     assert blank("wamim_swin_base").encoder.model.layers[0].blocks[0].window_size == (7, 7)
 
 
-def test_the_four_small_ones_differ_in_the_target_alone():
-    recipes = {name: load(name).dump() for name in (*FOUR, "small")}
-    kinds = {name: recipe["target"]["kind"] for name, recipe in recipes.items() if name != "small"}
-    assert kinds == {name: name.removeprefix("small_") for name in FOUR}
+@pytest.mark.parametrize("prefix", ["small", "small32"])
+def test_the_four_small_ones_differ_in_the_target_alone(prefix):
+    four = [name.replace("small", prefix) for name in FOUR]
+    recipes = {name: load(name).dump() for name in (*four, prefix)}
+    kinds = {name: recipe["target"]["kind"] for name, recipe in recipes.items() if name != prefix}
+    assert kinds == {name: name.removeprefix(f"{prefix}_") for name in four}
     assert len({str(recipe["target"]["taps"]) for recipe in recipes.values()}) == 1
     for recipe in recipes.values():
         del recipe["target"], recipe["name"]
-    assert all(recipe == recipes["small"] for recipe in recipes.values())
+    assert all(recipe == recipes[prefix] for recipe in recipes.values())
     # The same network too, but for the width of what comes out.
-    shapes = [{k: v.shape for k, v in blank(name).named_parameters() if ".head." not in k} for name in FOUR]
+    shapes = [{k: v.shape for k, v in blank(name).named_parameters() if ".head." not in k} for name in four]
     assert all(shape == shapes[0] for shape in shapes)

@@ -10,7 +10,8 @@ from pipeline.evaluation.features import features_of, tapped_of, with_tokens
 from pipeline.models.build import build_inputs
 from pipeline.shards.batches import positions_of_part, sequential
 from wavemim.encoders.factory import make_encoder
-from wavemim.evaluation.features import Taps, extract_taps, joined
+from wavemim.evaluation.features import Taps, extract_taps, joined, pools_of
+from wavemim.weights.mae_import import import_vit
 
 SIDE = 32
 
@@ -50,6 +51,72 @@ def test_one_pass_gives_the_models_own_features_and_every_blocks(name, model):
     assert found.tokens.dtype == np.float16
     np.testing.assert_allclose(found.tokens, patches[:4].numpy(), rtol=2e-3, atol=2e-3)
     assert found.labels.tolist() == [0, 1, 2, 0, 1]
+
+
+def poolable():
+    vit = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    for name, arguments, pools in (
+        ("mean", {"global_pool": "avg", "fc_norm": False}, ("mean", "token")),
+        ("mean, then a norm", {"global_pool": "avg"}, ("mean", "token")),
+        ("class token", {}, ("mean", "token")),
+        ("class token and registers", {"reg_tokens": 2}, ("mean", "token")),
+        ("no class token", {"global_pool": "avg", "class_token": False}, ("mean",)),
+        ("the largest token", {"global_pool": "max"}, ()),
+        ("attention", {"global_pool": "map"}, ()),
+        ("with the prefix", {"global_pool": "avg", "pool_include_prefix": True}, ()),
+    ):
+        yield name, timm.create_model("vit_tiny_patch16_224", **vit, **arguments), pools
+    yield "convnext", timm.create_model("convnext_atto", num_classes=0), ()
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(("name", "model", "pools"), poolable(), ids=lambda v: v if isinstance(v, str) else "")
+def test_poolings_differ_in_the_pooling_alone(name, model, pools, blocks):
+    model = model.eval()
+    images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    assert pools_of(model, images[:1]) == pools
+    asked = pools[::-1]
+    batches = [(images[:3], torch.zeros(3)), (images[3:], torch.zeros(2))]
+    found = extract_taps(Taps(model, blocks=blocks, tokens=False, pools=asked), batches)
+    with torch.inference_mode():
+        if not asked:
+            np.testing.assert_allclose(found.final, model(images).numpy(), rtol=1e-4, atol=1e-5)
+            assert found.others == {}
+            return
+        tokens = model.forward_features(images)
+        expected = {"token": tokens[:, 0], "mean": tokens[:, model.num_prefix_tokens :].mean(1)}
+        expected = {key: model.fc_norm(values).numpy() for key, values in expected.items()}
+    np.testing.assert_allclose(found.final, expected[asked[0]], rtol=1e-4, atol=1e-5)
+    assert tuple(found.others) == asked[1:]
+    for pool in asked[1:]:
+        assert np.abs(expected["mean"] - expected["token"]).max() > 0.01
+        np.testing.assert_allclose(found.pooled(pool)[0], expected[pool], rtol=1e-4, atol=1e-5)
+    halves = [extract_taps(Taps(model, blocks=blocks, tokens=False, pools=asked), [batch]) for batch in batches]
+    together = joined(halves[::-1], [np.array([3, 4]), np.array([0, 1, 2])])
+    for pool in asked[1:]:
+        np.testing.assert_allclose(together.others[pool], found.others[pool], atol=1e-5)
+
+
+def test_an_imported_mae_has_the_features_of_the_same_weights_of_ours(tmp_path):
+    """Its own features are the class token, ours the mean of the patch tokens: by evaluate.pool both are the same."""
+    ours = make_encoder("vit_tiny_patch16_224", image_size=SIDE, patch_size=8, width=32, depth=2, heads=2).model.eval()
+    torch.save({"model": ours.state_dict()}, tmp_path / "mae.pth")
+    import_vit(tmp_path / "mae.pth", tmp_path / "mae", heads=2)
+    imported = timm.create_model(f"local-dir:{tmp_path / 'mae'}", pretrained=True).eval()
+    images = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    batches = [(images, torch.zeros(3))]
+    own = {
+        pool: extract_taps(Taps(model, blocks=False, tokens=False), batches).final
+        for pool, model in (("mean", ours), ("token", imported))
+    }
+    assert np.abs(own["mean"] - own["token"]).max() > 0.01
+    for pool in own:
+        features = [
+            extract_taps(Taps(model, blocks=False, tokens=False, pools=(pool,)), batches).final
+            for model in (ours, imported)
+        ]
+        np.testing.assert_allclose(*features, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(features[0], own[pool], rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_that_does_not_follow_gives_the_models_own_features_all_the_same():

@@ -8,7 +8,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report, confusion_matrix
 
-from pipeline.evaluation.tables import write_tables
+from pipeline.evaluation.tables import evaluation_tables, write_tables
 from wavemim.evaluation.metrics import Accuracy, alpha_req, class_table, confusion, rankme, wilson
 
 
@@ -64,6 +64,38 @@ def test_tables_and_picture_are_written(tmp_path, classes):
     assert rows[0] == ["class", *names]
     assert np.array_equal(np.array([row[1:] for row in rows[1:]], int), matrix)
     assert min(Image.open(files[2]).size) > 300
+
+
+@pytest.mark.parametrize(
+    ("pools", "rows"),
+    [
+        (["mean", "token"], {"linear probe, mean of the patch tokens": "40.0", "linear probe, class token": "30.0"}),
+        (["token"], {"linear probe, class token": "40.0"}),
+        (None, {"linear probe": "40.0"}),  # encoders with features of their own, and results of earlier versions
+    ],
+)
+def test_the_report_has_a_row_for_each_pooling(pools, rows):
+    def accuracy(name, value):
+        return {name: value, f"{name}_low": value - 5, f"{name}_high": value + 5}
+
+    trained = accuracy("eval/linear_top1", 40.0) | accuracy("eval/linear_token_top1", 30.0)
+    result = {
+        "titles": {"trained": "trained encoder", "pixels": "raw pixels"},
+        "measured": {"trained": trained, "pixels": accuracy("eval/linear_top1", 20.0)},
+        "labelled": True,
+        "classes": 3,
+        "train_images": 10,
+        "val_images": 5,
+    }
+    text = evaluation_tables(result if pools is None else result | {"pools": pools})
+    lines = [line for line in text.splitlines() if "linear probe" in line]
+    assert len(lines) == len(rows)
+    for line, (name, value) in zip(lines, rows.items(), strict=True):
+        assert name in line and f"{value} (" in line
+    assert ("20.0 (" in lines[0]) and all("–" in line for line in lines[1:])  # pixels have no tokens
+    assert "did not converge" in evaluation_tables(
+        result | {"measured": {**result["measured"], "trained": trained | {"eval/linear_token_converged": 0.0}}}
+    )
 
 
 def test_rankme_counts_directions():

@@ -42,6 +42,8 @@ def test_linear_probe_equals_scikit_learn_on_the_same_features():
     assert result.values["eval/linear_top1"] == accuracy.top1
     assert accuracy.top1 == pytest.approx(100 * (expected == test[1]).mean(), abs=0.4)
     assert result.values["eval/linear_converged"] == 1
+    again = evaluate_linear(train, test, strengths=(0.1,), seed=0, pool="token").values
+    assert again == {key.replace("/linear", "/linear_token"): value for key, value in result.values.items()}
 
 
 def test_what_did_not_converge_is_said():
@@ -73,6 +75,8 @@ def test_knn_and_its_curve_equal_scikit_learn():
         expected = 100 * classifier.fit(*train).score(*test)
         assert result[f"eval/knn_top1_k{k}"] == pytest.approx(expected, abs=0.51)
         assert knn(train, test, k=k).top1 == result[f"eval/knn_top1_k{k}"]
+    again = evaluate_knn(train, test, k=15, curve=(), pool="token").values
+    assert again["eval/knn_token_top1"] == result["eval/knn_top1"] and not any("knn_top1" in key for key in again)
     assert result["eval/knn_top1"] == result["eval/knn_top1_k15"]
     assert "eval/knn_top1_k1000" not in result  # train has fewer images
     assert knn(train, test, k=1000).top1 == knn(train, test, k=500).top1

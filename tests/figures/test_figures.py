@@ -12,10 +12,10 @@ from wavemim.encoders.vit import ViTEncoder
 from wavemim.figures.plots import loss_figure, plt, save_figure, sweep_figure
 from wavemim.figures.reconstruction import HIDDEN_GREY, VISIBLE_GREY, _figure, compare, reconstruction_figure
 from wavemim.inputs import Inputs
-from wavemim.masking import Masking
+from wavemim.masking import Frequencies, Masking
 from wavemim.model import DecoderSettings, MaskedImageModel
 from wavemim.targets import FourierTarget, HOGTarget, PixelTarget, Tap, WaveletTarget
-from wavemim.views import Frequencies, Views
+from wavemim.views import Views
 from wavemim.wavelets import decompose
 
 SIDE = 64  # that the smallest hierarchical encoder takes

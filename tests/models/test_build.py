@@ -77,3 +77,12 @@ def test_blocks_that_are_hidden_as_a_whole():
 def test_settings_of_plain_vits_are_refused_for_others():
     with pytest.raises(SettingError, match=r"encoder\.width=32 does not apply to 'swin_tiny_patch4_window7_224'"):
         check_model(load("small", [*SWIN, "encoder.image_size=128", "encoder.width=32"]))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 224**2 / 2), (1.0, 224**2 - 793)])
+def test_the_fourier_target_knows_how_many_frequencies_are_removed(share, expected):
+    """793 of 224² are inside of the circle of radius 16."""
+    narrow = ["encoder.width=8", "encoder.depth=1", "encoder.heads=1", "target.taps={4: 1}"]
+    recipe = load("mfm_vit_base", [*narrow, f"mask.low_pass_share={share}"])
+    target = build_blank_model(recipe).target
+    assert target.average == "frequency" and float(target.get_buffer("expected4")) == expected

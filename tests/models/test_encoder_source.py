@@ -13,6 +13,7 @@ from pipeline.config.load import load
 from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_model
 from pipeline.models.encoder_source import EncoderSource, find_encoder
+from pipeline.stages import evaluate
 from wavemim.weights import checkpoint
 from wavemim.weights.timm_folder import export_timm
 
@@ -148,6 +149,33 @@ def test_timms_models_take_the_size_and_channels_of_the_shard_set(ours, monkeypa
     assert model(images()).shape == (3, 192)
     assert not torch.equal(model.blocks[3].mlp.fc1.weight, subject.beginning().blocks[3].mlp.fc1.weight)
     assert find_encoder(recipe.model_copy(update={"checkpoint": "timm:vit_tiny_patch16_224"}), None).image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "expected"),
+    [
+        ("timm:vit_tiny_patch16_224", ["mean", "token"], ("mean", "token")),
+        ("timm:vit_tiny_patch16_224", ["token"], ("token",)),
+        ("timm:vit_tiny_patch16_224", ["token", "mean", "token"], ("token", "mean")),
+        (None, ["mean", "token"], ("mean", "token")),
+        ("timm:resnet10t", ["mean", "token"], ()),
+        ("timm:resnet10t", ["token"], None),
+    ],
+)
+def test_poolings_are_those_that_the_encoder_has(ours, monkeypatch, name, asked, expected):
+    recipe, _, folder, _ = ours
+    if name is not None:
+        fetched(monkeypatch, name.removeprefix("timm:"))
+    changed = {
+        "checkpoint": name or str(folder),
+        "evaluate": recipe.evaluate.model_copy(update={"pool": tuple(asked)}),
+    }
+    recipe = recipe.model_copy(update=changed)
+    if expected is not None:
+        assert evaluate.check(recipe).pools == expected
+        return
+    with pytest.raises(SettingError, match=r"evaluate.pool=\['token'\]: timm:resnet10t has no class token; set"):
+        evaluate.check(recipe)
 
 
 def test_weights_that_cannot_be_fetched_are_one_line(ours, monkeypatch):

@@ -118,8 +118,11 @@ def test_evaluation_is_of_three_subjects_on_val(whole):
     measured = results["evaluate"]["measured"]
     assert set(measured) == {"trained", "untrained", "pixels"}
     assert results["evaluate"]["val_images"] == ShardSet.open(recipe.shards_at).rows["val"]
-    for values in measured.values():
+    for which, values in measured.items():
         assert values["eval/linear_top1_low"] <= values["eval/linear_top1"] <= values["eval/linear_top1_high"]
+        of_token = {name for name in values if "_token_" in name}
+        assert of_token >= {"eval/linear_token_top1", "eval/knn_token_top1"} if which != "pixels" else not of_token
+    assert results["evaluate"]["pools"] == ["mean", "token"]
 
 
 def test_the_sweep_is_ranked_by_what_weights_cannot_move(whole):

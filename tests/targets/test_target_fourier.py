@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_images import SIZE, TOKEN, assert_float32_and_whole_graph, images_of, normalised_of, statistics_of
 
-from wavemim.masking import corrupt, hidden_frequencies, share_at
+from wavemim.masking import Frequencies, corrupt, hidden_frequencies, share_at
 from wavemim.targets import FourierTarget, PixelTarget, Tap
 from wavemim.targets.base import from_positions
 
@@ -90,6 +90,91 @@ def test_with_hidden_frequencies_everything_is_predicted_and_these_are_compared(
     vectors = PixelTarget(ONE, statistics_of(images), image_size=SIZE, token_sizes={0: TOKEN})(answer, {})[0]
     again = target.error(0, vectors, truth, share, spectrum=spectrum)
     torch.testing.assert_close(again, found, atol=1e-5, rtol=1e-5)
+
+
+def batch_mean(predicted, truth, spectrum):
+    """MFM's loss of a batch, literally: the mean of |F(prediction) − F(truth)| over all removed frequencies of all images."""
+    total, count = 0.0, 0
+    for guess, true, removed in zip(predicted, truth, spectrum, strict=True):
+        for plane, its in zip(guess, true, strict=True):
+            total = total + torch.fft.fft2(plane - its, norm="ortho").abs()[removed].sum()
+            count += int(removed.sum())
+    return total / count
+
+
+def kinds_of(number, *, radius, low_pass_share=0.5):
+    """Images without the circle, images reduced to it, and their hidden frequencies (2 · number, H, W)."""
+    low, high = (
+        hidden_frequencies(torch.arange(number), SIZE, radius=radius, low_pass_share=share, seed=0, epoch=0)
+        for share in (1.0, 0.0)
+    )
+    return torch.cat((high, low))
+
+
+def gradients(loss, prediction):
+    return torch.autograd.grad(loss, prediction)[0]
+
+
+def test_over_frequencies_loss_and_gradient_shares_are_those_of_mfm():
+    images, radius = images_of(6), 3
+    inputs, spectrum = normalised_of(images), kinds_of(3, radius=radius)  # as many of one kind as of the other
+    each, all_ = (make(images, average=kind, frequencies=Frequencies(radius)) for kind in ("image", "frequency"))
+    truth, share = each(inputs, {})[0], torch.ones(6, GRID**2)
+    prediction = (truth + torch.randn_like(truth)).requires_grad_()  # white: errs alike at all frequencies
+    planes = from_positions(prediction, 3, 1, TOKEN)[:, :, 0]
+    literal_loss = batch_mean(planes, inputs, spectrum)
+    found = all_.error(0, prediction, truth, share, spectrum=spectrum).mean()
+    torch.testing.assert_close(found, literal_loss)
+    expected = gradients(literal_loss, prediction)
+    torch.testing.assert_close(gradients(found, prediction), expected)
+
+    def share_of_high_pass(gradient):
+        squares = gradient.square().sum((1, 2))
+        return float(squares[:3].sum() / squares.sum())
+
+    inside, outside = int(spectrum[0].sum()), int(spectrum[-1].sum())
+    per_image = gradients(each.error(0, prediction, truth, share, spectrum=spectrum).mean(), prediction)
+    # |∂|d|/∂d| is 1 at every frequency: a sum over n of them has a gradient of squared norm n, a mean one of 1 / n.
+    assert share_of_high_pass(expected) == pytest.approx(inside / (inside + outside), rel=1e-3)
+    assert share_of_high_pass(per_image) == pytest.approx(outside / (inside + outside), rel=1e-3)
+    weights = (expected[:3] / per_image[:3]).median() / (expected[3:] / per_image[3:]).median()
+    assert float(weights) == pytest.approx(inside / outside, rel=1e-3)
+
+
+@pytest.mark.parametrize("low_pass_share", [0.2, 1.0])
+def test_over_frequencies_the_divisor_is_the_expected_number_whatever_the_batch(low_pass_share):
+    images = images_of(4)
+    frequencies = Frequencies(5, low_pass_share)
+    inputs, target = normalised_of(images), make(images, FOUR, average="frequency", frequencies=frequencies)
+    predictions, truth = random_predictions(target, inputs), target(inputs, {})
+    many = hidden_frequencies(torch.arange(4000), SIZE, radius=5, low_pass_share=low_pass_share, seed=1, epoch=0)
+    torch.testing.assert_close(frequencies.probability(SIZE).float(), many.float().mean(0), atol=0.03, rtol=0)
+    for tap in FOUR:
+        level, share = tap.level, torch.ones(truth[tap.level].shape[:2])
+        errors = target.error(level, predictions[level], truth[level], share, spectrum=many[:4])
+        ring = octave(level, 4, 1)
+        expected = float(frequencies.probability(SIZE).numpy()[ring].sum())
+        guess = pixels_of(predictions[level], 3, max(TOKEN, 2**level))
+        for b in range(4):
+            counted = ring & many[b].numpy()
+            total = literal(guess[b], inputs[b].numpy(), counted) * counted.sum() if counted.any() else 0.0
+            assert float(errors[b]) == pytest.approx(total / max(expected, 1), rel=1e-4)
+        # parts of a batch, of gradient accumulation or of several workers, add up to the batch
+        parts = [
+            target.error(level, predictions[level][[b]], truth[level][[b]], share[[b]], spectrum=many[[b]])
+            for b in range(4)
+        ]
+        torch.testing.assert_close(torch.cat(parts), errors)
+
+
+def test_with_hidden_patches_both_averages_are_the_same():
+    images = images_of()
+    inputs, hidden = normalised_of(images), (torch.rand(3, GRID**2) < 0.5).float()
+    each, all_ = (make(images, FOUR, average=kind) for kind in ("image", "frequency"))
+    predictions, truth = random_predictions(each, inputs), each(inputs, {})
+    for level in truth:
+        share = share_at(hidden, GRID, each.positions(level))
+        assert torch.equal(*(t.error(level, predictions[level], truth[level], share) for t in (each, all_)))
 
 
 def test_squared_distances_are_squared_pixel_errors():

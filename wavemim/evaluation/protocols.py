@@ -1,7 +1,7 @@
 """Evaluation protocols: each returns metrics and predictions, and logs nothing.
 
 Metrics: ``eval/PROTOCOL_top1`` in percent, with ``_low`` and ``_high`` (95 % Wilson interval over the test images) and
-``_n`` (their number). Strengths, learning rates and the best block are chosen on a held-out fifth of the training set.
+``_n`` (their number); of a further pooling ``eval/PROTOCOL_POOL_top1``. Strengths, learning rates and the best block are chosen on a held-out fifth of the training set.
 
 Legend: n images, F features, T tokens, E embedding width. A *set* is a pair of features (n, F) and labels (n,).
 """
@@ -63,12 +63,28 @@ def extract(
 
 
 def evaluate_linear(
-    train: Set, test: Set, *, strengths: Sequence[float], seed: int, max_iterations: int = ITERATIONS
+    train: Set,
+    test: Set,
+    *,
+    strengths: Sequence[float],
+    seed: int,
+    max_iterations: int = ITERATIONS,
+    pool: str = "",
 ) -> Evaluation:
-    """Evaluate a linear probe of the model's own features. Arguments as for `wavemim.evaluation.probes.fit_probe`."""
+    """Evaluate a linear probe of the features.
+
+    Args:
+        train: The training set.
+        test: The test set.
+        strengths: As for `wavemim.evaluation.probes.fit_probe`, and so are `seed` and `max_iterations`.
+        seed: Decides all random choices.
+        max_iterations: Largest number of solver steps.
+        pool: The pooling of the features, for the metrics' names: ``eval/linear_POOL_top1``; empty: ``eval/linear_top1``.
+    """
     probe = fit_probe(train, test[0], strengths=strengths, seed=seed, max_iterations=max_iterations)
-    values = Accuracy.of(probe.predicted == test[1]).named("eval/linear_top1")
-    values |= {"eval/linear_strength": probe.strength, "eval/linear_converged": float(probe.converged)}
+    name = f"eval/linear_{pool}" if pool else "eval/linear"
+    values = Accuracy.of(probe.predicted == test[1]).named(f"{name}_top1")
+    values |= {f"{name}_strength": probe.strength, f"{name}_converged": float(probe.converged)}
     return Evaluation(values, probe.predicted)
 
 
@@ -100,7 +116,7 @@ def best_block(values: Mapping[str, float]) -> dict[str, float]:
     return {"eval/best_block": float(max(scores)[1])} if scores else {}
 
 
-def evaluate_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE) -> Evaluation:
+def evaluate_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE, pool: str = "") -> Evaluation:
     """Evaluate k nearest neighbours.
 
     Args:
@@ -108,12 +124,14 @@ def evaluate_knn(train: Set, test: Set, *, k: int, curve: Sequence[int] = CURVE)
         test: The test set.
         k: The k of ``eval/knn_top1``.
         curve: Further values of k, up to the number of training images, for ``eval/knn_top1_kN``.
+        pool: The pooling of the features: ``eval/knn_POOL_top1``; empty: ``eval/knn_top1``.
     """
     ks = sorted({k, *(other for other in curve if other <= len(train[1]))})
     predicted = knn_predictions(train, test[0], ks=ks)
-    values = Accuracy.of(predicted[k] == test[1]).named("eval/knn_top1")
+    name = f"eval/knn_{pool}_top1" if pool else "eval/knn_top1"
+    values = Accuracy.of(predicted[k] == test[1]).named(name)
     for other in ks:
-        values |= Accuracy.of(predicted[other] == test[1]).named(f"eval/knn_top1_k{other}")
+        values |= Accuracy.of(predicted[other] == test[1]).named(f"{name}_k{other}")
     return Evaluation(values, predicted[k])
 
 

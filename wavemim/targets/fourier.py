@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from wavemim.data_statistics import Statistics
-from wavemim.masking import filled_in, frequency_numbers, share_at
+from wavemim.masking import Frequencies, filled_in, frequency_numbers, share_at
 from wavemim.registry import register_target
 from wavemim.targets.base import Normalise, Tap, from_positions, to_positions
 from wavemim.targets.pixels import PixelTarget
+
+Average = Literal["image", "frequency"]
 
 
 @register_target("fourier")
@@ -25,6 +28,13 @@ class FourierTarget(PixelTarget):
     `normalise`: "dataset" and "none" as in `PixelTarget`; "patch" divides the distances by the image's own root mean
     square amplitude over the tap's frequencies, per channel, so that octaves and images of different contrast become
     comparable. Predictions have the same unit as with "dataset".
+
+    `average` matters where masking is by frequency, since images then differ in how many frequencies are removed. With
+    "image", the error is the mean over the removed frequencies of an image, and all images weigh the same. With
+    "frequency", all removed frequencies of all images weigh the same (MFM): the error of an image is the sum over its
+    removed frequencies, divided by their expected number. MFM's code divides by their actual number in the batch of a
+    GPU, which differs from the expected one by chance (by 6 % of it with 256 images). The expected number depends on
+    neither batch, workers nor gradient accumulation, so gradients do not either.
     """
 
     def __init__(
@@ -37,6 +47,8 @@ class FourierTarget(PixelTarget):
         normalise: Normalise = "dataset",
         gamma: float = 1.0,
         focal: float = 0.0,
+        average: Average = "image",
+        frequencies: Frequencies | None = None,
     ) -> None:
         """Create the target.
 
@@ -48,6 +60,8 @@ class FourierTarget(PixelTarget):
             normalise: "dataset", "patch" or "none".
             gamma: Exponent of the frequency distance, above 0 (MFM: 1).
             focal: Exponent of the focal weight of the distance (Jiang et al. 2021); 0: no weight.
+            average: "image" or "frequency": what weighs the same in the mean over a batch.
+            frequencies: How frequencies are removed from the input; None: masking is not by frequency.
 
         Raises:
             ValueError: If an exponent is out of range, or level 0, which has no octave, is not the only tap.
@@ -61,7 +75,8 @@ class FourierTarget(PixelTarget):
             raise ValueError(
                 "target.taps.0: level 0 has no octave of frequencies; with several taps every level has to be 1 or more"
             )
-        self.gamma, self.focal = gamma, focal
+        self.gamma, self.focal, self.average = gamma, focal, average
+        removed = frequencies.probability(image_size) if frequencies is not None else torch.ones(image_size, image_size)
         numbers = frequency_numbers(image_size).abs()
         octaves = torch.maximum(numbers[:, None], numbers[None, :])
         upper = float(image_size)
@@ -69,6 +84,8 @@ class FourierTarget(PixelTarget):
             lower = -1.0 if tap is self.taps[-1] else image_size / 2 ** (tap.level + 1)
             ring = (octaves > lower) & (octaves <= upper)
             self.register_buffer(f"ring{tap.level}", ring, persistent=False)
+            expected = (removed * ring).sum().float()
+            self.register_buffer(f"expected{tap.level}", expected, persistent=False)
             upper = lower
 
     def frequencies(self, level: int) -> torch.Tensor:
@@ -86,7 +103,8 @@ class FourierTarget(PixelTarget):
     ) -> torch.Tensor:
         """Compute the mean of |F(prediction) − F(truth)|^gamma over frequencies and channels (MFM, eq. 3 and 4).
 
-        With `focal`, each distance is weighted by a power of itself, scaled to at most 1 per image and channel.
+        With `focal`, each distance is weighted by a power of itself, scaled to at most 1 per image and channel. With
+        `average="frequency"`, the sum is divided by the expected number of removed frequencies.
 
         Args:
             level: The level of the tap.
@@ -114,7 +132,10 @@ class FourierTarget(PixelTarget):
                 weight = (amplitude.detach() * counted) ** self.focal
                 distance = distance * (weight / weight.amax((2, 3), keepdim=True).clamp_min(1e-12))
             total = (distance * counted).sum((1, 2, 3))
-            return total / (counted.sum((1, 2, 3)) * self.channels).clamp_min(1)
+            number = counted.sum((1, 2, 3))
+            if self.average == "frequency" and spectrum is not None:
+                number = self.get_buffer(f"expected{level}")
+            return total / (number * self.channels).clamp_min(1)
 
     def picture(
         self,
