@@ -123,7 +123,51 @@ def _wavelet(**settings: Any) -> Variant:
     return Variant("wavelet", {f"target.{name}": value for name, value in settings.items()})
 
 
+def _tilted(tilt: Any, **settings: Any) -> Variant:
+    """All levels at the last block, by contrast and with one decoder: at tilt 1 the loss of MAE, but for the coarsest level."""
+    found = _wavelet(taps=dict.fromkeys(FOUR_LEVELS, 8), normalise="contrast", tilt=tilt)
+    return replace(found, overrides={**found.overrides, "decoder.per": "block", **settings})
+
+
+WIDER = {"decoder.width": 96, "decoder.depth": 2, "decoder.heads": 3}
+TILTS: dict[str, Comparison] = {
+    "tilts": {
+        "pixels, last block alone": Variant("pixels", {"target.taps": {0: 8}}),
+        "tilt 0": _tilted(0.0),
+        "tilt 0.5": _tilted(0.5),
+        "tilt 0.75": _tilted(0.75),
+        "tilt 1": _tilted(1.0),
+        "tilt 1.5": _tilted(1.5),
+        "tilt from 0 to 1": _tilted({0.0: 0.0, 1.0: 1.0}),
+        "tilt 0.5, blocks 6, 6, 6, 8": _tilted(0.5, **{"target.taps": {1: 6, 2: 6, 3: 6, 4: 8}}),
+        "tilt 0.5, levels within a patch": _tilted(0.5, **{"target.taps": {1: 8, 2: 8, 3: 8}}),
+        "tilt 0.5, scale erased": _tilted(0.5, **{"target.band_scale": "erased"}),
+        "tilt 0.5, vectors by themselves": _tilted(0.5, **{"target.normalise": "patch"}),
+    },
+    "cheaper": {
+        "tilt 0.5": _tilted(0.5),
+        "growing images": _tilted(0.5, **{"train.progressive": {32: 0.5, 64: 0.5}}),
+        "tilt 0 to 1, growing images": _tilted({0.0: 0.0, 1.0: 1.0}, **{"train.progressive": {32: 0.5, 64: 0.5}}),
+        "2 masks an image": _tilted(0.5, **{"mask.count": 2}),
+        "85 % hidden": _tilted(0.5, **{"mask.ratio": 0.85}),
+        "Muon": _tilted(0.5, **{"train.optimizer": "muon"}),
+        "cross-attention": _tilted(0.5, **{"decoder.attention": "cross"}),
+        "a quarter predicted, by cross-attention": _tilted(
+            0.5, **{"decoder.attention": "cross", "decoder.predict": 0.25}
+        ),
+        "a decoder of 2 × 96": _tilted(0.5, **WIDER),
+        "cosine after the warm-up": _tilted(0.5, **{"train.warmup_prefix": True}),
+        "L1": _tilted(0.5, **{"target.loss": "l1"}),
+        "pixels, last block alone": Variant("pixels", {"target.taps": {0: 8}}),
+        "pixels, a decoder of 2 × 96": Variant("pixels", {"target.taps": {0: 8}, **WIDER}),
+        "pixels, growing images": Variant("pixels", {"target.taps": {0: 8}, "train.progressive": {32: 0.5, 64: 0.5}}),
+        "pixels, 85 % hidden": Variant("pixels", {"target.taps": {0: 8}, "mask.ratio": 0.85}),
+        "mae": Variant("mae"),
+    },
+}
+
 COMPARISONS: dict[str, Comparison] = {
+    **TILTS,
     "targets": {
         "wavelet": Variant("wavelet"),
         "pixels": Variant("pixels"),
