@@ -41,6 +41,8 @@ def importance(sweep: Sweep) -> Importance:
     points, axes = observed(sweep.trials), axes_of(sweep)
     if not axes:
         return Importance(note="No setting had different values in finished trials.")
+    if len(axes) == 1:
+        return Importance(note=f"Only {axes[0].name} varied, so there is nothing to compare it with.")
     fewest = max(_FEWEST, _PER_SETTING * len(axes))
     if len(points) < fewest:
         return Importance(note=f"{len(points)} finished points are too few to estimate importance; {fewest} would do.")

@@ -36,7 +36,7 @@ class Response:
         low: Lower end of its pointwise 95 % band.
         high: Upper end.
         kept: Whether the value is as good as the best one as far as the sweep can tell: it is not surely worse, or by less
-            than the noise of one point; (values,).
+            than twice the noise of one point; (values,).
         cost: Largest expected loss against the best value among those that are not kept, its lower bound and its value's index;
             None if all are kept.
         within: No two kept values differ by more, with 95 % confidence for all statements about all axes.
@@ -207,7 +207,7 @@ def _response(fit: _Fit, index: int, unit: str, limit: float) -> Response:
     factor = math.sqrt(width * stats.f.isf(LEVEL / len(fit.axes), width, fit.freedom))
     loss = mean.max() - mean
     surely = loss - factor * errors[int(mean.argmax())]
-    kept = ~((surely > 1e-9) & (loss > min(limit, fit.residual)))
+    kept = ~((surely > 1e-9) & (loss > min(limit, 2 * fit.residual)))
     pairs = np.ix_(kept, kept)
     within = float((np.abs(mean[:, None] - mean[None]) + factor * errors)[pairs].max()) if kept.sum() > 1 else 0.0
     worst = int(np.where(kept, -np.inf, loss).argmax())
@@ -254,7 +254,7 @@ def _sentence(
     at = f"{'a ratio of ' if ratio else ''}{number(values[cost[2]])}"
     text = f"{subject} wants {wanted}: {at} costs about {cost[0]:.2g}{unit} (at least {cost[1]:.2g})"
     if len(runs) == 1 and kept.sum() > 1:
-        text += f"; within, {'it makes ' + same if within <= limit else unseen}"
+        text += f"; within, {'it makes ' + same if within <= 2 * limit else unseen}"
     ends = {0: "lowest", len(values) - 1: "highest"}
     best = int(mean.argmax())
     if best in ends:

@@ -155,6 +155,8 @@ def test_importance_is_of_what_matters_and_silent_about_noise():
     assert found.shares["weight of level 2 / weight of level 3"] < 0.03 < found.shares["mask.ratio"]
     noise = [importance(simulate(flat, seed=seed, searched=30)) for seed in range(4)]
     assert sum(bool(one.shares) for one in noise) <= 1
+    one = dataclasses.replace(simulate(peaked, searched=30), settings=["mask.ratio"])
+    assert "Only mask.ratio varied" in importance(one).note
     few = importance(simulate(peaked, searched=8))
     assert not few.shares and few.note == "9 finished points are too few to estimate importance; 15 would do."
 
