@@ -33,9 +33,8 @@ def cost_points(sweep: Sweep) -> tuple[str, list[Point]]:
             groups.setdefault((trial.role == "recipe", point_key(trial.point)), []).append(trial)
         points: list[Point] = []
         for group in groups.values():
-            fresh = [
-                trial for trial in group if trial.role == "finalist"
-            ] or group  # the search's value was chosen as high
+            # The search's own value of a finalist is the highest of many.
+            fresh = [trial for trial in group if trial.role == "finalist"] or group
             value = sum(trial.value or 0.0 for trial in fresh) / len(fresh)
             cost = sum(trial.cost[key] for trial in fresh) / len(fresh)
             name = "recipe" if fresh[0].role == "recipe" else trial_name(group[0].number, {})

@@ -130,7 +130,7 @@ def test_the_recommended_recipe_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "there")
     found = load(str(tmp_path / "best.yaml"))
     here = tmp_path / "here"
-    assert found.shards_at == str(here / "runs" / "shards") and found.out == str(here / "runs")
+    assert found.shards == str(here / "runs" / "shards") and found.out == str(here / "runs")
     assert found.tracking.uri == f"sqlite:///{here}/m.db" and found.tune.space == str(here / "mine.yaml")
     assert found.images == str(here / ".." / "photos")
     assert (found.mask.ratio, found.target.weights[3], found.train.keep_checkpoints) == (0.61, 0.3, 5)

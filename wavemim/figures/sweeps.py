@@ -90,7 +90,12 @@ def response_figure(path: Path, panels: Sequence[Panel], *, objective: str) -> N
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(max(3.1 * columns + 0.6, 5.4), 2.9 * rows + 0.5), squeeze=False, sharey=True, layout="constrained"
+        rows,
+        columns,
+        figsize=(max(3.1 * columns + 0.6, 5.4), 2.9 * rows + 0.5),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     roles = set()
     for axis, panel in zip(axes.flat, panels, strict=False):
