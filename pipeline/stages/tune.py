@@ -112,12 +112,11 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
 
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
-    """The sweep's table, and its files."""
-    return (
-        f"{sweep_table(result)}\n"
-        f"tune: {len(result['trials'])} trials → {result['table']}, report {result['report']}, picture {result['figure']}, "
-        f"recommended recipe {result['best_recipe']} ({result['state']})"
-    )
+    """The sweep's answer, its table, and its files."""
+    files = [f"table {result['table']}", f"picture {result['figure']}", f"recommended recipe {result['best_recipe']}"]
+    if "report" in result:  # not in the result of an earlier version
+        files.insert(0, f"report {result['report']}")
+    return f"{sweep_table(result)}\ntune: {len(result['trials'])} trials → {', '.join(files)} ({result['state']})"
 
 
 def _domain(entry: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config.load import load
-from pipeline.stages.tune import _write, sweep_table
+from pipeline.stages.tune import _write, summary, sweep_table
 
 OBJECTIVE = "eval/linear_top1_heldout"
 
@@ -65,3 +65,7 @@ def test_the_best_trial_of_a_search_becomes_the_recipe(tmp_path):
     found = load(result["best_recipe"])
     assert (found.mask.ratio, found.name) == (0.61, "small-tuned")
     assert "# The noise was not measured" in (tmp_path / "best.yaml").read_text()
+    said = summary(recipe, {**result, "state": "new"})
+    assert said.startswith("- The noise was not measured") and f"report {tmp_path / 'report.md'}, table" in said
+    old = {key: value for key, value in result.items() if key not in ("report", "answer", "verdict")}
+    assert summary(recipe, {**old, "state": "finished already"}).startswith("| trial")
