@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WITHOUT_RAY = (
     *("config", "storage", "images", "shards", "checkpoints", "training", "evaluation", "models"),
-    *("runtime.stage_folder", "runtime.usage"),
+    *("sweeps", "runtime.stage_folder", "runtime.usage"),
 )
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 REASON = "# long:"  # in a function's lines, followed by the reason why it is longer

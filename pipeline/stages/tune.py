@@ -7,7 +7,6 @@ untouched, for the final evaluation), or RankMe where there are no labels.
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,9 @@ from typing import Any
 import numpy as np
 import ray
 import ray.tune
-import yaml
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from tqdm import tqdm
 
-from pipeline.config.load import with_overrides
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.build import check_model, check_shards
@@ -31,8 +28,9 @@ from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_space import Space, check_space, read_space
 from pipeline.stages.tune_trial import PROBE, RANK, run_trial
+from pipeline.sweeps.trials import Sweep, Trial, relative_weights, short_value
+from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
 from pipeline.tracking.tracker import RunHandle, Tracker, end_trials
-from wavemim.figures.plots import sweep_figure
 
 TRIALS = "trials"  # in the stage's folder: a folder per trial with what it logged
 
@@ -114,12 +112,11 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
 
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
-    """The sweep's table, and its files."""
-    return (
-        f"{sweep_table(result)}\n"
-        f"tune: {len(result['trials'])} trials → {result['table']}, picture {result['figure']}, "
-        f"best settings as a recipe {result['best_recipe']} ({result['state']})"
-    )
+    """The sweep's answer, its table, and its files."""
+    files = [f"table {result['table']}", f"picture {result['figure']}", f"recommended recipe {result['best_recipe']}"]
+    if "report" in result:  # not in the result of an earlier version
+        files.insert(0, f"report {result['report']}")
+    return f"{sweep_table(result)}\ntune: {len(result['trials'])} trials → {', '.join(files)} ({result['state']})"
 
 
 def _domain(entry: Mapping[str, Any]) -> Any:
@@ -243,54 +240,77 @@ def _write(
     recipe: Recipe,
     folder: StageFolder,
     trials: Sequence[dict[str, Any]],
-    space: Mapping[str, Any],
+    space: Mapping[str, Mapping[str, Any]],
     objective: str,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    """Write the table, the picture and the best settings as a recipe; log them to MLflow too."""
-    csv_file = folder.path / "trials.csv"
-    columns = list(dict.fromkeys(name for trial in trials for name in trial))
-    with open(csv_file, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(trials)
-    picture = folder.path / "sweep.png"
-    sweep_figure(picture, trials, parameters=list(space), metric=objective)
-    best = trials[0]
-    chosen = {key: best[key] for key in space}
-    best_recipe = with_overrides(recipe, chosen).dump()
-    for place in ("images", "shards", "checkpoint"):
-        best_recipe.pop(place)
-    best_recipe |= {"name": f"{recipe.name}-tuned", "restart": False, "force": False}
-    best_path = folder.path / "best.yaml"
-    best_path.write_text(
-        f"# Best of {len(trials)} trials over {recipe.tune.space}: {objective} {best[objective]:.2f}\n"
-        + yaml.safe_dump(best_recipe, sort_keys=False),
-        encoding="utf-8",
-    )
-    for path in (csv_file, picture, best_path):
+    """Write the table, the report, the best settings as a recipe, and the figures; log them to MLflow too."""
+    sweep = _sweep(recipe, trials, space, objective)
+    written = write_results(folder.path, recipe, sweep)
+    for path in written.files.values():
         tracker.artifact(path)
-    images = int(best.get("images", 0))
-    tracker.log({f"tune/best_{objective.rpartition('/')[2]}": best[objective]}, images)
+
+    def place(name: str) -> str:
+        return str(written.files.get(name, "not written"))
+
+    tracker.tag("mlflow.note.content", written.description)
+    best = trials[0]
+    tracker.log({f"tune/best_{objective.rpartition('/')[2]}": best[objective]}, int(best.get("images", 0)))
     return {
         "objective": objective,
         "trials": trials,
         "parameters": list(space),
-        "best": chosen,
-        "best_recipe": str(best_path),
-        "table": str(csv_file),
-        "figure": str(picture),
+        "best": dict(written.answer.chosen),
+        "verdict": written.answer.verdict,
+        "answer": list(written.sentences),
+        "best_recipe": place(BEST),
+        "table": place(TABLE),
+        "report": place(REPORT),
+        "figure": place(RESPONSE),
         "mlflow_run": tracker.handle.run_id,
     }
 
 
+def _sweep(
+    recipe: Recipe, trials: Sequence[Mapping[str, Any]], space: Mapping[str, Mapping[str, Any]], objective: str
+) -> Sweep:
+    """The trials, numbered from the best to the worst, in the form that the answer is computed from."""
+    found = []
+    for number, trial in enumerate(trials, 1):
+        rest = {name: value for name, value in trial.items() if name not in (*space, objective, "error")}
+        value = float(trial[objective])
+        ok = "error" not in trial and np.isfinite(value)
+        found.append(
+            Trial(
+                number,
+                role="search",
+                point={key: trial[key] for key in space},
+                seed=recipe.seed,
+                state="finished" if ok else "failed",
+                objective=value if np.isfinite(value) else None,
+                reason=str(trial.get("error", "" if ok else "no objective")),
+                curve=[(int(trial.get("images", 0)), value)],
+                cost={name: value for name, value in rest.items() if name.startswith("cost/")},
+                metrics={name: value for name, value in rest.items() if not name.startswith("cost/")},
+            )
+        )
+    return Sweep(
+        objective,
+        list(space),
+        found,
+        log=[key for key, entry in space.items() if "log_uniform" in entry],
+        relative=relative_weights(recipe, list(space)),
+    )
+
+
 def sweep_table(result: Mapping[str, Any]) -> str:
-    """The trials of a sweep as a Markdown table, from the result of the stage."""
+    """The answer and the trials of a sweep as Markdown, from the result of the stage."""
     objective = result["objective"]
     header = ("trial", *result["parameters"], objective.removeprefix("eval/"))
     rows = []
     for number, trial in enumerate(result["trials"], 1):
-        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in (trial[key] for key in result["parameters"])]
+        values = [short_value(trial[key]) for key in result["parameters"]]
         outcome = trial.get("error") or f"{trial[objective]:.2f}"
         rows.append((str(number), *values, outcome))
-    return table(header, rows)
+    said = "\n".join(f"- {line}" for line in result.get("answer", ()))
+    return f"{said}\n\n{table(header, rows)}" if said else table(header, rows)

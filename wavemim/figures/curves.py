@@ -69,7 +69,7 @@ def compare_figure(
         left.set_ylabel((titles or {}).get(metric, metric))
         left.set_xlabel("images seen in pretraining")
         right.set_xlabel(f"wall-clock time of pretraining ({word})")
-        left.xaxis.set_major_formatter(_thousands)
+        left.xaxis.set_major_formatter(thousands)
         for axis, end in zip((left, right), ends, strict=True):
             axis.grid(alpha=0.3)
             axis.set_xlim(0, 1.05 * end)
@@ -109,7 +109,8 @@ def _unit(seconds: Sequence[float]) -> tuple[float, str]:
     return next(((size, word) for size, word in _UNITS if longest >= 2 * size), _UNITS[-1])
 
 
-def _thousands(value: float, _: Any) -> str:
+def thousands(value: float, _: Any = None) -> str:
+    """A number of images with k, M or G, as matplotlib's formatter of an axis."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

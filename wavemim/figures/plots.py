@@ -1,4 +1,4 @@
-"""Figures of sweeps, losses and pyramids, and helpers for all figures."""
+"""Figures of losses and pyramids, and helpers for all figures."""
 
 from __future__ import annotations
 
@@ -18,49 +18,6 @@ from wavemim.atomic import new_file
 matplotlib.use("Agg")
 
 DPI = 110
-
-
-def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters: Sequence[str], metric: str) -> None:
-    """Draw one panel per searched setting: the objective of each trial against the setting's value.
-
-    The best trial is marked.
-
-    Args:
-        path: The PNG file to write.
-        trials: Values of the settings and the metric of each trial; trials without the metric are skipped.
-        parameters: Names of the searched settings.
-        metric: Name of the objective.
-    """
-    done = [trial for trial in trials if isinstance(trial.get(metric), int | float) and np.isfinite(trial[metric])]
-    shown = [name for name in parameters if any(name in trial for trial in done)] or list(parameters)
-    figure, axes = plt.subplots(
-        1, max(len(shown), 1), figsize=(2.9 * max(len(shown), 1), 3), squeeze=False, sharey=True, layout="constrained"
-    )
-    best = max(done, key=lambda trial: trial[metric]) if done else None
-    for axis, name in zip(axes[0], shown, strict=False):
-        values = [trial.get(name) for trial in done]
-        if any(isinstance(value, str) for value in values):
-            values = [str(value) for value in values]
-        axis.scatter(values, [trial[metric] for trial in done], s=36, color="#4477aa")
-        if best is not None:
-            mark = best.get(name)
-            axis.scatter(
-                [str(mark) if isinstance(mark, str) else mark],
-                [best[metric]],
-                s=110,
-                facecolors="none",
-                edgecolors="#cc3311",
-                linewidths=2,
-            )
-        numbers = [value for value in values if isinstance(value, int | float) and value > 0]
-        if numbers and max(numbers) / min(numbers) > 20:
-            axis.set_xscale("log")
-        elif numbers:
-            axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.set_xlabel(name)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(metric)
-    save_figure(figure, path)
 
 
 def loss_figure(path: Path, history: Sequence[Mapping[str, float]]) -> None:

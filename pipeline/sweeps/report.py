@@ -1,0 +1,201 @@
+"""The report of a sweep as Markdown, and its table of trials."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.runtime.formatting import table
+from pipeline.runtime.usage import Spent, together
+from pipeline.sweeps.answer import Answer, Arm
+from pipeline.sweeps.importance import Importance
+from pipeline.sweeps.response import Responses
+from pipeline.sweeps.trials import Sweep, Trial, short_names, short_value
+
+LONGEST_NOTE = 5000  # characters; MLflow allows 8000 in a tag, its older servers 5000
+_SHOWN = 20  # trials in the report
+
+
+def ranked(sweep: Sweep) -> list[Trial]:
+    """The trials, the highest objective first; then those without one, stopped before failed."""
+    order = {"finished": 0, "stopped": 1, "failed": 2}
+
+    def place(trial: Trial) -> tuple[float, float, int]:
+        value = trial.value
+        return (0.0 if value is not None else 1.0 + order[trial.state], -(value or 0.0), trial.number)
+
+    return sorted(sweep.trials, key=place)
+
+
+def trials_table(sweep: Sweep, rows: int | None = None) -> str:
+    """The trials as a Markdown table, the best first.
+
+    Args:
+        sweep: The trials.
+        rows: Number of trials that are shown; None for all.
+    """
+    names, trials = short_names(list(sweep.settings)), ranked(sweep)
+    shown = trials if rows is None else trials[:rows]
+    header = ("trial", *(names[key] for key in sweep.settings), "role", "seed", _short(sweep.objective))
+    lines = []
+    for trial in shown:
+        values = (_cell(short_value(trial.point[key])) if key in trial.point else "" for key in sweep.settings)
+        lines.append((f"#{trial.number:02d}", *values, trial.role, trial.seed, _outcome(trial)))
+    rest = len(trials) - len(shown)
+    return table(header, lines) + (f"\n\n… and {rest} more in trials.csv." if rest else "")
+
+
+def _outcome(trial: Trial) -> str:
+    if trial.value is not None:
+        return f"{trial.value:.2f}"
+    state = (
+        f"{trial.state} at {trial.objective:.2f}"
+        if trial.state == "stopped" and trial.objective is not None
+        else trial.state
+    )
+    if state == "finished":
+        state = "finished without an objective"
+    return _cell(f"{state}: {trial.reason}" if trial.reason else state)
+
+
+def _cell(text: str, longest: int = 120) -> str:
+    """Text in one cell of a table."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _short(objective: str) -> str:
+    return objective.removeprefix("eval/")
+
+
+def report(
+    sweep: Sweep,
+    found: Answer,
+    curves: Responses,
+    shares: Importance,
+    *,
+    best: str = "best.yaml",
+    longest: int | None = None,
+) -> str:
+    """The report.
+
+    Args:
+        sweep: The trials.
+        found: The comparison of the finalists with the recipe.
+        curves: The responses of the settings.
+        shares: The importance of the settings.
+        best: The name of the recommended recipe's file.
+        longest: Trials are left out of the table until the report is no longer than so many characters.
+
+    Returns:
+        Markdown.
+    """
+    rows = _SHOWN
+    while True:
+        text = _report(sweep, found, curves, shares, best, rows)
+        if longest is None or len(text) <= longest:
+            return text
+        if rows == 0:
+            return text[: longest - 1] + "…"
+        rows -= 1
+
+
+def description(sweep: Sweep, found: Answer, curves: Responses, shares: Importance) -> str:
+    """The report, short enough for the description of a run in MLflow."""
+    return report(sweep, found, curves, shares, longest=LONGEST_NOTE)
+
+
+def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, best: str, rows: int) -> str:
+    parts = [f"# Sweep: {sweep.question or ', '.join(sweep.settings)}"]
+    own = "the recipe's own settings" if not found.chosen else "the chosen settings"
+    lines = [*found.sentences, *(curve.sentence for curve in curves.curves), *curves.notes]
+    parts.append("\n".join(f"- {line}" for line in lines))
+    parts.append(f"Objective: `{sweep.objective}`. Recommended recipe: `{best}`, with {own}.")
+    arms = [*([found.recipe] if found.recipe else []), *found.finalists]
+    if arms:
+        parts += ["## Recipe and finalists", _arms_table(arms)]
+        if found.finalists and found.recipe and found.noise:
+            parts.append(
+                "Means of fresh seeds. Intervals are of 95 %; those of the differences hold for all finalists together (Dunnett)."
+            )
+    parts += ["## Settings", _settings(curves, shares)]
+    counts = {state: sum(trial.state == state for trial in sweep.trials) for state in ("finished", "stopped", "failed")}
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    parts += ["## Trials", f"{len(sweep.trials)} trials: {said}."]
+    if rows:
+        parts.append(trials_table(sweep, rows))
+    cost = together(Spent.of(trial.cost) for trial in sweep.trials)
+    if str(cost):
+        parts += ["## Cost", f"All trials: {cost}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _arms_table(arms: Sequence[Arm]) -> str:
+    rows = []
+    for arm in arms:
+        mean = f"{arm.mean:.2f}" + (f" ({_interval(arm.interval, '.2f')})" if arm.interval else "")
+        gap = "" if arm.difference is None else f"{arm.difference:+.2f} ({_interval(arm.difference_interval, '+.2f')})"
+        rows.append((_cell(arm.name), len(arm.values), mean, gap))
+    return table(("settings", "seeds", "mean", "difference to the recipe"), rows)
+
+
+def _interval(ends: tuple[float, float] | None, style: str) -> str:
+    return f"{ends[0]:{style}} to {ends[1]:{style}}" if ends else "?"
+
+
+def _settings(curves: Responses, shares: Importance) -> str:
+    """Importance, and how good the fits are."""
+    lines = []
+    if shares.shares:
+        rows = [
+            (
+                name,
+                f"{100 * share:.0f} %",
+                f"{shares.counts[name]} points with this setting" if name in shares.counts else "",
+            )
+            for name, share in shares.shares.items()
+        ]
+        lines.append(table(("setting", "share of the variance", ""), rows))
+        lines.append(
+            "Importance by fANOVA: what each setting explains alone; the rest is due to combinations and noise."
+        )
+    else:
+        lines.append(f"Importance: {shares.note}")
+    if curves.explained is not None:
+        share = max(curves.explained, 0.0)
+        lines.append(
+            f"The fitted responses explain {100 * share:.0f} % of the variance between points; the points are {curves.residual:.2f} "
+            "(standard deviation) around the fit."
+        )
+    return "\n\n".join(lines)
+
+
+def trials_csv(sweep: Sweep) -> str:
+    """All trials as CSV, the best first; lists and mappings are written as JSON, and settings that do not apply are empty."""
+    trials = ranked(sweep)
+    results = dict.fromkeys(name for trial in trials for name in (*trial.cost, *trial.metrics))
+    results.pop(sweep.objective, None)
+    columns = ["trial", "role", "state", "seed", *sweep.settings, sweep.objective, *results, "reason"]
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns)
+    writer.writeheader()
+    for trial in trials:
+        row: dict[str, Any] = {**trial.cost, **trial.metrics}
+        row |= {key: _plain(trial.point[key]) for key in sweep.settings if key in trial.point}
+        row |= {
+            "trial": trial.number,
+            "role": trial.role,
+            "state": trial.state,
+            "seed": trial.seed,
+            "reason": trial.reason,
+        }
+        row[sweep.objective] = trial.objective
+        writer.writerow(row)
+    return file.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if value is None or isinstance(value, bool | list | tuple | Mapping) else value

@@ -1,0 +1,160 @@
+"""The trials of a sweep: what was run, with which settings and seed, and what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.config.recipe import Recipe
+
+Role = Literal["recipe", "search", "finalist"]
+ROLES: tuple[Role, ...] = ("recipe", "search", "finalist")
+State = Literal["finished", "stopped", "failed"]
+WEIGHT = "target.weights."
+_GENERIC = ("ratio", "kind")  # last parts of a key that say less than the section
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial.
+
+    Attributes:
+        number: Its number in the sweep.
+        role: "recipe": the recipe's own settings, to measure the noise; "search": chosen by the search; "finalist": a
+            point that the search found, again with a seed that no trial of this point had before.
+        point: Values of the searched settings by dotted key, for the role "recipe" too. A setting that does not apply
+            (of a conditional entry of the space) is missing. Values may be numbers, texts, booleans, None, lists and mappings.
+        seed: Its seed.
+        state: "finished"; "stopped": ended early by a scheduler; or "failed".
+        objective: The objective at its end, higher is better; None if it was not measured. Only that of a finished trial
+            enters the statistics.
+        reason: Why it was stopped or failed, in one line.
+        curve: (images seen, objective) during training.
+        cost: Metrics ``cost/…`` by name.
+        metrics: Further results for the table, by name.
+    """
+
+    number: int
+    role: Role
+    point: Mapping[str, Any]
+    seed: int
+    state: State
+    objective: float | None = None
+    reason: str = ""
+    curve: Sequence[tuple[int, float]] = ()
+    cost: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float | None:
+        """The objective if the trial finished and it is a finite number, else None."""
+        known = self.state == "finished" and self.objective is not None and math.isfinite(self.objective)
+        return self.objective if known else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All trials of a sweep, and what they mean.
+
+    Attributes:
+        objective: Name of the objective's metric; higher is better.
+        settings: Dotted keys of the searched settings.
+        trials: The trials.
+        question: The question of the search space.
+        log: Searched settings that are drawn uniformly in their logarithm.
+        relative: Level weights of which only the ratios matter, since the sweep varies those of all levels.
+    """
+
+    objective: str
+    settings: Sequence[str]
+    trials: Sequence[Trial]
+    question: str = ""
+    log: Collection[str] = ()
+    relative: Sequence[str] = ()
+
+    @property
+    def unit(self) -> str:
+        """ " points" for percentages, "" for other measures; it follows a number."""
+        return " points" if "top1" in self.objective or "top5" in self.objective else ""
+
+    def finished(self, *roles: Role) -> list[Trial]:
+        """Trials with a value, of some roles or of all."""
+        return [trial for trial in self.trials if trial.value is not None and (not roles or trial.role in roles)]
+
+
+def relative_weights(recipe: Recipe, settings: Sequence[str]) -> list[str]:
+    """Level weights of which only the ratios matter: those of all levels that `recipe` taps, if `settings` has them all."""
+    every = [f"{WEIGHT}{level}" for level in sorted(recipe.target.taps)]
+    return every if len(every) > 1 and set(every) <= set(settings) else []
+
+
+def key_of(value: Any) -> str:
+    """A value as text in JSON, equal for equal values, and hashable when the value is not."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def point_key(point: Mapping[str, Any]) -> str:
+    """A text that is equal for equal points."""
+    return key_of(dict(point))
+
+
+def short_value(value: Any, longest: int = 24) -> str:
+    """A value as people read it: two digits of a fraction, lists and mappings without spaces."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, float):
+        plain = f"{value:.2g}"
+        return f"{value:.0f}" if "e+" in plain and abs(value) < 1e6 else plain
+    if isinstance(value, Mapping):
+        text = "{" + ",".join(f"{key}:{short_value(inner)}" for key, inner in value.items()) + "}"
+    elif isinstance(value, list | tuple):
+        text = "[" + ",".join(short_value(inner) for inner in value) + "]"
+    else:
+        text = (
+            {None: "null", True: "true", False: "false"}[value]
+            if value is None or value is True or value is False
+            else str(value)
+        )
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def short_names(settings: Sequence[str]) -> dict[str, str]:
+    """Short names of settings.
+
+    Args:
+        settings: Dotted keys.
+
+    Returns:
+        {key: name}, all different: "w3" for target.weights.3, "tap3" for target.taps.3, "mask" for mask.ratio, else the
+        key's last part. Where that is not unique, the key itself.
+    """
+    short = {}
+    for key in settings:
+        head, _, last = key.rpartition(".")
+        section = head.rpartition(".")[2]
+        if last.isdigit():
+            short[key] = f"{ {'weights': 'w', 'taps': 'tap'}.get(section, section) }{last}"
+        else:
+            short[key] = section if last in _GENERIC and section else last
+    names = list(short.values())
+    return {key: name if names.count(name) == 1 else key for key, name in short.items()}
+
+
+def trial_name(number: int, point: Mapping[str, Any], settings: Sequence[str] | None = None) -> str:
+    """Name of a trial by what varies, such as "#07 w1=0.41 w3=2.1 mask=0.67".
+
+    Args:
+        number: The trial's number.
+        point: Its values by dotted key.
+        settings: All searched settings, so that short names are the same for all trials; None: those of the point.
+
+    Returns:
+        The name, of 250 characters at most.
+    """
+    names = short_names(list(settings) if settings is not None else list(point))
+    parts = [f"{names.get(key, key)}={short_value(value)}" for key, value in point.items()]
+    text = " ".join((f"#{number:02d}", *parts))
+    return text if len(text) <= 250 else text[:249] + "…"

@@ -1,0 +1,89 @@
+"""What is on the figures of sweeps, and that no value crashes them."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from PIL import Image
+
+from wavemim.figures import sweeps
+from wavemim.figures.sweeps import Dot, Line, Panel, importance_figure, learning_figure, pareto_figure, response_figure
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, kept in place of being written."""
+    kept = []
+    monkeypatch.setattr(sweeps, "save_figure", lambda figure, path: kept.append(figure))
+    yield kept
+    for figure in kept:
+        sweeps.plt.close(figure)
+
+
+def texts(figure):
+    figure.canvas.draw()
+    return [text.get_text() for text in figure.findobj(sweeps.plt.Text)]
+
+
+def test_the_objective_against_each_setting(drawn):
+    curve = ([0.01, 0.1, 1.0], [3.0, 4.0, 3.5], [2.5, 3.5, 3.0], [3.5, 4.5, 4.0])
+    dots = [
+        Dot(0.02, 3.0),
+        Dot(0.5, 4.0, "finalist", error=0.3),
+        Dot(1.0, 3.3, "recipe", error=0.2),
+        Dot(None, 9),
+        Dot(-1, 9),
+    ]
+    named = Panel("a$_$", [Dot("x", 1.0), Dot("y", 2.0), Dot("gone", 3)], categories={"y": "[1,2]", "x": "null"})
+    response_figure("p", [Panel("train.lr", dots, log=True, curve=curve), named], objective="top1 (%)")
+    (figure,) = drawn
+    left, right = figure.axes
+    assert left.get_xscale() == "log" and left.get_xlabel() == "train.lr" and left.get_ylabel() == "top1 (%)"
+    placed = np.concatenate([found.get_offsets() for found in left.collections if isinstance(found, PathCollection)])
+    assert sorted(map(tuple, placed)) == [(0.02, 3.0), (0.5, 4.0), (1.0, 3.3)]  # and none without a place on a log axis
+    assert any(list(line.get_ydata()) == curve[1] for line in left.get_lines())
+    assert len(left.containers) == 2  # error bars
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["[1,2]", "null"]
+    at = next(found for found in right.collections if isinstance(found, PathCollection)).get_offsets()
+    assert np.round(at[:, 0]).tolist() == [1, 0] and at[:, 1].tolist() == [1, 2]
+    assert {"searched", "finalist, mean of its seeds", "recipe, mean of its seeds"} <= set(texts(figure))
+
+
+def test_learning_curves_mark_what_was_stopped(drawn):
+    lines = [
+        Line([(0, 1.0), (1000, 2.0)]), Line([(0, 1.0), (500, math.nan)], state="stopped"), Line([], state="failed"),
+        Line([(0, 1.0), (800, 1.5)], "recipe", "failed"),
+    ]  # fmt: skip
+    learning_figure("p", lines, objective="top1")
+    (figure,) = drawn
+    ends = {line.get_marker(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()}
+    assert ends["|"] == ([0], [1.0]) and ends["x"] == ([800], [1.5])
+    assert {"searched", "recipe", "stopped", "failed"} <= set(texts(figure)) and "finalist" not in texts(figure)
+
+
+def test_the_pareto_front_is_drawn_and_labelled(drawn):
+    points = [(1e12, 40.0, "#01", "search"), (2e12, 39.0, "#02", "search"), (3e12, 50.0, "recipe", "recipe")]
+    pareto_figure("p", points, [0, 2], objective="top1", cost="FLOPs")
+    (figure,) = drawn
+    front = next(line for line in figure.axes[0].get_lines())
+    assert list(front.get_xdata()) == [1e12, 3e12] and list(front.get_ydata()) == [40, 50]
+    assert {"#01", "recipe", "Pareto front", "1 T"} <= set(texts(figure)) and "#02" not in texts(figure)
+
+
+def test_importance_as_bars(drawn):
+    importance_figure("p", {"a$b": 0.62, "c": 0.1}, objective="top1")
+    (figure,) = drawn
+    assert [round(bar.get_width()) for bar in figure.axes[0].patches] == [62, 10]
+    assert {"62 %", "a$b"} <= set(texts(figure))
+
+
+def test_figures_without_data_say_so(tmp_path):
+    response_figure(tmp_path / "a.png", [], objective="x")
+    response_figure(
+        tmp_path / "e.png", [Panel("x$", [], log=True), Panel("y", [Dot(0.0, 1.0)], log=True)], objective="x"
+    )
+    importance_figure(tmp_path / "b.png", {}, objective="x", note="too few $ points")
+    learning_figure(tmp_path / "c.png", [Line([(0, math.inf)])], objective="x")
+    pareto_figure(tmp_path / "d.png", [], [], objective="x", cost="y")
+    assert all(Image.open(tmp_path / f"{name}.png").size[0] > 300 for name in "abcde")
