@@ -45,7 +45,7 @@ def sweep_figure(path: Path, trials: Sequence[Mapping[str, Any]], *, parameters:
         if best is not None:
             mark = best.get(name)
             axis.scatter(
-                [str(mark) if isinstance(mark, str) else mark],
+                [str(mark) if any(isinstance(value, str) for value in values) else mark],
                 [best[metric]],
                 s=110,
                 facecolors="none",
