@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import json
 import os
 import re
 import shutil
@@ -69,6 +70,13 @@ TOOLS = {
     "compare": Entry("pipeline.tools.compare", "Compare runs: settings that differ, metrics, cost; with a plot."),
     "embed": Entry("pipeline.tools.embed", "Write features of images to a Parquet file."),
     "import": Entry("pipeline.tools.import_weights", "Convert published ViT weights (MAE, DeiT) to a timm folder."),
+}
+
+_SPACE = {"--space NAME|FILE.yaml": "the search space, the setting tune.space; repeated, spaces are joined"}
+OPTIONS = {  # of single stages, with their descriptions
+    "run": _SPACE,
+    "demo": _SPACE,
+    "tune": {**_SPACE, "--dry-run": "check the sweep, print its first points, budget and expected time; start nothing"},
 }
 
 _terminated: list[bool] = []  # by SIGTERM: an exception of its own would not survive libraries that catch interrupts
@@ -155,14 +163,39 @@ def _stage_command(stage: str) -> click.Command:
     @click.option("--quiet", "-q", is_flag=True, help="no progress bars")
     @click.option("--help", "-h", "show_help", is_flag=True, help="this page, with the recipe's values")
     @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-    def command(recipe: str, quiet: bool, show_help: bool, settings: tuple[str, ...]) -> None:
-        chosen = load(recipe, settings, data_only=stage == "prepare")
+    def command(
+        recipe: str,
+        quiet: bool,
+        show_help: bool,
+        settings: tuple[str, ...],
+        space: tuple[str, ...] = (),
+        dry_run: bool = False,
+    ) -> None:
+        chosen = load(recipe, _with_spaces(settings, space), data_only=stage == "prepare")
         if show_help:
             click.echo(_help(stage, chosen, recipe))
+        elif dry_run:
+            from pipeline.stages.tune_plan import dry_run as plan
+
+            plan(chosen, click.echo)
         else:
             _run(stage, chosen, progress=not quiet)
 
+    if stage in OPTIONS:
+        click.option("--space", multiple=True, metavar="NAME|FILE.yaml")(command)
+    if stage == "tune":
+        click.option("--dry-run", is_flag=True)(command)
     return command
+
+
+def _with_spaces(settings: tuple[str, ...], spaces: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings of a call, with its --space options as what they stand for, tune.space=[...]."""
+    if not spaces:
+        return settings
+    for setting in settings:
+        if setting.partition("=")[0].strip() == "tune.space":
+            raise SettingError(f"{setting}: --space is the same setting; use one of them, --space once for each file")
+    return (*settings, f"tune.space={json.dumps(spaces)}")
 
 
 def _run(stage: str, recipe: Recipe, *, progress: bool) -> None:
@@ -184,12 +217,14 @@ def _help(stage: str, recipe: Recipe, recipe_name: str) -> str:
     from pipeline.config.load import names_of, settings_of
 
     width = min(max(shutil.get_terminal_size().columns, 80), 140)
-    lines = [f"Usage: wavemim {stage} [--recipe NAME|FILE.yaml] [--quiet] [KEY=VALUE]...", ""]
+    options = "".join(f" [{option}]" for option in OPTIONS.get(stage, {}))
+    lines = [f"Usage: wavemim {stage} [--recipe NAME|FILE.yaml] [--quiet]{options} [KEY=VALUE]...", ""]
     lines += [(SEQUENCES | STAGES)[stage].about, ""]
     lines.append(f"Recipes: {', '.join(names_of('pipeline', 'recipes'))}; or a YAML file")
     shown_for = "run" if stage == "demo" else stage
     if shown_for in ("tune", "run"):
         lines.append(f"Tune spaces: {', '.join(names_of('tune_spaces'))}; or a YAML file")
+    lines += [f"{option}: {about}" for option, about in OPTIONS.get(stage, {}).items()]
     lines += ["", f"Settings, with their values in recipe '{recipe_name}':", ""]
     values = recipe.model_dump()
     for key, kind, field in settings_of(shown_for):

@@ -43,7 +43,7 @@ def test_the_command_works_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> 
     code = "import pipeline.cli, sys; print(pipeline.cli.__file__); sys.argv[0] = 'wavemim'; pipeline.cli.main()"
     for arguments, expected in (
         (["--help"], "prepare"),
-        (["tune", "--help"], "Tune spaces: level_weights"),  # reads the recipes and spaces that came with it
+        (["tune", "--help"], "Tune spaces: decoder, level_weights"),  # reads the recipes and spaces that came with it
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],

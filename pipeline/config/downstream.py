@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pipeline.config.behaviour import setting
 from pipeline.config.settings import Positive, Section, Share
@@ -60,13 +60,27 @@ class Evaluate(Section):
     )
 
 
+def _spaces(value: Any) -> Any:
+    """One search space, or several; a list of one is that one."""
+    names = list(value) if isinstance(value, list | tuple) else [value]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("must be the name of a search space, the path of a YAML file, or a list of these")
+    if len(set(names)) < len(names):
+        raise ValueError("the same search space is given twice")
+    return names[0] if len(names) == 1 else tuple(names)
+
+
 class Tune(Section):
     """A sweep: each trial is a short pretraining with some settings changed, ranked by a measure of its frozen features."""
 
-    space: str = setting("level_weights", "Search space: a name in tune_spaces/, or the path of a YAML file.")
-    trials: Positive = setting(8, "Number of trials.")
+    space: Annotated[tuple[str, ...] | str, BeforeValidator(_spaces)] = setting(
+        "level_weights",
+        "Search space: a name in tune_spaces/, or the path of a YAML file; or a list of these, which are joined.",
+    )
+    trials: Positive = setting(8, "Number of trials; if the space is a grid, at most as many as it has points.")
     search: Literal["optuna", "random"] = setting(
-        "optuna", "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random."
+        "optuna",
+        "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random. Of a grid, all points are tried.",
     )
     epochs: float = setting(5, "Epochs per trial.", gt=0)
     max_images: Positive = setting(10_000, "Largest number of train images that the probe of a trial is fitted to.")

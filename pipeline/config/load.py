@@ -29,6 +29,7 @@ __all__ = [
     "STAGE_SECTIONS",
     "Recipe",
     "SettingError",
+    "check_key",
     "differences",
     "identity",
     "load",
@@ -129,6 +130,11 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     for key, value in overrides.items():
         _set(settings, key, value)
     return validate(settings)
+
+
+def check_key(key: str) -> None:
+    """Raise SettingError, with the nearest name, unless a dotted key names a setting or an entry of a mapping."""
+    _set({}, key, "…")
 
 
 def _with_bases(name: str, seen: tuple[str, ...]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from pipeline.runtime.ray_session import SessionInfo, check_room, uses_gpu
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages.tune_space import Space, check_space, read_space
+from pipeline.stages.tune_check import check_space, trials_of
+from pipeline.stages.tune_plan import optuna_sampler, planned_points
+from pipeline.stages.tune_space import Space, names_of_spaces, read_space
 from pipeline.stages.tune_trial import PROBE, RANK, run_trial
 from pipeline.sweeps.trials import Sweep, Trial, relative_weights, short_value
 from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
@@ -77,13 +79,13 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     shards, space = checked.shards, checked.space
     check_room(recipe, session, 1)
     objective = PROBE if shards.classes is not None else RANK
-    same = {**identity(recipe, "tune"), "space": space, "shards": shards.fingerprint}
+    same = {**identity(recipe, "tune"), "space": space.record(), "shards": shards.fingerprint}
     with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         meter = Meter(before=spent_in(folder.path))
         folder.clear()  # an unfinished sweep starts over: its trials are short, and the search depends on their order
-        tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": recipe.tune.space}
+        tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": " + ".join(names_of_spaces(recipe))}
         with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags) as tracker:
             statuses: dict[str, str] = {}
 
@@ -99,7 +101,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             finally:
                 end_trials(tracker.handle.uri, tracker.handle.run_id, statuses)
                 spent = record()
-            if _ended(results, objective) < recipe.tune.trials:
+            if _ended(results, objective) < trials_of(recipe, space):
                 raise KeyboardInterrupt  # Ray Tune catches Ctrl-C, and returns the trials so far as if they were all
             trials = _trials(results, space, objective)
             if not any(np.isfinite(trial[objective]) for trial in trials):
@@ -119,22 +121,15 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     return f"{sweep_table(result)}\ntune: {len(result['trials'])} trials → {', '.join(files)} ({result['state']})"
 
 
-def _domain(entry: Mapping[str, Any]) -> Any:
-    kind, values = next(iter(entry.items()))
-    if kind == "choice":
-        return ray.tune.choice(values)
-    make = {"uniform": ray.tune.uniform, "log_uniform": ray.tune.loguniform, "int_uniform": _whole}[kind]
-    return make(*values)
-
-
-def _whole(low: int, high: int) -> Any:
-    return ray.tune.randint(low, high + 1)  # Ray excludes the upper end
+def _config(space: Space, trial: Any) -> dict[str, Any]:
+    """The configuration of a trial whose point Optuna draws; Ray adds to it what was drawn."""
+    return {"point": space.suggest(trial)}
 
 
 def _search(
     recipe: Recipe,
     shards: ShardSet,
-    space: Mapping[str, Mapping[str, Any]],
+    space: Space,
     objective: str,
     parent: RunHandle,
     folder: StageFolder,
@@ -144,19 +139,19 @@ def _search(
 ) -> ray.tune.ResultGrid:
     use_gpu = uses_gpu(recipe, session)
     slots = int(session.gpus if use_gpu else session.cpus // recipe.cluster.cpus_per_worker)
-    concurrent = recipe.tune.concurrent or max(1, min(slots, recipe.tune.trials))
+    trials = trials_of(recipe, space)
+    concurrent = recipe.tune.concurrent or max(1, min(slots, trials))
     search: Any
-    if recipe.tune.search == "optuna":
-        import optuna
-        from optuna.samplers import TPESampler
+    points = planned_points(recipe, space, trials)
+    if points is None:
         from ray.tune.search.optuna import OptunaSearch
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # A quarter of the trials are random: TPE needs some to start from.
-        sampler = TPESampler(seed=recipe.seed, n_startup_trials=max(4, recipe.tune.trials // 4))
-        search = ConcurrencyLimiter(OptunaSearch(sampler=sampler), max_concurrent=concurrent)
+        draw = functools.partial(_config, space)  # which Ray can pickle
+        search = OptunaSearch(draw, metric=objective, mode="max", sampler=optuna_sampler(recipe))
+        search, candidates, samples = ConcurrencyLimiter(search, max_concurrent=concurrent), {}, trials
     else:
-        search = BasicVariantGenerator(random_state=recipe.seed, max_concurrent=concurrent)
+        search = BasicVariantGenerator(max_concurrent=concurrent)
+        candidates, samples = {"point": ray.tune.grid_search(points)}, 1
     trial = ray.tune.with_parameters(
         run_trial,
         settings=recipe.dump(),
@@ -166,13 +161,11 @@ def _search(
         logs=str(folder.path / TRIALS),
         use_gpu=use_gpu,
     )
-    bar = tqdm(total=recipe.tune.trials, desc="tune", unit=" trial", disable=not progress)
+    bar = tqdm(total=trials, desc="tune", unit=" trial", disable=not progress)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trial, {"cpu": recipe.cluster.cpus_per_worker, "gpu": 1 if use_gpu else 0}),
-        param_space={key: _domain(entry) for key, entry in space.items()},
-        tune_config=ray.tune.TuneConfig(
-            metric=objective, mode="max", num_samples=recipe.tune.trials, search_alg=search
-        ),
+        param_space=candidates,
+        tune_config=ray.tune.TuneConfig(metric=objective, mode="max", num_samples=samples, search_alg=search),
         run_config=ray.tune.RunConfig(name="ray", storage_path=str(folder.path), verbose=0, callbacks=[follow(bar)]),
     )
     with bar:
@@ -216,12 +209,13 @@ def _ended(results: ray.tune.ResultGrid, objective: str) -> int:
     return sum(result.error is not None or objective in (result.metrics or {}) for result in ends)
 
 
-def _trials(results: ray.tune.ResultGrid, space: Mapping[str, Any], objective: str) -> list[dict[str, Any]]:
+def _trials(results: ray.tune.ResultGrid, space: Space, objective: str) -> list[dict[str, Any]]:
     """One flat mapping per trial, the best first."""
     trials = []
     for result in (results[index] for index in range(len(results))):
         metrics = result.metrics or {}
-        trial: dict[str, Any] = {key: (result.config or {}).get(key) for key in space}
+        point = (result.config or {}).get("point", {})
+        trial: dict[str, Any] = {**{key: point.get(key) for key in space.settings}, "point": point}
         trial[objective] = float(metrics.get(objective, float("nan")))
         for name, value in metrics.items():
             if name.startswith(("eval/", "train/loss_level", "cost/")) or name in (
@@ -240,7 +234,7 @@ def _write(
     recipe: Recipe,
     folder: StageFolder,
     trials: Sequence[dict[str, Any]],
-    space: Mapping[str, Mapping[str, Any]],
+    space: Space,
     objective: str,
     tracker: Tracker,
 ) -> dict[str, Any]:
@@ -259,7 +253,7 @@ def _write(
     return {
         "objective": objective,
         "trials": trials,
-        "parameters": list(space),
+        "parameters": list(space.settings),
         "best": dict(written.answer.chosen),
         "verdict": written.answer.verdict,
         "answer": list(written.sentences),
@@ -271,20 +265,20 @@ def _write(
     }
 
 
-def _sweep(
-    recipe: Recipe, trials: Sequence[Mapping[str, Any]], space: Mapping[str, Mapping[str, Any]], objective: str
-) -> Sweep:
+def _sweep(recipe: Recipe, trials: Sequence[Mapping[str, Any]], space: Space, objective: str) -> Sweep:
     """The trials, numbered from the best to the worst, in the form that the answer is computed from."""
     found = []
     for number, trial in enumerate(trials, 1):
-        rest = {name: value for name, value in trial.items() if name not in (*space, objective, "error")}
+        rest = {
+            name: value for name, value in trial.items() if name not in (*space.settings, objective, "point", "error")
+        }
         value = float(trial[objective])
         ok = "error" not in trial and np.isfinite(value)
         found.append(
             Trial(
                 number,
                 role="search",
-                point={key: trial[key] for key in space},
+                point=trial["point"],
                 seed=recipe.seed,
                 state="finished" if ok else "failed",
                 objective=value if np.isfinite(value) else None,
@@ -296,10 +290,16 @@ def _sweep(
         )
     return Sweep(
         objective,
-        list(space),
+        list(space.settings),
         found,
-        log=[key for key, entry in space.items() if "log_uniform" in entry],
-        relative=relative_weights(recipe, list(space)),
+        question=" ".join(question.text for question in space.questions),
+        log=[
+            key
+            for dimension in space.dimensions
+            if getattr(dimension.distribution, "log", False)
+            for key in dimension.settings
+        ],
+        relative=relative_weights(recipe, list(space.settings)),
     )
 
 
@@ -309,7 +309,7 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     header = ("trial", *result["parameters"], objective.removeprefix("eval/"))
     rows = []
     for number, trial in enumerate(result["trials"], 1):
-        values = [short_value(trial[key]) for key in result["parameters"]]
+        values = [short_value(trial["point"][key]) if key in trial["point"] else "" for key in result["parameters"]]
         outcome = trial.get("error") or f"{trial[objective]:.2f}"
         rows.append((str(number), *values, outcome))
     said = "\n".join(f"- {line}" for line in result.get("answer", ()))

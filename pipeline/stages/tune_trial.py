@@ -14,7 +14,7 @@ from pipeline.models.build import build_inputs
 from pipeline.runtime.usage import Meter, spent_in
 from pipeline.shards.batches import split_bytes
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages.tune_space import changes
+from pipeline.stages.tune_check import changes
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.pretrain_loop import train
 from wavemim.evaluation.metrics import rankme
@@ -33,10 +33,10 @@ def run_trial(
     logs: str,
     use_gpu: bool,
 ) -> None:
-    """One trial: a short pretraining and its evaluation, in this process."""
+    """One trial: a short pretraining and its evaluation, in this process. `config` has its point of the search space."""
     torch.set_num_threads(1)
     base = validate(settings)
-    recipe = with_overrides(base, changes(base, config))
+    recipe = with_overrides(base, changes(base, config["point"]))
     shards = ShardSet.open(shards_path)
     device = torch.device("cuda" if use_gpu else "cpu")
     trial_id = ray.tune.get_context().get_trial_id()

@@ -41,6 +41,7 @@ TINY = {
     "train.warmup_epochs": 1,
     "train.log_every": 2,
     "evaluate.probe_strengths": [0.1],
+    "tune.space": "level_weights_and_mask_ratio",
     "tune.trials": 2,
     "tune.epochs": 1,
     "tracking.system_metrics": False,

@@ -6,8 +6,17 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.stages.tune import _write, summary, sweep_table
+from pipeline.stages.tune_space import Space
 
 OBJECTIVE = "eval/linear_top1_heldout"
+
+
+def space_of(*settings):
+    return Space((), settings, (), {}, "tune.space=test")
+
+
+def trial(point, objective, **more):
+    return {**point, "point": point, OBJECTIVE: objective, **more}
 
 
 class Recorder:
@@ -31,18 +40,11 @@ class Recorder:
 def test_results_of_any_values_and_a_failed_trial_are_written(tmp_path, values):
     recipe = load("small", [f"out={tmp_path}/o"])
     trials = [
-        {
-            "mask.ratio": 0.5 + i / 10,
-            "x.y": value,
-            OBJECTIVE: 30.0 - i,
-            "images": 100,
-            "mlflow_run": "r",
-            "cost/flops": 5e9,
-        }
-        for i, value in enumerate(values)
+        trial({"mask.ratio": 0.5 + i / 10, "x.y": v}, 30.0 - i, images=100, mlflow_run="r", **{"cost/flops": 5e9})
+        for i, v in enumerate(values)
     ]
-    trials.append({"mask.ratio": 0.9, "x.y": values[0], OBJECTIVE: float("nan"), "error": "ValueError: a | b"})
-    space = {"mask.ratio": {"uniform": [0.4, 0.9]}, "x.y": {"choice": values}}
+    trials.append(trial({"mask.ratio": 0.9, "x.y": values[0]}, float("nan"), error="ValueError: a | b"))
+    space = space_of("mask.ratio", "x.y")
     tracker = Recorder()
     # best.yaml needs settings that exist: x.y does not
     result = _write(recipe, SimpleNamespace(path=tmp_path), trials, space, OBJECTIVE, tracker)
@@ -58,10 +60,9 @@ def test_results_of_any_values_and_a_failed_trial_are_written(tmp_path, values):
 
 def test_the_best_trial_of_a_search_becomes_the_recipe(tmp_path):
     recipe = load("small", [f"out={tmp_path}/o"])
-    trials = [{"mask.ratio": 0.61, OBJECTIVE: 30.0, "images": 100}, {"mask.ratio": 0.5, OBJECTIVE: 20.0, "images": 100}]
-    result = _write(
-        recipe, SimpleNamespace(path=tmp_path), trials, {"mask.ratio": {"uniform": [0.4, 0.9]}}, OBJECTIVE, Recorder()
-    )
+    trials = [trial({"mask.ratio": 0.61}, 30.0, images=100), trial({"mask.ratio": 0.5}, 20.0, images=100)]
+    place = SimpleNamespace(path=tmp_path)
+    result = _write(recipe, place, trials, space_of("mask.ratio"), OBJECTIVE, Recorder())
     found = load(result["best_recipe"])
     assert (found.mask.ratio, found.name) == (0.61, "small-tuned")
     assert "# The noise was not measured" in (tmp_path / "best.yaml").read_text()
