@@ -133,14 +133,14 @@ WIDER = {"decoder.width": 96, "decoder.depth": 2, "decoder.heads": 3}
 TILTS: dict[str, Comparison] = {
     "tilts": {
         "pixels, last block alone": Variant("pixels", {"target.taps": {0: 8}}),
-        "tilt 0": _tilted(0.0),
-        "tilt 0.5": _tilted(0.5),
-        "tilt 0.75": _tilted(0.75),
         "tilt 1": _tilted(1.0),
         "tilt 1.5": _tilted(1.5),
         "tilt from 0 to 1": _tilted({0.0: 0.0, 1.0: 1.0}),
+        "tilt 0.5": _tilted(0.5),
         "tilt 0.5, blocks 6, 6, 6, 8": _tilted(0.5, **{"target.taps": {1: 6, 2: 6, 3: 6, 4: 8}}),
         "tilt 0.5, levels within a patch": _tilted(0.5, **{"target.taps": {1: 8, 2: 8, 3: 8}}),
+        "tilt 0": _tilted(0.0),
+        "tilt 0.75": _tilted(0.75),
         "tilt 0.5, scale erased": _tilted(0.5, **{"target.band_scale": "erased"}),
         "tilt 0.5, vectors by themselves": _tilted(0.5, **{"target.normalise": "patch"}),
     },
