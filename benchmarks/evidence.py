@@ -40,7 +40,7 @@ from evidence_journal import Journal
 from evidence_report import claim_lines, claims_of, differences, draw, table, tuned_table
 from evidence_statistics import Curve, Results
 from evidence_training import at_pace
-from evidence_variants import COMPARISONS, SIZES, TESTBEDS, Comparison, Variant, grown, settled
+from evidence_variants import COMPARISONS, DECISIVE, SIZES, TESTBEDS, Comparison, Variant, grown, settled
 from measure import machine_facts, usable_cores, write_json
 
 FULL_MINUTES = 8.0
@@ -303,7 +303,7 @@ class _Report:
     def add(self, comparison: str, variants: Mapping[str, Variant], found: Found) -> None:
         """Take in what is known of a comparison, print it, and write the numbers, the tables and the plot."""
         baselines = {name: variant.baseline or name for name, variant in variants.items()}
-        claims, goals = claims_of(found.results)
+        claims, goals = claims_of(found.results) if comparison in DECISIVE else ({}, {})
         self.results[comparison] = found.results
         self.more["goals"] |= goals
         self.more["claims"] |= claims

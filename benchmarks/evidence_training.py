@@ -244,7 +244,7 @@ def finetuned(
     import torch
 
     from pipeline.config.load import validate, with_overrides
-    from pipeline.models.encoder_source import find_encoder
+    from pipeline.models.encoder_source import find_encoder, finetune_size
     from pipeline.shards.shard_set import ShardSet
     from pipeline.training.finetune_loop import finetune
     from pipeline.training.setup import precision_of
@@ -261,10 +261,8 @@ def finetuned(
     recipe = with_overrides(recipe, settings)
     subject = find_encoder(recipe, shards)
     done = finetune(recipe, subject, shards, device=torch.device(device), on_log=_say_epochs(shards.rows["train"]))
-    correct = classified(
-        done.model, subject, shards, torch.device(device), precision_of(recipe.finetune, torch.device(device))
-    )
-    return _accuracy(correct)
+    size, precision = finetune_size(recipe.finetune, subject), precision_of(recipe.finetune, torch.device(device))
+    return _accuracy(classified(done.model, subject, shards, torch.device(device), precision, size))
 
 
 def _say_epochs(rows: int) -> Callable[[dict[str, float], int], None]:
@@ -280,8 +278,8 @@ def _say_epochs(rows: int) -> Callable[[dict[str, float], int], None]:
     return say
 
 
-def classified(model: Any, subject: Any, shards: Any, device: Any, precision: Any) -> np.ndarray:
-    """Which val images a fine-tuned model classifies correctly: bool (n,), in the order of the shard set."""
+def classified(model: Any, subject: Any, shards: Any, device: Any, precision: Any, size: int) -> np.ndarray:
+    """Which val images of `size` pixels a fine-tuned model classifies correctly: bool (n,), in the order of the shard set."""
     import torch
 
     from pipeline.shards.batches import sequential
@@ -294,7 +292,7 @@ def classified(model: Any, subject: Any, shards: Any, device: Any, precision: An
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for batch in batches:
             pixels = batch.pixels if batch.pixels is not None else host.raw(batch.levels)[0]
-            images = inputs.normalise(middle(pixels.to(device).float(), subject.image_size))
+            images = inputs.normalise(middle(pixels.to(device).float(), size))
             found.append((model(images).argmax(1).cpu() == batch.labels).numpy())
     return np.concatenate(found)
 

@@ -219,6 +219,9 @@ COMPARISONS: dict[str, Comparison] = {
     },
 }
 
+# Comparisons that decide the claims: in the others, variants of a target differ in more than the target.
+DECISIVE = ("targets", "claims")
+
 BY_LEVEL = ("target.taps", "target.weights", "target.bands")
 FROM_TOKEN = 0  # the level of `target.taps` that means the size of a token, whatever that is
 

@@ -10,7 +10,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from wavemim.decoders import TapDecoder
+from wavemim.decoders import TapDecoder, TapHead
 from wavemim.sharding import is_sharded, local
 
 NO_DECAY = ("cls_token", "reg_token", "pos_embed", "mask_token", "log_variance")
@@ -80,7 +80,7 @@ def hidden_matrices(model: nn.Module) -> list[torch.Tensor]:
         ValueError: There are none.
     """
     left_out = {name.removesuffix(".weight") for name in _exempt(model)}
-    heads = {module.head for module in model.modules() if isinstance(module, TapDecoder)}
+    heads = {module.head for module in model.modules() if isinstance(module, TapDecoder | TapHead)}
     found = [
         module.weight
         for name, module in model.named_modules()

@@ -126,12 +126,17 @@ def _check_target(recipe: Recipe) -> None:
         )
     if not target.predicts_bands and target.tilt is not None:
         raise SettingError(
-            f"target.tilt={target.tilt}: target.kind={target.kind} has no bands, so all its levels have the same coefficients; "
+            f"target.tilt={target.tilt}: for targets that predict bands, such as target.kind=wavelet, not {target.kind}; "
             "set target.tilt=null"
         )
     if target.kind != "wavelet" and target.band_scale != "auto":
         raise SettingError(
             f"target.band_scale={target.band_scale}: for target.kind=wavelet only, not {target.kind}; use auto"
+        )
+    if target.average != "image" and (target.kind != "fourier" or recipe.mask.kind != "frequency"):
+        raise SettingError(
+            f"target.average={target.average}: for target.kind=fourier with mask.kind=frequency only, not {target.kind} with "
+            f"{recipe.mask.kind}; set target.average=image"
         )
     if not any(recipe.weights_by_level().values()):
         raise SettingError(

@@ -27,7 +27,7 @@ def _tilt(value: Any) -> Any:
     """A tilt, or a schedule of tilts as floats by floats."""
     if isinstance(value, str):
         value = number_like(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) > 4:
+    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= 4:  # NaN is refused too
         raise ValueError("must be from -4 to 4")
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
@@ -36,7 +36,7 @@ def _tilt(value: Any) -> Any:
     points = {number_like(str(at)): number_like(str(tilt)) for at, tilt in value.items()}
     if any(isinstance(number, str) for point in points.items() for number in point):
         raise ValueError("must be a number, or {share of training: tilt} such as {0: 0, 1: 1}")
-    if any(not 0 <= at <= 1 for at in points) or any(abs(tilt) > 4 for tilt in points.values()):
+    if any(not 0 <= at <= 1 for at in points) or any(not abs(tilt) <= 4 for tilt in points.values()):
         raise ValueError("shares of training are from 0 to 1, tilts from -4 to 4")
     return points
 
@@ -73,7 +73,8 @@ class Encoder(Section):
     init: Literal["timm", "mae", "beit"] = setting(
         "timm",
         "How random initial weights are drawn. timm: as the timm model does. mae: as in MAE and LocalMIM, Xavier's uniform "
-        "rule. beit: as in BEiT and MFM, a truncated normal distribution, smaller towards the last block. Plain ViTs only.",
+        "rule. beit: as in BEiT and MFM, a truncated normal distribution, smaller towards the last block. No effect with "
+        "encoder.pretrained. Plain ViTs only.",
         vit_only=True,
         added=True,
     )

@@ -179,6 +179,9 @@ def test_fine_tuning_classifies_val_as_its_own_count_says(shards, benchmarks, tm
     assert done[0].position.epoch == 2
     again = module.finetuned(shards, str(tmp_path), TINY, seed=1, epochs=2, device="cpu")
     assert again == point
+    smaller = {**TINY, "finetune.image_size": 32}
+    point = module.finetuned(shards, str(tmp_path), smaller, seed=1, epochs=1, device="cpu")
+    assert module.correct_of(point).sum() == done[-1].counts.diagonal().sum()
 
 
 def test_pace_is_by_image_size_and_gives_the_seconds_of_a_curve(shards, benchmarks):

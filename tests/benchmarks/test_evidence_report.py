@@ -1,6 +1,7 @@
 """Tables and claims of evidence.py, from curves with known accuracies."""
 
 import base64
+from argparse import Namespace
 from importlib import import_module
 
 import numpy as np
@@ -152,3 +153,16 @@ def test_plot_has_three_panels(report, tmp_path, monkeypatch):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert max(figure.axes[1].lines[0].get_xdata()) == 200
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_variants_that_differ_in_more_than_the_target_decide_no_claim(report, tmp_path):
+    evidence, variants = import_module("evidence"), import_module("evidence_variants")
+    both = {name: variants.Variant(name) for name in ("wavelet", "pixels")}
+    found = evidence.Found(
+        {"wavelet": runs(20, 40), "pixels": runs(20, 41), "pixels, 4 masks an image": runs(20, 50)}, {}
+    )
+    shown = evidence._Report(Namespace(json=tmp_path / "e.json", plot=tmp_path / "e.png"))
+    shown.add("levers", both, found)
+    assert shown.more["claims"] == shown.more["goals"] == {}
+    shown.add("claims", both, found)
+    assert "target_alone" in shown.more["claims"]

@@ -84,6 +84,9 @@ MISTAKES = [
     ("target.taps={3:6,4:9}", "target.taps={3:6,4:9}: write a space after each colon, for example {3: 6, 4: 8}"),
     ("encoder.options={reg_tokens: null}", "reg_tokens has no value"),
     ("seed=99999999999999999999999", "seed=99999999999999999999999: input should be less than"),
+    ("target.tilt=5", "target.tilt=5: must be from -4 to 4"),
+    ("target.tilt=.nan", "target.tilt=nan: must be from -4 to 4"),
+    ("target.tilt={0: 0, 2: 1}", "shares of training are from 0 to 1, tilts from -4 to 4"),
     ("target.focal=100", "target.focal=100: input should be less than or equal to 4"),
     ("target.taps={3: 6, 4: 8, 3: 7}", "target.taps={3: 6, 4: 8, 3: 7}: '3' is given twice (line 1); give it once"),
     ("nonsense", "'nonsense' is not a setting; write key=value"),
@@ -136,6 +139,15 @@ TOGETHER = [
         ["decoder.depth=0", "decoder.attention=cross", "encoder.sees=masked"],
         "decoder.attention=cross: a linear decoder has no attention; set decoder.depth=1",
     ),
+    (
+        ["target.kind=hog", "target.tilt=1"],
+        "target.tilt=1.0: for targets that predict bands, such as target.kind=wavelet",
+    ),
+    (
+        ["target.average=frequency"],
+        "target.average=frequency: for target.kind=fourier with mask.kind=frequency only, not wavelet with random",
+    ),
+    (["target.kind=fourier", "target.average=frequency"], "not fourier with random; set target.average=image"),
     (["target.weights={3: 0, 4: 0}"], "target.weights: the weight of every level is 0"),
 ]
 

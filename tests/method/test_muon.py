@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from test_step import NoHostSync
-from tiny import make_step, photos, stored
+from tiny import make, make_step, photos, stored
 
 from pipeline.config.load import load
 from pipeline.errors import SettingError
@@ -15,6 +15,7 @@ from wavemim.decoders import Trunk
 from wavemim.model import DecoderSettings
 from wavemim.optim import hidden_matrices, make_optimizer
 from wavemim.step import apply_gradients
+from wavemim.targets import Tap
 
 MATRIX = re.compile(r"(attn\.(qkv|proj)|mlp\.fc[12]|decoders\.\d\.embed|\.(query|key_value|proj))\.weight$")
 CONVOLUTION = "encoder.model.patch_embed.proj.weight"
@@ -100,6 +101,14 @@ def test_tables_of_positions_and_predictions_are_left_to_adamw():
         "encoder.model.layers_1.downsample.reduction.weight",
     } <= {re.sub(r"layers\.(\d)", r"layers_\1", name) for name in found}
     assert all(model.get_parameter(name).ndim == 2 for name in found)
+
+
+def test_the_heads_of_a_shared_decoder_are_left_to_adamw():
+    taps = [Tap(1, 3, "HVD"), Tap(2, 3, "HVD"), Tap(3, 3, "AHVD")]
+    model, _ = make(photos(4), taps=taps, decoder=DecoderSettings(16, 1, 2, per="block"))
+    names = {id(value): name for name, value in model.named_parameters()}
+    found = {names[id(value)] for value in hidden_matrices(model)}
+    assert "decoders.1.embed.weight" in found and not [name for name in found if name.endswith("head.weight")]
 
 
 def test_what_muon_cannot_train_is_refused():
