@@ -146,11 +146,15 @@ TILTS: dict[str, Comparison] = {
     },
     "cheaper": {
         "tilt 0.5": _tilted(0.5),
+        "Muon": _tilted(0.5, **{"train.optimizer": "muon"}),
+        "Muon, batch 128": _tilted(0.5, **{"train.optimizer": "muon", "train.batch": 128, "train.lr": 3e-3}),
+        "pixels, Muon, batch 128": Variant(
+            "pixels", {"target.taps": {0: 8}, "train.optimizer": "muon", "train.batch": 128, "train.lr": 3e-3}
+        ),
         "growing images": _tilted(0.5, **{"train.progressive": {32: 0.5, 64: 0.5}}),
         "tilt 0 to 1, growing images": _tilted({0.0: 0.0, 1.0: 1.0}, **{"train.progressive": {32: 0.5, 64: 0.5}}),
         "2 masks an image": _tilted(0.5, **{"mask.count": 2}),
         "85 % hidden": _tilted(0.5, **{"mask.ratio": 0.85}),
-        "Muon": _tilted(0.5, **{"train.optimizer": "muon"}),
         "cross-attention": _tilted(0.5, **{"decoder.attention": "cross"}),
         "a quarter predicted, by cross-attention": _tilted(
             0.5, **{"decoder.attention": "cross", "decoder.predict": 0.25}

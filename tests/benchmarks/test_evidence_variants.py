@@ -37,7 +37,8 @@ def test_every_variant_is_a_recipe_that_differs_from_the_others(variants, name, 
     assert not missing(chosen)
     recipes = []
     for variant in chosen.values():
-        recipe = with_overrides(load(variant.recipe), variants.resetting(variant.overrides)).dump()
+        overrides = {**variants.SIZES["screen"].settings, **variants.resetting(variant.overrides)}
+        recipe = with_overrides(load(variant.recipe), overrides).dump()
         recipe.pop("name")
         assert recipe["data"]["image_size"] == size
         recipes.append((recipe, variant.images, variant.warmup))
