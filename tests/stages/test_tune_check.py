@@ -84,7 +84,7 @@ IMPOSSIBLE = [
     ),
     (
         "target.kind: {choice: [wavelet, pixels]}, target.tilt: {uniform: [0, 1]}",
-        "target.kind=pixels with target.tilt=0 is not possible: target.tilt=0.0: target.kind=pixels has no bands",
+        "target.kind=pixels with target.tilt=0 is not possible: target.tilt=0.0: for targets that predict bands",
     ),
 ]
 
