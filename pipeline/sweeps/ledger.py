@@ -1,0 +1,95 @@
+"""The ledger of a sweep: each trial as it begins and as it ends, one JSON line each, so that nothing that is done is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.sweeps.trials import Role, State, Trial
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A trial as it begins.
+
+    Attributes:
+        number: Its number in the sweep, from 1 on.
+        role: Why it is run.
+        point: Values of the searched settings by dotted key.
+        seed: Its seed.
+        drawn: What the searcher needs to remember the point after a restart: JSON values.
+    """
+
+    number: int
+    role: Role
+    point: Mapping[str, Any]
+    seed: int
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended. Attributes as those of `Trial`."""
+
+    number: int
+    state: State
+    objective: float | None = None
+    reason: str = ""
+    curve: tuple[tuple[int, float], ...] = ()
+    cost: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """Trials by number, in memory and in a file to which lines are only added."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file if there is one. A last line that was cut while it was written does not count."""
+        self.path = path
+        self.begun: dict[int, Begun] = {}
+        self.ended: dict[int, Ended] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if "begin" in entry:
+                    self._remember(Begun(**entry["begin"]))
+                elif "end" in entry:
+                    curve = tuple((int(images), float(value)) for images, value in entry["end"].pop("curve"))
+                    self._remember(Ended(**entry["end"], curve=curve))
+
+    def add(self, entry: Begun | Ended) -> None:
+        """Add a line, which is on the disk when this returns."""
+        kind = "begin" if isinstance(entry, Begun) else "end"
+        line = json.dumps({kind: asdict(entry)}, sort_keys=True, default=str)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if self._torn else "") + line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._torn = False
+        self._remember(entry)
+
+    def trials(self) -> list[Trial]:
+        """The trials that ended, by number."""
+        found = []
+        for number, end in sorted(self.ended.items()):
+            begin = self.begun[number]
+            found.append(
+                Trial(
+                    number, begin.role, begin.point, begin.seed, end.state, end.objective, end.reason,
+                    end.curve, end.cost, end.metrics,
+                )
+            )  # fmt: skip
+        return found
+
+    def _remember(self, entry: Begun | Ended) -> None:
+        if isinstance(entry, Begun):
+            self.begun[entry.number] = entry
+        elif entry.number in self.begun:
+            self.ended[entry.number] = entry

@@ -1,0 +1,188 @@
+"""The plan of a sweep: which trial is run next, from those that have been run. Knows neither Ray nor MLflow.
+
+A sweep has three parts: the recipe's own settings with several seeds, which measure the noise; the search; and the best
+points of the search again, each with fresh seeds, which decide. Every trial is in the ledger before it begins and when it
+has ended. After an interruption the same plan goes on: what ended counts, what only began is begun again under its number,
+so that it finds its own checkpoints, and the searcher is told what it had drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.sweeps.ledger import Begun, Ended, Ledger
+from pipeline.sweeps.trials import Trial, point_key
+
+
+class Draws(Protocol):
+    """Draws the points of the search; the results of earlier ones may guide it."""
+
+    def draw(self, number: int) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+        """Draw the point of a trial: its values, and what `restore` needs. None: there are no more points."""
+
+    def restore(self, number: int, drawn: Mapping[str, Any]) -> None:
+        """Remember a point that was drawn before an interruption."""
+
+    def tell(self, number: int, objective: float | None) -> None:
+        """Take the result of a point; None if it has none."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many trials a sweep has.
+
+    Attributes:
+        trials: Points of the search. May be raised after a sweep has ended: it then goes on.
+        recipe_seeds: Seeds of the recipe's own settings.
+        finalists: Points of the search that are run again.
+        fresh_seeds: Fresh seeds of each of them.
+        same_reason: The sweep ends when so many trials in a row have failed for the same reason.
+    """
+
+    trials: int
+    recipe_seeds: int = 3
+    finalists: int = 2
+    fresh_seeds: int = 3
+    same_reason: int = 3
+
+
+class Plan:
+    """Hands out trials until the budget is used up."""
+
+    def __init__(self, ledger: Ledger, draws: Draws, budget: Budget, *, own: Mapping[str, Any], seed: int) -> None:
+        """Make the plan, and restore the searcher from the ledger.
+
+        Args:
+            ledger: What has been run.
+            draws: The searcher.
+            budget: How much is run.
+            own: The recipe's own values of the searched settings.
+            seed: The recipe's seed. The search uses it for all points, so that they differ in the point alone.
+        """
+        self.ledger, self.draws, self.budget, self.own, self.seed = ledger, draws, budget, dict(own), seed
+        self._out: set[int] = set()  # handed out by this process, and not ended
+        for number, begun in sorted(ledger.begun.items()):
+            if begun.role == "search":
+                draws.restore(number, begun.drawn)
+                if number in ledger.ended:
+                    draws.tell(number, _value(ledger.ended[number]))
+        self._exhausted = False
+
+    def next(self) -> Begun | None:
+        """The next trial to run; None if there is none now: later, when others have ended, there may be one."""
+        if self.failing is not None:
+            return None
+        for number, begun in sorted(self.ledger.begun.items()):
+            if number not in self.ledger.ended and number not in self._out:
+                return self._hand_out(begun)
+        new = self._of_recipe() or self._of_search() or self._of_finalists()
+        if new is None:
+            return None
+        self.ledger.add(new)
+        return self._hand_out(new)
+
+    def end(self, ended: Ended) -> None:
+        """A trial has ended."""
+        self.ledger.add(ended)
+        self._out.discard(ended.number)
+        if self.ledger.begun[ended.number].role == "search":
+            self.draws.tell(ended.number, _value(ended))
+
+    @property
+    def done(self) -> bool:
+        """Whether every trial has ended and no more will begin."""
+        if self.ledger.begun.keys() != self.ledger.ended.keys():
+            return False
+        over = self._of_recipe() is None and self._search_is_over() and self._of_finalists() is None
+        return over or self.failing is not None
+
+    @property
+    def failing(self) -> str | None:
+        """The reason for which the last trials in a row have failed, if they are too many."""
+        last = self.ledger.trials()[-self.budget.same_reason :]
+        reasons = {trial.reason for trial in last if trial.state == "failed"}
+        alike = len(last) == self.budget.same_reason and all(trial.state == "failed" for trial in last)
+        return reasons.pop() if alike and len(reasons) == 1 else None
+
+    @property
+    def total(self) -> int:
+        """The number of trials of the whole sweep, as far as it is known."""
+        return self.budget.recipe_seeds + self.budget.trials + self.budget.finalists * self.budget.fresh_seeds
+
+    def _hand_out(self, begun: Begun) -> Begun:
+        self._out.add(begun.number)
+        return begun
+
+    def _number(self) -> int:
+        return max(self.ledger.begun, default=0) + 1
+
+    def _of_recipe(self) -> Begun | None:
+        count = sum(begun.role == "recipe" for begun in self.ledger.begun.values())
+        if count >= self.budget.recipe_seeds:
+            return None
+        return Begun(self._number(), "recipe", self.own, self.seed + count)
+
+    def _searched(self) -> list[Begun]:
+        return [begun for begun in self.ledger.begun.values() if begun.role == "search"]
+
+    def _search_is_over(self) -> bool:
+        return self._exhausted or len(self._searched()) >= self.budget.trials
+
+    def _of_search(self) -> Begun | None:
+        """A new point. One that was drawn before is not run again: its result is told, and it counts as a trial."""
+        while not self._search_is_over():
+            number = self._number()
+            drawn = self.draws.draw(number)
+            if drawn is None:
+                self._exhausted = True
+                return None
+            new = Begun(number, "search", drawn[0], self.seed, drawn[1])
+            earlier = self._run_before(new)
+            if earlier is None:
+                return new
+            self.ledger.add(new)
+            self.ledger.add(Ended(number, "stopped", reason=f"the same point and seed as #{earlier:02d}"))
+            self.draws.tell(number, self._value_of(earlier))
+        return None
+
+    def _run_before(self, new: Begun) -> int | None:
+        """Number of the first trial with this point and seed."""
+        same = (b.number for b in self.ledger.begun.values() if b.seed == new.seed and _same(b.point, new.point))
+        return min(same, default=None)
+
+    def _value_of(self, number: int) -> float | None:
+        ended = self.ledger.ended.get(number)
+        return None if ended is None else _value(ended)
+
+    def _of_finalists(self) -> Begun | None:
+        """A finalist with a seed that it has not had; once all trials of the search have ended."""
+        if not self._search_is_over() or any(b.number not in self.ledger.ended for b in self._searched()):
+            return None
+        for point in self._best():
+            seeds = [b.seed for b in self.ledger.begun.values() if b.role == "finalist" and _same(b.point, point)]
+            if len(seeds) < self.budget.fresh_seeds:
+                fresh = self.seed + self.budget.recipe_seeds + len(seeds)
+                return Begun(self._number(), "finalist", point, fresh)
+        return None
+
+    def _best(self) -> list[Mapping[str, Any]]:
+        """The best points of the search, without the recipe's own."""
+        values: list[Trial] = [
+            trial for trial in self.ledger.trials() if trial.role == "search" and trial.value is not None
+        ]
+        ranked = sorted(values, key=lambda trial: (-(trial.value or 0.0), trial.number))
+        found: dict[str, Mapping[str, Any]] = {}
+        for trial in ranked:
+            if not _same(trial.point, self.own):
+                found.setdefault(point_key(trial.point), trial.point)
+        return list(found.values())[: self.budget.finalists]
+
+
+def _value(ended: Ended) -> float | None:
+    return ended.objective if ended.state == "finished" else None
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return point_key(one) == point_key(other)

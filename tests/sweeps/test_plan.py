@@ -1,0 +1,166 @@
+"""The plan of a sweep goes on after any interruption as if there had been none."""
+
+import random
+
+import pytest
+
+from pipeline.sweeps.ledger import Begun, Ended, Ledger
+from pipeline.sweeps.plan import Budget, Plan
+from pipeline.sweeps.trials import point_key
+
+OWN = {"mask.ratio": 0.75}
+
+
+class Seeded:
+    """Points that depend on the number alone; remembers what it was told."""
+
+    def __init__(self, most=100, values=None):
+        self.most, self.values, self.told, self.restored = most, values, {}, []
+
+    def draw(self, number):
+        if number > self.most:
+            return None
+        generator = random.Random(number)
+        value = generator.choice(self.values) if self.values else round(generator.random(), 4)
+        return {"mask.ratio": value}, {"value": value}
+
+    def restore(self, number, drawn):
+        assert drawn
+        self.restored.append(number)
+
+    def tell(self, number, objective):
+        self.told[number] = objective
+
+
+def objective(begun):
+    """A peak at 0.6, with noise by seed."""
+    return 50 - 40 * (begun.point["mask.ratio"] - 0.6) ** 2 + random.Random(f"{begun.seed}").gauss(0, 0.3)
+
+
+def plan_of(path, budget=None, draws=None):
+    return Plan(Ledger(path), draws or Seeded(), budget or Budget(trials=6), own=OWN, seed=0)
+
+
+def run(plan, at_once=2, stop_after=None):
+    """Run trials `at_once` at a time, in the order they were begun; stop with trials running after so many ended."""
+    running, ended = [], 0
+    while True:
+        while len(running) < at_once and (begun := plan.next()) is not None:
+            running.append(begun)
+        if not running:
+            return
+        if stop_after is not None and ended == stop_after:
+            return
+        first = running.pop(0)
+        plan.end(Ended(first.number, "finished", objective(first), curve=((10, 1.0),), cost={"cost/flops": 2.0}))
+        ended += 1
+
+
+def rows(path):
+    return [(t.number, t.role, point_key(t.point), t.seed, t.state, t.objective) for t in Ledger(path).trials()]
+
+
+def test_a_sweep_measures_the_recipe_searches_and_runs_finalists_with_fresh_seeds(tmp_path):
+    plan = plan_of(tmp_path / "l")
+    assert not plan.done
+    run(plan)
+    assert plan.done and plan.next() is None
+    trials = plan.ledger.trials()
+    assert [t.role for t in trials] == ["recipe"] * 3 + ["search"] * 6 + ["finalist"] * 6
+    assert len(trials) == plan.total
+    assert [t.seed for t in trials if t.role == "recipe"] == [0, 1, 2]
+    assert {t.seed for t in trials if t.role == "search"} == {0}
+    best = sorted((t for t in trials if t.role == "search"), key=lambda t: -t.objective)[:2]
+    finalists = [t for t in trials if t.role == "finalist"]
+    assert {point_key(t.point) for t in finalists} == {point_key(t.point) for t in best}
+    for point in {point_key(t.point) for t in finalists}:
+        seeds = [t.seed for t in finalists if point_key(t.point) == point]
+        assert len(set(seeds)) == 3 and not set(seeds) & {0, 1, 2}
+
+
+@pytest.mark.parametrize("stop_after", range(15))
+@pytest.mark.parametrize("cut", [0, 7])
+def test_after_an_interruption_anywhere_the_same_trials_are_run(tmp_path, stop_after, cut):
+    run(plan_of(tmp_path / "whole"), at_once=1)
+    path = tmp_path / "cut"
+    run(plan_of(path), at_once=1, stop_after=stop_after)
+    if cut and path.exists():  # the last line was being written
+        path.write_bytes(path.read_bytes()[:-cut])
+    run(plan_of(path), at_once=1)
+    assert rows(path) == rows(tmp_path / "whole")
+
+
+def test_trials_that_were_running_begin_again_under_their_number_and_the_searcher_is_restored(tmp_path):
+    run(plan_of(tmp_path / "l"), at_once=3, stop_after=4)
+    ledger = Ledger(tmp_path / "l")
+    running = sorted(ledger.begun.keys() - ledger.ended.keys())
+    assert len(running) == 3
+    draws = Seeded()
+    plan = plan_of(tmp_path / "l", draws=draws)
+    assert draws.restored == [n for n, b in sorted(ledger.begun.items()) if b.role == "search"]
+    assert draws.told == {n: e.objective for n, e in ledger.ended.items() if ledger.begun[n].role == "search"}
+    again = [plan.next() for _ in running]
+    assert [begun.number for begun in again] == running
+    assert again == [ledger.begun[number] for number in running]
+    run(plan, at_once=3)
+
+
+def test_more_trials_may_be_asked_for_later(tmp_path):
+    run(plan_of(tmp_path / "l"))
+    before = rows(tmp_path / "l")
+    more = plan_of(tmp_path / "l", Budget(trials=9))
+    assert not more.done
+    run(more)
+    after = rows(tmp_path / "l")
+    assert after[: len(before)] == before
+    assert sum(row[1] == "search" for row in after) == 9 and more.done
+    assert len({(row[2], row[3]) for row in after}) == len(after)
+
+
+def test_no_point_is_run_twice_with_a_seed(tmp_path):
+    """Also the recipe's own: a searched point that equals one gets its result, and no place in the statistics."""
+    draws = Seeded(values=[0.75, 0.5])
+    plan = plan_of(tmp_path / "l", Budget(trials=5), draws)
+    run(plan, at_once=1)
+    trials = plan.ledger.trials()
+    measured = [(point_key(t.point), t.seed) for t in trials if t.value is not None]
+    assert len(set(measured)) == len(measured)
+    repeated = [t for t in trials if t.state == "stopped"]
+    assert len(repeated) == 4 and all(t.reason.startswith("the same point and seed as #") for t in repeated)
+    assert all(draws.told[t.number] == plan.ledger.ended[int(t.reason[-2:])].objective for t in repeated)
+
+
+def test_a_grid_ends_when_its_points_are_used_up(tmp_path):
+    plan = plan_of(tmp_path / "l", Budget(trials=50), Seeded(most=6))
+    run(plan)
+    assert sum(t.role == "search" for t in plan.ledger.trials()) == 3 and plan.done
+
+
+def test_three_failures_in_a_row_for_the_same_reason_end_the_sweep(tmp_path):
+    plan = plan_of(tmp_path / "l")
+    for reason in ("out of memory", "loss is NaN", "out of memory", "out of memory"):
+        plan.end(Ended(plan.next().number, "failed", reason=reason))
+        assert plan.failing is None
+    plan.end(Ended(plan.next().number, "failed", reason="out of memory"))
+    assert plan.failing == "out of memory" and plan.next() is None and plan.done
+
+
+def test_failed_and_stopped_trials_are_no_finalists(tmp_path):
+    plan = plan_of(tmp_path / "l", Budget(trials=4, recipe_seeds=0, finalists=4, fresh_seeds=1))
+    states = iter(["failed", "stopped", "finished", "finished"])
+    for state in states:
+        begun = plan.next()
+        plan.end(Ended(begun.number, state, objective(begun), reason=f"r{begun.number}"))
+    run(plan)
+    assert sum(t.role == "finalist" for t in plan.ledger.trials()) == 2
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "l"
+    ledger = Ledger(path)
+    ledger.add(Begun(1, "recipe", OWN, 0))
+    path.write_text(path.read_text() + '{"end": {"num')
+    again = Ledger(path)
+    assert again.begun == ledger.begun and not again.ended
+    again.add(Ended(1, "finished", 3.0))
+    assert Ledger(path).ended[1].objective == 3.0
