@@ -1,0 +1,75 @@
+"""Points of a search, and that a restart forgets none."""
+
+import json
+
+import pytest
+
+from pipeline.config.load import load
+from pipeline.stages.tune_draws import draws_of
+from pipeline.stages.tune_plan import planned_points
+from pipeline.stages.tune_space import read_space
+
+SPACE = """
+question: Q?
+space:
+  mask.ratio: {uniform: [0.25, 0.75]}
+  target.kind: {choice: [wavelet, pixels]}
+  target.tilt: {choice: [null, 0.5, {0: 0, 1: 1}], when: {target.kind: wavelet}}
+  target.weights: {simplex: [3, 4]}
+"""
+GRID = "question: Q?\nspace: {mask.ratio: {grid: [0.5, 0.6, 0.7]}}\n"
+
+
+def made(tmp_path, search, text=SPACE):
+    (tmp_path / "space.yaml").write_text(text)
+    recipe = load("small", [f"tune.space={tmp_path}/space.yaml", f"tune.search={search}"])
+    return recipe, read_space(recipe)
+
+
+def drawn(draws, numbers):
+    """As the ledger keeps them, through JSON."""
+    return [json.loads(json.dumps(draws.draw(number))) for number in numbers]
+
+
+def test_a_random_search_and_a_grid_go_on_where_they_were(tmp_path):
+    for text, count in ((SPACE, 8), (GRID, 3)):
+        recipe, space = made(tmp_path, "random", text)
+        whole = drawn(draws_of(recipe, space), range(4, 4 + count))
+        assert [point for point, _ in whole] == json.loads(json.dumps(planned_points(recipe, space, count)))
+        again = draws_of(recipe, space)
+        for number, (_, memo) in zip((4, 5), whole, strict=False):
+            again.restore(number, memo)
+        assert drawn(again, range(6, 4 + count)) == whole[2:]
+        assert text == SPACE or again.draw(99) is None
+
+
+def test_optuna_knows_every_point_and_result_after_a_restart(tmp_path):
+    recipe, space = made(tmp_path, "optuna")
+    first = draws_of(recipe, space)
+    memos = {}
+    for number in range(4, 14):
+        point, memo = first.draw(number)
+        memos[number] = json.loads(json.dumps(memo))
+        if number < 12:  # the last two were running when the sweep was interrupted
+            first.tell(number, None if number == 7 else -abs(point["mask.ratio"] - 0.6))
+    again = draws_of(recipe, space)
+    for number, memo in memos.items():
+        again.restore(number, memo)
+    for number in range(4, 12):
+        again.tell(number, first._study.trials[number - 4].value)
+    before, after = (draws._study.trials for draws in (first, again))
+    assert [(t.params, t.distributions, t.value, t.state) for t in after] == [
+        (t.params, t.distributions, t.value, t.state) for t in before
+    ]
+    new = [again.draw(number)[0]["mask.ratio"] for number in range(14, 18)]
+    old = {round(t.params["mask.ratio"], 3) for t in before}
+    assert not old & {round(value, 3) for value in new}
+    for number in (12, 13):  # ends after the restart
+        again.tell(number, -1.0)
+
+
+@pytest.mark.parametrize("search", ["optuna", "random"])
+def test_the_searcher_of_a_space(tmp_path, search):
+    recipe, space = made(tmp_path, search)
+    point, _ = draws_of(recipe, space).draw(4)
+    assert set(point) <= set(space.settings)
