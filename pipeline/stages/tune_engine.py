@@ -1,0 +1,122 @@
+"""Runs the plan of a sweep on Ray Tune: trials in parallel, lost ones again, and each result in the ledger as it comes.
+
+Ray Tune places trials, reuses their processes, and begins a trial anew whose process or node was lost. What has been run is
+known by the ledger alone: a new call does not restore Ray's experiment, it goes on with the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray.tune
+from ray.tune.search import Searcher
+
+from pipeline.sweeps.ledger import Ended
+from pipeline.sweeps.plan import Plan
+
+FAILED = "failed"  # in a trial's last result: why it failed, in one line
+CURVE = "curve"  # in a trial's last result: [(images, objective)]
+NUMBER = "number"
+_LOST = "its process or node was lost too often"
+
+
+def run_plan(
+    plan: Plan,
+    trial: Callable[..., None],
+    *,
+    objective: str,
+    resources: Mapping[str, float],
+    concurrent: int,
+    retries: int,
+    folder: str,
+    on_end: Callable[[Ended], None],
+) -> None:
+    """Run a plan until it is done.
+
+    Args:
+        plan: The plan.
+        trial: A trial: a function of its configuration, with `number`, `role`, `point` and `seed`. It reports once, at its end.
+        objective: Name of the metric that is the objective.
+        resources: What Ray reserves for a trial.
+        concurrent: Trials at the same time.
+        retries: How often a trial is begun anew whose process or node was lost.
+        folder: Folder for Ray's own files.
+        on_end: Called when a trial has ended.
+
+    Raises:
+        KeyboardInterrupt: The sweep was interrupted; the same plan goes on.
+    """
+    searcher = _Planned(plan, objective, on_end)
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(trial, dict(resources)),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,  # until the plan is done
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,  # a new process takes many seconds to import what a trial needs
+        ),
+        run_config=ray.tune.RunConfig(
+            name="ray",
+            storage_path=folder,
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=retries),
+        ),
+    )
+    tuner.fit()
+    if not plan.done:
+        raise KeyboardInterrupt  # Ray Tune catches Ctrl-C, and returns as if it had finished
+
+
+class _Planned(Searcher):
+    """Asks the plan for trials, and tells it what became of them."""
+
+    def __init__(self, plan: Plan, objective: str, on_end: Callable[[Ended], None]) -> None:
+        super().__init__(metric=objective, mode="max")
+        self._plan, self._objective, self._on_end = plan, objective, on_end
+        self._numbers: dict[str, int] = {}  # Ray's trial -> ours
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray saves searchers, but a sweep goes on from its ledger."""
+        return {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The configuration of the next trial; None while others have to end first."""
+        begun = self._plan.next()
+        if begun is None:
+            return Searcher.FINISHED if self._plan.done else None
+        self._numbers[trial_id] = begun.number
+        return {NUMBER: begun.number, "role": begun.role, "point": dict(begun.point), "seed": begun.seed}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Trials report once, at their end."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A trial has ended, or its process was lost too often."""
+        ended = ended_of(self._numbers.pop(trial_id), result or {}, self._objective, error=error)
+        self._plan.end(ended)
+        self._on_end(ended)
+
+
+def ended_of(number: int, result: Mapping[str, Any], objective: str, *, error: bool) -> Ended:
+    """How a trial ended, from the last result that it reported.
+
+    Args:
+        number: Its number.
+        result: The result; empty if there is none.
+        objective: Name of the objective.
+        error: Whether Ray gave it up.
+    """
+    names = ("eval/", "train/loss_level")
+    metrics = {name: value for name, value in result.items() if name.startswith(names) and name != objective}
+    metrics |= {name: result[name] for name in ("images", "mlflow_run") if name in result}
+    cost = {name: float(value) for name, value in result.items() if name.startswith("cost/")}
+    curve = tuple((int(images), float(value)) for images, value in result.get(CURVE, ()))
+    reason = str(result.get(FAILED, "")) or (_LOST if error else "")
+    value = result.get(objective)
+    if not reason and (value is None or not math.isfinite(float(value))):
+        reason = f"{objective} is not a finite number"
+    if reason:
+        return Ended(number, "failed", None, reason, curve, cost, metrics)
+    return Ended(number, "finished", float(value), "", curve, cost, metrics)
