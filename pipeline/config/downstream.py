@@ -77,7 +77,20 @@ class Tune(Section):
         "level_weights",
         "Search space: a name in tune_spaces/, or the path of a YAML file; or a list of these, which are joined.",
     )
-    trials: Positive = setting(8, "Number of trials; if the space is a grid, at most as many as it has points.")
+    trials: Positive = setting(
+        8,
+        "Number of points that are searched; of a space that is a grid, all of its points. May be raised later: the sweep then goes on.",
+    )
+    recipe_seeds: int = setting(
+        3,
+        "Trials of the recipe's own settings with different seeds, which measure the noise of a trial.",
+        ge=0,
+        added=True,
+    )
+    finalists: int = setting(
+        2, "Number of the best points that are run again with fresh seeds, which decide.", ge=0, added=True
+    )
+    fresh_seeds: Positive = setting(3, "Fresh seeds of each finalist.", added=True)
     search: Literal["optuna", "random"] = setting(
         "optuna",
         "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random. Of a grid, all points are tried.",

@@ -81,7 +81,7 @@ class _Planned(Searcher):
         """Nothing: Ray saves searchers, but a sweep goes on from its ledger."""
         return {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # its FINISHED is a text
         """The configuration of the next trial; None while others have to end first."""
         begun = self._plan.next()
         if begun is None:
@@ -114,9 +114,9 @@ def ended_of(number: int, result: Mapping[str, Any], objective: str, *, error: b
     cost = {name: float(value) for name, value in result.items() if name.startswith("cost/")}
     curve = tuple((int(images), float(value)) for images, value in result.get(CURVE, ()))
     reason = str(result.get(FAILED, "")) or (_LOST if error else "")
-    value = result.get(objective)
-    if not reason and (value is None or not math.isfinite(float(value))):
+    value = float(result.get(objective, math.nan))
+    if not reason and not math.isfinite(value):
         reason = f"{objective} is not a finite number"
     if reason:
         return Ended(number, "failed", None, reason, curve, cost, metrics)
-    return Ended(number, "finished", float(value), "", curve, cost, metrics)
+    return Ended(number, "finished", value, "", curve, cost, metrics)
