@@ -79,7 +79,8 @@ class Tune(Section):
     )
     trials: Positive = setting(
         8,
-        "Number of points that are searched; of a space that is a grid, all of its points. May be raised later: the sweep then goes on.",
+        "Number of points that are searched; of a space that is a grid, all of its points. It may be raised later: the sweep "
+        "then goes on.",
     )
     recipe_seeds: int = setting(
         3,

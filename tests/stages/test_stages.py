@@ -43,6 +43,9 @@ TINY = {
     "evaluate.probe_strengths": [0.1],
     "tune.space": "level_weights_and_mask_ratio",
     "tune.trials": 2,
+    "tune.recipe_seeds": 1,
+    "tune.finalists": 1,
+    "tune.fresh_seeds": 1,
     "tune.epochs": 1,
     "tracking.system_metrics": False,
 }
@@ -106,8 +109,10 @@ def test_everything_is_in_mlflow(whole):
     assert {"reconstruction.png", "recipe.yaml"} <= names
     parent = runs["tune-small"]
     trials = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(trials) == 2
-    assert len({trial.data.params["mask.ratio"] for trial in trials}) == 2
+    assert sorted(trial.data.params["role"] for trial in trials) == ["finalist", "recipe", "search", "search"]
+    assert all(trial.info.run_name.startswith("#0") and "mask=" in trial.info.run_name for trial in trials)
+    assert len({trial.data.params["mask.ratio"] for trial in trials}) == 3
+    assert all(len(trial.data.params) <= 5 for trial in trials)  # what varies, not the whole recipe
     assert all(PROBE in trial.data.metrics for trial in trials)
     assert "sweep.png" in {item.path for item in client.list_artifacts(parent.info.run_id)}
     measured = runs["evaluate-small"].data.metrics
@@ -136,9 +141,11 @@ def test_the_sweep_is_ranked_by_what_weights_cannot_move(whole):
     with open(found["table"], newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row[PROBE]) for row in rows] == values
-    best = load(found["best_recipe"])
-    assert best.mask.ratio == found["trials"][0]["mask.ratio"]
-    assert best.target.weights[3] == found["trials"][0]["target.weights.3"]
+    assert [trial["role"] for trial in sorted(found["trials"], key=lambda trial: trial["number"])] == [
+        *("recipe", "search", "search", "finalist")
+    ]
+    assert len({trial["seed"] for trial in found["trials"]}) == 2  # a finalist has a seed of its own
+    assert load(found["best_recipe"]).mask.ratio in {trial["point"]["mask.ratio"] for trial in found["trials"]}
 
 
 def test_the_export_is_the_trained_encoder(whole):
@@ -244,7 +251,7 @@ def test_without_labels_what_needs_them_is_skipped(ray_local, photo_folder, tmp_
         (flat / f"{number}.jpg").write_bytes(path.read_bytes())
     (flat / "notes.txt").write_text("not a picture")
     (flat / "broken.jpg").write_bytes((flat / "0.jpg").read_bytes()[:200])
-    recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.trials": 2})
+    recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.finalists": 0})
     summary = run_stage(prepare, recipe, ray_local)
     assert summary["counts"]["kept"] == 20
     assert summary["counts"]["rejected"] == 2

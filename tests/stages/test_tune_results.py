@@ -6,17 +6,14 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.stages.tune import _write, summary, sweep_table
-from pipeline.stages.tune_space import Space
+from pipeline.sweeps.trials import Sweep, Trial
 
 OBJECTIVE = "eval/linear_top1_heldout"
 
 
-def space_of(*settings):
-    return Space((), settings, (), {}, "tune.space=test")
-
-
-def trial(point, objective, **more):
-    return {**point, "point": point, OBJECTIVE: objective, **more}
+def trial(number, point, objective, reason="", **more):
+    state = "failed" if reason else "finished"
+    return Trial(number, "search", point, 0, state, None if reason else objective, reason, **more)
 
 
 class Recorder:
@@ -40,14 +37,14 @@ class Recorder:
 def test_results_of_any_values_and_a_failed_trial_are_written(tmp_path, values):
     recipe = load("small", [f"out={tmp_path}/o"])
     trials = [
-        trial({"mask.ratio": 0.5 + i / 10, "x.y": v}, 30.0 - i, images=100, mlflow_run="r", **{"cost/flops": 5e9})
+        trial(i, {"mask.ratio": 0.5 + i / 10, "x.y": v}, 30.0 - i, metrics={"images": 100}, cost={"cost/flops": 5e9})
         for i, v in enumerate(values)
     ]
-    trials.append(trial({"mask.ratio": 0.9, "x.y": values[0]}, float("nan"), error="ValueError: a | b"))
-    space = space_of("mask.ratio", "x.y")
+    trials.append(trial(9, {"mask.ratio": 0.9, "x.y": values[0]}, None, "ValueError: a | b"))
+    sweep = Sweep(OBJECTIVE, ["mask.ratio", "x.y"], trials)
     tracker = Recorder()
     # best.yaml needs settings that exist: x.y does not
-    result = _write(recipe, SimpleNamespace(path=tmp_path), trials, space, OBJECTIVE, tracker)
+    result = _write(recipe, SimpleNamespace(path=tmp_path), sweep, tracker)
     assert result["best_recipe"] == "not written" and result["verdict"] == "unknown"
     assert result["best"] == {"mask.ratio": 0.5, "x.y": values[0]}
     assert {"trials.csv", "report.md", "sweep.png"} <= set(tracker.files)
@@ -60,9 +57,9 @@ def test_results_of_any_values_and_a_failed_trial_are_written(tmp_path, values):
 
 def test_the_best_trial_of_a_search_becomes_the_recipe(tmp_path):
     recipe = load("small", [f"out={tmp_path}/o"])
-    trials = [trial({"mask.ratio": 0.61}, 30.0, images=100), trial({"mask.ratio": 0.5}, 20.0, images=100)]
-    place = SimpleNamespace(path=tmp_path)
-    result = _write(recipe, place, trials, space_of("mask.ratio"), OBJECTIVE, Recorder())
+    trials = [trial(1, {"mask.ratio": 0.61}, 30.0), trial(2, {"mask.ratio": 0.5}, 20.0)]
+    sweep = Sweep(OBJECTIVE, ["mask.ratio"], trials)
+    result = _write(recipe, SimpleNamespace(path=tmp_path), sweep, Recorder())
     found = load(result["best_recipe"])
     assert (found.mask.ratio, found.name) == (0.61, "small-tuned")
     assert "# The noise was not measured" in (tmp_path / "best.yaml").read_text()

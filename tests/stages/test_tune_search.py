@@ -7,7 +7,7 @@ import pytest
 import tiny_shards
 from stage_calls import run_stage
 
-from pipeline.config.load import load
+from pipeline.config.load import load, with_overrides
 from pipeline.stages import tune
 from pipeline.stages.tune_plan import planned_points
 from pipeline.stages.tune_space import read_space
@@ -15,6 +15,7 @@ from pipeline.stages.tune_space import read_space
 TINY = [
     *("encoder.width=32", "encoder.depth=2", "encoder.heads=2", "decoder.width=16", "decoder.heads=2"),
     *("target.taps={3: 1, 4: 2}", "train.batch=10", "train.warmup_epochs=0", "tune.epochs=1"),
+    *("tune.recipe_seeds=0", "tune.finalists=0"),
     *("evaluate.probe_strengths=[0.1]", "tracking.system_metrics=false"),
 ]
 SPACE = """
@@ -51,7 +52,11 @@ def test_trials_train_at_the_points_of_the_space(ray_local, tmp_path, search, tr
     with open(found["table"], newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["train.lr"]) for row in rows] == [point["train.lr"] for point in points]
+    assert sorted(trial["number"] for trial in found["trials"]) == list(range(1, trials + 1))
     best = load(found["best_recipe"])
     assert best.train.lr == points[0]["train.lr"] and list(best.train.betas) == points[0]["train.betas"]
     assert best.target.kind == points[0]["target.kind"]
     assert run_stage(tune, recipe, ray_local)["state"] == "finished already"
+    more = run_stage(tune, with_overrides(recipe, {"tune.trials": trials + 1}), ray_local)
+    assert more["state"] == f"continued, {trials} trials were done" and len(more["trials"]) == trials + 1
+    assert [trial for trial in more["trials"] if trial["number"] <= trials] == found["trials"]
