@@ -86,12 +86,12 @@ class Tune(Section):
         3,
         "Trials of the recipe's own settings with different seeds, which measure the noise of a trial.",
         ge=0,
-        added=True,
+        identity=(),
     )
     finalists: int = setting(
-        2, "Number of the best points that are run again with fresh seeds, which decide.", ge=0, added=True
+        2, "Number of the best points that are run again with fresh seeds, which decide.", ge=0, identity=()
     )
-    fresh_seeds: Positive = setting(3, "Fresh seeds of each finalist.", added=True)
+    fresh_seeds: Positive = setting(3, "Fresh seeds of each finalist.", identity=())
     search: Literal["optuna", "random"] = setting(
         "optuna",
         "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random. Of a grid, all points are tried.",

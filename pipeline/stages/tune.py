@@ -87,7 +87,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     shards, space = checked.shards, checked.space
     check_room(recipe, session, 1)
     objective = PROBE if shards.classes is not None else RANK
-    decisive = {key: value for key, value in identity(recipe, "tune").items() if key not in MORE}
+    decisive = identity(recipe, "tune")
+    del decisive["tune.trials"]  # it may be raised: the sweep goes on
     same = {**decisive, "space": space.record(), "shards": shards.fingerprint}
     with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
         plan = _plan(recipe, space, folder)
