@@ -86,7 +86,7 @@ def test_interrupt_ends_the_private_ray() -> None:
         assert process.stdout
         children = children_of(process.stdout.readline())
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) != 0
+        assert process.wait(120) != 0  # 5 s on idle cores, more than 30 beside tests that keep both busy
     assert_gone(children)
 
 

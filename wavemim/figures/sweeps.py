@@ -178,7 +178,9 @@ def _log_axis(axis: Any) -> None:
     """A logarithmic x axis with numbers in full; with 3 between the powers of ten if it is short."""
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high / low < 100 else (1.0,), numticks=9))
+    within = (1.0, 3.0) if high / low < 100 else (1.0,)
+    # A range below a power of ten may hold no tick of a logarithmic locator.
+    axis.xaxis.set_major_locator(MaxNLocator(4) if high / low < 10 else LogLocator(subs=within, numticks=9))
     axis.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:g}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-"))
     )
