@@ -13,6 +13,7 @@ import yaml
 from real_commands import start
 
 from pipeline.config.load import load
+from pipeline.shards.shard_set import ShardSet
 from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.trials import point_key
 from pipeline.tracking.tracker import store_uri
@@ -72,7 +73,7 @@ def test_a_killed_worker_costs_a_retry_and_a_killed_driver_nothing_that_was_fini
     trials = after.trials()
     assert [trial.state for trial in trials] == ["finished"] * 7
     assert len({(point_key(trial.point), trial.seed) for trial in trials}) == 7
-    images = 60 * 24
+    images = 60 * ShardSet.open(recipe.shards_at).rows["train"]
     assert {trial.metrics["images"] for trial in trials} == {images}
     assert json.loads((path.parent / "result.json").read_text())["verdict"]
 
