@@ -138,7 +138,7 @@ class TapDecoder(nn.Module):
         super().__init__()
         assert tokens % positions == 0, (tokens, positions)
         check_decoder_depth(depth, drops=drops)
-        self.tokens, self.prefix, self.positions, self.pool = tokens, prefix, positions, tokens // positions
+        self.tokens, self.prefix, self.pool = tokens, prefix, tokens // positions
         self.depth, self.drops, self.attention = depth, drops, attention
         self.norm_in = nn.Identity() if normalised else LayerNorm(encoder_width)
         self.trunk: Trunk | None = None
@@ -174,7 +174,7 @@ class TapDecoder(nn.Module):
         Returns:
             (B, S, D), or (B, P², D) without an index.
         """
-        return self.read(self.features(tokens, visible, index, trunk), index, trunk)
+        return self.read(self, self.features(tokens, visible, index, trunk), index, trunk)
 
     def features(
         self,
@@ -204,21 +204,18 @@ class TapDecoder(nn.Module):
         return trunk(self._placed(tokens, None))[:, self.prefix :]
 
     def read(
-        self, features: torch.Tensor, index: torch.Tensor | None = None, trunk: Trunk | None = None
+        self,
+        head: TapDecoder | TapHead,
+        features: torch.Tensor,
+        index: torch.Tensor | None = None,
+        trunk: Trunk | None = None,
     ) -> torch.Tensor:
-        """Map `features` to values (B, S or P², D)."""
-        return self.head(self.normed(self.at_positions(features, index, self.pool), trunk))
-
-    def at_positions(self, features: torch.Tensor, index: torch.Tensor | None, pool: int) -> torch.Tensor:
-        """Features at the positions of a tap whose cells have `pool` tokens per side: (B, S or P², W)."""
-        if self.depth and (self.attention == "cross" or (self.drops and index is not None)):
-            return features  # of queries, which were made for positions
-        return _chosen(_pooled(features, self.tokens, pool), index)
-
-    def normed(self, features: torch.Tensor, trunk: Trunk | None = None) -> torch.Tensor:
-        """Features after the final norm of the blocks, if there are blocks."""
+        """Map `features` to the values of a tap (B, S or P², D): with the head of this decoder, or of one that shares it."""
+        if not self.depth or not (self.attention == "cross" or (self.drops and index is not None)):
+            # of all tokens; otherwise of queries, which were made for positions
+            features = _chosen(_pooled(features, self.tokens, head.pool), index)
         trunk = self.trunk if trunk is None else trunk
-        return features if self.depth == 0 or trunk is None else trunk.norm(features)
+        return head.head(features if self.depth == 0 or trunk is None else trunk.norm(features))
 
     def _placed(self, tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         """Tokens (B, R + V or R + G², W) plus their positions; zero for the prefix."""
@@ -258,16 +255,10 @@ class TapHead(nn.Module):
         """
         super().__init__()
         assert decoder.tokens % positions == 0, (decoder.tokens, positions)
-        self.positions, self.pool = positions, decoder.tokens // positions
+        self.pool = decoder.tokens // positions
         self.head = nn.Linear(decoder.head.in_features, values)
         if decoder.depth:
             xavier(self.head)
-
-    def read(
-        self, decoder: TapDecoder, features: torch.Tensor, index: torch.Tensor | None, trunk: Trunk | None
-    ) -> torch.Tensor:
-        """Map the features of `decoder` to values (B, S or P², D)."""
-        return self.head(decoder.normed(decoder.at_positions(features, index, self.pool), trunk))
 
 
 def _pooled(tokens: torch.Tensor, side: int, pool: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ Legend: T taps, in the order of the model's levels, from fine to coarse.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -65,7 +65,8 @@ class LevelWeights(nn.Module):
         """Return the scheduled weights (T,) at `progress`, the fraction of training that is done."""
         given = self.get_buffer("given")
         if self.tilt is not None:
-            given = given * (self.get_buffer("log_share") * _between(self.tilt, progress)).softmax(0)
+            done, tilts = zip(*self.tilt, strict=True)
+            given = given * (self.get_buffer("log_share") * float(np.interp(progress, done, tilts))).softmax(0)
         if self.kind in ("fixed", "learned"):
             return given
         return given * (progress * len(given) - self.get_buffer("turn") + 1).clamp(0, 1)
@@ -90,12 +91,3 @@ class LevelWeights(nn.Module):
         if self.kind == "learned":
             losses = ((-self.log_variance).exp() * losses + self.log_variance * share) / 2
         return (losses * scheduled).sum()
-
-
-def _between(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate linearly between points (x, y) in ascending order; constant outside."""
-    after = bisect.bisect_right([point[0] for point in points], x)
-    if after in (0, len(points)):
-        return points[max(after - 1, 0)][1]
-    (x0, y0), (x1, y1) = points[after - 1], points[after]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)

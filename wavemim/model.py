@@ -169,13 +169,10 @@ class MaskedImageModel(nn.Module):
         for tap in self.target.taps:
             at, leader = index.get(tap.level), self.leaders[tap.level]
             decoder, head = self._decoder(leader), self.decoders[str(tap.level)]
+            assert isinstance(head, TapDecoder | TapHead)
             if leader not in features:
                 features[leader] = decoder.features(tokens[tap.block], visible, at, self.trunk)
-            found[tap.level] = (
-                head.read(decoder, features[leader], at, self.trunk)
-                if isinstance(head, TapHead)
-                else decoder.read(features[leader], at, self.trunk)
-            )
+            found[tap.level] = decoder.read(head, features[leader], at, self.trunk)
         return found
 
     def _everywhere(self, level: int, mask: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,11 @@ def _tilt(value: Any) -> Any:
     """A tilt, or a schedule of tilts as floats by floats."""
     if isinstance(value, str):
         value = number_like(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= 4:  # NaN is refused too
-        raise ValueError("must be from -4 to 4")
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+    if value is None:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) <= 4:  # NaN is refused too
+            raise ValueError("must be from -4 to 4")
         return value
     if not isinstance(value, dict) or not value:
         raise ValueError("must be a number, or {share of training: tilt} such as {0: 0, 1: 1}")

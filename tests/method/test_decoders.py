@@ -310,7 +310,8 @@ def test_a_shared_trunk_is_stored_once(tmp_path):
     for decoder, output in zip(copy.deepcopy(taps).decoders, expected, strict=True):
         with pytest.raises(AssertionError, match="shared trunk"):
             decoder(tokens, visible)
-        alone = make(positions=decoder.positions)  # a decoder of its own with the same weights is the same function
+        # a decoder of its own with the same weights is the same function
+        alone = make(positions=decoder.tokens // decoder.pool)
         alone.load_state_dict(decoder.state_dict() | taps.trunk.state_dict(prefix="trunk."))
         torch.testing.assert_close(alone(tokens, visible), output)
 
