@@ -96,10 +96,55 @@ class Tune(Section):
         "optuna",
         "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random. Of a grid, all points are tried.",
     )
+    scheduler: Literal["none", "asha"] = setting(
+        "none",
+        "Whether trials of the search are stopped early. asha: by asynchronous successive halving of the objective at the "
+        "rungs, which compares trials after equal shares of their length. Seeds of the recipe and finalists always run to "
+        "their end.",
+        added=True,
+    )
+    rungs: Positive = setting(
+        4,
+        "Measurements of the objective per trial, evenly spaced over its training, the one at the end included; a further one "
+        "is that of the untrained encoder. 1: only at the end. Those before the end use fewer images where that is needed to "
+        "keep them cheap.",
+        added=True,
+    )
+    reduction: float = setting(
+        2,
+        "asha: the reduction factor f. At the rungs 1, f, f², … only trials among the best 1/f of those seen there go on.",
+        gt=1,
+        added=True,
+    )
+    cost: Literal["flops", "seconds", "gpu_hours"] | None = setting(
+        None,
+        "Cost of a trial as a second objective: Optuna then looks for points of high accuracy and low cost, and the report has "
+        "the Pareto front. null: accuracy alone.",
+        added=True,
+    )
     epochs: float = setting(5, "Epochs per trial.", gt=0)
+    images: Positive | None = setting(
+        None,
+        "Budget: images that all trials together are trained on, each epoch counted. Once the trials that are still to come "
+        "(seeds of the recipe, finalists) would need the rest, no new point is searched. null: no limit.",
+        identity=(),
+    )
+    hours: Annotated[float, Field(gt=0)] | None = setting(
+        None, "Budget: wall-clock hours of the sweep, counted over all its calls, as tune.images. null: no limit.", identity=()
+    )
+    gpu_hours: Annotated[float, Field(gt=0)] | None = setting(
+        None, "Budget: GPU-hours of all trials together, as tune.images. null: no limit.", identity=()
+    )
     max_images: Positive = setting(10_000, "Largest number of train images that the probe of a trial is fitted to.")
     concurrent: Positive | None = setting(
         None, "Number of trials that run at the same time. null: one per free GPU or CPU.", operational=True
+    )
+    gpus_per_trial: float = setting(
+        1,
+        "GPUs that a trial reserves, at most 1: 0.25 lets four trials share a GPU and its memory. Without effect on CPUs.",
+        gt=0,
+        le=1,
+        operational=True,
     )
 
 

@@ -272,7 +272,14 @@ class TrainingMeter:
     """
 
     def __init__(
-        self, device: torch.device, *, world: int, rank: int, cores: float, before: Iterable[Spent | None]
+        self,
+        device: torch.device,
+        *,
+        world: int,
+        rank: int,
+        cores: float,
+        before: Iterable[Spent | None],
+        gpu_share: float = 1.0,
     ) -> None:
         """
         Args:
@@ -281,8 +288,9 @@ class TrainingMeter:
             rank: Of this worker.
             cores: CPUs per worker.
             before: What earlier attempts have spent, as recorded in several places; the latest counts.
+            gpu_share: Of its GPU that a worker has.
         """
-        gpus = float(device.type == "cuda")
+        gpus = gpu_share * (device.type == "cuda")
         known = [spent for spent in before if spent is not None]
         last = max(known, key=lambda spent: spent.wall_clock_s, default=Spent())
         self._meter = Meter(cores=world * cores, gpus=world * gpus, before=last)

@@ -9,6 +9,8 @@ from pipeline.config.recipe import Recipe
 from pipeline.stages.tune_distributions import RandomTrial
 from pipeline.stages.tune_plan import optuna_sampler
 from pipeline.stages.tune_space import Space
+from pipeline.sweeps.ledger import Ended
+from pipeline.sweeps.pareto import COST_METRICS
 from pipeline.sweeps.plan import Draws
 
 _MISSING = object()
@@ -61,7 +63,7 @@ class _Listed:
     def restore(self, number: int, drawn: Mapping[str, Any]) -> None:
         self._next += 1
 
-    def tell(self, number: int, objective: float | None) -> None:
+    def tell(self, number: int, ended: Ended | None) -> None:
         """Results guide nothing."""
 
 
@@ -72,7 +74,9 @@ class _Optuna:
         import optuna
 
         self._recipe, self._space = recipe, space
-        self._study = optuna.create_study(direction="maximize", sampler=optuna_sampler(recipe))
+        self._cost = None if recipe.tune.cost is None else COST_METRICS[recipe.tune.cost]
+        directions = ["maximize"] if self._cost is None else ["maximize", "minimize"]
+        self._study = optuna.create_study(directions=directions, sampler=optuna_sampler(recipe))
         self._numbers: dict[int, int] = {}  # ours -> Optuna's
 
     def draw(self, number: int) -> Drawn | None:
@@ -96,8 +100,26 @@ class _Optuna:
         # Another seed: the same one would draw the first points again.
         self._study.sampler = optuna_sampler(self._recipe.model_copy(update={"seed": self._recipe.seed + number}))
 
-    def tell(self, number: int, objective: float | None) -> None:
-        from optuna.trial import TrialState
+    def tell(self, number: int, ended: Ended | None) -> None:
+        """A trial that was stopped early is pruned: the estimator ranks it by how far it came, below those that finished."""
+        from optuna.trial import Trial, TrialState
 
-        state = TrialState.FAIL if objective is None else TrialState.COMPLETE
-        self._study.tell(self._numbers[number], objective, state=state)
+        ours = self._numbers[number]
+        values = self._values(ended)
+        if values is not None:
+            self._study.tell(ours, values)
+        elif ended is not None and ended.state == "stopped" and ended.curve and self._cost is None:
+            trial = Trial(self._study, self._study.get_trials(deepcopy=False)[ours]._trial_id)
+            for images, objective in ended.curve:
+                trial.report(objective, images)
+            self._study.tell(ours, state=TrialState.PRUNED)
+        else:
+            self._study.tell(ours, state=TrialState.FAIL)
+
+    def _values(self, ended: Ended | None) -> list[float] | None:
+        """The objectives of a finished trial."""
+        if ended is None or ended.state != "finished" or ended.objective is None:
+            return None
+        if self._cost is None:
+            return [ended.objective]
+        return [ended.objective, ended.cost[self._cost]] if self._cost in ended.cost else None

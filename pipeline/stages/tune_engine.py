@@ -7,18 +7,18 @@ known by the ledger alone: a new call does not restore Ray's experiment, it goes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray.tune
 from ray.tune.search import Searcher
 
+from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG, Rungs
 from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.plan import Plan
 
 FAILED = "failed"  # in a trial's last result: why it failed, in one line
 CURVE = "curve"  # in a trial's last result: [(images, objective)]
-NUMBER = "number"
 _LOST = "its process or node was lost too often"
 
 
@@ -26,6 +26,7 @@ def run_plan(
     plan: Plan,
     trial: Callable[..., None],
     *,
+    scheduler: Rungs,
     objective: str,
     resources: Mapping[str, float],
     concurrent: int,
@@ -37,7 +38,9 @@ def run_plan(
 
     Args:
         plan: The plan.
-        trial: A trial: a function of its configuration, with `number`, `role`, `point` and `seed`. It reports once, at its end.
+        trial: A trial: a function of its configuration, with `number`, `role`, `point` and `seed`. It reports the objective at
+            each of its rungs, and its results at its end.
+        scheduler: Takes what trials report at rungs.
         objective: Name of the metric that is the objective.
         resources: What Ray reserves for a trial.
         concurrent: Trials at the same time.
@@ -48,11 +51,12 @@ def run_plan(
     Raises:
         KeyboardInterrupt: The sweep was interrupted; the same plan goes on.
     """
-    searcher = _Planned(plan, objective, on_end)
+    searcher = _Planned(plan, scheduler, objective, on_end)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trial, dict(resources)),
         tune_config=ray.tune.TuneConfig(
             search_alg=searcher,
+            scheduler=scheduler,
             num_samples=-1,  # until the plan is done
             max_concurrent_trials=concurrent,
             reuse_actors=True,  # a new process takes many seconds to import what a trial needs
@@ -72,9 +76,9 @@ def run_plan(
 class _Planned(Searcher):
     """Asks the plan for trials, and tells it what became of them."""
 
-    def __init__(self, plan: Plan, objective: str, on_end: Callable[[Ended], None]) -> None:
+    def __init__(self, plan: Plan, scheduler: Rungs, objective: str, on_end: Callable[[Ended], None]) -> None:
         super().__init__(metric=objective, mode="max")
-        self._plan, self._objective, self._on_end = plan, objective, on_end
+        self._plan, self._scheduler, self._objective, self._on_end = plan, scheduler, objective, on_end
         self._numbers: dict[str, int] = {}  # Ray's trial -> ours
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,16 +94,29 @@ class _Planned(Searcher):
         return {NUMBER: begun.number, "role": begun.role, "point": dict(begun.point), "seed": begun.seed}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Trials report once, at their end."""
+        """The scheduler takes what trials report before their end."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """A trial has ended, or its process was lost too often."""
-        ended = ended_of(self._numbers.pop(trial_id), result or {}, self._objective, error=error)
+        """A trial has ended, was stopped, or its process was lost too often."""
+        number = self._numbers.pop(trial_id)
+        curve, stopped = self._plan.ledger.curve(number), self._scheduler.reason(number)
+        ended = ended_of(number, result or {}, self._objective, error=error, stopped=stopped, curve=curve)
+        if ended is None:
+            self._plan.release(number)
+            return
         self._plan.end(ended)
         self._on_end(ended)
 
 
-def ended_of(number: int, result: Mapping[str, Any], objective: str, *, error: bool) -> Ended:
+def ended_of(
+    number: int,
+    result: Mapping[str, Any],
+    objective: str,
+    *,
+    error: bool,
+    stopped: str = "",
+    curve: Sequence[tuple[int, float]] = (),
+) -> Ended | None:
     """How a trial ended, from the last result that it reported.
 
     Args:
@@ -107,14 +124,22 @@ def ended_of(number: int, result: Mapping[str, Any], objective: str, *, error: b
         result: The result; empty if there is none.
         objective: Name of the objective.
         error: Whether Ray gave it up.
+        stopped: Why a scheduler stopped it; "" if it did not.
+        curve: (images seen, objective) during its training.
+
+    Returns:
+        How it ended; None if it was interrupted at a rung: it then is to begin again.
     """
-    names = ("eval/", "train/loss_level")
+    names = ("eval/", "train/loss_level", "perf/probe_share")
+    at_rung = RUNG in result
     metrics = {name: value for name, value in result.items() if name.startswith(names) and name != objective}
-    metrics |= {name: result[name] for name in ("images", "mlflow_run") if name in result}
+    metrics |= {name: result[name] for name in (IMAGES, "mlflow_run") if name in result}
     cost = {name: float(value) for name, value in result.items() if name.startswith("cost/")}
-    curve = tuple((int(images), float(value)) for images, value in result.get(CURVE, ()))
+    curve = (*curve, *((int(images), float(value)) for images, value in result.get(CURVE, ())))
     reason = str(result.get(FAILED, "")) or (_LOST if error else "")
     value = float(result.get(objective, math.nan))
+    if not reason and at_rung:
+        return Ended(number, "stopped", curve[-1][1], stopped, curve, cost, metrics) if stopped else None
     if not reason and not math.isfinite(value):
         reason = f"{objective} is not a finite number"
     if reason:

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.tune
 import torch
+from torch import nn
 
 from pipeline.checkpoints.writer import Keeper
 from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.evaluation.features import features_of
-from pipeline.models.build import build_inputs
+from pipeline.models.build import build_inputs, build_model
 from pipeline.runtime.usage import Meter, spent_in
 from pipeline.shards.batches import split_bytes
 from pipeline.shards.errors import UnreadableError
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes
-from pipeline.stages.tune_engine import CURVE, FAILED, NUMBER
+from pipeline.stages.tune_engine import CURVE, FAILED
+from pipeline.stages.tune_rungs import CHECKPOINTS, Rungs, tracked
+from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
+from pipeline.sweeps.ledger import Measured
 from pipeline.sweeps.trials import trial_name
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.pretrain_loop import Trained, train
-from wavemim.evaluation.metrics import rankme
+from pipeline.training.schedule import TrainSchedule
+from wavemim.evaluation.metrics import Accuracy, rankme
 from wavemim.evaluation.probes import held_out, linear_probe
 from wavemim.flops import forward_flops
 from wavemim.weights import checkpoint
 
 PROBE, RANK = "eval/linear_top1_heldout", "eval/rankme"
-CHECKPOINTS = "checkpoints"  # in a trial's folder while it trains
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class TrialTask:
         logs: Folder with a folder for each trial.
         searched: Dotted keys of the searched settings.
         use_gpu: Whether a trial has a GPU.
+        gpu_share: The share of it that the trial has.
+        rung_images: Images of a measurement before a trial's end.
     """
 
     settings: Mapping[str, Any]
@@ -55,6 +63,8 @@ class TrialTask:
     logs: str
     searched: Sequence[str]
     use_gpu: bool
+    gpu_share: float
+    rung_images: int
 
 
 def folder_of(logs: Path, number: int) -> Path:
@@ -63,7 +73,8 @@ def folder_of(logs: Path, number: int) -> Path:
 
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
-    """One trial, in this process; `config` is of the engine. It reports once: its results, or why it failed.
+    """One trial, in this process; `config` is of the engine. It reports the objective at its rungs, and at its
+    end its results, or why it failed.
 
     What a repetition may mend (a shard that cannot be read, a disk) is raised, so that Ray begins the trial again.
     """
@@ -92,7 +103,7 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
     device = torch.device("cuda" if task.use_gpu else "cpu")
     folder = folder_of(Path(task.logs), config[NUMBER])
     varied = {"role": config["role"], "seed": config["seed"], **config["point"]}
-    with Tracker.start(
+    started = Tracker.start(
         recipe,
         "trial",
         parent=task.parent,
@@ -100,10 +111,12 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
         params={key: value for key, value in varied.items() if value is not None},
         log_dir=folder,
         tags={"wavemim.shards": shards.fingerprint},
-    ) as tracker:
+    )
+    with tracked(started, folder) as tracker:
         try:
-            trained = _train(recipe, shards, device, folder, tracker)
-            measured = _measure(recipe, shards, device, folder, trained, task)
+            rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task)
+            trained = _train(recipe, shards, device, folder, tracker, task, rungs)
+            measured = _measure(recipe, shards, device, folder, trained, task, rungs)
         except Exception as error:
             tracker.tag("wavemim.reason", reason_of(error))
             raise
@@ -115,7 +128,51 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
         return {**measured, **final, **ended}
 
 
-def _train(recipe: Recipe, shards: ShardSet, device: torch.device, folder: Path, tracker: Tracker) -> Trained:
+def _rungs(
+    recipe: Recipe,
+    shards: ShardSet,
+    device: torch.device,
+    folder: Path,
+    number: int,
+    tracker: Tracker,
+    task: TrialTask,
+) -> Rungs:
+    """Measurements during training: of the same images in all trials, with one strength of the probe."""
+
+    def measure(model: nn.Module) -> float:
+        features, labels = _features(model, recipe, shards, device, task.rung_images)
+        if task.objective != PROBE:
+            return float(rankme(features))
+        strengths = sorted(recipe.evaluate.probe_strengths)
+        return _probe(features, labels, task, strengths[(len(strengths) - 1) // 2 :][:1]).top1
+
+    def report(measured: Measured) -> None:
+        tracker.log({task.objective: measured.objective}, measured.images)
+        known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
+        ray.tune.report({**known, "mlflow_run": tracker.handle.run_id, **spent_in(folder).metrics()})
+
+    resume = checkpoint.latest(folder / CHECKPOINTS)
+    return Rungs(
+        folder,
+        number,
+        rungs=recipe.tune.rungs,
+        total_steps=TrainSchedule.of(recipe, shards.rows["train"], 1).total_steps,
+        step=0 if resume is None else int(checkpoint.read_state(resume)["step"]),
+        model=build_model(recipe, shards, start=resume is None).to(device),
+        measure=measure,
+        report=report,
+    )
+
+
+def _train(
+    recipe: Recipe,
+    shards: ShardSet,
+    device: torch.device,
+    folder: Path,
+    tracker: Tracker,
+    task: TrialTask,
+    rungs: Rungs,
+) -> Trained:
     """Pretrain, from the trial's last checkpoint on if it was interrupted."""
     saved = folder / CHECKPOINTS
     saved.mkdir(parents=True, exist_ok=True)
@@ -125,6 +182,7 @@ def _train(recipe: Recipe, shards: ShardSet, device: torch.device, folder: Path,
         tracker.log(metrics, images)
 
     def save(saver: checkpoint.Saver, state: dict[str, Any]) -> None:
+        rungs.at_checkpoint(saver, state)
         keeper.save(saver)
 
     try:
@@ -136,39 +194,60 @@ def _train(recipe: Recipe, shards: ShardSet, device: torch.device, folder: Path,
             spent=spent_in(folder),
             on_log=log,
             on_checkpoint=save,
+            coordinator=rungs,
+            gpu_share=task.gpu_share,
         )
     finally:
         keeper.wait()
 
 
-def _measure(
-    recipe: Recipe, shards: ShardSet, device: torch.device, folder: Path, trained: Trained, task: TrialTask
-) -> dict[str, float]:
-    """Features of train images and what is measured of them; what this costs is added to the trial's cost."""
-    cores, gpus = recipe.cluster.cpus_per_worker, float(task.use_gpu)
-    meter = Meter(cores=cores, gpus=gpus, before=spent_in(folder))
-    features, labels = features_of(
-        trained.model.encoder.model.eval(),
+def _features(
+    model: nn.Module, recipe: Recipe, shards: ShardSet, device: torch.device, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, F) and labels (n,) of train images, n at most `most`."""
+    return features_of(
+        model.encoder.model.eval(),  # type: ignore[union-attr]
         build_inputs(shards).to(device),
         shards,
         "train",
         window=recipe.encoder.image_size,
         batch=recipe.evaluate.batch,
-        max_rows=recipe.tune.max_images,
+        max_rows=most,
     )
+
+
+def _probe(features: np.ndarray, labels: np.ndarray, task: TrialTask, strengths: Sequence[float]) -> Accuracy:
+    """Accuracy on held-out images: the same for all trials, whatever their seed. What differs between seeds is training."""
+    seed = int(task.settings["seed"])
+    out = held_out(len(labels), seed)
+    train, test = (features[~out], labels[~out]), (features[out], labels[out])
+    return linear_probe(train, test, strengths=strengths, seed=seed)[0]
+
+
+def _measure(
+    recipe: Recipe,
+    shards: ShardSet,
+    device: torch.device,
+    folder: Path,
+    trained: Trained,
+    task: TrialTask,
+    rungs: Rungs,
+) -> dict[str, float]:
+    """What is measured at the end. The cost of this, and of the features at rungs, is added to the trial's cost."""
+    cores, gpus = recipe.cluster.cpus_per_worker, task.gpu_share * task.use_gpu
+    meter = Meter(cores=cores, gpus=gpus, before=spent_in(folder))
+    began = time.perf_counter()
+    features, labels = _features(trained.model, recipe, shards, device, recipe.tune.max_images)
     measured = {RANK: rankme(features)}
     if task.objective == PROBE:
-        # The same images for all trials, whatever their seed: what differs between seeds is training.
-        seed = int(task.settings["seed"])
-        out = held_out(len(labels), seed)
-        probe, _ = linear_probe(
-            (features[~out], labels[~out]),
-            (features[out], labels[out]),
-            strengths=recipe.evaluate.probe_strengths[:1] if len(labels) < 100 else recipe.evaluate.probe_strengths,
-            seed=seed,
-        )
+        strengths = recipe.evaluate.probe_strengths
+        probe = _probe(features, labels, task, strengths[:1] if len(labels) < 100 else strengths)
         measured |= {PROBE: probe.top1, f"{PROBE}_low": probe.low, f"{PROBE}_high": probe.high}
     flops = forward_flops(trained.model.encoder.model, shards.channels, recipe.encoder.image_size)
+    more = rungs.count * task.rung_images
     read = split_bytes(shards, "train", recipe.tune.max_images)
-    meter.add(images=len(labels), flops=flops * len(labels), bytes_read=read)
-    return measured | meter.read().metrics()
+    read += rungs.count * split_bytes(shards, "train", task.rung_images)
+    meter.add(images=len(labels) + more, flops=flops * (len(labels) + more), bytes_read=read)
+    spent = meter.read()
+    seconds = rungs.seconds + time.perf_counter() - began
+    return measured | {"perf/probe_share": seconds / max(spent.wall_clock_s, 1e-9)} | spent.metrics()

@@ -1,4 +1,4 @@
-"""The ledger of a sweep: each trial as it begins and as it ends, one JSON line each, so that nothing that is done is lost."""
+"""The ledger of a sweep: each trial as it begins, measures and ends, one JSON line each, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ class Begun:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The objective of a trial during its training.
+
+    Attributes:
+        number: The trial's number.
+        rung: Number of the measurement, from 1 on; 0 is that of the untrained encoder.
+        images: Images seen.
+        objective: The objective, on the images of a rung, which may be fewer than at the end.
+    """
+
+    number: int
+    rung: int
+    images: int
+    objective: float
+
+
+@dataclass(frozen=True)
 class Ended:
     """How a trial ended. Attributes as those of `Trial`."""
 
@@ -45,6 +62,9 @@ class Ended:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
+_KINDS = {Begun: "begin", Measured: "rung", Ended: "end"}
+
+
 class Ledger:
     """Trials by number, in memory and in a file to which lines are only added."""
 
@@ -53,6 +73,7 @@ class Ledger:
         self.path = path
         self.begun: dict[int, Begun] = {}
         self.ended: dict[int, Ended] = {}
+        self.measured: dict[tuple[int, int], Measured] = {}  # by trial and rung, in the order that they came in
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
         for line in text.splitlines():
@@ -60,13 +81,15 @@ class Ledger:
                 entry = json.loads(line)
                 if "begin" in entry:
                     self._remember(Begun(**entry["begin"]))
+                elif "rung" in entry:
+                    self._remember(Measured(**entry["rung"]))
                 elif "end" in entry:
                     curve = tuple((int(images), float(value)) for images, value in entry["end"].pop("curve"))
                     self._remember(Ended(**entry["end"], curve=curve))
 
-    def add(self, entry: Begun | Ended) -> None:
+    def add(self, entry: Begun | Measured | Ended) -> None:
         """Add a line, which is on the disk when this returns."""
-        kind = "begin" if isinstance(entry, Begun) else "end"
+        kind = _KINDS[type(entry)]
         line = json.dumps({kind: asdict(entry)}, sort_keys=True, default=str)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if self._torn else "") + line + "\n")
@@ -88,8 +111,15 @@ class Ledger:
             )  # fmt: skip
         return found
 
-    def _remember(self, entry: Begun | Ended) -> None:
+    def curve(self, number: int) -> tuple[tuple[int, float], ...]:
+        """(images seen, objective) of a trial so far, without its end."""
+        found = sorted((one.images, one.objective) for one in self.measured.values() if one.number == number)
+        return tuple(found)
+
+    def _remember(self, entry: Begun | Measured | Ended) -> None:
         if isinstance(entry, Begun):
             self.begun[entry.number] = entry
+        elif isinstance(entry, Measured):
+            self.measured.setdefault((entry.number, entry.rung), entry)
         elif entry.number in self.begun:
             self.ended[entry.number] = entry

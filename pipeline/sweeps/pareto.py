@@ -1,17 +1,20 @@
-"""Objective against cost: which points no other one beats in both."""
+"""Objective against cost: which points no other one beats in both, and their table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.sweeps.trials import Sweep, Trial, point_key, trial_name
+from pipeline.runtime.formatting import scaled, table
+from pipeline.sweeps.trials import Sweep, Trial, point_key, short_names, short_value, trial_name
 
 COSTS = {  # in the order of preference: counted FLOPs do not depend on how busy the machine was
     "cost/flops": "counted FLOPs of a trial",
     "cost/gpu_hours": "GPU-hours of a trial",
     "cost/worker_hours": "CPU core-hours of a trial",
+    "cost/wall_clock_s": "seconds of a trial",
 }
+COST_METRICS = {"flops": "cost/flops", "seconds": "cost/wall_clock_s", "gpu_hours": "cost/gpu_hours"}  # tune.cost
 Point = tuple[float, float, str, str]  # cost, objective, label, role
 
 
@@ -24,7 +27,8 @@ def cost_points(sweep: Sweep) -> tuple[str, list[Point]]:
     Returns:
         The cost's name in words, and (cost, objective, label, role) of each point; no points if no cost is known.
     """
-    for key, words in COSTS.items():
+    chosen = COST_METRICS.get(sweep.cost or "")
+    for key, words in sorted(COSTS.items(), key=lambda item: item[0] != chosen):
         trials = [trial for trial in sweep.finished() if trial.cost.get(key, 0) > 0]
         if not trials:
             continue
@@ -59,3 +63,22 @@ def pareto_front(points: Sequence[Sequence[Any]]) -> list[int]:
         if last is None or value > last[1] or (cost, value) == last:
             front.append(index)
     return front
+
+
+def pareto_table(sweep: Sweep) -> str:
+    """The points of the Pareto front as a Markdown table, the cheapest first; "" if no cost is known."""
+    cost, points = cost_points(sweep)
+    settings = {trial_name(trial.number, {}): trial.point for trial in sweep.trials}
+    own = next((trial.point for trial in sweep.trials if trial.role == "recipe"), {})
+    names = short_names(list(sweep.settings))
+    rows = []
+    for index in pareto_front(points):
+        spent, value, label, _ = points[index]
+        point = own if label == "recipe" else settings[label]
+        values = (short_value(point[key]) if key in point else "" for key in sweep.settings)
+        amount = scaled(spent, 1000) if "FLOPs" in cost else f"{spent:.3g}"
+        rows.append((label, *values, amount, f"{value:.2f}"))
+    if not rows:
+        return ""
+    header = ("point", *(names[key] for key in sweep.settings), cost, sweep.objective.removeprefix("eval/"))
+    return table(header, rows)

@@ -8,11 +8,12 @@ so that it finds its own checkpoints, and the searcher is told what it had drawn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipeline.sweeps.ledger import Begun, Ended, Ledger
+from pipeline.sweeps.budget import Limits, fits
+from pipeline.sweeps.ledger import Begun, Ended, Ledger, Measured
 from pipeline.sweeps.trials import Trial, point_key
 
 
@@ -25,13 +26,13 @@ class Draws(Protocol):
     def restore(self, number: int, drawn: Mapping[str, Any]) -> None:
         """Remember a point that was drawn before an interruption."""
 
-    def tell(self, number: int, objective: float | None) -> None:
-        """Take the result of a point; None if it has none."""
+    def tell(self, number: int, ended: Ended | None) -> None:
+        """Take the result of a point, finished, stopped or failed; None if there is none."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many trials a sweep has.
+    """How many trials a sweep has, and what they may use.
 
     Attributes:
         trials: Points of the search. May be raised after a sweep has ended: it then goes on.
@@ -39,6 +40,8 @@ class Budget:
         finalists: Points of the search that are run again.
         fresh_seeds: Fresh seeds of each of them.
         same_reason: The sweep ends when so many trials in a row have failed for the same reason.
+        limits: Images and hours. When they are used up no new point is searched; what the recipe's seeds and the finalists
+            need is reserved, so that the sweep ends with an answer.
     """
 
     trials: int
@@ -46,12 +49,22 @@ class Budget:
     finalists: int = 2
     fresh_seeds: int = 3
     same_reason: int = 3
+    limits: Limits = field(default_factory=Limits)
 
 
 class Plan:
     """Hands out trials until the budget is used up."""
 
-    def __init__(self, ledger: Ledger, draws: Draws, budget: Budget, *, own: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        draws: Draws,
+        budget: Budget,
+        *,
+        own: Mapping[str, Any],
+        seed: int,
+        elapsed: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         """Make the plan, and restore the searcher from the ledger.
 
         Args:
@@ -60,14 +73,16 @@ class Plan:
             budget: How much is run.
             own: The recipe's own values of the searched settings.
             seed: The recipe's seed. The search uses it for all points, so that they differ in the point alone.
+            elapsed: Hours that the sweep has taken so far, over all its calls.
         """
+        self._elapsed = elapsed
         self.ledger, self.draws, self.budget, self.own, self.seed = ledger, draws, budget, dict(own), seed
         self._out: set[int] = set()  # handed out by this process, and not ended
         for number, begun in sorted(ledger.begun.items()):
             if begun.role == "search":
                 draws.restore(number, begun.drawn)
                 if number in ledger.ended:
-                    draws.tell(number, _value(ledger.ended[number]))
+                    draws.tell(number, ledger.ended[number])
         self._exhausted = False
 
     def next(self) -> Begun | None:
@@ -83,12 +98,21 @@ class Plan:
         self.ledger.add(new)
         return self._hand_out(new)
 
+    def measure(self, measured: Measured) -> None:
+        """A trial has measured the objective during its training. A rung counts once, also of a trial that was resumed."""
+        if (measured.number, measured.rung) not in self.ledger.measured:
+            self.ledger.add(measured)
+
     def end(self, ended: Ended) -> None:
         """A trial has ended."""
         self.ledger.add(ended)
         self._out.discard(ended.number)
         if self.ledger.begun[ended.number].role == "search":
-            self.draws.tell(ended.number, _value(ended))
+            self.draws.tell(ended.number, ended)
+
+    def release(self, number: int) -> None:
+        """A trial was interrupted: it begins again under its number."""
+        self._out.discard(number)
 
     @property
     def done(self) -> bool:
@@ -128,7 +152,19 @@ class Plan:
         return [begun for begun in self.ledger.begun.values() if begun.role == "search"]
 
     def _search_is_over(self) -> bool:
-        return self._exhausted or len(self._searched()) >= self.budget.trials
+        return self._exhausted or len(self._searched()) >= self.budget.trials or not self._affordable()
+
+    def _affordable(self) -> bool:
+        """Whether another point of the search is within the limits. What finalists have used has no influence: the search
+        does not begin again because they were cheaper than expected."""
+        if self.budget.limits == Limits():
+            return True
+        before = [begun for begun in self.ledger.begun.values() if begun.role != "finalist"]
+        ended = [self.ledger.ended[begun.number] for begun in before if begun.number in self.ledger.ended]
+        to_come = self.budget.recipe_seeds - sum(begun.role == "recipe" for begun in before)
+        to_come += self.budget.finalists * self.budget.fresh_seeds
+        running = len(before) - len(ended)
+        return fits(self.budget.limits, ended, running=running, to_come=to_come, elapsed=self._elapsed())
 
     def _of_search(self) -> Begun | None:
         """A new point. One that was drawn before is not run again: its result is told, and it counts as a trial."""
@@ -144,17 +180,13 @@ class Plan:
                 return new
             self.ledger.add(new)
             self.ledger.add(Ended(number, "stopped", reason=f"the same point and seed as #{earlier:02d}"))
-            self.draws.tell(number, self._value_of(earlier))
+            self.draws.tell(number, self.ledger.ended.get(earlier))
         return None
 
     def _run_before(self, new: Begun) -> int | None:
         """Number of the first trial with this point and seed."""
         same = (b.number for b in self.ledger.begun.values() if b.seed == new.seed and _same(b.point, new.point))
         return min(same, default=None)
-
-    def _value_of(self, number: int) -> float | None:
-        ended = self.ledger.ended.get(number)
-        return None if ended is None else _value(ended)
 
     def _of_finalists(self) -> Begun | None:
         """A finalist with a seed that it has not had; once all trials of the search have ended."""
@@ -178,10 +210,6 @@ class Plan:
             if not _same(trial.point, self.own):
                 found.setdefault(point_key(trial.point), trial.point)
         return list(found.values())[: self.budget.finalists]
-
-
-def _value(ended: Ended) -> float | None:
-    return ended.objective if ended.state == "finished" else None
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from pipeline.runtime.formatting import table
 from pipeline.runtime.usage import Spent, together
 from pipeline.sweeps.answer import Answer, Arm
 from pipeline.sweeps.importance import Importance
+from pipeline.sweeps.pareto import pareto_table
 from pipeline.sweeps.response import Responses
 from pipeline.sweeps.trials import Sweep, Trial, short_names, short_value
 
@@ -122,6 +123,12 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
                 "Means of fresh seeds. Intervals are of 95 %; those of the differences hold for all finalists together (Dunnett)."
             )
     parts += ["## Settings", _settings(curves, shares)]
+    if sweep.cost is not None and (front := pareto_table(sweep)):
+        parts += [
+            "## Pareto front",
+            front,
+            "No other point is at least as accurate and as cheap. Points with one seed are uncertain by the noise of a trial.",
+        ]
     counts = {state: sum(trial.state == state for trial in sweep.trials) for state in ("finished", "stopped", "failed")}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     parts += ["## Trials", f"{len(sweep.trials)} trials: {said}."]

@@ -66,6 +66,7 @@ class Sweep:
         question: The question of the search space.
         log: Searched settings that are drawn uniformly in their logarithm.
         relative: Level weights of which only the ratios matter, since the sweep varies those of all levels.
+        cost: The second objective as tune.cost names it; None: there is none.
     """
 
     objective: str
@@ -74,6 +75,7 @@ class Sweep:
     question: str = ""
     log: Collection[str] = ()
     relative: Sequence[str] = ()
+    cost: str | None = None
 
     @property
     def unit(self) -> str:

@@ -119,7 +119,8 @@ class Telemetry:
         device, rank, world = harness.device, harness.rank, harness.world
         self._device, self._state, self._schedule = device, state, schedule
         self.losses = LossMeter(len(parts), device, world, state.epoch_sums, state.window)
-        self.cost = TrainingMeter(device, world=world, rank=rank, cores=recipe.cluster.cpus_per_worker, before=spent)
+        cores, share = recipe.cluster.cpus_per_worker, harness.gpu_share
+        self.cost = TrainingMeter(device, world=world, rank=rank, cores=cores, gpu_share=share, before=spent)
         self.divergence = DivergenceWatch(
             parts, device, world, every=schedule.log_steps, max_skipped=recipe.train.max_skipped, section=section
         )

@@ -35,6 +35,7 @@ class Harness:
     coordinator: Coordinator | None = None  # when to save outside the schedule, and when to stop
     heartbeat: ReportActivity = lambda activity: None  # is told what the training thread begins
     spent: Spent | None = None  # the last record of what earlier attempts have cost
+    gpu_share: float = 1.0  # of a GPU that this worker shares with others
 
     def log(self, metrics: Mapping[str, float], images: int) -> None:
         """Report metrics after so many images; on rank 0 only. Empty metrics are not reported."""

@@ -1,0 +1,132 @@
+"""Measurements of the objective during a trial. What a trial has measured is in its folder, so that it is measured once."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline.config.load import with_overrides
+from pipeline.config.recipe import Recipe
+from pipeline.models.build import build_blank_model
+from pipeline.shards.shard_set import ShardSet
+from pipeline.stages.tune_check import changes
+from pipeline.storage.jsonl import JsonLines
+from pipeline.sweeps.ledger import Measured
+from pipeline.tracking.tracker import Tracker
+from wavemim.flops import cost_of
+from wavemim.weights import checkpoint
+
+STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
+CHECKPOINTS = "checkpoints"  # in a trial's folder while it trains
+_FILE = "rungs.jsonl"
+SHARE = 0.1  # of a trial's FLOPs that features for the rungs may take; the probe at the end comes on top
+FEWEST = 100  # images
+
+
+def rung_images(recipe: Recipe, shards: ShardSet) -> int:
+    """Images of a measurement before the end: so few that it is cheap, and the same for all trials of a sweep.
+
+    Args:
+        recipe: The settings of the sweep.
+        shards: The shard set.
+    """
+    import torch
+
+    rows = shards.rows["train"]
+    with torch.device("meta"):
+        cost = cost_of(build_blank_model(with_overrides(recipe, changes(recipe, {}))), recipe.mask.count)
+    training = recipe.tune.epochs * rows * cost.training_flops
+    cheap = int(SHARE * training / (recipe.tune.rungs * max(cost.encoder_flops, 1)))
+    return min(max(cheap, FEWEST), recipe.tune.max_images, rows)
+
+
+class Rungs:
+    """Measures the objective at the rungs of a trial; takes the place of a training loop's `Coordinator`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        *,
+        rungs: int,
+        total_steps: int,
+        step: int,
+        model: nn.Module,
+        measure: Callable[[nn.Module], float],
+        report: Callable[[Measured], None],
+    ) -> None:
+        """Report again what the trial measured before it was interrupted, and the model at its start if it was not.
+
+        Args:
+            folder: The trial's.
+            number: The trial's.
+            rungs: Measurements, the one at the end included, which is not made here.
+            total_steps: Steps of training.
+            step: Steps that are done.
+            model: A model as at the start of training, to which weights are copied for each measurement.
+            measure: Returns the objective of such a model.
+            report: Called with each measurement; it raises SystemExit where the trial is to end.
+        """
+        self._lines, self._number, self._step = JsonLines(folder / _FILE), number, step
+        self._model, self._measure, self._report = model, measure, report
+        self.seconds = 0.0  # that measurements have taken, those before an interruption included
+        self._due = {max(1, round(total_steps * rung / rungs)): rung for rung in range(1, rungs)}
+        self._due.pop(total_steps, None)
+        self._known: dict[int, Measured] = {}
+        for line, _ in self._lines.read(0):
+            self.seconds += line.pop("seconds")
+            self._known[line["rung"]] = Measured(**line)
+        for known in self._known.values():
+            self._report(known)
+        if 0 not in self._known and step == 0 and rungs > 1:
+            self._at(0, 0)
+
+    @property
+    def count(self) -> int:
+        """Measurements so far."""
+        return len(self._known)
+
+    def after_step(self) -> tuple[bool, bool]:
+        """Whether a checkpoint is due, before which `at_checkpoint` is to be called; never whether to stop."""
+        self._step += 1
+        return self._is_due(self._step), False
+
+    def at_checkpoint(self, saver: checkpoint.Saver, state: dict[str, Any]) -> None:
+        """Measure, if this is a rung that has not been measured."""
+        if self._is_due(state["step"]):
+            checkpoint.load_model(saver.snapshot(), self._model)
+            self._at(self._due[state["step"]], state["images"])
+
+    def _is_due(self, step: int) -> bool:
+        return step in self._due and self._due[step] not in self._known
+
+    def _at(self, rung: int, images: int) -> None:
+        began = time.perf_counter()
+        measured = Measured(self._number, rung, images, self._measure(self._model))
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self._known[rung] = measured
+        self._lines.append({**vars(measured), "seconds": seconds})
+        self._report(measured)
+
+
+@contextlib.contextmanager
+def tracked(tracker: Tracker, folder: Path) -> Iterator[Tracker]:
+    """Track a trial. Where its thread is ended from outside, its MLflow run ends as KILLED if a scheduler stopped it; if the
+    sweep was interrupted, the run stays as it is and is gone on with later."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tracker)
+        try:
+            yield tracker
+        except SystemExit:
+            stack.pop_all()
+            if (folder / STOPPED).exists():
+                tracker.end("KILLED")
+                shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+            raise
