@@ -130,7 +130,9 @@ class Tune(Section):
         identity=(),
     )
     hours: Annotated[float, Field(gt=0)] | None = setting(
-        None, "Budget: wall-clock hours of the sweep, counted over all its calls, as tune.images. null: no limit.", identity=()
+        None,
+        "Budget: wall-clock hours of the sweep, counted over all its calls, as tune.images. null: no limit.",
+        identity=(),
     )
     gpu_hours: Annotated[float, Field(gt=0)] | None = setting(
         None, "Budget: GPU-hours of all trials together, as tune.images. null: no limit.", identity=()

@@ -7,6 +7,7 @@ untouched, for the final evaluation), or RankMe where there are no labels.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +17,22 @@ import ray.tune
 from tqdm import tqdm
 
 from pipeline.config.recipe import Recipe, identity
-from pipeline.errors import StageError
+from pipeline.errors import SettingError, StageError
 from pipeline.models.build import check_model, check_shards
 from pipeline.runtime.formatting import table
 from pipeline.runtime.ray_session import SessionInfo, check_room, uses_gpu
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages.tune_check import check_space, trials_of
+from pipeline.stages.tune_check import check_budget, check_space, trials_of
 from pipeline.stages.tune_draws import draws_of, own_point
 from pipeline.stages.tune_engine import run_plan
+from pipeline.stages.tune_plan import slots_of
+from pipeline.stages.tune_rungs import STOPPED, rung_images
+from pipeline.stages.tune_schedulers import scheduler_of
 from pipeline.stages.tune_space import Space, names_of_spaces, read_space
-from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, run_trial
+from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, folder_of, run_trial
+from pipeline.sweeps.budget import Limits
 from pipeline.sweeps.ledger import Ended, Ledger
 from pipeline.sweeps.plan import Budget, Plan
 from pipeline.sweeps.trials import Sweep, relative_weights, short_value
@@ -36,13 +41,9 @@ from pipeline.tracking.tracker import Tracker, end_trials
 
 TRIALS = "trials"  # in the stage's folder: a folder per trial with what it logged
 LEDGER = "trials.jsonl"  # in the stage's folder: every trial as it begins and ends
-MORE = (
-    "tune.trials",
-    "tune.recipe_seeds",
-    "tune.finalists",
-    "tune.fresh_seeds",
-)  # a sweep goes on when these are raised
 RETRIES = 3  # of a trial whose process or node was lost
+STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial's run in MLflow
+PROBE_SHARE = 0.2  # of a trial's time that probes are to take at most
 
 
 CHECKS = (check_model, check_space)
@@ -65,6 +66,7 @@ def check(recipe: Recipe) -> Checked:
     """
     shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
+    check_budget(recipe, shards.rows["train"])
     return Checked(shards, read_space(recipe))
 
 
@@ -86,22 +88,36 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     """
     shards, space = checked.shards, checked.space
     check_room(recipe, session, 1)
+    use_gpu = uses_gpu(recipe, session)
+    _check_gpu(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
     decisive = identity(recipe, "tune")
     del decisive["tune.trials"]  # it may be raised: the sweep goes on
     same = {**decisive, "space": space.record(), "shards": shards.fingerprint}
     with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
-        plan = _plan(recipe, space, folder)
+        meter = Meter(before=spent_in(folder.path))
+        concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
+        plan = _plan(recipe, checked, folder, meter, concurrent)
         kept = len(plan.ledger.ended)
         if folder.finished and plan.done:
             return {**folder.result(), "state": "finished already"}
-        meter = Meter(before=spent_in(folder.path))
         tags = {
             "wavemim.shards": shards.fingerprint,
             "wavemim.space": " + ".join(names_of_spaces(recipe)),
         }
         with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags) as tracker:
-            spent = _run(recipe, session, checked, plan, folder, tracker, meter, objective, progress)
+            task = TrialTask(
+                settings=recipe.dump(),
+                shards=shards.folder.url,
+                parent=tracker.handle,
+                objective=objective,
+                logs=str(folder.path / TRIALS),
+                searched=space.settings,
+                use_gpu=use_gpu,
+                gpu_share=recipe.tune.gpus_per_trial,
+                rung_images=rung_images(recipe, shards),
+            )
+            spent = _run(recipe, plan, folder, tracker, meter, task, concurrent, progress)
             sweep = _sweep(recipe, space, plan.ledger, objective)
             if plan.failing is not None:
                 raise StageError(
@@ -109,47 +125,60 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                 )
             if not sweep.finished():
                 raise StageError(f"all {len(sweep.trials)} trials failed; the first: {sweep.trials[0].reason}")
-            result = {**_write(recipe, folder, sweep, tracker), "cost": spent.record()}
+            result = {**_write(recipe, folder, sweep, tracker), "cost": spent.record(), **_probe_share(sweep)}
             folder.finish(result)
         state = f"continued, {kept} trials were done" if kept else folder.state
         return {**result, "state": "new" if state == "unfinished" else state}
 
 
-def _plan(recipe: Recipe, space: Space, folder: StageFolder) -> Plan:
-    tune = recipe.tune
+def _check_gpu(recipe: Recipe, use_gpu: bool) -> None:
+    asked = {"tune.gpu_hours": recipe.tune.gpu_hours, "tune.cost": recipe.tune.cost}
+    for key, value in asked.items():
+        if not use_gpu and (value == "gpu_hours" or (key == "tune.gpu_hours" and value is not None)):
+            raise SettingError(
+                f"{key}={value}: trials do not run on GPUs here, so there are no GPU-hours; "
+                f"use {'tune.hours' if key == 'tune.gpu_hours' else 'tune.cost=flops or tune.cost=seconds'}"
+            )
+
+
+def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, concurrent: int) -> Plan:
+    tune, space = recipe.tune, checked.space
+    limits = Limits(
+        images=tune.images,
+        hours=tune.hours,
+        gpu_hours=tune.gpu_hours,
+        images_each=tune.epochs * checked.shards.rows["train"],
+        concurrent=concurrent,
+    )
     budget = Budget(
         trials_of(recipe, space),
         recipe_seeds=tune.recipe_seeds,
         finalists=tune.finalists,
         fresh_seeds=tune.fresh_seeds,
+        limits=limits,
     )
-    ledger = Ledger(folder.path / LEDGER)
-    return Plan(ledger, draws_of(recipe, space), budget, own=own_point(recipe, space), seed=recipe.seed)
+    return Plan(
+        Ledger(folder.path / LEDGER),
+        draws_of(recipe, space),
+        budget,
+        own=own_point(recipe, space),
+        seed=recipe.seed,
+        elapsed=lambda: meter.read().wall_clock_s / 3600,
+    )
 
 
 def _run(
     recipe: Recipe,
-    session: SessionInfo,
-    checked: Checked,
     plan: Plan,
     folder: StageFolder,
     tracker: Tracker,
     meter: Meter,
-    objective: str,
+    task: TrialTask,
+    concurrent: int,
     progress: bool,
 ) -> Spent:
     """Run the plan, with a progress bar and the cost so far in MLflow."""
-    use_gpu = uses_gpu(recipe, session)
-    slots = int(session.gpus if use_gpu else session.cpus // recipe.cluster.cpus_per_worker)
-    task = TrialTask(
-        settings=recipe.dump(),
-        shards=checked.shards.folder.url,
-        parent=tracker.handle,
-        objective=objective,
-        logs=str(folder.path / TRIALS),
-        searched=checked.space.settings,
-        use_gpu=use_gpu,
-    )
+    objective = task.objective
     statuses: dict[str, str] = {}
 
     def record() -> Spent:
@@ -167,16 +196,20 @@ def _run(
             if values:
                 bar.set_postfix(best=f"{max(values):.2f}")
             if run := ended.metrics.get("mlflow_run"):
-                statuses[run] = "FAILED" if ended.state == "failed" else "FINISHED"
+                statuses[run] = STATUSES[ended.state]
             record()
+
+        def on_stop(number: int) -> None:
+            (folder_of(folder.path / TRIALS, number) / STOPPED).touch()
 
         try:
             run_plan(
                 plan,
                 ray.tune.with_parameters(run_trial, task=task),
+                scheduler=scheduler_of(recipe, plan, objective, on_stop),
                 objective=objective,
-                resources={"cpu": recipe.cluster.cpus_per_worker, "gpu": 1 if use_gpu else 0},
-                concurrent=recipe.tune.concurrent or max(1, min(slots, plan.total)),
+                resources={"cpu": recipe.cluster.cpus_per_worker, "gpu": task.gpu_share * task.use_gpu},
+                concurrent=min(concurrent, plan.total),
                 retries=RETRIES,
                 folder=str(folder.path),
                 on_end=on_end,
@@ -192,7 +225,12 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     files = [f"table {result['table']}", f"picture {result['figure']}", f"recommended recipe {result['best_recipe']}"]
     if "report" in result:  # not in the result of an earlier version
         files.insert(0, f"report {result['report']}")
-    return f"{sweep_table(result)}\ntune: {len(result['trials'])} trials → {', '.join(files)} ({result['state']})"
+    lines = [sweep_table(result)]
+    if (share := result.get("probe_share")) is not None:
+        advice = "; a smaller tune.max_images or tune.rungs makes them cheaper" if share > PROBE_SHARE else ""
+        lines.append(f"probes took {100 * share:.0f} % of the time of a trial{advice}")
+    lines.append(f"tune: {len(result['trials'])} trials → {', '.join(files)} ({result['state']})")
+    return "\n".join(lines)
 
 
 def _sweep(recipe: Recipe, space: Space, ledger: Ledger, objective: str) -> Sweep:
@@ -209,7 +247,14 @@ def _sweep(recipe: Recipe, space: Space, ledger: Ledger, objective: str) -> Swee
             for key in dimension.settings
         ],
         relative=relative_weights(recipe, list(space.settings)),
+        cost=recipe.tune.cost,
     )
+
+
+def _probe_share(sweep: Sweep) -> dict[str, float]:
+    """The share of the finished trials' time that probes took."""
+    shares = [trial.metrics["perf/probe_share"] for trial in sweep.finished() if "perf/probe_share" in trial.metrics]
+    return {"probe_share": statistics.median(shares)} if shares else {}
 
 
 def _write(recipe: Recipe, folder: StageFolder, sweep: Sweep, tracker: Tracker) -> dict[str, Any]:
@@ -262,6 +307,8 @@ def sweep_table(result: Mapping[str, Any]) -> str:
     for trial in result["trials"]:
         values = [short_value(trial["point"][key]) if key in trial["point"] else "" for key in result["parameters"]]
         outcome = trial.get("error") or f"{trial[objective]:.2f}"
+        if trial.get("state") == "stopped":
+            outcome = f"stopped: {outcome}"
         rows.append((str(trial["number"]), trial["role"], str(trial["seed"]), *values, outcome))
     said = "\n".join(f"- {line}" for line in result.get("answer", ()))
     return f"{said}\n\n{table(header, rows)}" if said else table(header, rows)

@@ -6,6 +6,7 @@ distributed as the file says. What depends on another setting is given a conditi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ def check_points(recipe: Recipe, space: Space) -> None:
         SettingError: It cannot have one of them. The message names the fewest settings that are impossible together.
     """
     trials_of(recipe, space)
+    _check_scheduler(recipe)
     points: list[Mapping[str, Any]] = list(_corners(space))
     points += [space.suggest(RandomTrial(recipe.seed, number)) for number in range(AT_RANDOM)]
     for point in points:
@@ -71,6 +73,43 @@ def trials_of(recipe: Recipe, space: Space) -> int:
             f"set tune.trials={len(grid)}"
         )
     return len(grid)
+
+
+def check_budget(recipe: Recipe, rows: int) -> None:
+    """Check that the budget of images is enough for the recipe's seeds, the finalists, and as many points to choose from.
+
+    Args:
+        recipe: The settings.
+        rows: Images of the train split.
+
+    Raises:
+        SettingError: It is not.
+    """
+    tune = recipe.tune
+    fixed = tune.recipe_seeds + tune.finalists * tune.fresh_seeds
+    least = fixed + max(1, tune.finalists)
+    each = tune.epochs * rows
+    if tune.images is not None and tune.images < least * each:
+        raise SettingError(
+            f"tune.images={tune.images}: a trial sees {each:,.0f} images, and the recipe's seeds and the finalists are "
+            f"{fixed} trials; set at least tune.images={math.ceil(least * each)}, fewer tune.epochs, or fewer seeds"
+        )
+
+
+def _check_scheduler(recipe: Recipe) -> None:
+    tune = recipe.tune
+    if tune.scheduler == "asha" and tune.rungs < 2:
+        raise SettingError(
+            f"tune.rungs={tune.rungs}: tune.scheduler=asha compares trials before their end; set tune.rungs to 2 or more"
+        )
+    if tune.scheduler == "asha" and tune.cost is not None:
+        raise SettingError(
+            f"tune.cost={tune.cost}: tune.scheduler=asha would stop cheap trials for their accuracy; set tune.scheduler=none "
+            "or tune.cost=null"
+        )
+    if recipe.cluster.gpus is False and (tune.cost == "gpu_hours" or tune.gpu_hours is not None):
+        key, value = ("tune.cost", tune.cost) if tune.cost == "gpu_hours" else ("tune.gpu_hours", tune.gpu_hours)
+        raise SettingError(f"{key}={value}: with cluster.gpus=false there are no GPU-hours")
 
 
 def changes(recipe: Recipe, point: Mapping[str, Any]) -> dict[str, Any]:

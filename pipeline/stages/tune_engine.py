@@ -139,7 +139,10 @@ def ended_of(
     reason = str(result.get(FAILED, "")) or (_LOST if error else "")
     value = float(result.get(objective, math.nan))
     if not reason and at_rung:
-        return Ended(number, "stopped", curve[-1][1], stopped, curve, cost, metrics) if stopped else None
+        if not stopped:
+            return None
+        images, last = curve[-1]  # a trial that was resumed reports its rungs from the first on
+        return Ended(number, "stopped", last, stopped, curve, cost, {**metrics, IMAGES: images})
     if not reason and not math.isfinite(value):
         reason = f"{objective} is not a finite number"
     if reason:

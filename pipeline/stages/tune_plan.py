@@ -17,8 +17,9 @@ from pipeline.models.build import build_blank_model, check_model, check_shards
 from pipeline.runtime.formatting import duration, scaled, table
 from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages.tune_check import changes, check_points, trials_of
+from pipeline.stages.tune_check import changes, check_budget, check_points, trials_of
 from pipeline.stages.tune_distributions import RandomTrial, shown
+from pipeline.stages.tune_rungs import milestones
 from pipeline.stages.tune_space import Space, read_space
 from wavemim.flops import cost_of
 
@@ -89,7 +90,8 @@ def _first_points(recipe: Recipe, space: Space, count: int) -> tuple[list[dict[s
         return points, "drawn at random:"
     import optuna
 
-    study = optuna.create_study(direction="maximize", sampler=optuna_sampler(recipe))
+    directions = ["maximize"] if recipe.tune.cost is None else ["maximize", "minimize"]
+    study = optuna.create_study(directions=directions, sampler=optuna_sampler(recipe))
     points = [space.suggest(study.ask()) for _ in range(count)]
     startup = startup_trials(recipe)
     if startup >= count:
@@ -105,22 +107,61 @@ def _cost_lines(recipe: Recipe, points: Sequence[Mapping[str, Any]], trials: int
     try:
         shards = ShardSet.open(recipe.shards_at)
     except StageError as error:
-        return [f"budget: {trials} trials of {length} epochs", f"expected time: unknown, since {error}"]
+        extra = recipe.tune.recipe_seeds + recipe.tune.finalists * recipe.tune.fresh_seeds
+        known = f"budget: {trials} trials of the search and {extra} of the recipe's seeds and finalists"
+        return [f"{known}, each of {length} epochs", f"expected time: unknown, since {error}"]
     check_shards(recipe, shards)
     rows = shards.rows["train"]
     images = statistics.fmean(one.train.epochs * rows for one in trial_of)
     flops = statistics.fmean(_trial_flops(one, shards, rows) for one in trial_of)
-    budget = f"budget: {trials} trials of {length} epochs × {rows:,} images: {round(trials * images):,} images seen"
+    check_budget(recipe, rows)
     rate, source = _recorded_rate(recipe) or _timed_rate(recipe, shards)
-    at_once = _at_once(recipe, trials)
-    rounds = -(-trials // at_once)
     seconds = flops / rate
+    limits, searched = _limited(recipe, trials, images, seconds)
+    extra = recipe.tune.recipe_seeds + recipe.tune.finalists * recipe.tune.fresh_seeds
+    total = searched + extra
+    budget = f"budget: {searched} trials of the search and {extra} of the recipe's seeds and finalists, each of {length} epochs "
+    budget += f"× {rows:,} images: {round(total * images):,} images seen"
+    at_once = _at_once(recipe, total)
+    rounds = -(-total // at_once)
     return [
-        f"{budget}, {scaled(trials * flops, 1000)}FLOP",
+        f"{budget}, {scaled(total * flops, 1000)}FLOP",
+        *limits,
         f"expected time: {duration(rounds * seconds)} ({duration(seconds)} a trial, {at_once} at a time), estimated from "
         f"the counted FLOPs of these points at {scaled(rate, 1000)}FLOP/s, {source}; "
         "without starting processes and fitting probes",
     ]
+
+
+def _limited(recipe: Recipe, trials: int, images: float, seconds: float) -> tuple[list[str], int]:
+    """What the limits of a sweep mean, in lines, and how many trials of the search are within them.
+
+    Args:
+        recipe: The settings.
+        trials: Trials of the search without limits.
+        images: Images of a trial.
+        seconds: Its expected time.
+    """
+    tune = recipe.tune
+    fixed = tune.recipe_seeds + tune.finalists * tune.fresh_seeds
+    at_once = _at_once(recipe, trials + fixed)
+    share = tune.gpus_per_trial
+    lines, least = [], trials
+    if tune.images is not None:
+        least = min(least, int(tune.images / images) - fixed)
+        lines.append(f"tune.images={tune.images}: no new point once {tune.images:,} images are seen or reserved")
+    if tune.hours is not None:
+        least = min(least, int(tune.hours * 3600 / seconds) * at_once - fixed)
+        lines.append(f"tune.hours={tune.hours:g}: no new point once {duration(tune.hours * 3600)} are used or reserved")
+    if tune.gpu_hours is not None:
+        least = min(least, int(tune.gpu_hours * 3600 / (seconds * share)) - fixed)
+        lines.append(f"tune.gpu_hours={tune.gpu_hours:g}: no new point once {tune.gpu_hours:g} are used or reserved")
+    if tune.scheduler == "asha":
+        at = ", ".join(f"{100 * rung / tune.rungs:.0f} %" for rung in milestones(tune.rungs, tune.reduction))
+        lines.append(
+            f"asha: after {at} of a trial, those not among the best 1/{tune.reduction:g} are stopped; not counted here"
+        )
+    return lines, max(least, 0)
 
 
 def _trial_flops(recipe: Recipe, shards: ShardSet, rows: int) -> float:
@@ -136,10 +177,22 @@ def _at_once(recipe: Recipe, trials: int) -> int:
         return min(recipe.tune.concurrent, trials)
     if recipe.cluster.address or os.environ.get("RAY_ADDRESS"):
         return 1
-    slots = (
-        torch.cuda.device_count() if _on_gpu(recipe) else int((os.cpu_count() or 1) // recipe.cluster.cpus_per_worker)
-    )
+    slots = slots_of(recipe, _on_gpu(recipe), torch.cuda.device_count(), os.cpu_count() or 1)
     return max(1, min(slots, trials))
+
+
+def slots_of(recipe: Recipe, use_gpu: bool, gpus: float, cpus: float) -> int:
+    """Trials that so many GPUs and CPUs have room for at the same time, at least 1.
+
+    Args:
+        recipe: The settings: `tune.gpus_per_trial` and the CPUs of a trial.
+        use_gpu: Whether trials run on GPUs.
+        gpus: Number of GPUs.
+        cpus: Number of CPUs.
+    """
+    by_cpus = int(cpus // recipe.cluster.cpus_per_worker)
+    a_gpu = int(1 / recipe.tune.gpus_per_trial + 1e-9)  # a trial does not use parts of two GPUs
+    return max(1, min(by_cpus, int(gpus) * a_gpu) if use_gpu else by_cpus)
 
 
 def _on_gpu(recipe: Recipe) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.config.load import with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.models.build import build_blank_model
+from pipeline.runtime.usage import Spent
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes
 from pipeline.storage.jsonl import JsonLines
@@ -36,14 +39,27 @@ def rung_images(recipe: Recipe, shards: ShardSet) -> int:
         recipe: The settings of the sweep.
         shards: The shard set.
     """
-    import torch
-
     rows = shards.rows["train"]
     with torch.device("meta"):
         cost = cost_of(build_blank_model(with_overrides(recipe, changes(recipe, {}))), recipe.mask.count)
     training = recipe.tune.epochs * rows * cost.training_flops
     cheap = int(SHARE * training / (recipe.tune.rungs * max(cost.encoder_flops, 1)))
     return min(max(cheap, FEWEST), recipe.tune.max_images, rows)
+
+
+def milestones(rungs: int, reduction: float) -> list[int]:
+    """The rungs at which ASHA may stop a trial.
+
+    Args:
+        rungs: Measurements of a trial, the one at its end included, which stops nothing.
+        reduction: The reduction factor.
+    """
+    found = []
+    at = 1.0
+    while math.ceil(at) < rungs:
+        found.append(math.ceil(at))
+        at *= reduction
+    return sorted(set(found))
 
 
 class Rungs:
@@ -59,7 +75,7 @@ class Rungs:
         step: int,
         model: nn.Module,
         measure: Callable[[nn.Module], float],
-        report: Callable[[Measured], None],
+        report: Callable[[Measured, Spent | None], None],
     ) -> None:
         """Report again what the trial measured before it was interrupted, and the model at its start if it was not.
 
@@ -71,7 +87,8 @@ class Rungs:
             step: Steps that are done.
             model: A model as at the start of training, to which weights are copied for each measurement.
             measure: Returns the objective of such a model.
-            report: Called with each measurement; it raises SystemExit where the trial is to end.
+            report: Called with each measurement, and the cost of the training up to it, or None for one that was made before
+                an interruption. Raises SystemExit where the trial is to end.
         """
         self._lines, self._number, self._step = JsonLines(folder / _FILE), number, step
         self._model, self._measure, self._report = model, measure, report
@@ -83,9 +100,9 @@ class Rungs:
             self.seconds += line.pop("seconds")
             self._known[line["rung"]] = Measured(**line)
         for known in self._known.values():
-            self._report(known)
+            self._report(known, None)
         if 0 not in self._known and step == 0 and rungs > 1:
-            self._at(0, 0)
+            self._at(0, 0, Spent())
 
     @property
     def count(self) -> int:
@@ -100,20 +117,21 @@ class Rungs:
     def at_checkpoint(self, saver: checkpoint.Saver, state: dict[str, Any]) -> None:
         """Measure, if this is a rung that has not been measured."""
         if self._is_due(state["step"]):
-            checkpoint.load_model(saver.snapshot(), self._model)
-            self._at(self._due[state["step"]], state["images"])
+            snapshot = saver.snapshot()
+            checkpoint.load_model(snapshot, self._model)
+            self._at(self._due[state["step"]], state["images"], Spent.of(snapshot.state["cost"]))
 
     def _is_due(self, step: int) -> bool:
         return step in self._due and self._due[step] not in self._known
 
-    def _at(self, rung: int, images: int) -> None:
+    def _at(self, rung: int, images: int, spent: Spent) -> None:
         began = time.perf_counter()
         measured = Measured(self._number, rung, images, self._measure(self._model))
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self._known[rung] = measured
         self._lines.append({**vars(measured), "seconds": seconds})
-        self._report(measured)
+        self._report(measured, spent)
 
 
 @contextlib.contextmanager

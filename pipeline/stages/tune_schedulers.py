@@ -10,27 +10,13 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline.config.recipe import Recipe
+from pipeline.stages.tune_rungs import milestones
 from pipeline.sweeps.ledger import Measured
 from pipeline.sweeps.plan import Plan
 
 NUMBER = "number"
 RUNG = "rung"  # in a result that is not a trial's last one
 IMAGES = "images"
-
-
-def milestones(rungs: int, reduction: float) -> list[int]:
-    """The rungs at which ASHA may stop a trial.
-
-    Args:
-        rungs: Measurements of a trial, the one at its end included, which stops nothing.
-        reduction: The reduction factor.
-    """
-    found = []
-    at = 1.0
-    while math.ceil(at) < rungs:
-        found.append(math.ceil(at))
-        at *= reduction
-    return sorted(set(found))
 
 
 class Halving:

@@ -19,7 +19,7 @@ from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.evaluation.features import features_of
 from pipeline.models.build import build_inputs, build_model
-from pipeline.runtime.usage import Meter, spent_in
+from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.batches import split_bytes
 from pipeline.shards.errors import UnreadableError
 from pipeline.shards.shard_set import ShardSet
@@ -146,10 +146,14 @@ def _rungs(
         strengths = sorted(recipe.evaluate.probe_strengths)
         return _probe(features, labels, task, strengths[(len(strengths) - 1) // 2 :][:1]).top1
 
-    def report(measured: Measured) -> None:
-        tracker.log({task.objective: measured.objective}, measured.images)
+    def report(measured: Measured, spent: Spent | None) -> None:
+        if spent is not None:  # not logged before
+            tracker.log(
+                {task.objective: measured.objective, **(spent.metrics() if measured.rung else {})}, measured.images
+            )
+        cost = (spent or spent_in(folder)).metrics()
         known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
-        ray.tune.report({**known, "mlflow_run": tracker.handle.run_id, **spent_in(folder).metrics()})
+        ray.tune.report({**known, "mlflow_run": tracker.handle.run_id, **cost})
 
     resume = checkpoint.latest(folder / CHECKPOINTS)
     return Rungs(

@@ -8,6 +8,7 @@ from pipeline.config.load import load
 from pipeline.stages.tune_draws import draws_of
 from pipeline.stages.tune_plan import planned_points
 from pipeline.stages.tune_space import read_space
+from pipeline.sweeps.ledger import Ended
 
 SPACE = """
 question: Q?
@@ -51,12 +52,13 @@ def test_optuna_knows_every_point_and_result_after_a_restart(tmp_path):
         point, memo = first.draw(number)
         memos[number] = json.loads(json.dumps(memo))
         if number < 12:  # the last two were running when the sweep was interrupted
-            first.tell(number, None if number == 7 else -abs(point["mask.ratio"] - 0.6))
+            first.tell(number, None if number == 7 else Ended(number, "finished", -abs(point["mask.ratio"] - 0.6)))
     again = draws_of(recipe, space)
     for number, memo in memos.items():
         again.restore(number, memo)
     for number in range(4, 12):
-        again.tell(number, first._study.trials[number - 4].value)
+        value = first._study.trials[number - 4].value
+        again.tell(number, None if value is None else Ended(number, "finished", value))
     before, after = (draws._study.trials for draws in (first, again))
     assert [(t.params, t.distributions, t.value, t.state) for t in after] == [
         (t.params, t.distributions, t.value, t.state) for t in before
@@ -65,7 +67,7 @@ def test_optuna_knows_every_point_and_result_after_a_restart(tmp_path):
     old = {round(t.params["mask.ratio"], 3) for t in before}
     assert not old & {round(value, 3) for value in new}
     for number in (12, 13):  # ends after the restart
-        again.tell(number, -1.0)
+        again.tell(number, Ended(number, "finished", -1.0))
 
 
 @pytest.mark.parametrize("search", ["optuna", "random"])

@@ -28,8 +28,8 @@ class Seeded:
         assert drawn
         self.restored.append(number)
 
-    def tell(self, number, objective):
-        self.told[number] = objective
+    def tell(self, number, ended):
+        self.told[number] = ended.objective if ended is not None and ended.state == "finished" else None
 
 
 def objective(begun):
