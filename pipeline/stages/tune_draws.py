@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe
 from pipeline.stages.tune_distributions import RandomTrial
-from pipeline.stages.tune_plan import optuna_sampler
+from pipeline.stages.tune_plan import optuna_sampler, optuna_study
 from pipeline.stages.tune_space import Space
 from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.pareto import COST_METRICS
@@ -71,12 +71,9 @@ class _Optuna:
     """Optuna's tree-structured Parzen estimator. After a restart it knows every point, and draws others than without one."""
 
     def __init__(self, recipe: Recipe, space: Space) -> None:
-        import optuna
-
         self._recipe, self._space = recipe, space
         self._cost = None if recipe.tune.cost is None else COST_METRICS[recipe.tune.cost]
-        directions = ["maximize"] if self._cost is None else ["maximize", "minimize"]
-        self._study = optuna.create_study(directions=directions, sampler=optuna_sampler(recipe))
+        self._study = optuna_study(recipe)
         self._numbers: dict[int, int] = {}  # ours -> Optuna's
 
     def draw(self, number: int) -> Drawn | None:

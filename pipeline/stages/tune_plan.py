@@ -24,6 +24,7 @@ from pipeline.stages.tune_space import Space, read_space
 from wavemim.flops import cost_of
 
 if TYPE_CHECKING:
+    from optuna import Study
     from optuna.samplers import TPESampler
 
 FIRST = 10  # points that are shown
@@ -47,6 +48,16 @@ def optuna_sampler(recipe: Recipe) -> TPESampler:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.samplers.TPESampler(seed=recipe.seed, n_startup_trials=startup_trials(recipe))
+
+
+def optuna_study(recipe: Recipe) -> Study:
+    """A new study: of the objective, and of the cost if `tune.cost` names one."""
+    import optuna
+
+    sampler = optuna_sampler(recipe)
+    if recipe.tune.cost is None:
+        return optuna.create_study(direction="maximize", sampler=sampler)
+    return optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
 
 
 def startup_trials(recipe: Recipe) -> int:
@@ -88,10 +99,7 @@ def _first_points(recipe: Recipe, space: Space, count: int) -> tuple[list[dict[s
         if space.grid() is not None:
             return points, "all points of the grid are tried:"
         return points, "drawn at random:"
-    import optuna
-
-    directions = ["maximize"] if recipe.tune.cost is None else ["maximize", "minimize"]
-    study = optuna.create_study(directions=directions, sampler=optuna_sampler(recipe))
+    study = optuna_study(recipe)
     points = [space.suggest(study.ask()) for _ in range(count)]
     startup = startup_trials(recipe)
     if startup >= count:

@@ -174,18 +174,31 @@ def test_dry_run_shows_the_points_of_the_sweep_and_writes_nothing(monkeypatch, c
     recipe = load("small", ["tune.space=[level_weights, mask_ratio]", "tune.search=random", "tune.trials=12"])
     points = planned_points(recipe, read_space(recipe), 12)
     assert [[float(cell) for cell in row[1:]] for row in rows] == [list(point.values()) for point in points[:10]]
-    assert "budget: 12 trials of 2 epochs\n" in out
+    assert "budget: 12 trials of the search and 9 of the recipe's seeds and finalists, each of 2 epochs\n" in out
     assert "expected time: unknown, since" in out and "wavemim prepare makes one" in out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_estimates_the_time_by_timing_or_from_earlier_runs(tmp_path, no_ray):
     tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(30))
-    recipe = load("small", [f"out={tmp_path}", "tune.space=mask_ratio", "tune.concurrent=2", "tune.trials=4"])
+    recipe = load(
+        "small",
+        [
+            f"out={tmp_path}",
+            "tune.space=mask_ratio",
+            "tune.concurrent=2",
+            "tune.trials=4",
+            "tune.recipe_seeds=0",
+            "tune.finalists=0",
+        ],
+    )
     before = sorted(tmp_path.rglob("*"))
     said = []
     dry_run(recipe, said.append)
-    assert "4 trials of 2 epochs × 20 images: 160 images seen" in said[0]
+    assert (
+        "budget: 4 trials of the search and 0 of the recipe's seeds and finalists, each of 2 epochs × 20 images: 160 images"
+        in said[0]
+    )
     assert "timed in 3 steps of 20 images on one core of this machine" in said[0]
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from pipeline.sweeps.ledger import Begun, Ended, Ledger
+from pipeline.sweeps.budget import Limits
+from pipeline.sweeps.ledger import Begun, Ended, Ledger, Measured
 from pipeline.sweeps.plan import Budget, Plan
 from pipeline.sweeps.trials import point_key
 
@@ -37,8 +38,8 @@ def objective(begun):
     return 50 - 40 * (begun.point["mask.ratio"] - 0.6) ** 2 + random.Random(f"{begun.seed}").gauss(0, 0.3)
 
 
-def plan_of(path, budget=None, draws=None):
-    return Plan(Ledger(path), draws or Seeded(), budget or Budget(trials=6), own=OWN, seed=0)
+def plan_of(path, budget=None, draws=None, elapsed=lambda: 0.0):
+    return Plan(Ledger(path), draws or Seeded(), budget or Budget(trials=6), own=OWN, seed=0, elapsed=elapsed)
 
 
 def run(plan, at_once=2, stop_after=None):
@@ -164,3 +165,72 @@ def test_a_line_after_a_torn_one_is_whole(tmp_path):
     assert again.begun == ledger.begun and not again.ended
     again.add(Ended(1, "finished", 3.0))
     assert Ledger(path).ended[1].objective == 3.0
+
+
+def run_limited(path, limits, at_once, stop_after=None, spread=0, elapsed=lambda: 0.0):
+    """As `run`: trials of 100 images and an hour on a GPU, those of the search up to `spread` more or less."""
+    plan = plan_of(path, Budget(trials=50, limits=limits), elapsed=elapsed)
+    running, ended = [], 0
+    while True:
+        while len(running) < at_once and (begun := plan.next()) is not None:
+            running.append(begun)
+        if not running or ended == stop_after:
+            return plan
+        begun = running.pop(0)
+        used = 100 + random.Random(begun.number).randint(-spread, spread)
+        cost = {"cost/gpu_hours": used / 100, "cost/wall_clock_s": 36 * used}
+        plan.end(Ended(begun.number, "finished", objective(begun), cost=cost, metrics={"images": used}))
+        ended += 1
+
+
+@pytest.mark.parametrize("limits", [{"images": 1700, "images_each": 100.0}, {"gpu_hours": 17.0}])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_budget_ends_the_search_and_leaves_enough_for_the_finalists(tmp_path, limits, at_once):
+    """Would catch: no reserve for finalists, running trials that are not counted, a search that ends too early."""
+    plan = run_limited(tmp_path / "l", Limits(**limits), at_once)
+    trials = plan.ledger.trials()
+    assert plan.done
+    assert [t.role for t in trials].count("finalist") == 6 and [t.role for t in trials].count("search") == 8
+    assert sum(t.metrics["images"] for t in trials) == 1700
+
+
+@pytest.mark.parametrize("stop_after", range(0, 17, 2))
+def test_a_budget_is_the_same_after_an_interruption_also_while_finalists_run(tmp_path, stop_after):
+    """Finalists that are cheaper than expected, or a restart among them, do not begin the search again."""
+    limits = Limits(images=1750, images_each=100.0)
+    run_limited(tmp_path / "whole", limits, 1, spread=20)
+    run_limited(tmp_path / "cut", limits, 1, stop_after=stop_after, spread=20)
+    run_limited(tmp_path / "cut", limits, 1, spread=20)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    roles = [row[1] for row in rows(tmp_path / "whole")]
+    assert roles == sorted(roles, key=["recipe", "search", "finalist"].index) and roles.count("search") < 50
+
+
+def test_a_budget_that_is_raised_lets_the_search_go_on(tmp_path):
+    run_limited(tmp_path / "l", Limits(images=1700, images_each=100.0), 1)
+    before = rows(tmp_path / "l")
+    plan = run_limited(tmp_path / "l", Limits(images=2000, images_each=100.0), 1)
+    after = rows(tmp_path / "l")
+    assert after[: len(before)] == before and [row[1] for row in after].count("search") == 11 and plan.done
+
+
+def test_hours_count_trials_at_the_same_time_once(tmp_path):
+    """A round of two trials takes an hour: 3 of the recipe, n of the search and 6 finalists are within 10 hours."""
+    path = tmp_path / "l"
+
+    def elapsed():
+        return len(Ledger(path).ended) / 2
+
+    plan = run_limited(path, Limits(hours=10, concurrent=2), 2, elapsed=elapsed)
+    assert plan.done and 9 <= sum(t.role == "search" for t in plan.ledger.trials()) <= 11
+    assert 9 <= elapsed() <= 10
+
+
+def test_what_a_trial_measured_survives_and_counts_once(tmp_path):
+    plan = plan_of(tmp_path / "l")
+    number = plan.next().number
+    for rung, value in ((0, 1.0), (1, 2.0), (1, 9.0)):
+        plan.measure(Measured(number, rung, 10 * rung, value))
+    again = Ledger(tmp_path / "l")
+    assert again.curve(number) == ((0, 1.0), (10, 2.0)) and not again.ended
+    assert plan_of(tmp_path / "l").next().number == number
