@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,13 @@ def photos(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
     return np.stack(images)
 
 
-def write_set(folder: Path, images: np.ndarray, layout: Layout = LAYOUT, rows_per_group: int = 4) -> ShardSet:
+def write_set(
+    folder: Path,
+    images: np.ndarray,
+    layout: Layout = LAYOUT,
+    rows_per_group: int = 4,
+    classes: Sequence[str] | None = ("a", "b", "c"),
+) -> ShardSet:
     """A shard set of these images, row numbers with gaps, the last third for val."""
     moments, files = Moments(layout), {"train": [], "val": []}
     cut = len(images) - len(images) // 3
@@ -42,7 +49,7 @@ def write_set(folder: Path, images: np.ndarray, layout: Layout = LAYOUT, rows_pe
     for split, part in (("train", range(cut)), ("val", range(cut, len(images)))):
         writer = ShardWriter(folder, layout, rows_per_group)
         for i in part:
-            writer.append(2 * i + 5, f"{i}.jpg", i % 3, images[i])
+            writer.append(2 * i + 5, f"{i}.jpg", -1 if classes is None else i % 3, images[i])
         closed = writer.close()
         if split == "train":
             moments.merge(writer.moments.state())
@@ -54,7 +61,7 @@ def write_set(folder: Path, images: np.ndarray, layout: Layout = LAYOUT, rows_pe
     manifest = make_manifest(
         layout,
         rows_per_group=rows_per_group,
-        classes=["a", "b", "c"],
+        classes=None if classes is None else list(classes),
         splits=files,
         statistics=moments.statistics(),
         counts={"inputs": len(images) + 1, "kept": len(images), "rejected": 1, "ignored": 0},

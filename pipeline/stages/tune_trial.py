@@ -138,6 +138,7 @@ def _rungs(
     task: TrialTask,
 ) -> Rungs:
     """Measurements during training: of the same images in all trials, with one strength of the probe."""
+    before = Meter(cores=recipe.cluster.cpus_per_worker, gpus=task.gpu_share * task.use_gpu)
 
     def measure(model: nn.Module) -> float:
         features, labels = _features(model, recipe, shards, device, task.rung_images)
@@ -147,11 +148,11 @@ def _rungs(
         return _probe(features, labels, task, strengths[(len(strengths) - 1) // 2 :][:1]).top1
 
     def report(measured: Measured, spent: Spent | None) -> None:
-        if spent is not None:  # not logged before
-            tracker.log(
-                {task.objective: measured.objective, **(spent.metrics() if measured.rung else {})}, measured.images
-            )
+        if measured.rung == 0 and spent is not None:
+            spent = before.read()  # training goes on from what this measurement has cost
         cost = (spent or spent_in(folder)).metrics()
+        if spent is not None:  # not logged before an interruption
+            tracker.log({task.objective: measured.objective, **cost}, measured.images)
         known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
         ray.tune.report({**known, "mlflow_run": tracker.handle.run_id, **cost})
 

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import mlflow
 import pytest
 import tiny_shards
 from stage_calls import run_stage
@@ -11,6 +12,8 @@ from pipeline.config.load import load, with_overrides
 from pipeline.stages import tune
 from pipeline.stages.tune_plan import planned_points
 from pipeline.stages.tune_space import read_space
+from pipeline.sweeps.ledger import Ledger
+from pipeline.tracking.tracker import store_uri
 
 TINY = [
     *("encoder.width=32", "encoder.depth=2", "encoder.heads=2", "decoder.width=16", "decoder.heads=2"),
@@ -60,3 +63,31 @@ def test_trials_train_at_the_points_of_the_space(ray_local, tmp_path, search, tr
     more = run_stage(tune, with_overrides(recipe, {"tune.trials": trials + 1}), ray_local)
     assert more["state"] == f"continued, {trials} trials were done" and len(more["trials"]) == trials + 1
     assert [trial for trial in more["trials"] if trial["number"] <= trials] == found["trials"]
+
+
+def test_asha_stops_trials_of_the_search_and_the_others_run_to_their_end(ray_local, tmp_path):
+    """Would catch: a stopped trial that trains on, is ranked, has no cost, keeps its checkpoint, or ends as FINISHED."""
+    tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24), classes=None)  # then the objective is RankMe
+    (tmp_path / "grid.yaml").write_text("question: Q?\nspace: {train.lr: {grid: [0.03, 1.0e-3, 1.0e-4, 1.0e-5]}}")
+    places = [f"out={tmp_path}", f"tune.space={tmp_path}/grid.yaml"]
+    counts = ["tune.trials=4", "tune.epochs=8", "tune.recipe_seeds=1", "tune.finalists=1", "tune.fresh_seeds=1"]
+    recipe = load("small", [*TINY, *places, *counts, "tune.scheduler=asha", "tune.concurrent=1"])
+    found = run_stage(tune, recipe, ray_local)
+    assert 0 < found["probe_share"] < 1 and "% of the time of a trial" in tune.summary(recipe, found)
+    trials = Ledger(recipe.stage_dir("tune") / "trials.jsonl").trials()
+    assert [trial.role for trial in trials] == ["recipe", *["search"] * 4, "finalist"]
+    assert {trial.state for trial in trials if trial.role != "search"} == {"finished"}
+    assert {trial.state for trial in trials if trial.role == "search"} == {"finished", "stopped"}
+    client = mlflow.MlflowClient(store_uri(recipe))
+    for trial in trials:
+        seen = [images for images, _ in trial.curve]
+        assert seen == [0, 32, 64, 96, 128][: len(seen)] and trial.metrics["images"] == seen[-1]
+        assert (trial.state == "finished") == (seen[-1] == 128) and trial.objective == trial.curve[-1][1]
+        assert trial.cost["cost/images_seen"] >= seen[-1] and trial.cost["cost/wall_clock_s"] > 0
+        assert trial.state == "stopped" or 0 < trial.metrics["perf/probe_share"] < 1
+        folder = recipe.stage_dir("tune") / "trials" / f"{trial.number:04d}"
+        assert not list(folder.glob("checkpoints/images-*"))
+        run = client.get_run(trial.metrics["mlflow_run"])
+        assert run.info.status == ("FINISHED" if trial.state == "finished" else "KILLED")
+        history = client.get_metric_history(run.info.run_id, "eval/rankme")
+        assert [(one.step, one.value) for one in history] == list(trial.curve)
