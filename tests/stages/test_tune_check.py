@@ -10,7 +10,7 @@ from stage_calls import wavemim
 from pipeline.config.load import load, names_of, read_yaml, with_overrides
 from pipeline.errors import SettingError
 from pipeline.stages.tune_check import changes, check_points, check_space, trials_of
-from pipeline.stages.tune_plan import dry_run, planned_points
+from pipeline.stages.tune_plan import dry_run, planned_points, slots_of
 from pipeline.stages.tune_space import read_space
 
 SPACES = {
@@ -245,3 +245,50 @@ def test_mistakes_in_spaces_end_the_command_with_one_line(
     assert (code, out) == (2, "")
     assert message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["tune.scheduler=asha", "tune.rungs=1"],
+            "tune.rungs=1: tune.scheduler=asha compares trials before their end; set",
+        ),
+        (["tune.scheduler=asha", "tune.cost=flops"], "tune.cost=flops: tune.scheduler=asha would stop cheap trials"),
+        (
+            ["tune.gpu_hours=2", "cluster.gpus=false"],
+            "tune.gpu_hours=2.0: with cluster.gpus=false there are no GPU-hours",
+        ),
+        (["tune.cost=gpu_hours", "cluster.gpus=false"], "tune.cost=gpu_hours: with cluster.gpus=false there are no"),
+        (["tune.gpus_per_trial=1.5"], "tune.gpus_per_trial"),
+        (["tune.gpus_per_trial=0"], "tune.gpus_per_trial"),
+    ],
+)
+def test_schedulers_costs_and_fractions_that_make_no_sense_are_refused(monkeypatch, capsys, tmp_path, settings, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = wavemim(monkeypatch, capsys, "tune", "--space", "mask_ratio", *settings)
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_too_small_for_an_answer_is_refused_and_the_others_are_shown(tmp_path, no_ray):
+    tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(30))
+    recipe = load("small", [f"out={tmp_path}", "tune.space=mask_ratio", "tune.concurrent=1"])
+    said = []
+    with pytest.raises(SettingError, match=r"tune.images=439: .* set at least tune.images=440"):  # 3 + 2 × 3 + 2 trials
+        dry_run(with_overrides(recipe, {"tune.images": 439}), said.append)
+    dry_run(with_overrides(recipe, {"tune.images": 480, "tune.scheduler": "asha"}), said.append)
+    assert "budget: 3 trials of the search and 9 of the recipe's seeds and finalists" in said[0]
+    assert (
+        "480 images seen" in said[0] and "tune.images=480: no new point once 480 images are seen or reserved" in said[0]
+    )
+    assert "asha: after 25 %, 50 % of a trial, those not among the best 1/2 are stopped" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "gpus", "cpus", "expected"),
+    [(1, 8, 64, 8), (0.25, 2, 64, 8), (0.4, 2, 64, 4), (0.25, 8, 16, 16), (0.1, 0, 4, 1)],
+)
+def test_trials_at_a_time_are_as_many_as_gpus_and_cpus_have_room_for(share, gpus, cpus, expected):
+    recipe = load("small", [f"tune.gpus_per_trial={share}", "cluster.cpus_per_worker=1"])
+    assert slots_of(recipe, True, gpus, cpus) == expected and slots_of(recipe, False, gpus, cpus) == cpus

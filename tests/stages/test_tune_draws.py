@@ -75,3 +75,38 @@ def test_the_searcher_of_a_space(tmp_path, search):
     recipe, space = made(tmp_path, search)
     point, _ = draws_of(recipe, space).draw(4)
     assert set(point) <= set(space.settings)
+
+
+def test_trials_that_were_stopped_guide_optuna_by_how_far_they_came(tmp_path):
+    from optuna.trial import TrialState
+
+    recipe, space = made(tmp_path, "optuna")
+    first = draws_of(recipe, space)
+    memo = json.loads(json.dumps(first.draw(4)[1]))
+    stopped = Ended(4, "stopped", 2.0, "why", ((0, 1.0), (50, 2.0)))
+    again = draws_of(recipe, space)
+    again.restore(4, memo)
+    for draws in (first, again):
+        draws.tell(4, stopped)
+        trial = draws._study.trials[0]
+        assert (trial.state, trial.intermediate_values, trial.value) == (TrialState.PRUNED, {0: 1.0, 50: 2.0}, 2.0)
+
+
+@pytest.mark.parametrize(("cost", "metric"), [("flops", "cost/flops"), ("seconds", "cost/wall_clock_s")])
+def test_with_a_cost_optuna_looks_for_the_pareto_front(tmp_path, cost, metric):
+    """The objective is always the same, the cost grows with the mask ratio: half of the points of a search without it."""
+    from optuna.trial import TrialState
+
+    (tmp_path / "space.yaml").write_text("question: Q?\nspace: {mask.ratio: {uniform: [0.1, 0.9]}}\n")
+    ratios = {}
+    for told in (None, cost):
+        options = [f"tune.space={tmp_path}/space.yaml", "tune.trials=16"] + ([f"tune.cost={told}"] if told else [])
+        recipe = load("small", options)
+        draws = draws_of(recipe, read_space(recipe))
+        for number in range(40):
+            ratio = draws.draw(number)[0]["mask.ratio"]
+            state = "failed" if number == 3 else "finished"
+            draws.tell(number, Ended(number, state, 50.0, cost={metric: ratio}))
+            ratios.setdefault(told, []).append(ratio)
+        assert [t.state for t in draws._study.trials].count(TrialState.FAIL) == 1
+    assert sum(ratios[cost][20:]) < 0.6 * sum(ratios[None][20:])

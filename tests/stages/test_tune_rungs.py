@@ -1,0 +1,122 @@
+"""Measurements during a trial are made once each, wherever the trial is interrupted."""
+
+import pytest
+import tiny_shards
+from torch import nn
+
+from pipeline.config.load import load
+from pipeline.stages.tune_rungs import FEWEST, STOPPED, Rungs, rung_images, tracked
+from wavemim.weights.checkpoint import Saver
+
+STEPS = 12
+
+
+class Killed(Exception):
+    """The trial's process is lost."""
+
+
+def attempt(folder, begin=0, end=STEPS, kill_in_measurement=None):
+    """Train from a checkpoint on; the weight is the number of steps. Returns the last checkpoint, what was measured and told."""
+    model, copy, measured, told = nn.Linear(1, 1), nn.Linear(1, 1), [], []
+    nn.init.constant_(copy.weight, 0.0)
+    saved = begin
+
+    def measure(other):
+        if len(measured) == kill_in_measurement:
+            raise Killed
+        measured.append(other.weight.item())
+        return 10 * other.weight.item()
+
+    step = begin
+    saver = Saver(model, None, None, lambda: {"step": step, "images": 7 * step, "cost": {"images_seen": 7 * step}})
+    rungs = None
+    try:
+        rungs = Rungs(
+            folder,
+            3,
+            rungs=4,
+            total_steps=STEPS,
+            step=begin,
+            model=copy,
+            measure=measure,
+            report=lambda *one: told.append(one),
+        )
+        while step < end:
+            step += 1
+            nn.init.constant_(model.weight, float(step))
+            save, stop = rungs.after_step()
+            assert not stop
+            if save or step % 5 == 0 or step == STEPS:
+                rungs.at_checkpoint(saver, saver.snapshot().state)
+                saved = step
+    except Killed:
+        pass
+    return saved, measured, told
+
+
+def test_the_objective_is_measured_at_the_start_and_evenly_before_the_end(tmp_path):
+    _, measured, told = attempt(tmp_path)
+    assert measured == [0, 3, 6, 9]
+    assert [(one.number, one.rung, one.images, one.objective) for one, _ in told] == [
+        (3, 0, 0, 0), (3, 1, 21, 30), (3, 2, 42, 60), (3, 3, 63, 90),
+    ]  # fmt: skip
+    assert [spent.images_seen for _, spent in told] == [0, 21, 42, 63]
+
+
+@pytest.mark.parametrize("end", range(STEPS))
+def test_a_trial_that_is_resumed_measures_no_rung_again_and_leaves_none_out(tmp_path, end):
+    """Would catch: a rung that is skipped because the checkpoint is behind it, or measured twice because it is before it."""
+    saved, first, told = attempt(tmp_path, end=end)
+    _, second, again = attempt(tmp_path, begin=saved)
+    assert first + second == [0, 3, 6, 9]
+    assert [one for one, _ in again[: len(told)]] == [one for one, _ in told]
+    assert all(spent is None for _, spent in again[: len(told)]) and len(again) == 4
+
+
+@pytest.mark.parametrize("kill", range(4))
+def test_a_measurement_that_was_interrupted_is_made_again(tmp_path, kill):
+    saved, first, _ = attempt(tmp_path, kill_in_measurement=kill)
+    _, second, told = attempt(tmp_path, begin=saved)
+    assert first + second == [0, 3, 6, 9] and [one.rung for one, _ in told] == [0, 1, 2, 3]
+
+
+def test_rungs_are_cheap_but_never_of_a_handful_of_images(tmp_path):
+    shards = tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
+    assert rung_images(load("small"), shards) == shards.rows["train"]
+    many = type("Many", (), {"rows": {"train": 100_000}})()
+    counts = [rung_images(load("small", [f"tune.rungs={n}", "tune.max_images=50000"]), many) for n in (2, 4, 40)]
+    assert counts[0] == pytest.approx(2 * counts[1], rel=0.01) and counts[1] == pytest.approx(10 * counts[2], rel=0.01)
+    assert rung_images(load("small", ["tune.epochs=0.001"]), many) == FEWEST
+    assert rung_images(load("small", ["tune.max_images=50", "tune.epochs=100"]), many) == 50
+
+
+class Run:
+    """A tracker."""
+
+    def __init__(self):
+        self.ends = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.end("FINISHED")
+
+    def end(self, status):
+        self.ends.append(status)
+
+
+def test_a_run_ends_as_killed_only_where_a_scheduler_stopped_the_trial(tmp_path):
+    """An interrupted trial keeps its checkpoints, and its run is left as it is, to be gone on with."""
+    for stopped, ends in ((False, []), (True, ["KILLED"])):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        if stopped:
+            (tmp_path / STOPPED).touch()
+        run = Run()
+        with pytest.raises(SystemExit), tracked(run, tmp_path):
+            raise SystemExit(0)
+        assert run.ends == ends and (tmp_path / "checkpoints").exists() == (not stopped)
+    run = Run()
+    with tracked(run, tmp_path):
+        pass
+    assert run.ends == ["FINISHED"]
