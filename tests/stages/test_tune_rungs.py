@@ -2,10 +2,14 @@
 
 import pytest
 import tiny_shards
+import torch
 from torch import nn
 
 from pipeline.config.load import load
+from pipeline.evaluation.features import features_of
+from pipeline.models.build import build_inputs, build_model
 from pipeline.stages.tune_rungs import FEWEST, STOPPED, Rungs, rung_images, tracked
+from pipeline.training.pretrain_loop import train
 from wavemim.weights.checkpoint import Saver
 
 STEPS = 12
@@ -120,3 +124,39 @@ def test_a_run_ends_as_killed_only_where_a_scheduler_stopped_the_trial(tmp_path)
     with tracked(run, tmp_path):
         pass
     assert run.ends == ["FINISHED"]
+
+
+@pytest.mark.parametrize("options", [["train.ema=0.9"], ["train.progressive={32: 0.5, 64: 0.5}"]])
+def test_a_measurement_changes_nothing_in_training_and_sees_the_weights_of_its_step(tmp_path, options):
+    shards = tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
+    tiny = ["encoder.width=32", "encoder.depth=2", "encoder.heads=2", "decoder.width=16", "decoder.heads=2"]
+    tiny += [
+        "target.taps={3: 1, 4: 2}",
+        "train.batch=8",
+        "train.warmup_epochs=0",
+        "train.epochs=4",
+        "encoder.image_size=64",
+    ]
+    recipe = load("small", [*tiny, *options])
+    device, values = torch.device("cpu"), {}
+    plain = train(recipe, shards, device=device, on_checkpoint=lambda saver, state: None)
+
+    def measure(model):
+        inputs = build_inputs(shards)
+        features, _ = features_of(model.encoder.model.eval(), inputs, shards, "train", window=64, batch=8, max_rows=16)
+        return float(features.std())
+
+    rungs = Rungs(
+        tmp_path, 1, rungs=4, total_steps=8, step=0, model=build_model(recipe, shards, start=True), measure=measure,
+        report=lambda one, spent: values.setdefault(one.rung, one.objective),
+    )  # fmt: skip
+    probed = train(
+        recipe,
+        shards,
+        device=device,
+        coordinator=rungs,
+        on_checkpoint=lambda saver, state: rungs.at_checkpoint(saver, state),
+    )
+    for one, other in zip(plain.model.state_dict().values(), probed.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert sorted(values) == [0, 1, 2, 3] and len(set(values.values())) == 4

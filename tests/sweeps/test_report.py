@@ -116,6 +116,31 @@ def test_the_pareto_front():
     )
 
 
+def test_the_front_is_a_table_where_the_sweep_has_a_cost(tmp_path):
+    sweep = simulate(peaked)
+    recipe = with_overrides(load("small", [f"out={tmp_path}/o"]), {"target.taps": {1: 2, 2: 4, 3: 8}})
+    assert "## Pareto front" not in write_results(tmp_path / "a", recipe, sweep).files["report.md"].read_text()
+    trials = [
+        dataclasses.replace(t, cost={"cost/flops": 1.0, "cost/wall_clock_s": float(t.number)}) for t in sweep.trials
+    ]
+    chosen = dataclasses.replace(sweep, trials=trials, cost="seconds")
+    words, points = cost_points(chosen)
+    assert words == "seconds of a trial"
+    text = write_results(tmp_path / "b", recipe, chosen).files["report.md"].read_text()
+    rows = text.split("## Pareto front")[1].split("No other point")[0].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    expected = [points[i] for i in pareto_front(points)]
+    assert [(row[0], row[-1]) for row in cells] == [(p[2], f"{p[1]:.2f}") for p in expected] and len(cells) > 1
+    assert all(len(row) == len(sweep.settings) + 3 for row in cells)
+
+
+def test_a_sweep_whose_budget_allowed_no_search_is_written(tmp_path):
+    sweep = simulate(peaked, searched=0)
+    recipe = with_overrides(load("small", [f"out={tmp_path}/o"]), {"target.taps": {1: 2, 2: 4, 3: 8}})
+    written = write_results(tmp_path, recipe, dataclasses.replace(sweep, cost="flops"))
+    assert written.answer.chosen == {} and {"report.md", "best.yaml", "trials.csv"} <= set(written.files)
+
+
 def test_the_recommended_recipe_works_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
