@@ -7,6 +7,7 @@ untouched, for the final evaluation), or RankMe where there are no labels.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from pipeline.stages.tune_check import check_budget, check_space, trials_of
 from pipeline.stages.tune_draws import draws_of, own_point
 from pipeline.stages.tune_engine import run_plan
 from pipeline.stages.tune_plan import slots_of
-from pipeline.stages.tune_rungs import STOPPED, rung_images
+from pipeline.stages.tune_rungs import CHECKPOINTS, STOPPED, rung_images
 from pipeline.stages.tune_schedulers import scheduler_of
 from pipeline.stages.tune_space import Space, names_of_spaces, read_space
 from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, folder_of, run_trial
@@ -197,6 +198,8 @@ def _run(
                 bar.set_postfix(best=f"{max(values):.2f}")
             if run := ended.metrics.get("mlflow_run"):
                 statuses[run] = STATUSES[ended.state]
+            if ended.state != "failed":  # one that failed may begin again, in a later call
+                shutil.rmtree(folder_of(folder.path / TRIALS, ended.number) / CHECKPOINTS, ignore_errors=True)
             record()
 
         def on_stop(number: int) -> None:

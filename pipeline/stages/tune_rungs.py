@@ -26,7 +26,7 @@ from wavemim.flops import cost_of
 from wavemim.weights import checkpoint
 
 STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
-CHECKPOINTS = "checkpoints"  # in a trial's folder while it trains
+CHECKPOINTS = "checkpoints"  # in a trial's folder until it is known how the trial ended
 _FILE = "rungs.jsonl"
 SHARE = 0.1  # of a trial's FLOPs that features for the rungs may take; the probe at the end comes on top
 FEWEST = 100  # images

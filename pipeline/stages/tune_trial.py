@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +122,6 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
         images = trained.position.images
         tracker.log(measured, images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, measured[task.objective])]}
         return {**measured, **final, **ended}
 

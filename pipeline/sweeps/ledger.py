@@ -119,6 +119,7 @@ class Ledger:
     def _remember(self, entry: Begun | Measured | Ended) -> None:
         if isinstance(entry, Begun):
             self.begun[entry.number] = entry
+            self.ended.pop(entry.number, None)  # one that begins again has not ended
         elif isinstance(entry, Measured):
             self.measured.setdefault((entry.number, entry.rung), entry)
         elif entry.number in self.begun:

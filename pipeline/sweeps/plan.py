@@ -3,11 +3,14 @@
 A sweep has three parts: the recipe's own settings with several seeds, which measure the noise; the search; and the best
 points of the search again, each with fresh seeds, which decide. Every trial is in the ledger before it begins and when it
 has ended. After an interruption the same plan goes on: what ended counts, what only began is begun again under its number,
-so that it finds its own checkpoints, and the searcher is told what it had drawn.
+so that it finds its own checkpoints, and the searcher is told what it had drawn. Failed trials stay failed, except those that
+ended the sweep: they are begun again, as their cause may be gone.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -78,12 +81,14 @@ class Plan:
         self._elapsed = elapsed
         self.ledger, self.draws, self.budget, self.own, self.seed = ledger, draws, budget, dict(own), seed
         self._out: set[int] = set()  # handed out by this process, and not ended
+        self._exhausted = False
+        for number in self._ended_the_sweep():
+            ledger.add(ledger.begun[number])
         for number, begun in sorted(ledger.begun.items()):
             if begun.role == "search":
                 draws.restore(number, begun.drawn)
                 if number in ledger.ended:
                     draws.tell(number, ledger.ended[number])
-        self._exhausted = False
 
     def next(self) -> Begun | None:
         """The next trial to run; None if there is none now: later, when others have ended, there may be one."""
@@ -117,23 +122,36 @@ class Plan:
     @property
     def done(self) -> bool:
         """Whether every trial has ended and no more will begin."""
+        if self.failing is not None:
+            return not self._out
         if self.ledger.begun.keys() != self.ledger.ended.keys():
             return False
-        over = self._of_recipe() is None and self._search_is_over() and self._of_finalists() is None
-        return over or self.failing is not None
+        return self._of_recipe() is None and self._search_is_over() and self._of_finalists() is None
 
     @property
     def failing(self) -> str | None:
         """The reason for which the last trials in a row have failed, if they are too many."""
-        last = self.ledger.trials()[-self.budget.same_reason :]
-        reasons = {trial.reason for trial in last if trial.state == "failed"}
-        alike = len(last) == self.budget.same_reason and all(trial.state == "failed" for trial in last)
-        return reasons.pop() if alike and len(reasons) == 1 else None
+        failed = self._failed_alike()
+        return failed[-1].reason if len(failed) >= self.budget.same_reason else None
 
     @property
     def total(self) -> int:
         """The number of trials of the whole sweep, as far as it is known."""
         return self.budget.recipe_seeds + self.budget.trials + self.budget.finalists * self.budget.fresh_seeds
+
+    def _failed_alike(self) -> list[Trial]:
+        """The last trials, as long as they failed for the same reason."""
+        trials = self.ledger.trials()
+        alike = itertools.takewhile(
+            lambda trial: trial.state == "failed" and _kind(trial.reason) == _kind(trials[-1].reason), reversed(trials)
+        )
+        return list(alike)[::-1]
+
+    def _ended_the_sweep(self) -> list[int]:
+        """Numbers of the failed trials that ended an earlier call: too many in a row, or all that there were."""
+        failed = self._failed_alike() if self.failing is not None else self.ledger.trials()
+        over = self.failing is not None or (bool(failed) and self.done)
+        return [trial.number for trial in failed] if over and all(t.state == "failed" for t in failed) else []
 
     def _hand_out(self, begun: Begun) -> Begun:
         self._out.add(begun.number)
@@ -195,8 +213,9 @@ class Plan:
         for point in self._best():
             seeds = [b.seed for b in self.ledger.begun.values() if b.role == "finalist" and _same(b.point, point)]
             if len(seeds) < self.budget.fresh_seeds:
-                fresh = self.seed + self.budget.recipe_seeds + len(seeds)
-                return Begun(self._number(), "finalist", point, fresh)
+                fresh = itertools.count(self.seed + self.budget.recipe_seeds)
+                unused = next(seed for seed in fresh if seed not in seeds)
+                return Begun(self._number(), "finalist", point, unused)
         return None
 
     def _best(self) -> list[Mapping[str, Any]]:
@@ -214,3 +233,8 @@ class Plan:
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return point_key(one) == point_key(other)
+
+
+def _kind(reason: str) -> str:
+    """A reason without its numbers, such as the step of a loss that is not finite."""
+    return re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "#", reason)
