@@ -146,6 +146,32 @@ def test_three_failures_in_a_row_for_the_same_reason_end_the_sweep(tmp_path):
     assert plan.failing == "out of memory" and plan.next() is None and plan.done
 
 
+def test_trials_that_ended_a_sweep_by_failing_begin_again_in_the_next_call_and_earlier_failures_do_not(tmp_path):
+    path, budget = tmp_path / "l", Budget(trials=6, recipe_seeds=2, finalists=0)
+    plan = plan_of(path, budget)
+    outcomes = ["finished", "failed", "finished", "failed", "failed", "failed"]
+    for number, outcome in enumerate(outcomes, start=1):
+        assert plan.next().number == number
+        reason = f"the loss is not finite at step {number}" if outcome == "failed" else ""  # alike but for numbers
+        plan.end(Ended(number, outcome, 1.0 if outcome == "finished" else None, reason))
+    assert plan.failing == "the loss is not finite at step 6" and plan.done and plan.next() is None
+    again = plan_of(path, budget)  # the cause may be gone
+    assert again.failing is None and not again.done
+    assert [again.next().number for _ in range(5)] == [4, 5, 6, 7, 8]
+    assert again.next() is None and again.ledger.ended[2].state == "failed"
+
+
+def test_a_sweep_of_which_all_trials_failed_begins_them_again(tmp_path):
+    path, budget = tmp_path / "l", Budget(trials=2, recipe_seeds=0, finalists=0)
+    plan = plan_of(path, budget)
+    for number in (1, 2):
+        plan.next()
+        plan.end(Ended(number, "failed", None, "out of memory"))
+    assert plan.done
+    run(plan_of(path, budget))
+    assert [row[4] for row in rows(path)] == ["finished", "finished"]
+
+
 def test_failed_and_stopped_trials_are_no_finalists(tmp_path):
     plan = plan_of(tmp_path / "l", Budget(trials=4, recipe_seeds=0, finalists=4, fresh_seeds=1))
     states = iter(["failed", "stopped", "finished", "finished"])
