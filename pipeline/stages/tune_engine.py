@@ -81,6 +81,9 @@ class _Planned(Searcher):
         self._plan, self._scheduler, self._objective, self._on_end = plan, scheduler, objective, on_end
         self._numbers: dict[str, int] = {}  # Ray's trial -> ours
 
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, as `__getstate__`."""
+
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray saves searchers, but a sweep goes on from its ledger."""
         return {}

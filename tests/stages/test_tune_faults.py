@@ -10,6 +10,7 @@ import psutil
 import pytest
 import tiny_shards
 import yaml
+from ray.cluster_utils import Cluster
 from real_commands import start
 
 from pipeline.config.load import load
@@ -29,9 +30,9 @@ TINY = [
 ]
 
 
-def sweep_in(tmp_path):
+def sweep_in(tmp_path, *more):
     tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
-    recipe = load("small", [*TINY, f"out={tmp_path}", f"shards={tmp_path}/shards", "name=sweep"])
+    recipe = load("small", [*TINY, f"out={tmp_path}", f"shards={tmp_path}/shards", "name=sweep", *more])
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(recipe.dump()))
     return recipe, file
@@ -101,3 +102,27 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert f"continued, {len(before.ended)} trials were done" in output and len(Ledger(path).ended) == 7
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_node_costs_a_retry_of_its_trials(tmp_path):
+    """A cluster of two nodes, of which one is killed while both train a trial: the other one runs the sweep to its end."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        recipe, file = sweep_in(tmp_path, f"cluster.address={nodes.address}", "tune.trials=2", "tune.finalists=0")
+        path = recipe.stage_dir("tune") / "trials.jsonl"
+        process = start("tune", file)
+        begun = (path.parent / "trials").glob
+        wait_for(lambda: len(list(begun("*/checkpoints/images-*"))) >= 2, process, "checkpoint of each node")
+        assert not Ledger(path).ended
+        nodes.remove_node(lost, allow_graceful=False)
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors
+    finally:
+        nodes.shutdown()
+    trials = Ledger(path).trials()
+    assert [trial.state for trial in trials] == ["finished"] * 4
+    images = 60 * ShardSet.open(recipe.shards_at).rows["train"]
+    assert {trial.metrics["images"] for trial in trials} == {images}
