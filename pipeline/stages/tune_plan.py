@@ -19,9 +19,9 @@ from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes, check_budget, check_points, trials_of
 from pipeline.stages.tune_distributions import RandomTrial, shown
-from pipeline.stages.tune_rungs import milestones
+from pipeline.stages.tune_rungs import milestones, rung_images
 from pipeline.stages.tune_space import Space, read_space
-from wavemim.flops import cost_of
+from wavemim.flops import cost_of, forward_flops
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -121,7 +121,8 @@ def _cost_lines(recipe: Recipe, points: Sequence[Mapping[str, Any]], trials: int
     check_shards(recipe, shards)
     rows = shards.rows["train"]
     images = statistics.fmean(one.train.epochs * rows for one in trial_of)
-    flops = statistics.fmean(_trial_flops(one, shards, rows) for one in trial_of)
+    at_rungs = recipe.tune.rungs * rung_images(recipe, shards) if recipe.tune.rungs > 1 else 0
+    flops = statistics.fmean(_trial_flops(one, shards, at_rungs) for one in trial_of)
     check_budget(recipe, rows)
     rate, source = _recorded_rate(recipe) or _timed_rate(recipe, shards)
     seconds = flops / rate
@@ -172,11 +173,14 @@ def _limited(recipe: Recipe, trials: int, images: float, seconds: float) -> tupl
     return lines, max(least, 0)
 
 
-def _trial_flops(recipe: Recipe, shards: ShardSet, rows: int) -> float:
-    """FLOPs of a trial: of its training, and of the features of its probe."""
+def _trial_flops(recipe: Recipe, shards: ShardSet, at_rungs: int) -> float:
+    """FLOPs of a trial: of its training, and of the features of its probes, before the end those of `at_rungs` images."""
+    rows = shards.rows["train"]
     with torch.device("meta"):
-        cost = cost_of(build_blank_model(recipe), recipe.mask.count)
-    return recipe.train.epochs * rows * cost.training_flops + min(rows, recipe.tune.max_images) * cost.encoder_flops
+        model = build_blank_model(recipe)
+        training = recipe.train.epochs * rows * cost_of(model, recipe.mask.count).training_flops
+        each = forward_flops(model.encoder.model, shards.channels, recipe.encoder.image_size)
+    return training + (min(rows, recipe.tune.max_images) + at_rungs) * each
 
 
 def _at_once(recipe: Recipe, trials: int) -> int:

@@ -22,13 +22,13 @@ from pipeline.stages.tune_check import changes
 from pipeline.storage.jsonl import JsonLines
 from pipeline.sweeps.ledger import Measured
 from pipeline.tracking.tracker import Tracker
-from wavemim.flops import cost_of
+from wavemim.flops import cost_of, forward_flops
 from wavemim.weights import checkpoint
 
 STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
 CHECKPOINTS = "checkpoints"  # in a trial's folder until it is known how the trial ended
 _FILE = "rungs.jsonl"
-SHARE = 0.1  # of a trial's FLOPs that features for the rungs may take; the probe at the end comes on top
+SHARE = 0.2  # of the FLOPs of training that features for probes may take, the one at the end included
 FEWEST = 100  # images
 
 
@@ -39,11 +39,14 @@ def rung_images(recipe: Recipe, shards: ShardSet) -> int:
         recipe: The settings of the sweep.
         shards: The shard set.
     """
-    rows = shards.rows["train"]
+    rows, short = shards.rows["train"], with_overrides(recipe, changes(recipe, {}))
     with torch.device("meta"):
-        cost = cost_of(build_blank_model(with_overrides(recipe, changes(recipe, {}))), recipe.mask.count)
-    training = recipe.tune.epochs * rows * cost.training_flops
-    cheap = int(SHARE * training / (recipe.tune.rungs * max(cost.encoder_flops, 1)))
+        model = build_blank_model(short)
+        training = short.train.epochs * rows * cost_of(model, short.mask.count).training_flops
+        # Whole images: many times what the encoder computes in training, where it may see a quarter of each.
+        each = forward_flops(model.encoder.model, shards.channels, short.encoder.image_size)
+    end = min(recipe.tune.max_images, rows) * each
+    cheap = int((SHARE * training - end) / (recipe.tune.rungs * max(each, 1)))
     return min(max(cheap, FEWEST), recipe.tune.max_images, rows)
 
 
