@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from pipeline.stages.tune_engine import CURVE, FAILED
 from pipeline.stages.tune_rungs import CHECKPOINTS, Rungs, tracked
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
 from pipeline.sweeps.ledger import Measured
-from pipeline.sweeps.trials import trial_name
-from pipeline.tracking.tracker import RunHandle, Tracker
+from pipeline.sweeps.trials import WEIGHT, trial_name
+from pipeline.tracking.tracker import RunHandle, Tracker, flatten
 from pipeline.training.pretrain_loop import Trained, train
 from pipeline.training.schedule import TrainSchedule
 from wavemim.evaluation.metrics import Accuracy, rankme
@@ -101,15 +102,20 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
     shards = ShardSet.open(task.shards)
     device = torch.device("cuda" if task.use_gpu else "cpu")
     folder = folder_of(Path(task.logs), config[NUMBER])
-    varied = {"role": config["role"], "seed": config["seed"], **config["point"]}
     started = Tracker.start(
         recipe,
         "trial",
         parent=task.parent,
         name=trial_name(config[NUMBER], config["point"], task.searched),
-        params={key: value for key, value in varied.items() if value is not None},
+        params=searched_values(recipe, config["point"], task.searched),
         log_dir=folder,
-        tags={"wavemim.shards": shards.fingerprint},
+        tags={
+            "wavemim.shards": shards.fingerprint,
+            "wavemim.role": config["role"],
+            "wavemim.seed": str(config["seed"]),
+            "wavemim.objective": task.objective,
+        },
+        dataset=shards.about,
     )
     with tracked(started, folder) as tracker:
         try:
@@ -120,10 +126,35 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
             tracker.tag("wavemim.reason", reason_of(error))
             raise
         images = trained.position.images
-        tracker.log(measured, images)
+        tracker.log(as_objective(measured, task.objective), images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
         ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, measured[task.objective])]}
         return {**measured, **final, **ended}
+
+
+def searched_values(recipe: Recipe, point: Mapping[str, Any], searched: Sequence[str]) -> dict[str, Any]:
+    """The searched settings of a trial, as parameters of its run: the same names in all trials.
+
+    MLflow's parallel coordinates leave out runs that lack a parameter, so a setting that the point does not give has the
+    value that the trial trains with.
+
+    Args:
+        recipe: The trial's.
+        point: The values that were drawn, by dotted key.
+        searched: Dotted keys of all searched settings.
+
+    Returns:
+        {key: value}, numbers with four significant digits.
+    """
+    flat = flatten(recipe.dump())
+    flat |= {f"{WEIGHT}{level}": json.dumps(weight) for level, weight in recipe.weights_by_level().items()}
+    values = {key: point.get(key, flat.get(key, "null")) for key in searched}
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
+
+
+def as_objective(measured: Mapping[str, float], objective: str) -> dict[str, float]:
+    """Metrics of a trial as they are logged: the objective first, under the name that all sweeps share."""
+    return {"objective": measured[objective], **{name: value for name, value in measured.items() if name != objective}}
 
 
 def _rungs(
@@ -150,7 +181,7 @@ def _rungs(
             spent = before.read()  # training goes on from what this measurement has cost
         cost = (spent or spent_in(folder)).metrics()
         if spent is not None:  # not logged before an interruption
-            tracker.log({task.objective: measured.objective, **cost}, measured.images)
+            tracker.log({"objective": measured.objective, **cost}, measured.images)
         known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
         ray.tune.report({**known, "mlflow_run": tracker.handle.run_id, **cost})
 
