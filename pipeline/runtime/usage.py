@@ -72,10 +72,11 @@ class Spent:
         return Spent(**{n: max(mine[n], others[n]) if n in _PEAKS else mine[n] + others[n] for n in mine})
 
     def metrics(self) -> dict[str, float]:
-        """The parts as metrics ``cost/…``; GPU memory only if there is a GPU."""
+        """The parts as metrics ``cost/…``; those of GPUs only if one was used."""
         values = {f"{PREFIX}{name}": float(value) for name, value in asdict(self).items()}
-        if not self.gpu_peak_memory_bytes:
-            del values[f"{PREFIX}gpu_peak_memory_bytes"]
+        for name in ("gpu_hours", "gpu_peak_memory_bytes"):
+            if not values[PREFIX + name]:
+                del values[PREFIX + name]
         return values
 
     def record(self) -> dict[str, float]:

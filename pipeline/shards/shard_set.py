@@ -185,6 +185,31 @@ class ShardSet:
         """SHA-256 of the manifest, which includes those of all shards."""
         return str(self.manifest["fingerprint"])
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a tracker shows of the set: its `name`, `digest`, `source`, `profile` and `schema`."""
+        place = Path(self.url)
+        # "shards" is the usual name, and says nothing.
+        name = place.parent.name if place.name == "shards" and place.parent.name else place.name
+        columns = {
+            f"level {level}": f"{entry['dtype']} {entry['shape']}" for level, entry in self.manifest["levels"].items()
+        }
+        labels = {} if self.classes is None else {"label": f"{len(self.classes)} classes"}
+        return {
+            "name": name,
+            "digest": self.fingerprint[:16],
+            "source": self.url,
+            "profile": {
+                "num_rows": sum(self.rows.values()),
+                **self.rows,
+                "image_size": self.image_size,
+                "channels": self.channels,
+            },
+            "schema": {
+                "mlflow_colspec": [{"name": n, "type": t, "required": True} for n, t in {**columns, **labels}.items()]
+            },
+        }
+
     @cached_property
     def checksums(self) -> dict[str, str]:
         """SHA-256 of each shard, by name."""

@@ -96,7 +96,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.source}
-        with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags) as tracker:
+        with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             images = subject.images_seen or 0
             with measuring_tasks(folder.path, tracker.log, images) as meter:
                 measured, matrices = _Tasks(recipe, checked, uses_gpu(recipe, session), meter).run(progress)

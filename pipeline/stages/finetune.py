@@ -90,7 +90,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         rows = shards.rows["train"]
         schedule = TrainSchedule.of_finetuning(recipe, rows, state.get("streams"))
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.source}
-        with Tracker.start(recipe, "finetune", log_dir=folder.path, tags=tags) as tracker:
+        with Tracker.start(recipe, "finetune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             with following(
                 folder.path / METRICS,
                 total=images_of_run(schedule.total_steps, schedule.batches_per_epoch, schedule.batch, rows),

@@ -82,7 +82,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             return {**folder.result(), "state": "finished already"}
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
-        with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags) as tracker:
+        with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             with _following(recipe, shards, folder.path, last, tracker, progress=progress):
                 train_on_workers(
                     _loop,

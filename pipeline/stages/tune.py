@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.tune
+import yaml
 from tqdm import tqdm
 
 from pipeline.config.recipe import Recipe, identity
@@ -100,7 +101,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             "wavemim.shards": shards.fingerprint,
             "wavemim.space": " + ".join(names_of_spaces(recipe)),
         }
-        with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags) as tracker:
+        with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
+            tracker.text(yaml.safe_dump(space.record(), sort_keys=False, allow_unicode=True), "space.yaml")
             spent = _run(recipe, session, checked, plan, folder, tracker, meter, objective, progress)
             sweep = _sweep(recipe, space, plan.ledger, objective)
             if plan.failing is not None:
@@ -221,7 +223,8 @@ def _write(recipe: Recipe, folder: StageFolder, sweep: Sweep, tracker: Tracker) 
     def place(name: str) -> str:
         return str(written.files.get(name, "not written"))
 
-    tracker.tag("mlflow.note.content", written.description)
+    pictures = [path.name for path in written.files.values() if path.suffix == ".png"]
+    tracker.description(written.description, pictures)
     objective = sweep.objective
     best = max(sweep.finished(), key=lambda trial: trial.value or 0.0)
     tracker.log({f"tune/best_{objective.rpartition('/')[2]}": best.value or 0.0}, int(best.metrics.get("images", 0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from pipeline.shards.errors import UnreadableError
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes
 from pipeline.stages.tune_engine import CURVE, FAILED, NUMBER
-from pipeline.sweeps.trials import trial_name
-from pipeline.tracking.tracker import RunHandle, Tracker
+from pipeline.sweeps.trials import WEIGHT, trial_name
+from pipeline.tracking.tracker import RunHandle, Tracker, flatten
 from pipeline.training.pretrain_loop import Trained, train
 from wavemim.evaluation.metrics import rankme
 from wavemim.evaluation.probes import held_out, linear_probe
@@ -91,15 +92,20 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
     shards = ShardSet.open(task.shards)
     device = torch.device("cuda" if task.use_gpu else "cpu")
     folder = folder_of(Path(task.logs), config[NUMBER])
-    varied = {"role": config["role"], "seed": config["seed"], **config["point"]}
     with Tracker.start(
         recipe,
         "trial",
         parent=task.parent,
         name=trial_name(config[NUMBER], config["point"], task.searched),
-        params={key: value for key, value in varied.items() if value is not None},
+        params=searched_values(recipe, config["point"], task.searched),
         log_dir=folder,
-        tags={"wavemim.shards": shards.fingerprint},
+        tags={
+            "wavemim.shards": shards.fingerprint,
+            "wavemim.role": config["role"],
+            "wavemim.seed": str(config["seed"]),
+            "wavemim.objective": task.objective,
+        },
+        dataset=shards.about,
     ) as tracker:
         try:
             trained = _train(recipe, shards, device, folder, tracker)
@@ -108,11 +114,36 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
             tracker.tag("wavemim.reason", reason_of(error))
             raise
         images = trained.position.images
-        tracker.log(measured, images)
+        tracker.log(as_objective(measured, task.objective), images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, measured[task.objective])]}
         return {**measured, **final, **ended}
+
+
+def searched_values(recipe: Recipe, point: Mapping[str, Any], searched: Sequence[str]) -> dict[str, Any]:
+    """The searched settings of a trial, as parameters of its run: the same names in all trials.
+
+    MLflow's parallel coordinates leave out runs that lack a parameter, so a setting that the point does not give has the
+    value that the trial trains with.
+
+    Args:
+        recipe: The trial's.
+        point: The values that were drawn, by dotted key.
+        searched: Dotted keys of all searched settings.
+
+    Returns:
+        {key: value}, numbers with four significant digits.
+    """
+    flat = flatten(recipe.dump())
+    flat |= {f"{WEIGHT}{level}": json.dumps(weight) for level, weight in recipe.weights_by_level().items()}
+    values = {key: point.get(key, flat.get(key, "null")) for key in searched}
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
+
+
+def as_objective(measured: Mapping[str, float], objective: str) -> dict[str, float]:
+    """Metrics of a trial as they are logged: the objective first, under the name that all sweeps share."""
+    return {"objective": measured[objective], **{name: value for name, value in measured.items() if name != objective}}
 
 
 def _train(recipe: Recipe, shards: ShardSet, device: torch.device, folder: Path, tracker: Tracker) -> Trained:

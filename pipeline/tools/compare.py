@@ -118,7 +118,7 @@ def _read(
     names: Sequence[str], uri: str | None, metrics: Sequence[str], *, drawn: bool
 ) -> tuple[list[Run], dict[str, dict[str, list[Point]]]]:
     runs = find(names, uri)
-    there = {name for run in runs for stored in run.stages.values() for name in stored.data.metrics}
+    there = {name for run in runs for stored in run.stages.values() for name in store.metrics_of(stored)}
     for name in metrics:
         if name not in there:
             known = ", ".join(sorted(key for key in there if _shown(key)))
@@ -154,10 +154,10 @@ def _clock(client: Any, run: Run) -> Callable[[int], float | None]:
 
 
 def _curve(client: Any, run: Run, name: str, clock: Callable[[int], float | None]) -> list[Point]:
-    stored = next((run.stages[stage] for stage in _by_rank(run) if name in run.stages[stage].data.metrics), None)
+    stored = next((run.stages[stage] for stage in _by_rank(run) if name in store.metrics_of(run.stages[stage])), None)
     if stored is None:
         return []
-    bounds = _bounds(name, stored.data.metrics)
+    bounds = _bounds(name, store.metrics_of(stored))
     low, high = (store.history(client, stored.info.run_id, bound) for bound in bounds) if bounds else ({}, {})
     return [
         Point(
@@ -241,7 +241,7 @@ def _metrics(run: Run) -> dict[str, dict[str, float]]:
     """Last values by name, with the bounds of their intervals."""
     found: dict[str, dict[str, float]] = {}
     for stage in _by_rank(run):
-        metrics = run.stages[stage].data.metrics
+        metrics = store.metrics_of(run.stages[stage])
         ends = {end for name in metrics for end in (_bounds(name, metrics) or ())}
         for name, value in metrics.items():
             if not _shown(name) or name in ends or name in found:
@@ -260,7 +260,7 @@ def _shown(name: str) -> bool:
 
 
 def _cost(run: Run, stage: str) -> dict[str, float] | None:
-    metrics = run.stages[stage].data.metrics if stage in run.stages else {}
+    metrics = store.metrics_of(run.stages[stage]) if stage in run.stages else {}
     return Spent.of(metrics).record() if CLOCK in metrics else None
 
 

@@ -16,7 +16,8 @@ The files
         - ``start``: a run begins or is resumed: its key, name, experiment, tags, parameters, parent, and ``at``, the
           length of ``metrics.jsonl`` at that moment;
         - ``text`` and ``file``: an artifact. A file is named, not copied: it is read when it is sent;
-        - ``tag``: a tag of the run;
+        - ``tag``: a tag of the run; in its value ``{run_id}`` stands for MLflow's id of the run where `fill` is true;
+        - ``dataset``: a data set that the run reads, with its context;
         - ``end``: the run ends, with status, time, and ``at`` as above;
         - ``store``: from here on another MLflow server was chosen with ``wavemim sync tracking.uri=``.
     ``.mlflow-sent.json``
@@ -78,9 +79,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.storage.jsonl import JsonLines
-from pipeline.tracking.mlflow_client import METRICS_IN_BATCH, Value, clean_key
+from pipeline.tracking.mlflow_client import METRICS_IN_BATCH, Value, metric_key
 
 METRICS, OUTBOX, SENT, LOCK = "metrics.jsonl", ".mlflow-outbox.jsonl", ".mlflow-sent.json", ".mlflow.lock"
+RUN_ID = "{run_id}"  # in a tag that is filled in: MLflow's id of the run
 
 
 class Busy(Exception):
@@ -125,7 +127,7 @@ def metric_values(line: dict[str, Any]) -> list[Value]:
     """The finite numbers of a line of the metrics, as MLflow stores them."""
     numbers = {name: value for name, value in line.get("metrics", {}).items() if isinstance(value, int | float)}
     stamp, step = round(1000 * line.get("time", 0)), int(line.get("step", 0))
-    return [(clean_key(name), float(value), stamp, step) for name, value in numbers.items()]
+    return [(metric_key(name), float(value), stamp, step) for name, value in numbers.items()]
 
 
 def metric_batches(metrics: JsonLines, start: int, stop: int | None) -> Iterator[tuple[list[Value], int]]:

@@ -6,6 +6,7 @@ addressed by id through `MlflowClient`: the fluent interface keeps an active run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The experiment's page opens on the runs of models; without this tag MLflow asks, or opens on traces of language models.
+_KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
+# MLflow sorts groups of charts by name. Costs are to come last.
+_COST, _SHOWN_COST = "cost/", "usage/"
+_LONGEST_DIGEST = 36
 KEY = "wavemim.key"  # tag: the run's key, which the writer makes up, so that no run is created twice
 Value = tuple[str, float, int, int]  # of a metric: name, value, time (ms), step
 # MLflow's limits.
@@ -121,13 +127,18 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     if found is None:
         path = sqlite_path(uri)
         try:
-            return client.create_experiment(name, artifact_location=str(path.parent / "mlartifacts") if path else None)
+            return client.create_experiment(
+                name, artifact_location=str(path.parent / "mlartifacts") if path else None, tags={_KIND: _TRAINING}
+            )
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another process was faster
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         raise ValueError(f"experiment '{name}' was deleted; restore it or set tracking.experiment to another name")
+    if _KIND not in found.tags:  # the user may have chosen another kind
+        with contextlib.suppress(MlflowException):  # a user who may not change the experiment can still log runs
+            client.set_experiment_tag(found.experiment_id, _KIND, _TRAINING)
     return str(found.experiment_id)
 
 
@@ -206,6 +217,28 @@ def log_file(client: MlflowClient, run_id: str, source: Path, into: str | None) 
         client.log_artifact(run_id, str(source), into)
 
 
+def log_dataset(client: MlflowClient, run_id: str, about: Mapping[str, Any], context: str) -> None:
+    """Log a data set as an input of the run. Logged again, it changes nothing.
+
+    Args:
+        client: Of the store.
+        run_id: Of the run.
+        about: `name`, `digest` (a longer one is cut), `source` (path or URL), `profile` and `schema` (mappings).
+        context: What the run uses it for.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        about["name"],
+        about["digest"][:_LONGEST_DIGEST],
+        "local",
+        json.dumps({"uri": about["source"]}),
+        profile=json.dumps(about["profile"]),
+        schema=json.dumps(about["schema"]),
+    )
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+
 def system_monitors() -> list[Any]:
     """MLflow's monitors of this machine; that of the GPU only if there is one."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -269,7 +302,8 @@ def find_runs(client: MlflowClient, where: str = "", at_most: int = 10_000) -> l
 
 def history(client: MlflowClient, run_id: str, name: str) -> dict[int, tuple[float, int]]:
     """A metric: step -> (value, time in ms). A resumed run repeats some steps: the last value at a step counts."""
-    values = sorted(client.get_metric_history(run_id, name), key=lambda value: value.timestamp)
+    stored = client.get_metric_history(run_id, metric_key(name)) or client.get_metric_history(run_id, name)
+    values = sorted(stored, key=lambda value: value.timestamp)
     return dict(sorted({value.step: (value.value, value.timestamp) for value in values}.items()))
 
 
@@ -349,6 +383,19 @@ def without_password(uri: str) -> str:
 def clean_key(name: str) -> str:
     """A name with the characters replaced that MLflow does not allow."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def metric_key(name: str) -> str:
+    """The name of a metric in MLflow: costs are named ``usage/…`` there."""
+    return clean_key(_SHOWN_COST + name.removeprefix(_COST) if name.startswith(_COST) else name)
+
+
+def metrics_of(run: Run) -> dict[str, float]:
+    """The newest values of a run's metrics, by the names that the stages use."""
+    return {
+        _COST + name.removeprefix(_SHOWN_COST) if name.startswith(_SHOWN_COST) else name: value
+        for name, value in run.data.metrics.items()
+    }
 
 
 def _shortened(value: str) -> str:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
-from pipeline.tracking.journal import METRICS, OUTBOX, SENT, SendOffset, metric_batches, metric_values, sending_alone
+from pipeline.tracking.journal import (
+    METRICS,
+    OUTBOX,
+    RUN_ID,
+    SENT,
+    SendOffset,
+    metric_batches,
+    metric_values,
+    sending_alone,
+)
 from pipeline.tracking.mlflow_client import RunGone, Value
 
 if TYPE_CHECKING:
@@ -172,7 +181,11 @@ class Sender:
             )
             self.tally.runs += 1
         elif do == "tag" and self._offset.run_id:
-            self._skipping_refused(lambda client: client.set_tag(self.run_id, entry["key"], entry["value"]))
+            value = entry["value"].replace(RUN_ID, self.run_id) if entry.get("fill") else entry["value"]
+            self._skipping_refused(lambda client: client.set_tag(self.run_id, entry["key"], value))
+        elif do == "dataset" and self._offset.run_id:
+            about, context = entry["about"], entry["context"]
+            self._skipping_refused(lambda client: store.log_dataset(client, self.run_id, about, context))
         elif do in ("file", "text") and self._offset.run_id:
             self._file(entry)
 

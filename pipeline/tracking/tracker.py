@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipeline.periodic import Periodic
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.background import SendingThread
-from pipeline.tracking.journal import METRICS, OUTBOX, Busy, SendOffset, unfinished_key
+from pipeline.tracking.journal import METRICS, OUTBOX, RUN_ID, Busy, SendOffset, unfinished_key
 from pipeline.tracking.mlflow_client import without_password
 from pipeline.tracking.sender import Sender
 
@@ -103,6 +103,7 @@ class Tracker:
         name: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
+        dataset: Mapping[str, Any] | None = None,
         log_dir: Path,
     ) -> Tracker:
         """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
@@ -117,6 +118,7 @@ class Tracker:
             name: Of the run; STAGE-RECIPE if not given.
             params: Parameters in place of the settings.
             tags: Further tags.
+            dataset: What the stage reads: see `dataset`.
             log_dir: The stage's folder, for the journal.
         """
         # A trial's working folder is not the driver's, so a relative URI is not resolved a second time.
@@ -142,7 +144,9 @@ class Tracker:
         }
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         tracker._outbox.append(start)
-        tracker._note("text", text=text, file="recipe.yaml")
+        tracker.text(text, "recipe.yaml")
+        if dataset is not None:
+            tracker.dataset(dataset, stage)
         if unknown:
             tracker._thread.pause()
         else:
@@ -190,9 +194,34 @@ class Tracker:
         inside = source.is_relative_to(self._folder)  # relative, so that the stage's folder can be moved
         self._note("file", path=str(source.relative_to(self._folder) if inside else source), into=folder)
 
+    def text(self, text: str, file: str) -> None:
+        """Log a text as an artifact with this name."""
+        self._note("text", text=text, file=file)
+
+    def dataset(self, about: Mapping[str, Any], context: str) -> None:
+        """Log a data set that the run reads or writes.
+
+        Args:
+            about: `name`, `digest`, `source` (path or URL), `profile` and `schema` (mappings), as `ShardSet.about`.
+            context: What the run uses it for, a word.
+        """
+        self._note("dataset", about=dict(about), context=context)
+
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
         self._note("tag", key=store.clean_key(key), value=str(value))
+
+    def description(self, markdown: str, figures: Sequence[str] = ()) -> None:
+        """Set the text at the top of the run's page.
+
+        Args:
+            markdown: The text.
+            figures: Artifacts that are shown below it, by their names.
+        """
+        # Relative to the page's address, so that they are found through any proxy.
+        shown = "".join(f"\n\n![{name}](get-artifact?path={name}&run_uuid={RUN_ID})" for name in figures)
+        text = markdown.replace(RUN_ID, "{ run_id }") + shown
+        self._note("tag", key="mlflow.note.content", value=text, fill=True)
 
     def end(self, status: str = "FINISHED") -> None:
         """End the run; an attached tracker only sends what is missing. A second call does nothing.
