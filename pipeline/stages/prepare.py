@@ -146,6 +146,7 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
 
 def _log(tracker: Tracker, result: Mapping[str, Any]) -> None:
     tracker.tag("wavemim.shards", result["fingerprint"])
+    tracker.dataset(ShardSet.open(result["path"], check_files=False).about, "prepare")
     metrics = {f"prepare/{name}": count for name, count in result["counts"].items()}
     if result["images_per_second"]:
         metrics["perf/images_per_second"] = result["images_per_second"]
