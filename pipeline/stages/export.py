@@ -17,7 +17,6 @@ from pipeline.models.build import build_blank_model
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.stages.model_card import evaluation_of, model_card
 from pipeline.tracking import mlflow_client as store
-from pipeline.tracking import store_errors
 from pipeline.tracking.journal import SendOffset
 from pipeline.tracking.tracker import Tracker, store_uri
 from wavemim import __version__
@@ -213,7 +212,7 @@ def register(
     """
     uri = store_uri(recipe)
     run_id = SendOffset.of(folder).run_id
-    where = store_errors.without_password(uri)
+    where = store.without_password(uri)
     again = f"the encoder is in {folder}; run the same command again to retry"
     if not run_id:
         raise StageError(f"export.registry={name}: MLflow at {where} does not answer; {again}")
@@ -228,5 +227,5 @@ def register(
     try:
         version = store.within(_LIMIT, send)
     except Exception as error:  # of MLflow's many kinds
-        raise StageError(f"export.registry={name}: MLflow at {where}: {store_errors.reason(error)}; {again}") from error
+        raise StageError(f"export.registry={name}: MLflow at {where}: {store.reason(error)}; {again}") from error
     return {"name": name, "version": version, "load": f"mlflow.pyfunc.load_model('models:/{name}/{version}')"}

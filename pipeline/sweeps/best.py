@@ -11,8 +11,7 @@ import yaml
 
 from pipeline.config.load import with_overrides
 from pipeline.config.recipe import BEHAVIOURS, Recipe
-from pipeline.tracking.mlflow_client import absolute_uri
-from pipeline.tracking.store_errors import without_password
+from pipeline.tracking.mlflow_client import absolute_uri, without_password
 from wavemim.registry import is_file
 
 # What depends on the machine or was meant for one command only. The number of workers stays: it decides the order of data.

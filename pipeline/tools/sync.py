@@ -14,7 +14,6 @@ from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tools.arguments import tracking_uri
 from pipeline.tracking import mlflow_client as store
-from pipeline.tracking import store_errors
 from pipeline.tracking.journal import OUTBOX, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
 from pipeline.tracking.runs import recorded_address, stored_uri
@@ -76,8 +75,8 @@ def _send(folder: Path, uri: str | None) -> str:
     chosen = uri is not None
     if uri is not None:
         uri = store.absolute_uri(uri)
-        if recorded_address(outbox) != store_errors.without_password(uri):
-            outbox.append({"do": "store", "uri": store_errors.without_password(uri)})
+        if recorded_address(outbox) != store.without_password(uri):
+            outbox.append({"do": "store", "uri": store.without_password(uri)})
     else:
         uri = stored_uri(folder, outbox)
     _end_with_parent(folder, outbox)
@@ -87,9 +86,9 @@ def _send(folder: Path, uri: str | None) -> str:
     except (RunGone, Busy) as error:
         raise StageError(f"{folder}: {error}; the logs are kept, and sent once that is fixed") from None
     except Exception as error:
-        verb = "refuses" if store_errors.refused(error) else "does not answer"
+        verb = "refuses" if store.refused(error) else "does not answer"
         raise StageError(
-            f"MLflow at {store_errors.without_password(uri)} {verb} ({store_errors.reason(error)}); unsent logs stay in {folder}"
+            f"MLflow at {store.without_password(uri)} {verb} ({store.reason(error)}); unsent logs stay in {folder}"
         ) from error
     if sender.held:
         raise StageError(f"{folder}: MLflow does not accept {_count(sender.held, 'file')} ({sender.trouble})")

@@ -375,6 +375,11 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(place) if uri.startswith("sqlite:///") and place not in ("", ":memory:") else None
 
 
+def without_password(uri: str) -> str:
+    """The URI as it may be shown and stored, with the password masked."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
 def clean_key(name: str) -> str:
     """A name with the characters replaced that MLflow does not allow."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
@@ -395,3 +400,45 @@ def metrics_of(run: Run) -> dict[str, float]:
 
 def _shortened(value: str) -> str:
     return value if len(value) <= _LONGEST_PARAM else value[: _LONGEST_PARAM - 1] + "…"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, and so on."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+_INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+
+
+def refused(error: Exception) -> bool:
+    """Whether the store answered that it rejects the data."""
+    if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
+        return False
+    code = getattr(error, "error_code", "")
+    return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+
+
+def invalid(error: Exception) -> bool:
+    """Whether the data can never be stored; a missing permission, for example, may still be granted."""
+    return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether there was no answer at all. An error such as a full disk on the server is an answer."""
+    import requests
+
+    none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+    return any(isinstance(link, none) for link in _chain(error))
+
+
+def reason(error: Exception) -> str:
+    """The innermost system error, else the first line of the error itself, without a password."""
+    words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
+    text = str(words[-1] if words else error).strip()
+    if "timed out" in text:  # instead of half a page about connection pools
+        return "timed out"
+    line = text.splitlines()[0] if text else type(error).__name__
+    return without_password(line if len(line) <= 200 else line[:199] + "…")

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
-from pipeline.tracking import store_errors
 from pipeline.tracking.journal import (
     METRICS,
     OUTBOX,
@@ -255,10 +254,10 @@ class Sender:
                 self._call(lambda client: store.log_file(client, self.run_id, source, entry["into"]), ARTIFACT_LIMIT)
                 self.tally.files += 1
         except Exception as error:
-            if store_errors.unreachable(error):
+            if store.unreachable(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
-            self.trouble = store_errors.reason(error)
+            self.trouble = store.reason(error)
             if str(source) not in self._warned:
                 self._warned.add(str(source))
                 _log.warning("MLflow does not accept %s for now (%s); wavemim sync will send it", source, self.trouble)
@@ -303,10 +302,10 @@ class Sender:
         try:
             self._call(lambda client: store.log_values(client, self.run_id, batch))
         except Exception as error:
-            if not store_errors.refused(error):
+            if not store.refused(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
-            if not store_errors.invalid(error):
+            if not store.invalid(error):
                 raise
             if len(batch) == 1:
                 self._offset.refused += 1
@@ -322,7 +321,7 @@ class Sender:
         try:
             self._call(call)
         except Exception as error:
-            if not store_errors.refused(error):
+            if not store.refused(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
 
