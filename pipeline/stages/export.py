@@ -16,6 +16,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_blank_model
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.stages.model_card import evaluation_of, model_card
+from pipeline.tracking import errors
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.journal import SendOffset
 from pipeline.tracking.tracker import Tracker, store_uri
@@ -227,5 +228,5 @@ def register(
     try:
         version = store.within(_LIMIT, send)
     except Exception as error:  # of MLflow's many kinds
-        raise StageError(f"export.registry={name}: MLflow at {where}: {store.reason(error)}; {again}") from error
+        raise StageError(f"export.registry={name}: MLflow at {where}: {errors.reason(error)}; {again}") from error
     return {"name": name, "version": version, "load": f"mlflow.pyfunc.load_model('models:/{name}/{version}')"}

@@ -13,6 +13,7 @@ import click
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tools.arguments import tracking_uri
+from pipeline.tracking import errors
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.journal import OUTBOX, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
@@ -86,9 +87,9 @@ def _send(folder: Path, uri: str | None) -> str:
     except (RunGone, Busy) as error:
         raise StageError(f"{folder}: {error}; the logs are kept, and sent once that is fixed") from None
     except Exception as error:
-        verb = "refuses" if store.refused(error) else "does not answer"
+        verb = "refuses" if errors.refused(error) else "does not answer"
         raise StageError(
-            f"MLflow at {store.without_password(uri)} {verb} ({store.reason(error)}); unsent logs stay in {folder}"
+            f"MLflow at {store.without_password(uri)} {verb} ({errors.reason(error)}); unsent logs stay in {folder}"
         ) from error
     if sender.held:
         raise StageError(f"{folder}: MLflow does not accept {_count(sender.held, 'file')} ({sender.trouble})")

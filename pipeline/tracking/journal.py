@@ -64,7 +64,7 @@ What happens when
         lines of the others too.
 
 `tracker` writes the journal, `background` is the thread that sends, `sender` does one round of sending, `mlflow_client`
-holds every call of MLflow, and `runs` finds runs again by id, name or folder.
+holds every call of MLflow, `errors` says what its errors mean, and `runs` finds runs again by id, name or folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The calls of MLflow: the only module that imports it.
 
-Every call may fail and may hang; only `within` limits the time, and the functions at the end classify errors. Runs are
+Every call may fail and may hang; only `within` limits the time, and `errors` classifies the errors. Runs are
 addressed by id through `MlflowClient`: the fluent interface keeps an active run per thread, and creates stray runs.
 """
 
@@ -28,11 +28,10 @@ T = TypeVar("T")
 _KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
 # MLflow sorts groups of charts by name. Costs are to come last.
 _COST, _SHOWN_COST = "cost/", "usage/"
-_LONGEST_DIGEST = 36
 KEY = "wavemim.key"  # tag: the run's key, which the writer makes up, so that no run is created twice
 Value = tuple[str, float, int, int]  # of a metric: name, value, time (ms), step
 # MLflow's limits.
-_LONGEST_PARAM, _PARAMS_IN_BATCH, METRICS_IN_BATCH = 6000, 100, 1000
+_LONGEST_PARAM, _LONGEST_DIGEST, _PARAMS_IN_BATCH, METRICS_IN_BATCH = 6000, 36, 100, 1000
 
 
 class RunGone(Exception):
@@ -221,9 +220,8 @@ def log_dataset(client: MlflowClient, run_id: str, about: Mapping[str, Any], con
     """Log a data set as an input of the run. Logged again, it changes nothing.
 
     Args:
-        client: Of the store.
-        run_id: Of the run.
-        about: `name`, `digest` (a longer one is cut), `source` (path or URL), `profile` and `schema` (mappings).
+        client, run_id: The store, and the run in it.
+        about: As in `Tracker.dataset`; a digest that is too long is cut.
         context: What the run uses it for.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -400,45 +398,3 @@ def metrics_of(run: Run) -> dict[str, float]:
 
 def _shortened(value: str) -> str:
     return value if len(value) <= _LONGEST_PARAM else value[: _LONGEST_PARAM - 1] + "…"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what caused it, and so on."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-_INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
-
-
-def refused(error: Exception) -> bool:
-    """Whether the store answered that it rejects the data."""
-    if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
-        return False
-    code = getattr(error, "error_code", "")
-    return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
-
-
-def invalid(error: Exception) -> bool:
-    """Whether the data can never be stored; a missing permission, for example, may still be granted."""
-    return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
-
-
-def unreachable(error: Exception) -> bool:
-    """Whether there was no answer at all. An error such as a full disk on the server is an answer."""
-    import requests
-
-    none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
-    return any(isinstance(link, none) for link in _chain(error))
-
-
-def reason(error: Exception) -> str:
-    """The innermost system error, else the first line of the error itself, without a password."""
-    words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
-    text = str(words[-1] if words else error).strip()
-    if "timed out" in text:  # instead of half a page about connection pools
-        return "timed out"
-    line = text.splitlines()[0] if text else type(error).__name__
-    return without_password(line if len(line) <= 200 else line[:199] + "…")

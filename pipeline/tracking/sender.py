@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
+from pipeline.tracking import errors
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.journal import (
     METRICS,
@@ -254,10 +255,10 @@ class Sender:
                 self._call(lambda client: store.log_file(client, self.run_id, source, entry["into"]), ARTIFACT_LIMIT)
                 self.tally.files += 1
         except Exception as error:
-            if store.unreachable(error):
+            if errors.unreachable(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
-            self.trouble = store.reason(error)
+            self.trouble = errors.reason(error)
             if str(source) not in self._warned:
                 self._warned.add(str(source))
                 _log.warning("MLflow does not accept %s for now (%s); wavemim sync will send it", source, self.trouble)
@@ -302,10 +303,10 @@ class Sender:
         try:
             self._call(lambda client: store.log_values(client, self.run_id, batch))
         except Exception as error:
-            if not store.refused(error):
+            if not errors.refused(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
-            if not store.invalid(error):
+            if not errors.invalid(error):
                 raise
             if len(batch) == 1:
                 self._offset.refused += 1
@@ -321,7 +322,7 @@ class Sender:
         try:
             self._call(call)
         except Exception as error:
-            if not store.refused(error):
+            if not errors.refused(error):
                 raise
             self._call(lambda client: store.check_run(client, self.run_id))
 

@@ -6,19 +6,16 @@ journal, and what happens when MLflow is down or the process is killed, is descr
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import math
 import os
 import shlex
-import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,11 +25,13 @@ import yaml
 from pipeline.config.recipe import Recipe
 from pipeline.periodic import Periodic
 from pipeline.storage.jsonl import JsonLines
+from pipeline.tracking import errors
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.background import SendingThread
 from pipeline.tracking.journal import METRICS, OUTBOX, RUN_ID, Busy, SendOffset, unfinished_key
 from pipeline.tracking.mlflow_client import without_password
 from pipeline.tracking.sender import Sender
+from pipeline.tracking.tags import tags_of
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class Tracker:
             "uri": without_password(uri),
             "experiment": recipe.tracking.experiment,
             "name": name or f"{stage}-{recipe.name}",
-            "tags": {**_tags(recipe, stage), **(tags or {})},
+            "tags": {**tags_of(recipe, stage), **(tags or {})},
             "params": flat,
             "parent": os.path.relpath(Path(parent.log_file).parent, folder) if parent is not None else "",
             "parent_id": parent.run_id if parent is not None else "",
@@ -270,7 +269,7 @@ class Tracker:
         except Busy:
             return None
         except Exception as error:
-            self._warn(f"{'refuses' if store.refused(error) else 'does not answer'} ({store.reason(error)})")
+            self._warn(f"{'refuses' if errors.refused(error) else 'does not answer'} ({errors.reason(error)})")
             return False
         return True
 
@@ -340,7 +339,7 @@ def end_trials(uri: str, parent_run_id: str, statuses: Mapping[str, str]) -> Non
         store.import_mlflow()
         store.within(_START_LIMIT, end_all)
     except Exception as error:
-        reason = store.reason(error)
+        reason = errors.reason(error)
         _log.warning("MLflow at %s: runs of trials were not ended (%s)", without_password(uri), reason)
 
 
@@ -354,43 +353,6 @@ def flatten(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[dotted] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
-
-
-def _tags(recipe: Recipe, stage: str) -> dict[str, str]:
-    tags = {
-        "wavemim.stage": stage,
-        "wavemim.recipe": recipe.name,
-        "wavemim.run": recipe.name,  # the same for all stages of a run, which are shown together
-        "wavemim.out": str(Path(recipe.out).expanduser().absolute()),
-        "mlflow.source.name": f"wavemim {stage}",
-        **_version_tags(),
-    }
-    try:
-        tags["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in containers
-        tags["mlflow.user"] = str(os.getuid())
-    return tags
-
-
-def _version_tags() -> dict[str, str]:
-    """The commit of the project's checkout, else the installed version."""
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():  # not a repository that happens to contain the installed package
-        try:
-            commit = _git(root, "rev-parse", "HEAD")
-            dirty = "-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
-            return {"mlflow.source.git.commit": commit + dirty}
-        except (OSError, subprocess.SubprocessError):
-            pass
-    try:
-        return {"wavemim.version": metadata.version("wavemim")}
-    except metadata.PackageNotFoundError:
-        return {}
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
 
 
 def _redacted(recipe: Recipe) -> dict[str, Any]:

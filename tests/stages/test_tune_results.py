@@ -27,6 +27,9 @@ class Recorder:
     def tag(self, key, value):
         self.tags[key] = value
 
+    def description(self, markdown, figures):
+        self.note, self.figures = markdown, figures
+
     def log(self, metrics, step):
         self.metrics |= metrics
 
@@ -49,7 +52,8 @@ def test_results_of_any_values_and_a_failed_trial_are_written(tmp_path, values):
     assert result["best"] == {"mask.ratio": 0.5, "x.y": values[0]}
     assert {"trials.csv", "report.md", "sweep.png"} <= set(tracker.files)
     assert "The noise was not measured" in result["answer"][0]
-    assert "The noise was not measured" in tracker.tags["mlflow.note.content"]
+    assert "The noise was not measured" in tracker.note
+    assert "sweep.png" in tracker.figures
     assert tracker.metrics == {"tune/best_linear_top1_heldout": 30.0}
     table = sweep_table(result)
     assert table.startswith("- The noise was not measured") and "ValueError" in table

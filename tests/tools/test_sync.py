@@ -27,7 +27,7 @@ from pipeline.storage import jsonl as metrics_file
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tools.sync import sync
 from pipeline.tracking import background as sending_thread
-from pipeline.tracking import journal
+from pipeline.tracking import errors, journal
 from pipeline.tracking import mlflow_client as mlflow_store
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.tracker import Tracker, ui_command
@@ -500,9 +500,9 @@ def test_answers_are_told_from_none() -> None:
     import requests
 
     for none in (requests.ConnectionError("x"), requests.ReadTimeout("x"), ConnectionResetError(), TimeoutError()):
-        assert mlflow_store.unreachable(none)
+        assert errors.unreachable(none)
     for answer in (requests.exceptions.RetryError("500"), requests.HTTPError("507"), PermissionError("x")):
-        assert not mlflow_store.unreachable(answer)
+        assert not errors.unreachable(answer)
 
 
 def test_values_that_are_refused_for_want_of_permission_are_sent_when_it_is_there(

@@ -95,6 +95,51 @@ def test_store_is_sqlite_in_out_and_holds_settings_metrics_tags_and_recipe(out: 
     assert config.validate(yaml.safe_load(stored)) == recipe
 
 
+def test_dataset_and_description_are_stored_once_also_after_resuming(out: Path) -> None:
+    about = {
+        "name": "photos", "digest": "f" * 64, "source": "/data/photos", "profile": {"num_rows": 7},
+        "schema": {"mlflow_colspec": []},
+    }  # fmt: skip
+    for status in ("FAILED", "FINISHED"):
+        tracker = Tracker.start(recipe_in(out), "pretrain", log_dir=out / "data", dataset=about)
+        tracker.description("# Answer {run_id}", ["a.png"])
+        tracker.end(status)
+    client = client_of(tracker.handle)
+    run = client.get_run(tracker.handle.run_id)
+    [found] = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("photos", "f" * 36)
+    assert json.loads(found.dataset.profile) == {"num_rows": 7}
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("# Answer { run_id }")  # only the project's own place for the id is filled in
+    assert f"![a.png](get-artifact?path=a.png&run_uuid={run.info.run_id})" in note
+
+
+def test_an_experiment_without_a_kind_becomes_one_of_model_training_and_a_chosen_kind_stays(out: Path) -> None:
+    with Tracker.start(recipe_in(out), "x", log_dir=out / "kind0") as tracker:
+        pass
+    client = client_of(tracker.handle)
+    kind = "mlflow.experimentKind"
+    for name, tags in (("plain", {}), ("chosen", {kind: "genai_development"})):
+        client.create_experiment(name, tags=tags)
+        with Tracker.start(recipe_in(out, tracking__experiment=name), "x", log_dir=out / name):
+            pass
+    kinds = {e.name: e.tags.get(kind) for e in client.search_experiments()}
+    assert (kinds["wavemim"], kinds["plain"]) == ("custom_model_development", "custom_model_development")
+    assert kinds["chosen"] == "genai_development"
+
+
+def test_costs_have_another_name_in_mlflow_and_are_read_back(out: Path) -> None:
+    from pipeline.tracking import mlflow_client
+
+    with Tracker.start(recipe_in(out), "x", log_dir=out / "cost") as tracker:
+        tracker.log({"cost/flops": 2.0, "train/loss": 1.0}, 1)
+    client = client_of(tracker.handle)
+    run = client.get_run(tracker.handle.run_id)
+    assert run.data.metrics == {"usage/flops": 2.0, "train/loss": 1.0}
+    assert mlflow_client.metrics_of(run) == {"cost/flops": 2.0, "train/loss": 1.0}
+    assert mlflow_client.history(client, run.info.run_id, "cost/flops")[1][0] == 2.0
+
+
 def test_children_are_nested_and_those_left_running_are_ended(out: Path) -> None:
     recipe = recipe_in(out)
     with Tracker.start(recipe, "tune", log_dir=out / "sweep") as sweep:

@@ -1,0 +1,49 @@
+"""What an error of MLflow means: whether it answered, and whether trying again can help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.tracking.mlflow_client import without_password
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, what caused it, and so on."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+_INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+
+
+def refused(error: Exception) -> bool:
+    """Whether the store answered that it rejects the data."""
+    if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
+        return False
+    code = getattr(error, "error_code", "")
+    return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+
+
+def invalid(error: Exception) -> bool:
+    """Whether the data can never be stored; a missing permission, for example, may still be granted."""
+    return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether there was no answer at all. An error such as a full disk on the server is an answer."""
+    import requests
+
+    none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+    return any(isinstance(link, none) for link in _chain(error))
+
+
+def reason(error: Exception) -> str:
+    """The innermost system error, else the first line of the error itself, without a password."""
+    words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
+    text = str(words[-1] if words else error).strip()
+    if "timed out" in text:  # instead of half a page about connection pools
+        return "timed out"
+    line = text.splitlines()[0] if text else type(error).__name__
+    return without_password(line if len(line) <= 200 else line[:199] + "…")
