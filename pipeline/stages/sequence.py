@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,7 +90,25 @@ def run_stages(
                 session = stack.enter_context(ray_session(recipe.cluster))
                 outcome.seconds["start"] = time.perf_counter() - starting
                 began += outcome.seconds["start"]
-            outcome.results[name] = stage.run(recipe, session, checked, progress=progress)
+            with _signals_restored():
+                outcome.results[name] = stage.run(recipe, session, checked, progress=progress)
             outcome.seconds[name] = time.perf_counter() - began
             say(stage.summary(recipe, outcome.results[name]))
     return outcome
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Put back the handlers of SIGINT and SIGTERM after a stage.
+
+    Ray Train installs a handler of SIGINT and leaves it there: Ctrl-C in the next stage would do nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
