@@ -109,11 +109,16 @@ def test_everything_is_in_mlflow(whole):
     assert {"reconstruction.png", "recipe.yaml"} <= names
     parent = runs["tune-small"]
     trials = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert sorted(trial.data.params["role"] for trial in trials) == ["finalist", "recipe", "search", "search"]
+    assert sorted(trial.data.tags["wavemim.role"] for trial in trials) == ["finalist", "recipe", "search", "search"]
     assert all(trial.info.run_name.startswith("#0") and "mask=" in trial.info.run_name for trial in trials)
     assert len({trial.data.params["mask.ratio"] for trial in trials}) == 3
-    assert all(len(trial.data.params) <= 5 for trial in trials)  # what varies, not the whole recipe
-    assert all(PROBE in trial.data.metrics for trial in trials)
+    assert {frozenset(trial.data.params) for trial in trials} == {
+        frozenset(results["tune"]["parameters"])
+    }  # what varies
+    assert all(trial.data.tags["wavemim.objective"] == PROBE for trial in trials)
+    for trial in trials:
+        first = client.get_metric_history(trial.info.run_id, "objective")[0]
+        assert first.step == 0 and "objective" in trial.data.metrics
     assert "sweep.png" in {item.path for item in client.list_artifacts(parent.info.run_id)}
     measured = runs["evaluate-small"].data.metrics
     assert {"eval/linear_top1", "eval/linear_top1_untrained", "eval/knn_top1", "eval/rankme"} <= set(measured)
