@@ -37,7 +37,7 @@ from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, folder_of, run_tr
 from pipeline.sweeps.budget import Limits
 from pipeline.sweeps.ledger import Ended, Ledger
 from pipeline.sweeps.plan import Budget, Plan
-from pipeline.sweeps.trials import Sweep, relative_weights, short_value
+from pipeline.sweeps.trials import Sweep, relative_weights, short_value, trial_name
 from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
 from pipeline.tracking.tracker import Tracker, end_trials
 
@@ -124,7 +124,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             sweep = _sweep(recipe, space, plan.ledger, objective)
             if plan.failing is not None:
                 raise StageError(
-                    f"{plan.budget.same_reason} trials in a row failed for the same reason: {plan.failing}"
+                    f"{plan.budget.same_reason} trials in a row failed for the same reason: {plan.failing}; finished "
+                    "trials are kept, and the same command begins these again"
                 )
             if not sweep.finished():
                 raise StageError(f"all {len(sweep.trials)} trials failed; the first: {sweep.trials[0].reason}")
@@ -198,8 +199,9 @@ def _run(
             values = [trial.value for trial in plan.ledger.trials() if trial.value is not None]
             if values:
                 bar.set_postfix(best=f"{max(values):.2f}")
-            if run := ended.metrics.get("mlflow_run"):
-                statuses[run] = STATUSES[ended.state]
+            point = plan.ledger.begun[ended.number].point  # a trial whose process was lost has not reported its run
+            run = ended.metrics.get("mlflow_run") or trial_name(ended.number, point, task.searched)
+            statuses[run] = STATUSES[ended.state]
             if ended.state != "failed":  # one that failed may begin again, in a later call
                 shutil.rmtree(folder_of(folder.path / TRIALS, ended.number) / CHECKPOINTS, ignore_errors=True)
             record()

@@ -6,10 +6,15 @@ known by the ledger alone: a new call does not restore Ray's experiment, it goes
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ray.cloudpickle
+import ray.exceptions
 import ray.tune
 from ray.tune.search import Searcher
 
@@ -19,7 +24,8 @@ from pipeline.sweeps.plan import Plan
 
 FAILED = "failed"  # in a trial's last result: why it failed, in one line
 CURVE = "curve"  # in a trial's last result: [(images, objective)]
-_LOST = "its process or node was lost too often"
+_LOST = "its process or node was lost"
+_log = logging.getLogger(__name__)
 
 
 def run_plan(
@@ -66,6 +72,7 @@ def run_plan(
             storage_path=folder,
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=retries),
+            callbacks=[_Retries(searcher)],
         ),
     )
     tuner.fit()
@@ -80,6 +87,7 @@ class _Planned(Searcher):
         super().__init__(metric=objective, mode="max")
         self._plan, self._scheduler, self._objective, self._on_end = plan, scheduler, objective, on_end
         self._numbers: dict[str, int] = {}  # Ray's trial -> ours
+        self.errors: dict[str, str] = {}  # Ray's trial -> why it was begun anew
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing, as `__getstate__`."""
@@ -103,12 +111,30 @@ class _Planned(Searcher):
         """A trial has ended, was stopped, or its process was lost too often."""
         number = self._numbers.pop(trial_id)
         curve, stopped = self._plan.ledger.curve(number), self._scheduler.reason(number)
-        ended = ended_of(number, result or {}, self._objective, error=error, stopped=stopped, curve=curve)
+        lost = self.errors.pop(trial_id, "")
+        ended = ended_of(number, result or {}, self._objective, error=error, lost=lost, stopped=stopped, curve=curve)
         if ended is None:
             self._plan.release(number)
             return
         self._plan.end(ended)
         self._on_end(ended)
+
+
+class _Retries(ray.tune.Callback):
+    """Says why a trial is begun anew, and remembers it for one that is given up in the end."""
+
+    def __init__(self, searcher: _Planned) -> None:
+        self._searcher = searcher
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Ray begins a trial anew."""
+        reason = _LOST
+        with contextlib.suppress(Exception):  # its error is a file that Ray may not have written
+            error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+            if isinstance(error, ray.exceptions.RayTaskError):
+                reason = " ".join(str(error.cause).split())[:300] or reason
+        self._searcher.errors[trial.trial_id] = reason
+        _log.warning("trial #%02d is begun again: %s", trial.config[NUMBER], reason)
 
 
 def ended_of(
@@ -117,6 +143,7 @@ def ended_of(
     objective: str,
     *,
     error: bool,
+    lost: str = "",
     stopped: str = "",
     curve: Sequence[tuple[int, float]] = (),
 ) -> Ended | None:
@@ -127,6 +154,7 @@ def ended_of(
         result: The result; empty if there is none.
         objective: Name of the objective.
         error: Whether Ray gave it up.
+        lost: Why Ray had begun it anew before.
         stopped: Why a scheduler stopped it; "" if it did not.
         curve: (images seen, objective) during its training.
 
@@ -139,7 +167,7 @@ def ended_of(
     metrics |= {name: result[name] for name in (IMAGES, "mlflow_run") if name in result}
     cost = {name: float(value) for name, value in result.items() if name.startswith("cost/")}
     curve = (*curve, *((int(images), float(value)) for images, value in result.get(CURVE, ())))
-    reason = str(result.get(FAILED, "")) or (_LOST if error else "")
+    reason = str(result.get(FAILED, "")) or (f"{lost or _LOST}, in every attempt" if error else "")
     value = float(result.get(objective, math.nan))
     if not reason and at_rung:
         if not stopped:

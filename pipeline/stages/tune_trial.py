@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from pipeline.checkpoints.writer import Keeper
 from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import Recipe
+from pipeline.errors import StageError
 from pipeline.evaluation.features import features_of
 from pipeline.models.build import build_inputs, build_model
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -84,7 +86,10 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     except (UnreadableError, OSError):
         raise
     except Exception as error:
-        result = {FAILED: reason_of(error)}
+        result = {
+            FAILED: reason_of(error),
+            task.objective: math.nan,
+        }  # Ray Tune ends a sweep where the metric is missing
     ray.tune.report(result)
 
 
@@ -238,8 +243,8 @@ def _train(
 def _features(
     model: nn.Module, recipe: Recipe, shards: ShardSet, device: torch.device, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features (n, F) and labels (n,) of train images, n at most `most`."""
-    return features_of(
+    """Features (n, F) and labels (n,) of train images, n at most `most`. Raises StageError if they are not finite."""
+    features, labels = features_of(
         model.encoder.model.eval(),  # type: ignore[union-attr]
         build_inputs(shards).to(device),
         shards,
@@ -248,6 +253,9 @@ def _features(
         batch=recipe.evaluate.batch,
         max_rows=most,
     )
+    if not np.isfinite(features).all():
+        raise StageError("the encoder's features are not finite: training has diverged; try a smaller train.lr")
+    return features, labels
 
 
 def _probe(features: np.ndarray, labels: np.ndarray, task: TrialTask, strengths: Sequence[float]) -> Accuracy:

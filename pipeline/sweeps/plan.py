@@ -149,9 +149,11 @@ class Plan:
 
     def _ended_the_sweep(self) -> list[int]:
         """Numbers of the failed trials that ended an earlier call: too many in a row, or all that there were."""
-        failed = self._failed_alike() if self.failing is not None else self.ledger.trials()
-        over = self.failing is not None or (bool(failed) and self.done)
-        return [trial.number for trial in failed] if over and all(t.state == "failed" for t in failed) else []
+        trials = self.ledger.trials()
+        if self.failing is not None:
+            return [trial.number for trial in self._failed_alike()]
+        none_left = len(trials) == len(self.ledger.begun) and all(trial.state == "failed" for trial in trials)
+        return [trial.number for trial in trials] if none_left else []
 
     def _hand_out(self, begun: Begun) -> Begun:
         self._out.add(begun.number)

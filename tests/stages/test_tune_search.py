@@ -89,5 +89,5 @@ def test_asha_stops_trials_of_the_search_and_the_others_run_to_their_end(ray_loc
         assert not list(folder.glob("checkpoints/images-*"))
         run = client.get_run(trial.metrics["mlflow_run"])
         assert run.info.status == ("FINISHED" if trial.state == "finished" else "KILLED")
-        history = client.get_metric_history(run.info.run_id, "eval/rankme")
+        history = client.get_metric_history(run.info.run_id, "objective")
         assert [(one.step, one.value) for one in history] == list(trial.curve)

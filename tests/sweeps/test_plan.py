@@ -172,6 +172,35 @@ def test_a_sweep_of_which_all_trials_failed_begins_them_again(tmp_path):
     assert [row[4] for row in rows(path)] == ["finished", "finished"]
 
 
+def test_a_grid_of_which_all_trials_failed_begins_them_again(tmp_path):
+    """Also where more trials were asked for than it has points: that it ends is known only after its last point."""
+    path, budget = tmp_path / "l", Budget(trials=50, recipe_seeds=0, finalists=0)
+    plan = plan_of(path, budget, Seeded(most=2))
+    for reason in ("out of memory", "another"):
+        plan.end(Ended(plan.next().number, "failed", None, reason))
+    assert plan.next() is None and plan.done
+    run(plan_of(path, budget, Seeded(most=2)))
+    assert [row[4] for row in rows(path)] == ["finished", "finished"]
+
+
+def test_failures_end_a_sweep_although_an_interrupted_trial_is_still_to_be_run(tmp_path):
+    """Would catch a sweep that waits for ever for a trial that it does not begin."""
+    path = tmp_path / "l"
+    run(plan_of(path), at_once=4, stop_after=1)  # four were running
+    plan = plan_of(path)
+    for _ in range(3):
+        plan.end(Ended(plan.next().number, "failed", reason="out of memory"))
+    assert plan.next() is None and plan.done
+
+
+def test_seeds_of_finalists_differ_although_the_recipe_had_more_seeds_before(tmp_path):
+    path = tmp_path / "l"
+    run(plan_of(path, Budget(trials=3, recipe_seeds=5, finalists=1, fresh_seeds=2)))
+    run(plan_of(path, Budget(trials=3, recipe_seeds=4, finalists=1, fresh_seeds=4)))
+    seeds = [trial.seed for trial in Ledger(path).trials() if trial.role == "finalist"]
+    assert len(seeds) == len(set(seeds)) == 4
+
+
 def test_failed_and_stopped_trials_are_no_finalists(tmp_path):
     plan = plan_of(tmp_path / "l", Budget(trials=4, recipe_seeds=0, finalists=4, fresh_seeds=1))
     states = iter(["failed", "stopped", "finished", "finished"])
