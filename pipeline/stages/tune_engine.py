@@ -10,8 +10,10 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ray.cloudpickle
 import ray.exceptions
 import ray.tune
 from ray.tune.search import Searcher
@@ -128,7 +130,7 @@ class _Retries(ray.tune.Callback):
         """Ray begins a trial anew."""
         reason = _LOST
         with contextlib.suppress(Exception):  # its error is a file that Ray may not have written
-            error = trial.get_pickled_error()
+            error = ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
             if isinstance(error, ray.exceptions.RayTaskError):
                 reason = " ".join(str(error.cause).split())[:300] or reason
         self._searcher.errors[trial.trial_id] = reason

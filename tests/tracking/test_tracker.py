@@ -120,7 +120,7 @@ def test_an_experiment_without_a_kind_becomes_one_of_model_training_and_a_chosen
     client = client_of(tracker.handle)
     kind = "mlflow.experimentKind"
     for name, tags in (("plain", {}), ("chosen", {kind: "genai_development"})):
-        client.create_experiment(name, tags=tags)
+        client.create_experiment(name, artifact_location=str(out / "artifacts"), tags=tags)
         with Tracker.start(recipe_in(out, tracking__experiment=name), "x", log_dir=out / name):
             pass
     kinds = {e.name: e.tags.get(kind) for e in client.search_experiments()}
