@@ -13,7 +13,7 @@ Reported:
                 Every process goes through one epoch; before each measurement the page cache forgets the shard set (Linux)
 
 SHARDS is a shard set of 32-px or 64-px images (wavemim prepare). Trials are short, since the overhead does not depend on their
-length.
+length; the share of probes does, and is of these short trials only.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from measure import BenchmarkError, Missing, in_child, machine_facts, write_json
 RECIPES = {32: "small32", 64: "small"}
 WAYS = {"reused": True, "new process": False}
 POLL = 0.01  # seconds
+IMAGES = 640  # that a trial trains on, and that its probe is fitted to
 
 
 def tune(arguments: list[str], reuse: bool) -> None:
@@ -108,7 +109,7 @@ def shared_reading(shards: Path, processes: int) -> dict[str, Any]:
     return {"processes": processes, "bytes_one": one, "bytes_all": many, "ratio": many / one}
 
 
-def overhead(shards: str, side: int, trials: int, reuse: bool) -> dict[str, Any]:
+def overhead(shards: str, side: int, rows: int, trials: int, reuse: bool) -> dict[str, Any]:
     """A real sweep of `trials` trials, one at a time.
 
     Returns:
@@ -120,7 +121,8 @@ def overhead(shards: str, side: int, trials: int, reuse: bool) -> dict[str, Any]
     with tempfile.TemporaryDirectory(prefix="wavemim-sweep-", ignore_cleanup_errors=True) as out:
         settings = ["--recipe", RECIPES[side], "--space", "mask_ratio", f"shards={shards}", f"out={out}", "name=sweep"]
         settings += [f"tune.trials={trials}", "tune.recipe_seeds=0", "tune.finalists=0", "tune.search=random"]
-        settings += ["tune.concurrent=1", "tune.epochs=0.05", "train.batch=32", "train.warmup_epochs=0"]
+        settings += ["tune.concurrent=1", "train.batch=32", "train.warmup_epochs=0"]
+        settings += [f"tune.epochs={IMAGES / rows:.6f}", f"tune.max_images={IMAGES}"]
         ledger = Path(out) / "runs" / "sweep" / "tune" / "trials.jsonl"
         seen: list[tuple[float, dict[str, Any]]] = []
         over = threading.Event()
@@ -168,10 +170,10 @@ def main() -> None:
     from pipeline.shards.shard_set import ShardSet
 
     shards = Path(arguments.shards).absolute()
-    side = ShardSet.open(str(shards)).image_size
+    opened = ShardSet.open(str(shards))
     found: dict[str, Any] = {"machine": machine_facts(), "trials": arguments.trials}
     for way, reuse in WAYS.items():
-        found[way] = overhead(str(shards), side, arguments.trials, reuse)
+        found[way] = overhead(str(shards), opened.image_size, opened.rows["train"], arguments.trials, reuse)
         median, most = statistics.median(found[way]["between"]), max(found[way]["between"])
         print(f"{way}: {median:.2f} s a trial beyond training and probes (at most {most:.2f}), "
               f"{found[way]['start']:.1f} s to the first trial, probes {statistics.median(found[way]['probes']):.0%}")  # fmt: skip
@@ -189,4 +191,5 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         tune(*json.loads(sys.argv[2]))
-    main()
+    else:
+        main()
