@@ -81,6 +81,7 @@ class Tune(Section):
         8,
         "Number of points that are searched; of a space that is a grid, all of its points. It may be raised later: the sweep "
         "then goes on.",
+        identity=(),
     )
     recipe_seeds: int = setting(
         3,
@@ -107,7 +108,7 @@ class Tune(Section):
         4,
         "Measurements of the objective per trial, evenly spaced over its training, the one at the end included; a further one "
         "is that of the untrained encoder. 1: only at the end. Those before the end use fewer images where that is needed to "
-        "keep them cheap.",
+        "keep them cheap, and in short trials there are fewer of them, unless tune.scheduler needs them.",
         added=True,
     )
     reduction: float = setting(

@@ -187,7 +187,7 @@ class ShardSet:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a tracker shows of the set: its `name`, `digest`, `source`, `profile` and `schema`."""
+        """What a tracker shows of the set: its `name`, `digest`, `source`, `profile`, and `columns` with their types."""
         place = Path(self.url)
         # "shards" is the usual name, and says nothing.
         name = place.parent.name if place.name == "shards" and place.parent.name else place.name
@@ -197,7 +197,7 @@ class ShardSet:
         labels = {} if self.classes is None else {"label": f"{len(self.classes)} classes"}
         return {
             "name": name,
-            "digest": self.fingerprint[:16],
+            "digest": self.fingerprint,
             "source": self.url,
             "profile": {
                 "num_rows": sum(self.rows.values()),
@@ -205,9 +205,7 @@ class ShardSet:
                 "image_size": self.image_size,
                 "channels": self.channels,
             },
-            "schema": {
-                "mlflow_colspec": [{"name": n, "type": t, "required": True} for n, t in {**columns, **labels}.items()]
-            },
+            "columns": {**columns, **labels},
         }
 
     @cached_property

@@ -19,25 +19,25 @@ import yaml
 from tqdm import tqdm
 
 from pipeline.config.recipe import Recipe, identity
-from pipeline.errors import SettingError, StageError
+from pipeline.errors import StageError
 from pipeline.models.build import check_model, check_shards
 from pipeline.runtime.formatting import table
 from pipeline.runtime.ray_session import SessionInfo, check_room, uses_gpu
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.shard_set import ShardSet
-from pipeline.stages.tune_check import check_budget, check_space, trials_of
-from pipeline.stages.tune_draws import draws_of, own_point
+from pipeline.stages.tune_check import check_budget, check_gpu_hours, check_space, trials_of
+from pipeline.stages.tune_draws import draws_of
 from pipeline.stages.tune_engine import run_plan
 from pipeline.stages.tune_plan import slots_of
-from pipeline.stages.tune_rungs import CHECKPOINTS, STOPPED, rung_images
+from pipeline.stages.tune_rungs import CHECKPOINTS, STOPPED, plan_rungs
 from pipeline.stages.tune_schedulers import scheduler_of
 from pipeline.stages.tune_space import Space, names_of_spaces, read_space
 from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, folder_of, run_trial
 from pipeline.sweeps.budget import Limits
 from pipeline.sweeps.ledger import Ended, Ledger
 from pipeline.sweeps.plan import Budget, Plan
-from pipeline.sweeps.trials import Sweep, relative_weights, short_value, trial_name
+from pipeline.sweeps.trials import Sweep, own_point, relative_weights, short_value, trial_name
 from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
 from pipeline.tracking.tracker import Tracker, end_trials
 
@@ -91,11 +91,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     shards, space = checked.shards, checked.space
     check_room(recipe, session, 1)
     use_gpu = uses_gpu(recipe, session)
-    _check_gpu(recipe, use_gpu)
+    check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
-    decisive = identity(recipe, "tune")
-    del decisive["tune.trials"]  # it may be raised: the sweep goes on
-    same = {**decisive, "space": space.record(), "shards": shards.fingerprint}
+    same = {**identity(recipe, "tune"), "space": space.record(), "shards": shards.fingerprint}
     with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
         meter = Meter(before=spent_in(folder.path))
         concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
@@ -103,12 +101,10 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         kept = len(plan.ledger.ended)
         if folder.finished and plan.done:
             return {**folder.result(), "state": "finished already"}
-        tags = {
-            "wavemim.shards": shards.fingerprint,
-            "wavemim.space": " + ".join(names_of_spaces(recipe)),
-        }
+        tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": " + ".join(names_of_spaces(recipe))}
         with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             tracker.text(yaml.safe_dump(space.record(), sort_keys=False, allow_unicode=True), "space.yaml")
+            rungs, images = plan_rungs(recipe, shards)
             task = TrialTask(
                 settings=recipe.dump(),
                 shards=shards.folder.url,
@@ -118,7 +114,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                 searched=space.settings,
                 use_gpu=use_gpu,
                 gpu_share=recipe.tune.gpus_per_trial,
-                rung_images=rung_images(recipe, shards),
+                rungs=rungs,
+                rung_images=images,
             )
             spent = _run(recipe, plan, folder, tracker, meter, task, concurrent, progress)
             sweep = _sweep(recipe, space, plan.ledger, objective)
@@ -133,16 +130,6 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             folder.finish(result)
         state = f"continued, {kept} trials were done" if kept else folder.state
         return {**result, "state": "new" if state == "unfinished" else state}
-
-
-def _check_gpu(recipe: Recipe, use_gpu: bool) -> None:
-    asked = {"tune.gpu_hours": recipe.tune.gpu_hours, "tune.cost": recipe.tune.cost}
-    for key, value in asked.items():
-        if not use_gpu and (value == "gpu_hours" or (key == "tune.gpu_hours" and value is not None)):
-            raise SettingError(
-                f"{key}={value}: trials do not run on GPUs here, so there are no GPU-hours; "
-                f"use {'tune.hours' if key == 'tune.gpu_hours' else 'tune.cost=flops or tune.cost=seconds'}"
-            )
 
 
 def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, concurrent: int) -> Plan:
@@ -165,7 +152,7 @@ def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, c
         Ledger(folder.path / LEDGER),
         draws_of(recipe, space),
         budget,
-        own=own_point(recipe, space),
+        own=own_point(recipe, space.settings),
         seed=recipe.seed,
         elapsed=lambda: meter.read().wall_clock_s / 3600,
     )
@@ -229,9 +216,8 @@ def _run(
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """The sweep's answer, its table, and its files."""
-    files = [f"table {result['table']}", f"picture {result['figure']}", f"recommended recipe {result['best_recipe']}"]
-    if "report" in result:  # not in the result of an earlier version
-        files.insert(0, f"report {result['report']}")
+    files = [f"report {result['report']}", f"table {result['table']}", f"picture {result['figure']}"]
+    files.append(f"recommended recipe {result['best_recipe']}")
     lines = [sweep_table(result)]
     if (share := result.get("probe_share")) is not None:
         advice = "; a smaller tune.max_images or tune.rungs makes them cheaper" if share > PROBE_SHARE else ""
@@ -318,5 +304,5 @@ def sweep_table(result: Mapping[str, Any]) -> str:
         if trial.get("state") == "stopped":
             outcome = f"stopped: {outcome}"
         rows.append((str(trial["number"]), trial["role"], str(trial["seed"]), *values, outcome))
-    said = "\n".join(f"- {line}" for line in result.get("answer", ()))
-    return f"{said}\n\n{table(header, rows)}" if said else table(header, rows)
+    said = "\n".join(f"- {line}" for line in result["answer"])
+    return f"{said}\n\n{table(header, rows)}"

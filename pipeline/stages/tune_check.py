@@ -96,6 +96,23 @@ def check_budget(recipe: Recipe, rows: int) -> None:
         )
 
 
+def check_gpu_hours(recipe: Recipe, use_gpu: bool) -> None:
+    """Check that GPU-hours are asked for only where there are any.
+
+    Args:
+        recipe: The settings.
+        use_gpu: Whether trials run on GPUs.
+
+    Raises:
+        SettingError: They do not.
+    """
+    none = "trials do not run on GPUs, so there are no GPU-hours; use"
+    if not use_gpu and recipe.tune.cost == "gpu_hours":
+        raise SettingError(f"tune.cost=gpu_hours: {none} tune.cost=flops or tune.cost=seconds")
+    if not use_gpu and recipe.tune.gpu_hours is not None:
+        raise SettingError(f"tune.gpu_hours={recipe.tune.gpu_hours:g}: {none} tune.hours")
+
+
 def _check_scheduler(recipe: Recipe) -> None:
     tune = recipe.tune
     if tune.scheduler == "asha" and tune.rungs < 2:
@@ -107,9 +124,8 @@ def _check_scheduler(recipe: Recipe) -> None:
             f"tune.cost={tune.cost}: tune.scheduler=asha would stop cheap trials for their accuracy; set tune.scheduler=none "
             "or tune.cost=null"
         )
-    if recipe.cluster.gpus is False and (tune.cost == "gpu_hours" or tune.gpu_hours is not None):
-        key, value = ("tune.cost", tune.cost) if tune.cost == "gpu_hours" else ("tune.gpu_hours", tune.gpu_hours)
-        raise SettingError(f"{key}={value}: with cluster.gpus=false there are no GPU-hours")
+    if recipe.cluster.gpus is False:
+        check_gpu_hours(recipe, False)
 
 
 def changes(recipe: Recipe, point: Mapping[str, Any]) -> dict[str, Any]:

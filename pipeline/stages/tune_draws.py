@@ -13,8 +13,6 @@ from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.pareto import COST_METRICS
 from pipeline.sweeps.plan import Draws
 
-_MISSING = object()
-_WEIGHT = "target.weights."
 Drawn = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
@@ -31,22 +29,6 @@ def draws_of(recipe: Recipe, space: Space) -> Draws:
     if recipe.tune.search == "random":
         return _Listed(lambda index: space.suggest(RandomTrial(recipe.seed, index)))
     return _Optuna(recipe, space)
-
-
-def own_point(recipe: Recipe, space: Space) -> dict[str, Any]:
-    """The recipe's own values of the searched settings; those of which it has none are left out."""
-    settings: Mapping[str, Any] = recipe.dump()
-    weights = {f"{_WEIGHT}{level}": weight for level, weight in recipe.weights_by_level().items()}
-    found = {}
-    for key in space.settings:
-        value: Any = settings
-        for part in key.split("."):
-            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
-        if key in weights:
-            value = weights[key]
-        if value is not _MISSING:
-            found[key] = value
-    return found
 
 
 class _Listed:

@@ -18,7 +18,7 @@ import ray.exceptions
 import ray.tune
 from ray.tune.search import Searcher
 
-from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG, Rungs
+from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG, RungScheduler
 from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.plan import Plan
 
@@ -32,7 +32,7 @@ def run_plan(
     plan: Plan,
     trial: Callable[..., None],
     *,
-    scheduler: Rungs,
+    scheduler: RungScheduler,
     objective: str,
     resources: Mapping[str, float],
     concurrent: int,
@@ -83,7 +83,7 @@ def run_plan(
 class _Planned(Searcher):
     """Asks the plan for trials, and tells it what became of them."""
 
-    def __init__(self, plan: Plan, scheduler: Rungs, objective: str, on_end: Callable[[Ended], None]) -> None:
+    def __init__(self, plan: Plan, scheduler: RungScheduler, objective: str, on_end: Callable[[Ended], None]) -> None:
         super().__init__(metric=objective, mode="max")
         self._plan, self._scheduler, self._objective, self._on_end = plan, scheduler, objective, on_end
         self._numbers: dict[str, int] = {}  # Ray's trial -> ours

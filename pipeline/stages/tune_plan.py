@@ -19,7 +19,7 @@ from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes, check_budget, check_points, trials_of
 from pipeline.stages.tune_distributions import RandomTrial, shown
-from pipeline.stages.tune_rungs import milestones, rung_images
+from pipeline.stages.tune_rungs import milestones, plan_rungs
 from pipeline.stages.tune_space import Space, read_space
 from wavemim.flops import cost_of, forward_flops
 
@@ -121,7 +121,8 @@ def _cost_lines(recipe: Recipe, points: Sequence[Mapping[str, Any]], trials: int
     check_shards(recipe, shards)
     rows = shards.rows["train"]
     images = statistics.fmean(one.train.epochs * rows for one in trial_of)
-    at_rungs = recipe.tune.rungs * rung_images(recipe, shards) if recipe.tune.rungs > 1 else 0
+    rungs, measured = plan_rungs(recipe, shards)
+    at_rungs = rungs * measured  # those before the end, and that of the untrained encoder
     flops = statistics.fmean(_trial_flops(one, shards, at_rungs) for one in trial_of)
     check_budget(recipe, rows)
     rate, source = _recorded_rate(recipe) or _timed_rate(recipe, shards)

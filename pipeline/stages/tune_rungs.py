@@ -29,16 +29,24 @@ STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
 CHECKPOINTS = "checkpoints"  # in a trial's folder until it is known how the trial ended
 _FILE = "rungs.jsonl"
 SHARE = 0.2  # of the FLOPs of training that features for probes may take, the one at the end included
-FEWEST = 100  # images
+FEWEST = 1000  # images of a measurement: of fewer, a fifth of which is held out, it says too little
 
 
-def rung_images(recipe: Recipe, shards: ShardSet) -> int:
-    """Images of a measurement before the end: so few that it is cheap, and the same for all trials of a sweep.
+def plan_rungs(recipe: Recipe, shards: ShardSet) -> tuple[int, int]:
+    """Rungs of a trial, and images of a measurement before its end: the same for all trials of a sweep.
+
+    So few images are used that all measurements are cheap. Where they would be too few, a trial has fewer rungs, unless a
+    scheduler decides at them.
 
     Args:
         recipe: The settings of the sweep.
         shards: The shard set.
+
+    Returns:
+        The number of rungs, the one at the end included, and the number of images; 0 images if only the end is measured.
     """
+    if recipe.tune.rungs == 1:
+        return 1, 0
     rows, short = shards.rows["train"], with_overrides(recipe, changes(recipe, {}))
     with torch.device("meta"):
         model = build_blank_model(short)
@@ -46,8 +54,10 @@ def rung_images(recipe: Recipe, shards: ShardSet) -> int:
         # Whole images: many times what the encoder computes in training, where it may see a quarter of each.
         each = forward_flops(model.encoder.model, shards.channels, short.encoder.image_size)
     end = min(recipe.tune.max_images, rows) * each
-    cheap = int((SHARE * training - end) / (recipe.tune.rungs * max(each, 1)))
-    return min(max(cheap, FEWEST), recipe.tune.max_images, rows)
+    affordable = max(0.0, SHARE * training - end) / max(each, 1)
+    images = min(max(int(affordable / recipe.tune.rungs), FEWEST), recipe.tune.max_images, rows)
+    rungs = recipe.tune.rungs if recipe.tune.scheduler == "asha" else min(recipe.tune.rungs, int(affordable / images))
+    return max(rungs, 1), images
 
 
 def milestones(rungs: int, reduction: float) -> list[int]:
@@ -79,6 +89,7 @@ class Rungs:
         model: nn.Module,
         measure: Callable[[nn.Module], float],
         report: Callable[[Measured, Spent | None], None],
+        at_start: bool = True,
     ) -> None:
         """Report again what the trial measured before it was interrupted, and the model at its start if it was not.
 
@@ -92,6 +103,7 @@ class Rungs:
             measure: Returns the objective of such a model.
             report: Called with each measurement, and the cost of the training up to it, or None for one that was made before
                 an interruption. Raises SystemExit where the trial is to end.
+            at_start: Whether the untrained model is measured too.
         """
         self._lines, self._number, self._step = JsonLines(folder / _FILE), number, step
         self._model, self._measure, self._report = model, measure, report
@@ -104,7 +116,7 @@ class Rungs:
             self._known[line["rung"]] = Measured(**line)
         for known in self._known.values():
             self._report(known, None)
-        if 0 not in self._known and step == 0 and rungs > 1:
+        if 0 not in self._known and step == 0 and at_start:
             self._at(0, 0, Spent())
 
     @property

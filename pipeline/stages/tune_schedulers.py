@@ -62,7 +62,7 @@ class Halving:
             )
 
 
-class Rungs(FIFOScheduler):
+class RungScheduler(FIFOScheduler):
     """Puts what trials measure on their way into the ledger, and stops those that the search is better without."""
 
     def __init__(self, plan: Plan, objective: str, halving: Halving | None, on_stop: Callable[[int], None]) -> None:
@@ -95,7 +95,7 @@ class Rungs(FIFOScheduler):
         return "" if self._halving is None else self._halving.stopped.get(number, "")
 
 
-def scheduler_of(recipe: Recipe, plan: Plan, objective: str, on_stop: Callable[[int], None]) -> Rungs:
+def scheduler_of(recipe: Recipe, plan: Plan, objective: str, on_stop: Callable[[int], None]) -> RungScheduler:
     """The scheduler of a sweep.
 
     Args:
@@ -106,4 +106,4 @@ def scheduler_of(recipe: Recipe, plan: Plan, objective: str, on_stop: Callable[[
     """
     tune = recipe.tune
     halving = Halving(plan, rungs=tune.rungs, reduction=tune.reduction) if tune.scheduler == "asha" else None
-    return Rungs(plan, objective, halving, on_stop)
+    return RungScheduler(plan, objective, halving, on_stop)

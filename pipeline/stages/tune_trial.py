@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,8 @@ from pipeline.stages.tune_engine import CURVE, FAILED
 from pipeline.stages.tune_rungs import CHECKPOINTS, Rungs, tracked
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
 from pipeline.sweeps.ledger import Measured
-from pipeline.sweeps.trials import WEIGHT, trial_name
-from pipeline.tracking.tracker import RunHandle, Tracker, flatten
+from pipeline.sweeps.trials import own_point, trial_name
+from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.pretrain_loop import Trained, train
 from pipeline.training.schedule import TrainSchedule
 from wavemim.evaluation.metrics import Accuracy, rankme
@@ -55,7 +54,8 @@ class TrialTask:
         searched: Dotted keys of the searched settings.
         use_gpu: Whether a trial has a GPU.
         gpu_share: The share of it that the trial has.
-        rung_images: Images of a measurement before a trial's end.
+        rungs: Measurements of the objective, the one at a trial's end included.
+        rung_images: Images of a measurement before the end; 0: there is none.
     """
 
     settings: Mapping[str, Any]
@@ -66,6 +66,7 @@ class TrialTask:
     searched: Sequence[str]
     use_gpu: bool
     gpu_share: float
+    rungs: int
     rung_images: int
 
 
@@ -86,10 +87,8 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     except (UnreadableError, OSError):
         raise
     except Exception as error:
-        result = {
-            FAILED: reason_of(error),
-            task.objective: math.nan,
-        }  # Ray Tune ends a sweep where the metric is missing
+        # Without the objective, Ray Tune would end the whole sweep.
+        result = {FAILED: reason_of(error), task.objective: math.nan}
     ray.tune.report(result)
 
 
@@ -151,9 +150,8 @@ def searched_values(recipe: Recipe, point: Mapping[str, Any], searched: Sequence
     Returns:
         {key: value}, numbers with four significant digits.
     """
-    flat = flatten(recipe.dump())
-    flat |= {f"{WEIGHT}{level}": json.dumps(weight) for level, weight in recipe.weights_by_level().items()}
-    values = {key: point.get(key, flat.get(key, "null")) for key in searched}
+    own = own_point(recipe, searched)
+    values = {key: point.get(key, own.get(key)) for key in searched}
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
 
 
@@ -194,12 +192,13 @@ def _rungs(
     return Rungs(
         folder,
         number,
-        rungs=recipe.tune.rungs,
+        rungs=task.rungs,
         total_steps=TrainSchedule.of(recipe, shards.rows["train"], 1).total_steps,
         step=0 if resume is None else int(checkpoint.read_state(resume)["step"]),
         model=build_model(recipe, shards, start=resume is None).to(device),
         measure=measure,
         report=report,
+        at_start=task.rung_images > 0,
     )
 
 

@@ -14,6 +14,7 @@ Role = Literal["recipe", "search", "finalist"]
 ROLES: tuple[Role, ...] = ("recipe", "search", "finalist")
 State = Literal["finished", "stopped", "failed"]
 WEIGHT = "target.weights."
+_MISSING = object()
 _GENERIC = ("ratio", "kind")  # last parts of a key that say less than the section
 
 
@@ -91,6 +92,26 @@ def relative_weights(recipe: Recipe, settings: Sequence[str]) -> list[str]:
     """Level weights of which only the ratios matter: those of all levels that `recipe` taps, if `settings` has them all."""
     every = [f"{WEIGHT}{level}" for level in sorted(recipe.target.taps)]
     return every if len(every) > 1 and set(every) <= set(settings) else []
+
+
+def own_point(recipe: Recipe, settings: Sequence[str]) -> dict[str, Any]:
+    """The recipe's own values of settings; those of which it has none are left out.
+
+    Args:
+        recipe: The recipe.
+        settings: Dotted keys. Level weights are those that the recipe trains with, given or not.
+    """
+    every: Mapping[str, Any] = recipe.dump()
+    weights = {f"{WEIGHT}{level}": weight for level, weight in recipe.weights_by_level().items()}
+    found = {}
+    for key in settings:
+        value: Any = every
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
+        value = weights.get(key, value)
+        if value is not _MISSING:
+            found[key] = value
+    return found
 
 
 def key_of(value: Any) -> str:

@@ -226,14 +226,10 @@ def log_dataset(client: MlflowClient, run_id: str, about: Mapping[str, Any], con
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    dataset = Dataset(
-        about["name"],
-        about["digest"][:_LONGEST_DIGEST],
-        "local",
-        json.dumps({"uri": about["source"]}),
-        profile=json.dumps(about["profile"]),
-        schema=json.dumps(about["schema"]),
-    )
+    source, profile = json.dumps({"uri": about["source"]}), json.dumps(about["profile"])
+    columns = [{"name": name, "type": kind, "required": True} for name, kind in about["columns"].items()]
+    schema, digest = json.dumps({"mlflow_colspec": columns}), about["digest"][:_LONGEST_DIGEST]
+    dataset = Dataset(about["name"], digest, "local", source, schema, profile)
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
 

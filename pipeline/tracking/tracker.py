@@ -201,7 +201,7 @@ class Tracker:
         """Log a data set that the run reads or writes.
 
         Args:
-            about: `name`, `digest`, `source` (path or URL), `profile` and `schema` (mappings), as `ShardSet.about`.
+            about: `name`, `digest`, `source` (path or URL), `profile` and `columns` (mappings), as `ShardSet.about`.
             context: What the run uses it for, a word.
         """
         self._note("dataset", about=dict(about), context=context)

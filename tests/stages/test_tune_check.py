@@ -260,9 +260,9 @@ def test_mistakes_in_spaces_end_the_command_with_one_line(
         (["tune.scheduler=asha", "tune.cost=flops"], "tune.cost=flops: tune.scheduler=asha would stop cheap trials"),
         (
             ["tune.gpu_hours=2", "cluster.gpus=false"],
-            "tune.gpu_hours=2.0: with cluster.gpus=false there are no GPU-hours",
+            "tune.gpu_hours=2: trials do not run on GPUs, so there are no GPU-hours; use tune.hours",
         ),
-        (["tune.cost=gpu_hours", "cluster.gpus=false"], "tune.cost=gpu_hours: with cluster.gpus=false there are no"),
+        (["tune.cost=gpu_hours", "cluster.gpus=false"], "tune.cost=gpu_hours: trials do not run on GPUs"),
         (["tune.gpus_per_trial=1.5"], "tune.gpus_per_trial"),
         (["tune.gpus_per_trial=0"], "tune.gpus_per_trial"),
     ],

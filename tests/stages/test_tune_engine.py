@@ -14,7 +14,7 @@ from pipeline.config.load import load
 from pipeline.errors import StageError
 from pipeline.stages import tune
 from pipeline.stages.tune_engine import CURVE, FAILED, ended_of, run_plan
-from pipeline.stages.tune_schedulers import Rungs
+from pipeline.stages.tune_schedulers import RungScheduler
 from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.plan import Budget, Plan
 from pipeline.tracking.tracker import store_uri
@@ -94,7 +94,7 @@ def test_what_a_repetition_may_mend_is_repeated_and_a_wrong_setting_is_not(ray_l
     run_plan(
         plan,
         ray.tune.with_parameters(disturbed(), folder=str(tmp_path / "seen")),
-        scheduler=Rungs(plan, "x", None, lambda number: None),
+        scheduler=RungScheduler(plan, "x", None, lambda number: None),
         objective="x",
         resources={"cpu": 1},
         concurrent=2,

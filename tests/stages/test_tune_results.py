@@ -69,5 +69,3 @@ def test_the_best_trial_of_a_search_becomes_the_recipe(tmp_path):
     assert "# The noise was not measured" in (tmp_path / "best.yaml").read_text()
     said = summary(recipe, {**result, "state": "new"})
     assert said.startswith("- The noise was not measured") and f"report {tmp_path / 'report.md'}, table" in said
-    old = {key: value for key, value in result.items() if key not in ("report", "answer", "verdict")}
-    assert summary(recipe, {**old, "state": "finished already"}).startswith("| trial")

@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.config.load import load
 from pipeline.evaluation.features import features_of
 from pipeline.models.build import build_inputs, build_model
-from pipeline.stages.tune_rungs import FEWEST, STOPPED, Rungs, rung_images, tracked
+from pipeline.stages.tune_rungs import FEWEST, STOPPED, Rungs, plan_rungs, tracked
 from pipeline.training.pretrain_loop import train
 from wavemim.weights.checkpoint import Saver
 
@@ -84,14 +84,21 @@ def test_a_measurement_that_was_interrupted_is_made_again(tmp_path, kill):
     assert first + second == [0, 3, 6, 9] and [one.rung for one, _ in told] == [0, 1, 2, 3]
 
 
-def test_rungs_are_cheap_but_never_of_a_handful_of_images(tmp_path):
+def test_rungs_are_cheap_and_fewer_rather_than_of_a_handful_of_images(tmp_path):
     shards = tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
-    assert rung_images(load("small"), shards) == shards.rows["train"]
+    assert plan_rungs(load("small", ["tune.rungs=1"]), shards) == (1, 0)
+    assert plan_rungs(load("small", ["tune.epochs=1000"]), shards) == (4, shards.rows["train"])
     many = type("Many", (), {"rows": {"train": 100_000}, "channels": 3})()
-    counts = [rung_images(load("small", [f"tune.rungs={n}", "tune.max_images=5000"]), many) for n in (10, 20, 40)]
+    plans = [plan_rungs(load("small", [f"tune.rungs={n}", "tune.max_images=20000"]), many) for n in (3, 6, 12)]
+    assert [rungs for rungs, _ in plans] == [3, 6, 12]
+    counts = [images for _, images in plans]
     assert counts[0] == pytest.approx(2 * counts[1], rel=0.01) and counts[1] == pytest.approx(2 * counts[2], rel=0.01)
-    assert rung_images(load("small", ["tune.epochs=0.001"]), many) == FEWEST
-    assert rung_images(load("small", ["tune.max_images=50", "tune.epochs=100"]), many) == 50
+    short = ["tune.epochs=0.2", "tune.max_images=3000"]
+    rungs, images = plan_rungs(load("small", short), many)
+    assert images == FEWEST and 1 <= rungs < 4
+    assert plan_rungs(load("small", [*short, "tune.epochs=0.001"]), many) == (1, FEWEST)
+    assert plan_rungs(load("small", [*short, "tune.epochs=0.001", "tune.scheduler=asha"]), many) == (4, FEWEST)
+    assert plan_rungs(load("small", ["tune.max_images=50", "tune.epochs=100"]), many) == (4, 50)
 
 
 class Run:

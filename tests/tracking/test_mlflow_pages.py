@@ -33,7 +33,7 @@ DATASET = {
     "digest": "0123456789abcdef",
     "source": "/data/photos",
     "profile": {"num_rows": 50},
-    "schema": {"mlflow_colspec": [{"name": "label", "type": "3 classes", "required": True}]},
+    "columns": {"label": "3 classes"},
 }
 
 

@@ -98,7 +98,7 @@ def test_store_is_sqlite_in_out_and_holds_settings_metrics_tags_and_recipe(out: 
 def test_dataset_and_description_are_stored_once_also_after_resuming(out: Path) -> None:
     about = {
         "name": "photos", "digest": "f" * 64, "source": "/data/photos", "profile": {"num_rows": 7},
-        "schema": {"mlflow_colspec": []},
+        "columns": {"label": "3 classes"},
     }  # fmt: skip
     for status in ("FAILED", "FINISHED"):
         tracker = Tracker.start(recipe_in(out), "pretrain", log_dir=out / "data", dataset=about)
@@ -109,6 +109,8 @@ def test_dataset_and_description_are_stored_once_also_after_resuming(out: Path) 
     [found] = run.inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("photos", "f" * 36)
     assert json.loads(found.dataset.profile) == {"num_rows": 7}
+    [column] = json.loads(found.dataset.schema)["mlflow_colspec"]
+    assert (column["name"], column["type"]) == ("label", "3 classes")
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("# Answer { run_id }")  # only the project's own place for the id is filled in
     assert f"![a.png](get-artifact?path=a.png&run_uuid={run.info.run_id})" in note
