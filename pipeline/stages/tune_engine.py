@@ -25,6 +25,9 @@ from pipeline.sweeps.plan import Plan
 FAILED = "failed"  # in a trial's last result: why it failed, in one line
 CURVE = "curve"  # in a trial's last result: [(images, objective)]
 _LOST = "its process or node was lost"
+# Their tracebacks and their advice to restore Ray's experiment are wrong here; what has happened is said by `_Retries`, the
+# results, and the command's last line.
+_SILENT = ("ray.tune.tune", "ray.tune.analysis.experiment_analysis", "ray.tune.execution.tune_controller")
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +78,8 @@ def run_plan(
             callbacks=[_Retries(searcher)],
         ),
     )
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     tuner.fit()
     if not plan.done:
         raise KeyboardInterrupt  # Ray Tune catches Ctrl-C, and returns as if it had finished

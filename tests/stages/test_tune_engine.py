@@ -112,6 +112,7 @@ def test_what_a_repetition_may_mend_is_repeated_and_a_wrong_setting_is_not(ray_l
     attempts = [sum(path.name.startswith(f"{n}-") for path in (tmp_path / "seen").iterdir()) for n in (1, 2, 3, 4)]
     assert attempts == [3, 2, 1, 1] and len(ended) == 4
     assert "trial #02 is begun again: its process or node was lost" in caplog.text
+    assert "Traceback" not in caplog.text  # Ray Tune's own, one for each attempt
 
 
 @pytest.mark.ray
@@ -132,7 +133,7 @@ def test_trials_that_diverge_are_rows_and_runs_with_their_reason_and_three_of_th
     ]
     recipe = load("small", settings)
     for _ in range(2):  # a second call tries those three again, and no more
-        with pytest.raises(StageError, match=r"3 trials in a row failed for the same reason: .* diverged"):
+        with pytest.raises(StageError, match="3 trials in a row failed for the same reason: .* is not finite"):
             run_stage(tune, recipe, ray_local)
         trials = Ledger(recipe.stage_dir("tune") / "trials.jsonl").trials()
         assert [trial.state for trial in trials] == ["finished", "failed", "failed", "failed"]
