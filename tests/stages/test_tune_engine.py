@@ -133,7 +133,7 @@ def test_trials_that_diverge_are_rows_and_runs_with_their_reason_and_three_of_th
     ]
     recipe = load("small", settings)
     for _ in range(2):  # a second call tries those three again, and no more
-        with pytest.raises(StageError, match="3 trials in a row failed for the same reason: .* is not finite"):
+        with pytest.raises(StageError, match=r"3 trials in a row failed for the same reason: .* is not finite"):
             run_stage(tune, recipe, ray_local)
         trials = Ledger(recipe.stage_dir("tune") / "trials.jsonl").trials()
         assert [trial.state for trial in trials] == ["finished", "failed", "failed", "failed"]
