@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.errors import SettingError
 from pipeline.images.arrays import NPY_MAGIC, Pixels, RejectedImage, npy_samples, tiff_samples
 from pipeline.images.decode import ORIENTATION_TAG, SUFFIXES, decode_image
-from pipeline.images.folders import TRAIN_FOLDERS, VAL_FOLDERS
+from pipeline.images.names import TRAIN_FOLDERS, VAL_FOLDERS
 from pipeline.storage.folder import Folder
 from wavemim.evaluation.probes import held_out
 from wavemim.upright import middle_square
