@@ -14,6 +14,11 @@ from collections.abc import Collection, Iterable
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 TRAIN, VAL, TEST = "train", "val", "test"
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainset", "trn"), TRAIN),
@@ -21,26 +26,26 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "testset", "tst"), TEST),
 }
 _SHORT_SPLITS = {"tr": TRAIN, "ts": TEST, "te": TEST, "va": VAL}  # only beside a word for images: imagesTr
-_IMAGE_WORDS = frozenset(
+_IMAGE_WORDS = _set(
     "image images img imgs im jpegimages jpeg jpegs jpg jpgs png pngs tif tiff tiffs picture pictures pic pics photo "
-    "photos rgb rgbs colour color input inputs frame frames data dataset left leftimg leftimages sat source".split()
+    "photos rgb rgbs colour color input inputs frame frames data dataset left leftimg leftimages sat source"
 )
 # What belongs to images without being images to train on: masks and other targets, and copies of lower resolution.
-_ANNOTATION_WORDS = frozenset(
+_ANNOTATION_WORDS = _set(
     "mask masks pixelmask pixelmasks pixelmap pixelmaps label labels labelid labelids labelmap labelmaps annotation "
     "annotations annot annots anno annos ann anns seg segs segmentation segmentations gt gts groundtruth truth target "
     "targets trimap trimaps matte mattes alpha alphas depth depths disparity disparities normals flow semantic "
     "instance instances panoptic stuff parsing saliency heatmap heatmaps contour contours edges boxes bbox bboxes "
-    "keypoints polygons lr lowres bicubic thumbnail thumbnails thumbs previews".split()
+    "keypoints polygons lr lowres bicubic thumbnail thumbnails thumbs previews"
 )
 # Words that say nothing beside those above.
-_NEUTRAL_WORDS = frozenset(
-    "a b x part parts set split full all hr highres raw original orig clean fine coarse class object aug map maps id ids ground "
-    "color colour bw binary new final bit trainvaltest".split()
+_NEUTRAL_WORDS = _set(
+    "a b x part parts set split full all hr highres raw original orig clean fine coarse class object aug map maps id ids "
+    "ground color colour bw binary new final bit trainvaltest"
 )
-_SYSTEM_NAMES = frozenset(
-    "__macosx @eadir #recycle $recycle.bin lost+found __pycache__ thumbs.db ehthumbs.db desktop.ini icon\r".split(" ")
-) | {"system volume information"}
+_SYSTEM_NAMES = _set(
+    "__macosx @eadir #recycle $recycle.bin lost+found __pycache__ thumbs.db ehthumbs.db desktop.ini"
+) | {"icon\r", "system volume information"}
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 _JOINED = re.compile(f"({'|'.join(sorted(_SPLIT_WORDS, key=len, reverse=True))})([a-z]{{3,}})")
