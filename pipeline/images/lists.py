@@ -53,7 +53,8 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
     table = read(folder, name, lambda columns: _list_columns(columns, wanted, needed, separator, shown))
     if not len(table):
         raise SettingError(f"images={shown}: the list has no rows")
-    labels, classes, notes = np.full(len(table), -1, np.int32), None, ()
+    labels, classes = np.full(len(table), -1, np.int32), None
+    notes: tuple[str, ...] = ()
     if "label" in table.column_names:
         column = f"column '{wanted['label']}'"
         labels, classes, notes = labels_of(table.column("label"), None, column, shown, options.label_column)

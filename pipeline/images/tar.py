@@ -48,6 +48,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
 _THREADS = {False: 2, True: 12}  # that list tar files: local, remote
 _LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
+_DOTS = "in WebDataset a key ends at the first dot"
 _DAMAGED = "the tar file is damaged here"
 _DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
 
@@ -134,6 +135,9 @@ def plan_tar(folder: Folder, names: list[str], options: PlanOptions) -> ImagePla
     inputs = without_duplicates(inputs, "a second time in the tar file")
     origin = Origin("tar", folder.url, tuple(names))
     plan = make_plan(inputs, classes, origin, f"{files_shown}, {splits_shown}", options)
+    dotted = [f"{path}: {reason}" for path, reason in inputs.rejects if _DOTS in reason]
+    if dotted:
+        notes += (f"{len(dotted)} images share their key with another one, such as {dotted[0]}",)
     return replace(plan, notes=(*notes, *plan.notes))
 
 
@@ -225,8 +229,8 @@ def _another(member: Member) -> str:
     """Why an image is not the one of its sample."""
     if "." in member.extension:
         return (
-            f"another image of the same sample: in WebDataset a key ends at the first dot, here '{_shown(member.key)}', so "
-            "other dots are not allowed in names; rename the members, or set data.image_column to the extension to use"
+            f"another image of the same sample: {_DOTS}, here '{_shown(member.key)}', so other dots are not allowed in "
+            "names; rename the members, or set data.image_column to the extension to use"
         )
     return "another image of the same sample; set data.image_column to the extension to use"
 
