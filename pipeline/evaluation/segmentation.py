@@ -71,9 +71,7 @@ class Decoding:
     def _check(self, values: np.ndarray) -> None:
         unknown = [] if self.allowed is None else sorted(set(np.unique(values).tolist()) - self.allowed)
         if unknown:
-            raise RejectedImage(
-                f"mask holds the value {unknown[0]}, which is neither in segment.classes nor in segment.ignore"
-            )
+            raise RejectedImage(f"mask holds the value {unknown[0]}, not in segment.classes nor in segment.ignore")
 
 
 class Encoding:
@@ -290,10 +288,8 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
     settings = recipe.segment
     if not settings.images or not settings.masks:
         missing = "images" if not settings.images else "masks"
-        raise SettingError(
-            f"segment.{missing} is not set; give a folder of images and a folder of masks: "
-            "wavemim segment segment.images=FOLDER segment.masks=FOLDER"
-        )
+        what = f"segment.{missing} is not set; give a folder of images and a folder of masks: "
+        raise SettingError(f"{what}wavemim segment segment.images=FOLDER segment.masks=FOLDER")
     names = _names(settings.classes)
     pairs = find_pairs(
         settings.images,
@@ -308,7 +304,7 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
     subject = find_encoder(recipe, None)
     size = settings.image_size or subject.image_size
     blocks, count = _dry_run(recipe, subject, size)
-    # An encoder of this project expects values in the range that it was pretrained with.
+    # Encoders of this project expect the range of values of their pretraining.
     data = validate(subject.recipe).data if subject.recipe else recipe.data
     return SegmentPlan(
         subject=subject,

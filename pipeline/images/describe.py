@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -19,10 +20,15 @@ def found_in(plan: ImagePlan) -> str:
         parts.append(_smallest(plan))
     if plan.left_out:
         kinds = sorted(plan.left_out.items(), key=lambda kind: (-kind[1], kind[0]))
-        shown = [f"{count:,} {kind}" for kind, count in kinds[:_MOST_KINDS]]
+        shown = [_number_of(count, kind) for kind, count in kinds[:_MOST_KINDS]]
         rest = sum(count for _, count in kinds[_MOST_KINDS:])
         parts.append("left out: " + ", ".join([*shown, *([f"{rest:,} others"] if rest else [])]))
     return "; ".join(parts)
+
+
+def _number_of(count: int, kind: str) -> str:
+    shown = kind if count > 1 else re.sub("(file|image|mask)s", r"\1", kind, count=1)
+    return f"{count:,} {shown}"
 
 
 def without_images(plan: ImagePlan, rejects: Iterable[tuple[str, str]]) -> list[str]:

@@ -25,7 +25,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels
 from pipeline.images.describe import found_in, without_images, without_val
 from pipeline.images.observed import cropped_share, narrow_values
-from pipeline.images.plan import ImagePlan
+from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
 from pipeline.runtime.stage_folder import StageFolder, as_json, stage_folder
@@ -332,7 +332,10 @@ def check_rejects(recipe: Recipe, count: int, first: list[tuple[str, str]], inpu
     """
     allowed = max(ALWAYS_ALLOWED_REJECTS, recipe.data.max_rejected * inputs)
     if count > allowed:
-        shown = "; ".join(f"{path}: {reason}" for path, reason in first[:10])
+        of_reason: dict[str, list[str]] = {}
+        for path, reason in first[:10]:
+            of_reason.setdefault(reason, []).append(path)
+        shown = "; ".join(f"{some_of(paths)}: {reason}" for reason, paths in of_reason.items())
         raise StageError(
             f"{count} of {inputs} inputs are rejected, data.max_rejected={recipe.data.max_rejected:g} allows "
             f"{int(allowed)}; raise it to continue without them. The first: {shown}"

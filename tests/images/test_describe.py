@@ -14,7 +14,7 @@ def test_one_sentence_says_what_was_found(tmp_path):
     plan = plan_of(touch(tmp_path, *paths, "train/a/x.txt", "train/a/y.txt"))
     assert found_in(plan) == (
         "train/ and val/; 2 classes; 2 images of train in the smallest (b); left out: 2 .txt files, "
-        "1 images in extra/ (outside of the splits)"
+        "1 image in extra/ (outside of the splits)"
     )
     assert without_val(plan) == ["50% of the classes have no image in val: b"]
     assert without_images(plan, [("train/b/0.jpg", "damaged")]) == []
