@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SettingError
-from pipeline.images.names import class_name, is_date
+from pipeline.images.names import are_parts, class_name, is_date
 from pipeline.images.plan import (
     NO_LABELS,
     NO_SPLIT,
@@ -57,6 +57,8 @@ class _Split:
         if found and "" not in found:
             if deep and all(map(is_date, found)):
                 self.hint = " (folders named by dates are no classes)"
+            elif len(found) > 1 and are_parts(found):
+                self.hint = f" ({some_of(sorted(found))} are parts of one set by their names, not classes)"
             else:
                 self.candidates = found
         elif len(found) > 2:

@@ -91,21 +91,23 @@ def holds_images(name: str) -> bool:
     return bool(set(words) & _IMAGE_WORDS) and all(_says_nothing(word) or word in _SPLIT_WORDS for word in words)
 
 
-def split_of(name: str, beside: Iterable[str] = ()) -> str | None:
+def split_of(name: str, beside: Iterable[str] = (), *, annotations: bool = False) -> str | None:
     """The split that a folder's name says: train, val, test, or None.
 
     Args:
         name: The name. Years, letters (trainA) and words for images may be beside the word of the split.
         beside: Names of the folders beside it. Other words are accepted where another split has the same words:
             DIV2K_train_HR beside DIV2K_valid_HR.
+        annotations: Whether words for annotations may be in it: where folders of annotations are left out already, or
+            are what is looked for.
     """
-    found, rest = _split_and_rest(name)
+    found, rest = _split_and_rest(name, annotations)
     if found is None:
         return None
-    if all(_says_nothing(word) for word in rest):
+    if all(_says_nothing(word) or (annotations and word in _ANNOTATION_WORDS) for word in rest):
         return found
     for other in beside:
-        split, others = _split_and_rest(other)
+        split, others = _split_and_rest(other, annotations)
         if split not in (None, found) and others == rest:
             return found
     return None
@@ -127,6 +129,16 @@ def is_annotation(name: str, beside: Collection[str]) -> bool:
         return True
     plain = (set(words_of(other)) for other in beside if other != name)
     return any(rest <= other and not other & _ANNOTATION_WORDS for other in plain)
+
+
+def are_parts(names: Collection[str]) -> bool:
+    """Whether folders are parts of one set of images by their names, not classes: images_1 and images_2, img and photos."""
+    if all(map(holds_images, names)):
+        return True
+    numberless = [[word for word in words_of(name) if not word.isdigit()] for name in names]
+    return numberless[0] == numberless[-1] and all(
+        words == numberless[0] and set(words) & (_IMAGE_WORDS | {"part", "parts", "batch"}) for words in numberless
+    )
 
 
 def class_name(name: str) -> str:
@@ -162,12 +174,13 @@ def _says_nothing(word: str) -> bool:
     return word.isdigit() or word in _NEUTRAL_WORDS or word in _IMAGE_WORDS
 
 
-def _split_and_rest(name: str) -> tuple[str | None, list[str]]:
+def _split_and_rest(name: str, annotations: bool) -> tuple[str | None, list[str]]:
     """The split in a name, if there is just one, and the other words."""
     words = words_of(name)
     found = [word for word in words if word in _SPLIT_WORDS]
-    if len(found) == 1 and not set(words) & _ANNOTATION_WORDS:
+    if len(found) == 1 and (annotations or not set(words) & _ANNOTATION_WORDS):
         return _SPLIT_WORDS[found[0]], [word for word in words if word != found[0]]
-    if not found and len(words) == 2 and words[0] in _IMAGE_WORDS and words[1] in _SHORT_SPLITS:
+    kinds = _IMAGE_WORDS | _ANNOTATION_WORDS if annotations else _IMAGE_WORDS
+    if not found and len(words) == 2 and words[0] in kinds and words[1] in _SHORT_SPLITS:
         return _SHORT_SPLITS[words[1]], words[:1]
     return None, words

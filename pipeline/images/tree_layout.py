@@ -186,7 +186,7 @@ def inner(tree: Tree, root: str) -> str:
     """The folder in a split that holds its images or classes: train/images for train."""
     for _ in range(_DEEPEST_WRAPPER):
         names = tree.children(root)
-        if root in tree.images or len(names) != 1 or not holds_images(names[0]):
+        if root in tree.images or len(names) != 1 or not (holds_images(names[0]) or names[0] == os.path.basename(root)):
             break
         root = join(root, names[0])
     return root
@@ -244,7 +244,7 @@ def _files(tree: Tree, folder: str) -> list[str]:
 def _find_splits(tree: Tree, base: str) -> TreeLayout:
     names = tree.children(base)
     present = sorted({*names, *_folders(tree, base)})
-    of = {name: split_of(name, present) for name in present}
+    of = {name: split_of(name, present, annotations=True) for name in present}
     exact_train, exact_val = _first_of(TRAIN_FOLDERS, present), _first_of(VAL_FOLDERS, present)
     train = [exact_train] if exact_train else [name for name in names if of[name] == TRAIN]
     val = [exact_val] if exact_val else [name for name in names if of[name] == VAL]
@@ -270,7 +270,7 @@ def _find_splits(tree: Tree, base: str) -> TreeLayout:
     third = [name for name in names if of[name] is not None and name not in train and name not in val]
     found = {"train": train, **({"val": val} if val else {}), **({"third": third} if third else {})}
     splits = {split: [join(base, name) for name in folders] for split, folders in found.items()}
-    return TreeLayout(base, splits, val_is_test=bool(val) and split_of(val[0], present) == TEST)
+    return TreeLayout(base, splits, val_is_test=bool(val) and of[val[0]] == TEST)
 
 
 def _first_of(names: tuple[str, ...], given: list[str]) -> str | None:

@@ -253,6 +253,20 @@ def test_pairs_splits_and_rejects_are_complete(tmp_path):
     assert (len(fewer.splits["train"]), fewer.skipped, fewer.inputs) == (1, 1, 7)
 
 
+@pytest.mark.parametrize(("train", "val"), [("train2017", "val2017"), ("training", "validation")])
+def test_splits_of_pairs_by_the_names_of_the_field(train, val, tmp_path):
+    """Fails where the given val images of ADE20K or COCO are shuffled into train."""
+    for kind, suffix in (("images", ".jpg"), ("masks", ".png")):
+        for split, count in ((train, 3), (val, 2)):
+            for number in range(count):
+                path = tmp_path / kind / split / f"{number}{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+    found = find_pairs(str(tmp_path / "images"), str(tmp_path / "masks"))
+    assert {split: len(pairs) for split, pairs in found.splits.items()} == {"train": 3, "val": 2}
+    assert found.layout == f"{train}/ and {val}/"
+
+
 def test_endings_and_a_held_out_share(tmp_path):
     for number in range(10):
         write_pair(tmp_path, f"city/{number}", np.zeros((9, 9), np.uint8))

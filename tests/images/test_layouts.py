@@ -115,6 +115,13 @@ LAYOUTS = {
         ["with_mask", "without_mask"],
         [],
     ),
+    "splits named by what they hold": (
+        split(LABELLED, "seg_train/seg_train", "seg_test/seg_test") + some("seg_pred/seg_pred"),
+        (4, 4),
+        ["cat", "dog"],
+        ["seg_pred/"],
+    ),
+    "parts of a set": ([*some("HAM10000_images_part_1"), *some("HAM10000_images_part_2")], (4, 0), None, []),
     "labels as a class": ([*some("labels"), *some("boxes")], (4, 0), ["boxes", "labels"], []),
     "train as a class": ([*some("bus"), *some("plane"), *some("train")], (6, 0), ["bus", "plane", "train"], []),
     "a split among classes": ([*split(LABELLED, "."), *some("test")], (4, 0), ["cat", "dog"], ["test/"]),
