@@ -76,8 +76,11 @@ _SPACE = {"--space NAME|FILE.yaml": "the search space, the setting tune.space; r
 OPTIONS = {  # of single stages, with their descriptions
     "run": _SPACE,
     "demo": _SPACE,
+    "prepare": {"--dry-run": "say what was found in images=, without decoding or writing anything"},
     "tune": {**_SPACE, "--dry-run": "check the sweep, print its first points, budget and expected time; start nothing"},
 }
+
+_DRY_RUNS = {"prepare": "pipeline.stages.prepare", "tune": "pipeline.stages.tune_plan"}
 
 _terminated: list[bool] = []  # by SIGTERM: an exception of its own would not survive libraries that catch interrupts
 
@@ -175,15 +178,13 @@ def _stage_command(stage: str) -> click.Command:
         if show_help:
             click.echo(_help(stage, chosen, recipe))
         elif dry_run:
-            from pipeline.stages.tune_plan import dry_run as plan
-
-            plan(chosen, click.echo)
+            importlib.import_module(_DRY_RUNS[stage]).dry_run(chosen, click.echo)
         else:
             _run(stage, chosen, progress=not quiet)
 
-    if stage in OPTIONS:
+    if "--space NAME|FILE.yaml" in OPTIONS.get(stage, {}):
         click.option("--space", multiple=True, metavar="NAME|FILE.yaml")(command)
-    if stage == "tune":
+    if stage in _DRY_RUNS:
         click.option("--dry-run", is_flag=True)(command)
     return command
 

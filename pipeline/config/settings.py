@@ -62,13 +62,20 @@ class Data(Section):
     value_range: tuple[float, float] | None = setting(
         None, "Pixel values that become black and white. null: the full range of the file's integer type."
     )
+    nodata: float | Literal["nan"] | None = setting(
+        None,
+        "Value of pixels without data in 16-bit, floating-point and .npy images, such as -9999, or nan: these, NaN and "
+        "infinite pixels become black. null: images with NaN or infinite pixels are rejected.",
+        added=True,
+    )
     max_pixels: Positive = setting(100_000_000, "Images with more pixels are rejected without decoding them.")
     min_side: Positive = setting(8, "Images whose shorter side has fewer pixels are rejected.")
     image_column: str | None = setting(
         None, "Column of a list or Parquet file that holds the images or their paths. null: recognised by its name."
     )
     label_column: str | None = setting(
-        None, "Column of a list or Parquet file that holds the labels. null: recognised by its name."
+        None,
+        "Column of a list or Parquet file that holds the labels. null: recognised by its name. none: no labels, of folders too.",
     )
     rows_per_shard: Positive = setting(1024, "Images per Parquet file.")
     rows_per_group: Positive = setting(64, "Images per row group, the unit of reading.")

@@ -6,11 +6,10 @@ an actor), and fitting a head (a function).
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from torch import nn
 from pipeline.config.load import validate
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
+from pipeline.evaluation.left_out import counted
 from pipeline.images.arrays import Pixels, RejectedImage
+from pipeline.images.observed import Observed
 from pipeline.images.pairs import Pair, Pairs, find_pairs, read_pair
 from pipeline.models.encoder_source import EncoderSource, find_encoder
 from pipeline.storage.folder import Folder
@@ -56,21 +57,21 @@ class Decoding:
         count = len(batch["row"])
         pixels = np.zeros((count, self.wanted.channels, size, size), np.uint8)
         values = np.zeros((count, size, size), np.uint16)
-        reasons = [""] * count
+        reasons, cropped = np.full(count, "", object), np.zeros(count)
+        wanted = replace(self.wanted, observed=(observed := Observed()))
         for i, (image, mask) in enumerate(zip(batch["image"], batch["mask"], strict=True)):
             try:
-                pixels[i], values[i] = read_pair(self.images, self.masks, Pair(str(image), str(mask)), self.wanted)
+                pixels[i], values[i] = read_pair(self.images, self.masks, Pair(str(image), str(mask)), wanted)
+                cropped[i] = observed.cropped
                 self._check(values[i])
             except RejectedImage as error:
                 reasons[i] = str(error)
-        return {"row": batch["row"], "pixels": pixels, "values": values, "reason": np.array(reasons, object)}
+        return {"row": batch["row"], "pixels": pixels, "values": values, "reason": reasons, "cropped": cropped}
 
     def _check(self, values: np.ndarray) -> None:
         unknown = [] if self.allowed is None else sorted(set(np.unique(values).tolist()) - self.allowed)
         if unknown:
-            raise RejectedImage(
-                f"mask holds the value {unknown[0]}, which is neither in segment.classes nor in segment.ignore"
-            )
+            raise RejectedImage(f"mask holds the value {unknown[0]}, not in segment.classes nor in segment.ignore")
 
 
 class Encoding:
@@ -107,7 +108,7 @@ class Encoding:
 
         Returns:
             For each row `row`, `reason`, the file `part` with its tokens (empty if rejected), its `place` in the file,
-            and the distinct `values` of its mask (JSON).
+            and the number of pixels of each value of its mask, `values` (JSON).
         """
         kept = np.flatnonzero(batch["reason"] == "")
         part = uuid.uuid4().hex if len(kept) else ""
@@ -120,7 +121,8 @@ class Encoding:
             "reason": batch["reason"],
             "part": np.array([part if reason == "" else "" for reason in batch["reason"]], object),
             "place": places,
-            "values": np.array([json.dumps(np.unique(values).tolist()) for values in batch["values"]], object),
+            "values": np.array([counted(values) for values in batch["values"]], object),
+            "cropped": batch["cropped"],
         }
 
     def write(self, part: str, pixels: np.ndarray, values: np.ndarray) -> None:
@@ -286,10 +288,8 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
     settings = recipe.segment
     if not settings.images or not settings.masks:
         missing = "images" if not settings.images else "masks"
-        raise SettingError(
-            f"segment.{missing} is not set; give a folder of images and a folder of masks: "
-            "wavemim segment segment.images=FOLDER segment.masks=FOLDER"
-        )
+        what = f"segment.{missing} is not set; give a folder of images and a folder of masks: "
+        raise SettingError(f"{what}wavemim segment segment.images=FOLDER segment.masks=FOLDER")
     names = _names(settings.classes)
     pairs = find_pairs(
         settings.images,
@@ -304,14 +304,14 @@ def plan_segmentation(recipe: Recipe) -> SegmentPlan:
     subject = find_encoder(recipe, None)
     size = settings.image_size or subject.image_size
     blocks, count = _dry_run(recipe, subject, size)
-    # An encoder of this project expects values in the range that it was pretrained with.
-    value_range = validate(subject.recipe).data.value_range if subject.recipe else recipe.data.value_range
+    # Encoders of this project expect the range of values of their pretraining.
+    data = validate(subject.recipe).data if subject.recipe else recipe.data
     return SegmentPlan(
         subject=subject,
         pairs=pairs,
         images=Folder.at(settings.images),
         masks=Folder.at(settings.masks),
-        wanted=Pixels(size, subject.channels, recipe.data.max_pixels, 1, value_range),
+        wanted=Pixels(size, subject.channels, recipe.data.max_pixels, 1, data.value_range, data.nodata),
         blocks=blocks,
         bytes_per_image=2 * 2 * count + 2 * size**2,
         names=names,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.images.plan import some_of
 from pipeline.runtime.formatting import table
 from wavemim.evaluation.metrics import class_table
 from wavemim.figures.confusion import confusion_figure
@@ -95,6 +96,9 @@ def evaluation_tables(result: Mapping[str, Any]) -> str:
         f"Top-1 in percent with 95 % intervals over the val images. {result['classes']} classes, probes fitted to "
         f"{result['train_images']:,} train images, evaluated on {result['val_images']:,} val images."
     )
+    if missing := result.get("classes_without_val"):
+        share = len(missing) / result["classes"]
+        parts.append(f"{share:.0%} of the classes have no image in val, and are not evaluated: {some_of(missing)}.")
     fitted = next(
         (found["eval/attentive_images"] for found in measured.values() if "eval/attentive_images" in found), 0
     )

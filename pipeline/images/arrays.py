@@ -6,12 +6,13 @@ import io
 import logging
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pipeline.images.observed import Observed
 from wavemim.upright import middle_square, turned_upright
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -38,6 +39,9 @@ class Pixels:
         max_pixels: Images with more pixels are rejected.
         min_side: Images with a shorter side in pixels are rejected.
         value_range: The values that become 0 and 255; None for the range of the integer type.
+        nodata: The value of pixels without data, a number or "nan": these, NaN and infinite ones become black. None: an
+            image with NaN is rejected.
+        observed: Is told the sizes and values of the images, if it is set.
     """
 
     size: int
@@ -45,6 +49,8 @@ class Pixels:
     max_pixels: int = 100_000_000
     min_side: int = 8
     value_range: tuple[float, float] | None = None
+    nodata: float | str | None = None
+    observed: Observed | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 1 <= self.channels <= 16:
@@ -79,6 +85,8 @@ class Samples:
 
 def check_size(width: int, height: int, wanted: Pixels) -> None:
     """Raise RejectedImage if a size in pixels, as the header declares it, is out of bounds."""
+    if wanted.observed is not None:
+        wanted.observed.size = width, height
     if width * height > wanted.max_pixels:
         raise RejectedImage(f"too large ({width}×{height} pixels, data.max_pixels={wanted.max_pixels})")
     if min(width, height) < max(1, wanted.min_side):
@@ -111,14 +119,19 @@ def from_samples(samples: Samples, wanted: Pixels) -> np.ndarray:
     if found != wanted.channels and not to_grey and not (found == 1 and wanted.channels == 3):
         raise wrong_count(found, wanted)
     low, high = _value_range(first.dtype, samples.bits, wanted.value_range)
+    hidden = [_without_data(band, wanted.nodata) for band in samples.bands]
+    if wanted.observed is not None and wanted.value_range is None:
+        wanted.observed.values(samples.bands, hidden, high)
     alpha = None if samples.alpha is None else _opacity(samples.alpha, samples.bits)
     out = np.empty((1 if to_grey else found, wanted.size, wanted.size), np.float32)
     weights = (0.299, 0.587, 0.114) if to_grey else (1.0,) * found
     out[:] = 0
-    for number, (band, weight) in enumerate(zip(samples.bands, weights, strict=True)):
-        values = _mapped(band, low, high)
+    for number, (band, absent, weight) in enumerate(zip(samples.bands, hidden, weights, strict=True)):
+        values = _mapped(band if absent is None else np.where(absent, band.dtype.type(0), band), low, high)
         if samples.inverted:
             values = 255 - values
+        if absent is not None:
+            values[absent] = 0
         if alpha is not None:
             values = (values if samples.premultiplied else values * alpha) + 255 * (1 - alpha)
         image = Image.fromarray(np.ascontiguousarray(values, np.float32))
@@ -146,10 +159,26 @@ def _value_range(dtype: np.dtype, bits: int | None, value_range: tuple[float, fl
     raise RejectedImage(f"{kind} pixels without a known range (set data.value_range)")
 
 
+def _without_data(band: np.ndarray, nodata: float | str | None) -> np.ndarray | None:
+    """Where a band (H, W) has no data, (H, W), bool; None for nowhere. Raises RejectedImage for NaN without the setting."""
+    absent = ~np.isfinite(band) if band.dtype.kind == "f" else np.zeros(band.shape, bool)
+    if nodata is None:
+        if absent.any():
+            share = absent.mean()
+            raise RejectedImage(
+                f"NaN or infinite pixels (set data.nodata=nan to make them black; {share:.1%} of a band)"
+            )
+        return None
+    value = float(nodata)
+    if math.isfinite(value):
+        absent |= band == value
+    if absent.all():
+        raise RejectedImage(f"no data (data.nodata={value:g} in all pixels of a band)")
+    return absent if absent.any() else None
+
+
 def _mapped(band: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map values (H, W) to float32 (H, W): `low` becomes 0, `high` 255, and the rest is clipped."""
-    if band.dtype.kind == "f" and not np.isfinite(band).all():
-        raise RejectedImage("NaN or infinite pixels")
     exact = band.dtype.itemsize <= 2 and band.dtype.kind in "bui"  # representable in float32
     values: np.ndarray = np.array(band, np.float32 if exact else np.float64, order="C")
     with np.errstate(over="ignore"):

@@ -1,14 +1,30 @@
-"""Columns of lists and Parquet files: finding one by name, and labels as class indices."""
+"""Columns of lists and Parquet files: finding one by name, labels as class indices, and splits."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SettingError
+from pipeline.images.names import split_of
+from pipeline.images.plan import IGNORED, NO_LABELS, NO_SPLIT, SPLIT_NAMES, TRAIN, VAL, VAL_NAMES
+
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
+_MOST_SHOWN = 40  # characters of a value in a message
+_UNIQUE_FROM = 4  # images: a label for each of fewer may be a small data set
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.IGNORECASE)
+
+
+class UnusableLabels(SettingError):
+    """A column holds something else than classes; `reason` says what, without the column."""
+
+    def __init__(self, what: str, reason: str):
+        super().__init__(f"{what} {reason}; allowed are integers and strings, each of them for several images")
+        self.reason = reason
 
 
 def column_named(columns: list[str], wanted: str, shown: str) -> str | None:
@@ -37,6 +53,67 @@ def folded(name: str) -> str:
     return name.strip().casefold()
 
 
+def labels_of(
+    raw: pa.ChunkedArray, names: list[str] | None, column: str, shown: str, asked: str | None
+) -> tuple[np.ndarray, list[str] | None, tuple[str, ...]]:
+    """Class indices and names as `encode_labels` finds them; without any where a column that nobody asked for has none.
+
+    Args:
+        raw: The labels (n,).
+        names: Class names of integer labels, if the source has them.
+        column: The column for messages, such as "column 'label'".
+        shown: The source for messages.
+        asked: The column that the user named, if any.
+
+    Returns:
+        The class indices (n,), the class names, and a note if the column is not used.
+
+    Raises:
+        SettingError: The column that the user named holds something else than classes.
+    """
+    try:
+        return *encode_labels(raw, names, f"images={shown}: {column}"), ()
+    except UnusableLabels as error:
+        if asked is not None:
+            raise
+        note = (
+            f"{column} {error.reason}, so the images are unlabelled: classes are integers or strings that several images "
+            f"have; data.label_column names another column, or {NO_LABELS}"
+        )
+        return np.full(len(raw), -1, np.int32), None, (note,)
+
+
+def splits_of(column: pa.ChunkedArray, shown: str) -> tuple[np.ndarray, str]:
+    """Codes (n,), int8, of a column of splits, and a description.
+
+    Raises:
+        SettingError: It does not hold names of splits, or never train.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_null(column.type):
+        return np.full(len(column), NO_SPLIT, np.int8), "val held out"
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise SettingError(f"images={shown}: column 'split' holds {column.type}; allowed are {', '.join(SPLIT_NAMES)}")
+    names = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, "")))
+    distinct = pc.unique(names).to_pylist()
+    if distinct == [""]:
+        return np.full(len(names), NO_SPLIT, np.int8), "val held out"
+    known = {name: name if name in SPLIT_NAMES else split_of(name) for name in distinct}  # also training, dev, …
+    for name, split in known.items():
+        if split is None:
+            row = pc.index(names, name).as_py() + 1
+            raise SettingError(
+                f"images={shown}: row {row} has the split '{name[:_MOST_SHOWN]}'; allowed are {', '.join(SPLIT_NAMES)}"
+            )
+    if "train" not in known.values():
+        raise SettingError(f"images={shown}: no row has the split train")
+    val = next((name for name in VAL_NAMES if name in known.values()), None)
+    codes = [TRAIN if known[name] == "train" else VAL if known[name] == val else IGNORED for name in distinct]
+    index = pc.index_in(names, pa.array(distinct, names.type)).to_numpy()
+    return np.array(codes, np.int8)[index], f"train and {val}" if val else "train, val held out"
+
+
 def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> tuple[np.ndarray, list[str] | None]:
     """Turn a column of labels into class indices.
 
@@ -50,7 +127,8 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
         The class indices (n,), int32, -1 for none, and the class names, None if there are fewer than two.
 
     Raises:
-        SettingError: The column holds something else, or an index without a class name.
+        UnusableLabels: The column holds something else, or another label for each image.
+        SettingError: An index has no class name.
     """
     if pa.types.is_dictionary(raw.type):
         raw = raw.cast(raw.type.value_type)
@@ -58,24 +136,37 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
         try:
             raw = pc.if_else(pc.is_nan(raw), None, raw).cast(pa.int64())
         except pa.ArrowInvalid:
-            raise SettingError(f"{what} holds fractions; allowed are integers and strings") from None
+            raise UnusableLabels(what, "holds fractions") from None
     if pa.types.is_integer(raw.type) or pa.types.is_boolean(raw.type):
         numbers = raw.cast(pa.int64())
         if names is not None:
             return _named(numbers, names, what), names if len(names) > 1 else None
         distinct = sorted(value for value in pc.unique(numbers).to_pylist() if value is not None)
+        _check_several(numbers, distinct, what)
         table, classes = pa.array(distinct, pa.int64()), [str(value) for value in distinct]
         return _codes(numbers, table), classes if len(classes) > 1 else None
     if not (pa.types.is_string(raw.type) or pa.types.is_large_string(raw.type) or pa.types.is_null(raw.type)):
-        raise SettingError(f"{what} holds {raw.type}; allowed are integers and strings")
-    texts = pc.utf8_trim_whitespace(raw.cast(pa.large_string()))
+        raise UnusableLabels(what, f"holds {raw.type}")
+    # The same name is stored in several forms of Unicode by different systems.
+    texts = pc.utf8_normalize(pc.utf8_trim_whitespace(raw.cast(pa.large_string())), "NFC")
     texts = pc.if_else(pc.equal(texts, ""), None, texts)
     found = [value for value in pc.unique(texts).to_pylist() if value is not None]
+    if found and all(_NUMBER.fullmatch(value) for value in found) and any(float(value) % 1 for value in found):
+        raise UnusableLabels(what, "holds fractions")
+    if found and all(value.startswith(("[", "{")) for value in found):
+        raise UnusableLabels(what, "holds lists")
+    _check_several(texts, found, what)
     if all(re.fullmatch(r"-?\d{1,18}", value) for value in found):
         found.sort(key=lambda value: (int(value), value))
     else:
         found.sort()
     return _codes(texts, pa.array(found, pa.large_string())), found if len(found) > 1 else None
+
+
+def _check_several(labels: pa.ChunkedArray, distinct: list[Any], what: str) -> None:
+    """Raise UnusableLabels if every image has a label of its own, as an identifier has."""
+    if len(distinct) >= _UNIQUE_FROM and len(distinct) == len(labels) - labels.null_count:
+        raise UnusableLabels(what, "holds another value for each image")
 
 
 def _codes(values: pa.ChunkedArray, table: pa.Array) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""Folder trees of images: splits and classes by the names of folders."""
+"""Folder trees of images: a plan by the names of folders."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SettingError
-from pipeline.images.decode import SUFFIXES
+from pipeline.images.names import are_parts, class_name, is_date
 from pipeline.images.plan import (
+    NO_LABELS,
     NO_SPLIT,
     TRAIN,
     VAL,
@@ -23,190 +23,224 @@ from pipeline.images.plan import (
     SourceInputs,
     check_classes,
     make_plan,
+    some_of,
 )
+from pipeline.images.tree_layout import Tree, TreeLayout, find_layout, inner, inside, join
 from pipeline.storage.folder import Folder
-
-# Names of the folders of a split, in any case; the first that exists is taken.
-TRAIN_FOLDERS = ("train", "training")
-VAL_FOLDERS = ("val", "valid", "validation", "test")
-
-
-class Tree:
-    """The listing of a folder tree: every folder that holds files, with their names. Raises SettingError."""
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-        try:
-            self.listing = list(folder.tree())
-        except OSError as error:
-            raise SettingError(f"images: '{error.filename}' cannot be read: {error.strerror}") from None
-
-    def paths(self) -> Iterator[str]:
-        """Paths of all files, relative to the folder."""
-        for below, names in self.listing:
-            yield from (f"{below}/{name}" if below else name for name in names)
 
 
 class _Split:
-    """One split of a tree: its images, its other files as rejects, and its classes.
+    """One split of a tree: its images and its classes.
 
-    A split is labelled if every image is in ``CLASS/`` or ``CLASS/images/`` and there are at least two classes.
+    A split is labelled if every image is in a folder of the split and there are at least two of these: the folders at the
+    first level are the classes, whatever is nested in them.
     """
 
-    def __init__(self, root: str, listing: list[tuple[str, list[str]]]) -> None:
-        self.root, self.rejects = root, list[tuple[str, str]]()
-        paths, counts, classes = Paths(), list[int](), list[str | None]()
-        unsorted: list[str] = []  # images in no folder of the split
-        for below, names in listing:
-            if root and below != root and not below.startswith(f"{root}/"):
-                continue
-            inner = below[len(root) :].lstrip("/")
-            images = self._images(below, names)
-            if images:
-                paths.add(images)
-                counts.append(len(images))
-                classes.append(_class_of(inner))
-                unsorted = images if not inner else unsorted
-        self.paths = paths.column()
-        # The folders that hold images, if every image is in one that may be a class.
-        self.candidates = {name for name in classes if name is not None}
-        self.hint = ""  # why the folders are not classes, if only a few images outside them are in the way
-        if None in classes:
-            if len(self.candidates) >= 2 and classes.count(None) == 1 and unsorted:
-                count = "1 image is" if len(unsorted) == 1 else f"{len(unsorted)} images are"
-                self.hint = f" ({count} outside the class folders, such as {min(unsorted)})"
-            self.candidates = set()
+    def __init__(self, tree: Tree, folders: list[str], shown: str) -> None:
+        self.shown = shown
+        self.paths, self.classes, self.candidates = Paths(), set[str](), set[str]()
+        self.hint = ""  # why the folders are not classes
+        self._counts, self._folders = list[int](), list[str]()  # of each folder with images: their number, its class
+        self.roots = [inner(tree, folder) for folder in folders]
+        unsorted: list[str] = []
+        deep = False
+        for root in self.roots:
+            for below in sorted(below for below in tree.images if inside(below, root)):
+                inner_path = below[len(root) :].lstrip("/")
+                images = [join(below, name) for name in tree.images[below]]
+                self.paths.add(images)
+                self._counts.append(len(images))
+                self._folders.append(class_name(inner_path.partition("/")[0]))
+                deep |= "/" in inner_path
+                unsorted += images[:] if not inner_path else []
+        found = set(self._folders)
+        if found and "" not in found:
+            if deep and all(map(is_date, found)):
+                self.hint = " (folders named by dates are no classes)"
+            elif len(found) > 1 and are_parts(found):
+                self.hint = f" ({some_of(sorted(found))} are parts of one set by their names, not classes)"
+            else:
+                self.candidates = found
+        elif len(found) > 2:
+            count = "1 image is" if len(unsorted) == 1 else f"{len(unsorted)} images are"
+            self.hint = f" ({count} outside the class folders, such as {min(unsorted)})"
         self.classes = self.candidates if len(self.candidates) > 1 else set()
-        self._counts, self._folders = counts, classes
 
     def labels(self, index: dict[str, int]) -> np.ndarray:
         """Class indices (n,), int32, of the images, given those of the class names; -1 for other folders."""
-        codes = np.array([index.get(name or "", -1) for name in self._folders], np.int32)
+        codes = np.array([index.get(name, -1) for name in self._folders], np.int32)
         return np.repeat(codes, self._counts)
 
-    def _images(self, below: str, names: list[str]) -> list[str]:
-        """Paths of the files with the suffix of an image; the others become rejects."""
-        images = []
-        for name in names:
-            path = f"{below}/{name}" if below else name
-            try:
-                path.encode()
-            except UnicodeEncodeError:
-                shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-                self.rejects.append((shown, "file name is not valid UTF-8"))
-                continue
-            if (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
-                images.append(path)
-            else:
-                self.rejects.append((path, f"not an image ({f'suffix {suffix}' if suffix else 'no suffix'})"))
-        return images
-
-
-def _class_of(inner: str) -> str | None:
-    parts = inner.split("/") if inner else []
-    return parts[0] if len(parts) == 1 or (len(parts) == 2 and parts[1] == "images") else None
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return sum(self._counts)
 
 
 def plan_tree(tree: Tree, options: PlanOptions, *, note: str = "") -> ImagePlan:
     """Plan a folder tree; the result depends only on the names in it and on `options`.
 
-    With a folder ``train/`` or ``training/``, the splits are this and the first that exists of ``val/``, ``valid/``,
-    ``validation/`` and ``test/`` (in any case), and everything outside is ignored. Without one, the tree is one set, of
-    which a share is held out for val. Without `options.val_share` there are no splits.
+    Splits are recognised by the names of folders, see `pipeline.images.tree_layout`; everything outside of them is left
+    out. Without a folder for train, the tree is one set, of which a share is held out for val. Without
+    `options.val_share` there are no splits.
 
     Args:
-        tree: The tree.
+        tree: The tree; it loses what is left out.
         options: Options of the plan.
         note: Added to the description of the plan.
 
     Raises:
         SettingError: There are no images, or train and val differ in their classes.
     """
+    folder = tree.folder
+    layout = find_layout(tree)
     if options.val_share is None:
-        return _plan_whole_tree(tree, options)
-    folder, listing = tree.folder, tree.listing
-    roots = _roots(tree)
-    ignored = 0
-    if roots["train"]:
-        ignored = sum(len(names) for below, names in listing if below.partition("/")[0] not in roots.values())
-    splits = {name: _Split(root, listing) for name, root in roots.items()}
-    rejects = [reject for split in splits.values() for reject in split.rejects]
-    if not len(splits["train"].paths):
-        raise no_images(folder, roots["train"], [path for path, _ in rejects])
-    names = _tree_classes(folder, splits)
+        return _plan_whole_tree(tree, layout, options)
+    tree.drop(layout.not_classes)
+    folders = {"train": layout.splits.get("train", [layout.base])} | {
+        split: found for split, found in layout.splits.items() if split == "val"
+    }
+    splits = {name: _Split(tree, found, _shown(found)) for name, found in folders.items()}
+    if not splits["train"].count:
+        raise no_images(folder, folders["train"][0], tree.others)
+    asked = options.label_column != NO_LABELS
+    val_labels = _labels_of_annotations(tree, splits) if asked else None
+    if asked and layout.val_is_test and val_labels is None and splits["train"].classes and not splits["val"].candidates:
+        tree.drop(dict.fromkeys(folders.pop("val"), f"images in {splits.pop('val').shown} (a split without labels)"))
+    _drop_outside(tree, layout, folders)
+    names = _tree_classes(folder, splits, bool(val_labels)) if asked else []
     index = {name: number for number, name in enumerate(names)}
-    inputs = SourceInputs(
-        path=pa.chunked_array([c for s in splits.values() for c in s.paths.chunks], pa.large_string()),
-        label=np.concatenate([split.labels(index) for split in splits.values()]),
-        split=np.repeat(
-            np.array([TRAIN, VAL], np.int8)[: len(splits)], [len(split.paths) for split in splits.values()]
-        ),
-        rejects=rejects,
-    )
-    layout = " and ".join(f"{root}/" for root in roots.values()) if roots["train"] else "one folder, val held out"
-    if roots["train"] and "val" not in roots:
-        layout += ", val held out"
+    inputs = _inputs(tree, splits, index)
+    if val_labels is not None and names:
+        inputs.label[splits["train"].count :] = _codes_of_annotations(splits["val"], val_labels, index)
     origin = Origin("files", folder.url)
-    val_given = True if "val" in roots else None  # also without images: val/ exists
-    plan = make_plan(inputs, names or None, origin, layout + note, options, ignored=ignored, val_given=val_given)
+    val_given = True if "val" in splits else None  # also without images: val/ exists
+    shown = _described(layout, splits) + note
+    plan = make_plan(inputs, names or None, origin, shown, options, ignored=tree.left_out, val_given=val_given)
+    notes = _empty_classes(tree, splits, names)
     hint = next((split.hint for split in splits.values() if split.hint), "")
-    return replace(plan, layout=plan.layout + hint)
+    return replace(plan, layout=plan.layout + hint, notes=(*notes, *plan.notes))
 
 
 def no_images(folder: Folder, below: str, others: list[str]) -> SettingError:
     """The error for a folder without images: `below` is where they were looked for, `others` what was found instead."""
-    found = f"; the first of {len(others)} other files: {others[0]}" if others else ""
+    found = f"; other files are there, such as {others[0]}" if others else ""
     return SettingError(
         f"images={folder}: no image in '{folder.shown(below)}' or its subfolders "
         f"(suffixes: .jpg, .png, .webp, …){found}"
     )
 
 
-def _roots(tree: Tree) -> dict[str, str]:
-    """The folder of each split; "" for the whole tree as train."""
-    present = {below.partition("/")[0] for below, _ in tree.listing}
-    if tree.folder.local is not None:  # folders without files count too
-        present |= {entry.name for entry in os.scandir(tree.folder.local) if entry.is_dir()}
-    train, val = _first_of(TRAIN_FOLDERS, present), _first_of(VAL_FOLDERS, present)
-    if train is None:
-        return {"train": ""}
-    return {"train": train, **({"val": val} if val else {})}
+def _shown(folders: list[str]) -> str:
+    return " + ".join(f"{folder}/" for folder in folders)
 
 
-def _plan_whole_tree(tree: Tree, options: PlanOptions) -> ImagePlan:
+def _described(layout: TreeLayout, splits: dict[str, _Split]) -> str:
+    if not layout.splits:
+        return f"one folder ({layout.base}/), val held out" if layout.base else "one folder, val held out"
+    shown = " and ".join(split.shown for split in splits.values())
+    return shown if "val" in splits else f"{shown}, val held out"
+
+
+def _inputs(tree: Tree, splits: dict[str, _Split], index: dict[str, int]) -> SourceInputs:
+    codes = {"train": TRAIN, "val": VAL}
+    return SourceInputs(
+        path=pa.chunked_array([c for s in splits.values() for c in s.paths.column().chunks], pa.large_string()),
+        label=np.concatenate([split.labels(index) for split in splits.values()]),
+        split=np.concatenate([np.full(split.count, codes[name], np.int8) for name, split in splits.items()]),
+        rejects=list(tree.rejects),
+    )
+
+
+def _drop_outside(tree: Tree, layout: TreeLayout, folders: dict[str, list[str]]) -> None:
+    """Leave out images outside the splits, with the folder that they are in."""
+    if not layout.splits:
+        return
+    kept = [folder for found in folders.values() for folder in found]
+    kinds = {}
+    for below in tree.images:
+        if not any(inside(below, folder) for folder in kept):
+            place = join(layout.base, below[len(layout.base) :].lstrip("/").partition("/")[0])
+            kinds[below] = f"images in {place}/ (outside of the splits)" if place else "images outside of the splits"
+    top = len(tree.images.pop("", ()))
+    if top:
+        tree.left_out["images outside of the splits"] += top
+    tree.drop(kinds)
+
+
+def _plan_whole_tree(tree: Tree, layout: TreeLayout, options: PlanOptions) -> ImagePlan:
     """Every image of a tree, ordered by path; labelled where the tree, or each folder of a split, has class folders."""
-    parts: dict[str, list[tuple[str, list[str]]]] = {}
-    for below, names in tree.listing:
-        first = below.partition("/")[0]
-        parts.setdefault(first if first.casefold() in (*TRAIN_FOLDERS, *VAL_FOLDERS) else "", []).append((below, names))
-    splits = [_Split(root, listing) for root, listing in parts.items()]
-    classes = sorted({name for split in splits for name in split.classes})
-    index = {name: number for number, name in enumerate(classes)}
-    path = pa.chunked_array([chunk for split in splits for chunk in split.paths.chunks], pa.large_string())
-    label = np.concatenate([split.labels(index) for split in splits]) if splits else np.empty(0, np.int32)
+    rest = Paths()
+    for below in [below for below in tree.images if any(inside(below, folder) for folder in layout.not_classes)]:
+        rest.add(join(below, name) for name in tree.take(below))
+    groups = [[folder] for found in layout.splits.values() for folder in found] or [[layout.base]]
+    splits = {str(number): _Split(tree, group, _shown(group)) for number, group in enumerate(groups)}
+    classes = sorted({name for split in splits.values() for name in split.classes})
+    index = {name: number for number, name in enumerate(classes)} if options.label_column != NO_LABELS else {}
+    parts = [(split.paths.column(), split.labels(index)) for split in splits.values()]
+    kept = [folder for group in groups for folder in group]
+    for below in [below for below in tree.images if not any(inside(below, folder) for folder in kept)]:
+        rest.add(join(below, name) for name in tree.images[below])
+    others = rest.column()
+    parts.append((others, np.full(len(others), -1, np.int32)))
+    path = pa.chunked_array([chunk for column, _ in parts for chunk in column.chunks], pa.large_string())
+    label = np.concatenate([codes for _, codes in parts])
     order = pc.sort_indices(path).to_numpy()
     inputs = SourceInputs(path.take(order), label[order], np.full(len(path), NO_SPLIT, np.int8))
-    inputs.rejects += [reject for split in splits for reject in split.rejects]
-    return make_plan(inputs, classes or None, Origin("files", tree.folder.url), "a folder", options)
+    inputs.rejects += tree.rejects
+    origin = Origin("files", tree.folder.url)
+    return make_plan(inputs, classes if index else None, origin, "a folder", options, ignored=tree.left_out)
 
 
-def _first_of(names: tuple[str, ...], given: set[str]) -> str | None:
-    """The first of `names` that is in `given` in any case, as it is spelt there; lower case is preferred."""
-    found = {name.casefold(): name for name in sorted(given)}  # capitals sort first
-    return next((found[name] for name in names if name in found), None)
-
-
-def _tree_classes(folder: Folder, splits: dict[str, _Split]) -> list[str]:
+def _tree_classes(folder: Folder, splits: dict[str, _Split], val_labelled: bool) -> list[str]:
     """Class names of train, which val has to share; empty if unlabelled. A val with one class of train is labelled."""
     train = splits["train"]
     val = splits.get("val", train)
+    if val_labelled:
+        return sorted(train.classes)
     if train.classes and val.candidates <= train.classes:
         val.classes = val.candidates
     if bool(train.classes) != bool(val.classes):
         labelled, flat = (val, train) if val.classes else (train, val)
         raise SettingError(
-            f"images={folder}: '{labelled.root}' has a folder for each class and '{flat.root}' does not{flat.hint}; "
-            "use class folders in both or in neither"
+            f"images={folder}: '{labelled.shown[:-1]}' has a folder for each class and '{flat.shown[:-1]}' does "
+            f"not{flat.hint}; use class folders in both or in neither, or set data.label_column={NO_LABELS}"
         )
-    check_classes(train.classes, val.classes, (train.root, val.root), str(folder))
+    check_classes(train.classes, val.classes, (train.shown[:-1], val.shown[:-1]), str(folder))
     return sorted(train.classes)
+
+
+def _empty_classes(tree: Tree, splits: dict[str, _Split], names: list[str]) -> list[str]:
+    """A note on folders beside the classes that hold no image."""
+    if not names or tree.folder.local is None:
+        return []
+    empty = set()
+    for split in splits.values():
+        for root in split.roots:
+            with os.scandir(tree.folder.local / root if root else tree.folder.local) as entries:
+                folders = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+            empty |= {join(root, name) for name in folders - set(tree.children(root)) if class_name(name) not in names}
+    empty -= {folder for folder in empty if tree.dropped(folder)}
+    return [f"no image in {some_of(sorted(empty))}: not among the classes"] if empty else []
+
+
+def _labels_of_annotations(tree: Tree, splits: dict[str, _Split]) -> dict[str, str] | None:
+    """Class names of val by file name, from a list beside its images as Tiny ImageNet has it (val_annotations.txt)."""
+    train, val = splits["train"], splits.get("val")
+    if val is None or not train.classes or val.candidates & train.classes:
+        return None
+    for below, names in tree.files.items():
+        if not any(inside(root, below) for root in val.roots) or not below:
+            continue
+        for name in names:
+            lines = tree.folder.read(join(below, name)).decode("utf-8", "replace").splitlines()
+            fields = [line.split("\t") for line in lines if line.strip()]
+            found = {os.path.basename(field[0]): class_name(field[1].strip()) for field in fields if len(field) > 1}
+            if found and set(found.values()) <= train.classes:
+                return found
+    return None
+
+
+def _codes_of_annotations(val: _Split, labels: dict[str, str], index: dict[str, int]) -> np.ndarray:
+    names = (os.path.basename(path) for path in val.paths.column().to_pylist())
+    return np.array([index.get(labels.get(name, ""), -1) for name in names], np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -13,15 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.errors import SettingError
-from pipeline.images.columns import column_named, encode_labels
+from pipeline.images.columns import column_named, labels_of, splits_of
 from pipeline.images.parquet import opened_parquet
 from pipeline.images.plan import (
-    IGNORED,
+    NO_LABELS,
     NO_SPLIT,
-    SPLIT_NAMES,
-    TRAIN,
-    VAL,
-    VAL_NAMES,
     ImagePlan,
     Origin,
     PlanOptions,
@@ -48,23 +45,29 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
     """
     shown = options.shown
     wanted = {"path": options.image_column or "path", "label": options.label_column or "label", "split": "split"}
-    needed = {"path", "label"} if options.label_column else {"path"}
+    if options.label_column == NO_LABELS:
+        del wanted["label"]
+    needed = {"path", "label"} if options.label_column and "label" in wanted else {"path"}
     suffix = PurePosixPath(name).suffix.lower()
     read, separator = {".parquet": (_read_parquet, ""), ".tsv": (_read_csv, "tabs")}.get(suffix, (_read_csv, "commas"))
     table = read(folder, name, lambda columns: _list_columns(columns, wanted, needed, separator, shown))
     if not len(table):
         raise SettingError(f"images={shown}: the list has no rows")
     labels, classes = np.full(len(table), -1, np.int32), None
+    notes: tuple[str, ...] = ()
     if "label" in table.column_names:
-        labels, classes = encode_labels(table.column("label"), None, f"images={shown}: column '{wanted['label']}'")
-    unsplit = np.full(len(table), NO_SPLIT, np.int8), "all of it"
-    split, splits_shown = unsplit if options.val_share is None else _list_splits(table, shown)
+        column = f"column '{wanted['label']}'"
+        labels, classes, notes = labels_of(table.column("label"), None, column, shown, options.label_column)
+    split, splits_shown = np.full(len(table), NO_SPLIT, np.int8), "val held out"
+    if options.val_share is not None and "split" in table.column_names:
+        split, splits_shown = splits_of(table.column("split"), shown)
     inputs = SourceInputs(_list_paths(table.column("path"), shown), labels, split)
     empty = pc.equal(inputs.path, "").to_numpy()
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]
     inputs.rejects += rejects
     inputs = without_duplicates(inputs.where(~empty), "listed twice")
-    return make_plan(inputs, classes, Origin("files", folder.url), f"a list, {splits_shown}", options)
+    plan = make_plan(inputs, classes, Origin("files", folder.url), f"a list, {splits_shown}", options)
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def _list_columns(
@@ -101,31 +104,6 @@ def _list_paths(column: pa.ChunkedArray, shown: str) -> pa.ChunkedArray:
 
 def _normal(path: str) -> str:
     return os.path.normpath(path) if path and "://" not in path else path
-
-
-def _list_splits(table: pa.Table, shown: str) -> tuple[np.ndarray, str]:
-    if "split" not in table.column_names:
-        return np.full(len(table), NO_SPLIT, np.int8), "val held out"
-    column = table.column("split")
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise SettingError(f"images={shown}: column 'split' holds {column.type}; allowed are {', '.join(SPLIT_NAMES)}")
-    names = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, "")))
-    index = pc.fill_null(pc.index_in(names, pa.array(SPLIT_NAMES, names.type)), -1).to_numpy()
-    present = {SPLIT_NAMES[i] for i in np.unique(index) if i >= 0}
-    if not present and pc.all(pc.equal(names, "")).as_py():
-        return np.full(len(table), NO_SPLIT, np.int8), "val held out"
-    if (index < 0).any():
-        row = int(np.flatnonzero(index < 0)[0])
-        raise SettingError(
-            f"images={shown}: row {row + 1} has the split '{names[row].as_py()}'; allowed are {', '.join(SPLIT_NAMES)}"
-        )
-    if "train" not in present:
-        raise SettingError(f"images={shown}: no row has the split train")
-    val = next((name for name in VAL_NAMES if name in present), None)
-    codes = np.array([TRAIN] + [VAL if name == val else IGNORED for name in VAL_NAMES], np.int8)
-    return codes[index], f"train and {val}" if val else "train, val held out"
 
 
 def _read_csv(folder: Folder, name: str, choose: Callable[[list[str]], dict[str, str]]) -> pa.Table:

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.errors import SettingError
 from pipeline.images.arrays import NPY_MAGIC, Pixels, RejectedImage, npy_samples, tiff_samples
 from pipeline.images.decode import ORIENTATION_TAG, SUFFIXES, decode_image
-from pipeline.images.folders import TRAIN_FOLDERS, VAL_FOLDERS
+from pipeline.images.names import TEST, TRAIN, TRAIN_FOLDERS, VAL, VAL_FOLDERS, split_of
 from pipeline.storage.folder import Folder
 from wavemim.evaluation.probes import held_out
 from wavemim.upright import middle_square
@@ -87,8 +87,8 @@ def find_pairs(
 ) -> Pairs:
     """Pair images and masks that have the same relative path apart from suffix and endings.
 
-    If both folders have ``train/`` or ``training/``, the splits are this and the first of ``val/``, ``valid/``,
-    ``validation/`` and ``test/`` that both have. The result depends only on the names and the arguments.
+    If both folders have a folder for train, the splits are this and the first for val or test that both have; the usual
+    names are recognised, also as train2017 or val_masks. The result depends only on the names and the arguments.
 
     Args:
         images: Folder or URL of the images.
@@ -158,18 +158,23 @@ def _listing(folder: Folder, key: str) -> list[str]:
 
 def _roots(images: list[str], masks: list[str]) -> dict[str, tuple[str, str]]:
     """The folders of each split, for images and masks; "" for all."""
-    tops = []
-    for paths in (images, masks):
-        names = {path.partition("/")[0] for path in paths if "/" in path}
-        tops.append({name.casefold(): name for name in sorted(names)})
-    train = [next((top[name] for name in TRAIN_FOLDERS if name in top), None) for top in tops]
+    tops = [{path.partition("/")[0] for path in paths if "/" in path} for paths in (images, masks)]
+    train = [_top(top, TRAIN_FOLDERS, (TRAIN,)) for top in tops]
     if train[0] is None or train[1] is None:
         return {"train": ("", "")}
     roots = {"train": (train[0], train[1])}
-    val = [next((top[name] for name in VAL_FOLDERS if name in top), None) for top in tops]
+    val = [_top(top, VAL_FOLDERS, (VAL, TEST)) for top in tops]
     if val[0] is not None and val[1] is not None:
         roots["val"] = val[0], val[1]
     return roots
+
+
+def _top(names: Set[str], usual: tuple[str, ...], splits: tuple[str, ...]) -> str | None:
+    """The folder of a split: the first with a usual name, in any case, or with a name such as train2017 or train_masks."""
+    of = {name.casefold(): name for name in sorted(names)}
+    exact = next((of[name] for name in usual if name in of), None)
+    named = (name for split in splits for name in sorted(names) if split_of(name, names, annotations=True) == split)
+    return exact or next(named, None)
 
 
 def _keyed(

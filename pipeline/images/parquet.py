@@ -8,16 +8,17 @@ import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import SettingError
-from pipeline.images.columns import column_named, encode_labels, folded
+from pipeline.images.columns import LABEL_NAMES, column_named, folded, labels_of, splits_of
 from pipeline.images.files import IN_FLIGHT, LARGEST, container_of, too_large
 from pipeline.images.plan import (
+    NO_LABELS,
     ImagePlan,
     Origin,
     Paths,
@@ -31,7 +32,6 @@ from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError, is_remote, reaching
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes", "image_bytes", "data")
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
 _THREADS = {False: 2, True: 12}  # that read labels and footers: local, remote
 _BATCH = 16  # rows decoded at a time
 _BUFFER = {False: 1 << 20, True: 8 << 20}  # bytes of one read: local, remote
@@ -46,6 +46,7 @@ class _File:
     groups: list[int]  # number of rows of each row group
     labels: pa.ChunkedArray | None
     names: list[str] | None  # class names
+    splits: pa.ChunkedArray | None = None
 
 
 @contextlib.contextmanager
@@ -102,19 +103,27 @@ def plan_parquet(folder: Folder, names: list[str], options: PlanOptions) -> Imag
         schema = parquet.schema_arrow
     image = _image_column(schema, options.image_column, shown)
     label = _label_column(schema, options.label_column, image, shown)
+    split = None if options.val_share is None else column_named(schema.names, "split", shown)
     with ThreadPoolExecutor(_THREADS[is_remote(folder.url)]) as pool:
-        files = list(pool.map(lambda name: _read(folder, name, image, label), names))
+        files = list(pool.map(lambda name: _read(folder, name, image, label, split), names))
     counts = [sum(file.groups) for file in files]
     if not sum(counts):
         raise SettingError(f"images={shown}: no rows")
     rows_of_groups = np.array([rows for file in files for rows in file.groups], np.int64)
     number = np.concatenate([np.arange(len(file.groups)) for file in files])
     starts = np.cumsum(rows_of_groups) - rows_of_groups
-    codes, classes = _labels(files, label, shown)
+    codes, classes, notes = _labels(files, label, shown, options.label_column)
+    split_codes_of_rows = np.repeat(np.array(split_of_file, np.int8), counts)
+    if split is not None:
+        try:
+            split_codes_of_rows, splits_shown = splits_of(_joined([file.splits for file in files], "split"), shown)
+            splits_shown += " by the column 'split'"
+        except SettingError as error:
+            notes += (f"column '{split}' is not used ({str(error).removeprefix(f'images={shown}: ')})",)
     inputs = SourceInputs(
         path=_paths(names, counts),
         label=codes,
-        split=np.repeat(np.array(split_of_file, np.int8), counts),
+        split=split_codes_of_rows,
         container=np.repeat(np.arange(len(names), dtype=np.int32), counts),
         first=np.repeat(number, rows_of_groups),
         second=np.arange(sum(counts)) - np.repeat(starts, rows_of_groups),
@@ -123,7 +132,8 @@ def plan_parquet(folder: Folder, names: list[str], options: PlanOptions) -> Imag
     files_shown = f"{len(names)} Parquet files" if len(names) > 1 else "a Parquet file"
     origin = Origin("parquet", folder.url, tuple(names), image)
     layout = f"{files_shown}, images in '{image}', {splits_shown}"
-    return make_plan(inputs, classes, origin, layout, options, groups=groups)
+    plan = make_plan(inputs, classes, origin, layout, options, groups=groups)
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def _paths(names: list[str], counts: list[int]) -> pa.ChunkedArray:
@@ -133,7 +143,7 @@ def _paths(names: list[str], counts: list[int]) -> pa.ChunkedArray:
     return paths.column()
 
 
-def _read(folder: Folder, name: str, image: str, label: str | None) -> _File:
+def _read(folder: Folder, name: str, image: str, label: str | None, split: str | None) -> _File:
     with opened_parquet(folder, name) as parquet:
         schema = parquet.schema_arrow
         for column in (image, label):
@@ -144,25 +154,36 @@ def _read(folder: Folder, name: str, image: str, label: str | None) -> _File:
                 )
         about = parquet.metadata
         groups = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
-        if label is None:
-            return _File(groups, None, None)
-        return _File(groups, parquet.read([label]).column(0), _class_names(schema, label))
+        columns = {column: parquet.read([column]).column(0) for column in (label, split) if column in schema.names}
+        names = None if label is None else _class_names(schema, label)
+        return _File(groups, columns.get(label or ""), names, columns.get(split or ""))
 
 
-def _labels(files: list[_File], label: str | None, shown: str) -> tuple[np.ndarray, list[str] | None]:
+def _labels(
+    files: list[_File], label: str | None, shown: str, asked: str | None
+) -> tuple[np.ndarray, list[str] | None, tuple[str, ...]]:
     if label is None:
-        return np.full(sum(sum(file.groups) for file in files), -1, np.int32), None
+        return np.full(sum(sum(file.groups) for file in files), -1, np.int32), None, ()
     if any(file.names != files[0].names for file in files):
         raise SettingError(
             f"images={shown}: the files differ in the class names of column '{label}'; make them the same"
         )
-    what = f"images={shown}: column '{label}'"
     try:
-        tables = [pa.table({"label": file.labels}) for file in files]
-        raw = pa.concat_tables(tables, promote_options="permissive").column(0)
+        raw = _joined([file.labels for file in files], label)
+    except SettingError as error:
+        raise SettingError(f"images={shown}: {error}") from None
+    return labels_of(raw, files[0].names, f"column '{label}'", shown, asked)
+
+
+def _joined(columns: list[pa.ChunkedArray | None], name: str) -> pa.ChunkedArray:
+    """A column of all files. Raises SettingError if some lack it, or its types differ."""
+    if any(column is None for column in columns):
+        raise SettingError(f"column '{name}' is missing in some files")
+    try:
+        tables = [pa.table({name: column}) for column in columns]
+        return pa.concat_tables(tables, promote_options="permissive").column(0)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        raise SettingError(f"{what} differs in type between files; make it the same") from None
-    return encode_labels(raw, files[0].names, what)
+        raise SettingError(f"column '{name}' differs in type between files; make it the same") from None
 
 
 def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
@@ -211,6 +232,8 @@ def _image_column(schema: pa.Schema, asked: str | None, shown: str) -> str:
 
 
 def _label_column(schema: pa.Schema, asked: str | None, image: str, shown: str) -> str | None:
+    if asked == NO_LABELS:
+        return None
     if asked is not None:
         return _asked_column(schema, asked, "label_column", shown)
     found = [name for name in LABEL_NAMES if name != folded(image) and column_named(schema.names, name, shown)]

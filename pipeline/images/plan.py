@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.errors import SettingError
 # Names of splits. The first of VAL_NAMES that a source has becomes val.
 VAL_NAMES = ("validation", "valid", "val", "test")
 SPLIT_NAMES = ("train", *VAL_NAMES)
+NO_LABELS = "none"  # as label_column
 NO_SPLIT, TRAIN, VAL, IGNORED = -1, 0, 1, 2  # codes in SourceInputs.split
 _CHUNK = 1 << 18  # rows: parts of a column stay far below the 2 GiB of an Arrow string array
 SCHEMA = pa.schema(
@@ -65,7 +66,9 @@ class ImagePlan:
         splits: A table for "train" and "val" each. `row` is the position in the split, `path` a unique name, `label`
             the class index (-1 for none); `container`, `first` and `second` locate the input, see Origin.
         rejects: (path, reason) of the inputs that the plan already knows cannot be stored.
-        ignored: Number of files, rows or samples outside the two splits.
+        ignored: Number of files, rows or samples that were left out: outside the two splits, or no images.
+        left_out: The same by kind.
+        notes: What the user should know, a sentence each.
     """
 
     layout: str
@@ -74,6 +77,8 @@ class ImagePlan:
     splits: dict[str, pa.Table]
     rejects: list[tuple[str, str]]
     ignored: int
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> int:
@@ -181,7 +186,7 @@ class PlanOptions:
         val_share: Share of the inputs held out for val where the source names no val split; None for no splits at all.
         seed: Decides which inputs are held out, and the order.
         image_column: Column of a list or of Parquet files, or extension of members in tar files; None to find it.
-        label_column: Likewise for the label.
+        label_column: Likewise for the label; NO_LABELS to take none.
     """
 
     shown: str
@@ -199,7 +204,7 @@ def make_plan(
     options: PlanOptions,
     *,
     groups: np.ndarray | None = None,
-    ignored: int = 0,
+    ignored: Mapping[str, int] | None = None,
     val_given: bool | None = None,
 ) -> ImagePlan:
     """Divide inputs into train and val, and put both in a pseudo-random order.
@@ -213,16 +218,19 @@ def make_plan(
         layout: Description of the source, to which the classes are added.
         options: Options of the plan.
         groups: A number (n,), int64, for each row group of each file, ascending; groups stay together in the order.
-        ignored: Number of files that were skipped before.
+        ignored: Number of files that were left out before, by kind.
         val_given: Whether the source names a val split, even an empty one; None to look at `inputs.split`.
 
     Raises:
         SettingError: There is nothing for train, or train and val differ in their classes.
     """
+    left_out = dict(ignored or {})
     if options.val_share is None:
         splits = {"train": _table(inputs, np.arange(len(inputs))), "val": SCHEMA.empty_table()}
-        return ImagePlan(layout, classes, origin, splits, sorted(inputs.rejects), ignored)
+        return ImagePlan(layout, classes, origin, splits, sorted(inputs.rejects), sum(left_out.values()), left_out)
     kept = inputs.split != IGNORED
+    if not kept.all():
+        left_out["images of other splits"] = int((~kept).sum())
     groups = groups[kept] if groups is not None else None
     inputs = inputs.where(kept)
     if val_given is None:
@@ -238,9 +246,8 @@ def make_plan(
     for name, rows in (("train", np.flatnonzero(~val)), ("val", np.flatnonzero(val))):
         splits[name] = _table(inputs, rows[_sorted(order[rows], rows, inputs.path, groups)])
     labelled = f"{len(classes)} classes" if classes else "unlabelled"
-    return ImagePlan(
-        f"{layout}; {labelled}", classes, origin, splits, sorted(inputs.rejects), ignored + int((~kept).sum())
-    )
+    shown, total = f"{layout}; {labelled}", sum(left_out.values())
+    return ImagePlan(shown, classes, origin, splits, sorted(inputs.rejects), total, left_out)
 
 
 def _labels(
@@ -276,6 +283,12 @@ def check_classes(train: set[str], val: set[str], names: tuple[str, str], shown:
             f"images={shown}: '{names[1]}' has {count} that '{names[0]}' does not have ({some}); "
             "both need the same classes"
         )
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def digests(paths: pa.ChunkedArray, salt: str) -> np.ndarray:

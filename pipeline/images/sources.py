@@ -22,11 +22,12 @@ import pyarrow as pa
 from pipeline.errors import SettingError
 from pipeline.images.decode import SUFFIXES
 from pipeline.images.files import fetch_files
-from pipeline.images.folders import Tree, no_images, plan_tree
+from pipeline.images.folders import no_images, plan_tree
 from pipeline.images.lists import plan_list
 from pipeline.images.parquet import fetch_parquet, holds_images, plan_parquet
 from pipeline.images.plan import ImagePlan, Origin, PlanOptions
 from pipeline.images.tar import COMPRESSED, fetch_tar, plan_tar
+from pipeline.images.tree_layout import Tree
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import Address, StorageError, is_remote, masked
 
@@ -131,18 +132,13 @@ def _plan_containers(folder: Folder, names: list[str], options: PlanOptions) -> 
 
 def _plan_folder(folder: Folder, options: PlanOptions) -> ImagePlan:
     """Plan the images or the tar or Parquet files in a folder, whichever are more."""
-    tree = Tree(folder)
-    images, containers = 0, []
-    for path in tree.paths():
-        suffix = os.path.splitext(path)[1].lower()
-        images += suffix in SUFFIXES
-        if suffix in _CONTAINERS:
-            containers.append(path)
+    tree = Tree(folder, _CONTAINERS)
+    images, containers = tree.count, tree.containers
     if containers and images <= len(containers):
         del tree
         plan = _plan_containers(folder, sorted(containers), options)
         return plan if not images else replace(plan, layout=f"{plan.layout}; {images} single images in it skipped")
-    if not images and any(path.lower().endswith(COMPRESSED) for path in tree.paths()):
+    if not images and any(path.lower().endswith(COMPRESSED) for path in tree.others):
         raise SettingError(
             f"images={folder}: compressed tar files; decompress them to .tar, or unpack them to a folder"
         )

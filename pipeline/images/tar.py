@@ -1,13 +1,14 @@
 """Tar files of samples in the WebDataset format: ``KEY.jpg``, ``KEY.cls``. A plan reads only headers and labels.
 
-A sample is a run of members with the same key: the path up to the first dot of the base name. Members other than its
-image and label are ignored.
+A sample is a run of members with the same key: the path up to the first dot of the base name. Its label is a member
+``.cls``, or a value in its JSON member. Other members are ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import tarfile
@@ -21,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import SettingError
-from pipeline.images.columns import encode_labels
+from pipeline.images.columns import LABEL_NAMES, labels_of
 from pipeline.images.decode import SUFFIXES
 from pipeline.images.files import LARGEST, container_of, fetch_ahead, too_large
 from pipeline.images.plan import (
+    NO_LABELS,
     ImagePlan,
     Origin,
     Paths,
@@ -39,13 +41,14 @@ from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import is_remote, reaching
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
-LABEL_SUFFIX = "cls"
+LABEL_SUFFIX, JSON_SUFFIX = "cls", "json"
 # Hidden files, and the names that WebDataset reserves.
 _HIDDEN = re.compile(r"(^|/)\.|(^|/)__[^/]*__$")
 _BLOCK = tarfile.BLOCKSIZE
 _BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
 _THREADS = {False: 2, True: 12}  # that list tar files: local, remote
 _LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
+_DOTS = "in WebDataset a key ends at the first dot"
 _DAMAGED = "the tar file is damaged here"
 _DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
 
@@ -80,6 +83,7 @@ class _Index:
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
+    jsons: list[str | None] = field(default_factory=list)  # JSON members of the samples
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -116,12 +120,8 @@ def plan_tar(folder: Folder, names: list[str], options: PlanOptions) -> ImagePla
         found = list(pool.map(lambda name: _index(folder, name, image, label), names))
     columns = [index.paths.column() for index in found]
     counts = [len(column) for column in columns]
-    labels = pa.chunked_array([pa.array(index.labels, pa.large_string()) for index in found], pa.large_string())
-    codes, classes = encode_labels(labels, None, f"images={options.shown}: the label '{label}'")
-    if options.label_column and not any(text is not None for index in found for text in index.labels):
-        raise SettingError(
-            f"images={options.shown}: no sample has a member .{label} (label_column={options.label_column})"
-        )
+    labels, what = _labels(found, label, options)
+    codes, classes, notes = labels_of(labels, None, what, options.shown, options.label_column)
     inputs = SourceInputs(
         path=pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_string()),
         label=codes,
@@ -133,9 +133,44 @@ def plan_tar(folder: Folder, names: list[str], options: PlanOptions) -> ImagePla
     )
     files_shown = f"{len(names)} tar files" if len(names) > 1 else "a tar file"
     inputs = without_duplicates(inputs, "a second time in the tar file")
-    return make_plan(
-        inputs, classes, Origin("tar", folder.url, tuple(names)), f"{files_shown}, {splits_shown}", options
-    )
+    origin = Origin("tar", folder.url, tuple(names))
+    plan = make_plan(inputs, classes, origin, f"{files_shown}, {splits_shown}", options)
+    dotted = [f"{path}: {reason}" for path, reason in inputs.rejects if _DOTS in reason]
+    if dotted:
+        notes += (f"{len(dotted)} images share their key with another one, such as {dotted[0]}",)
+    return replace(plan, notes=(*notes, *plan.notes))
+
+
+def _labels(found: list[_Index], label: str, options: PlanOptions) -> tuple[pa.ChunkedArray, str]:
+    """The labels of all samples, and a word for where they are from: members of their own, or a value in JSON members."""
+    texts, what = [index.labels for index in found], f"the label '.{label}'"
+    if options.label_column == NO_LABELS:
+        texts = [[None] * len(one) for one in texts]
+    elif not any(text is not None for one in texts for text in one):
+        key = options.label_column.strip() if options.label_column else None
+        texts = [[None if text is None else _json_label(text, key) for text in index.jsons] for index in found]
+        what = "the label in the JSON members"
+        if key and not any(text is not None for one in texts for text in one):
+            raise SettingError(
+                f"images={options.shown}: no sample has a member .{label} (label_column={key}), nor {key} in its .json"
+            )
+    return pa.chunked_array([pa.array(one, pa.large_string()) for one in texts], pa.large_string()), what
+
+
+def _json_label(text: str, key: str | None) -> str | None:
+    """The label in a JSON member: the value of `key`, of a usual name, or the only value that there is."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    if isinstance(content, dict):
+        wanted = (key,) if key else LABEL_NAMES
+        of = {str(name).strip().casefold(): value for name, value in content.items()}
+        given = [of[name.casefold()] for name in wanted if name.casefold() in of]
+        content = given[0] if given else next(iter(of.values())) if len(of) == 1 and not key else None
+    if content is None or isinstance(content, bool):
+        return None if content is None else str(content)
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
@@ -144,15 +179,16 @@ def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
     with reaching(shown), _opened(folder, name) as source, _Reader(source, _BUFFER[is_remote(folder.url)]) as file:
         sample: list[Member] = []
         for member in _members(file, source.size(), name, shown, found.rejects):
-            if member.extension == label and not member.problem and member.size <= _LARGEST_EXTRA:
+            wanted = member.extension in (label, JSON_SUFFIX)
+            if wanted and not member.problem and member.size <= _LARGEST_EXTRA:
                 content = file.at(member.offset, member.size)  # now, since it is probably still in the buffer
                 member = replace(member, text=content.decode("utf-8", "replace").strip())
             if sample and member.key != sample[0].key:
-                _add(found, name, sample, image)
+                _add(found, name, sample, image, label)
                 sample = []
             sample.append(member)
         if sample:
-            _add(found, name, sample, image)
+            _add(found, name, sample, image, label)
     return found
 
 
@@ -163,7 +199,7 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
         raise SettingError(f"images={folder.shown(name)}: cannot be read ({error.strerror or error})") from None
 
 
-def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> None:
+def _add(found: _Index, tar: str, sample: list[Member], image: str | None, label: str) -> None:
     """Add the image of one sample to the inputs, or to the rejects."""
     images = [member for member in sample if _is_image(member, image)]
     plain = [member for member in images if "." not in member.extension]
@@ -175,7 +211,7 @@ def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> No
     for other in images:
         path = f"{tar}!{_shown(other.name)}"
         if other is not chosen:
-            found.rejects.append((path, "another image of the same sample; set image_column to the extension to use"))
+            found.rejects.append((path, _another(other)))
         elif other.problem:
             found.rejects.append((path, other.problem))
         elif path != f"{tar}!{other.name}":
@@ -184,7 +220,19 @@ def _add(found: _Index, tar: str, sample: list[Member], image: str | None) -> No
             found.paths.add([path])
             found.offsets.append(other.offset)
             found.sizes.append(other.size)
-            found.labels.append(next((member.text for member in sample if member.text is not None), None))
+            for texts, extension in ((found.labels, label), (found.jsons, JSON_SUFFIX)):
+                own = (member.text for member in sample if member.extension == extension)
+                texts.append(next((text for text in own if text is not None), None))
+
+
+def _another(member: Member) -> str:
+    """Why an image is not the one of its sample."""
+    if "." in member.extension:
+        return (
+            f"another image of the same sample: {_DOTS}, here '{_shown(member.key)}', so other dots are not allowed in "
+            "names; rename the members, or set data.image_column to the extension to use"
+        )
+    return "another image of the same sample; set data.image_column to the extension to use"
 
 
 def _is_image(member: Member, image: str | None) -> bool:

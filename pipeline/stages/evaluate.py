@@ -114,6 +114,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                 "classes": len(shards.classes or ()),
                 "train_images": min(shards.rows["train"], recipe.evaluate.max_images),
                 "val_images": shards.rows.get("val", 0),
+                "classes_without_val": _without_val(shards.classes or [], matrices),
                 "titles": titles,
                 "pools": list(checked.pools),
                 "files": [path.name for path in files],
@@ -128,6 +129,15 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What evaluate measured, and its files."""
     files = ", ".join(["result.json", *result["files"]])
     return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"
+
+
+def _without_val(names: list[str], matrices: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Names of the classes of which val has no image, by a confusion matrix, whose rows are the true classes."""
+    of_encoders = next(iter(matrices.values()), None)
+    if of_encoders is None:
+        return []
+    images = of_encoders["trained"].sum(1)
+    return [name for name, count in zip(names, images, strict=True) if not count]
 
 
 def _pools(recipe: Recipe, subject: EncoderSource, model: nn.Module) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Images and shard set may be local, then all nodes of a cluster have to see them 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -22,10 +23,12 @@ from tqdm import tqdm
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels
-from pipeline.images.plan import ImagePlan
+from pipeline.images.describe import found_in, without_images, without_val
+from pipeline.images.observed import cropped_share, narrow_values
+from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
-from pipeline.runtime.stage_folder import StageFolder, stage_folder
+from pipeline.runtime.stage_folder import StageFolder, as_json, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.errors import ShardError
 from pipeline.shards.layout import Layout
@@ -36,6 +39,7 @@ from pipeline.storage.folder import Folder
 from pipeline.tracking.tracker import Tracker
 
 ALWAYS_ALLOWED_REJECTS = 10
+FOUND = "found.json"  # beside the manifest: how the images were understood
 
 OnUnit = Callable[[dict[str, Any]], None]  # called with the progress after every shard
 
@@ -117,7 +121,7 @@ def run(
     with stage_folder(recipe.shards_at, identity(recipe, "prepare"), restart=recipe.restart, mark=MANIFEST) as folder:
         if folder.finished:
             cost = spent_in(recipe.stage_dir("prepare")).record()
-            return _result(folder.folder, "finished already", {"cost": cost})
+            return _result(folder.folder, "finished already", {"cost": cost, **_found(folder.folder)})
         # With restart=true an earlier call made another set, whose cost does not count.
         meter = Meter(before=spent_in(recipe.stage_dir("prepare")) if folder.state == "unfinished" else None)
         with Tracker.start(recipe, "prepare", log_dir=recipe.stage_dir("prepare")) as tracker:
@@ -140,8 +144,31 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     counts = result["counts"]
     rejected = f", {counts['rejected']} rejected (see rejected.parquet)" if counts["rejected"] else ""
     labels = f"{result['classes']} classes" if result["classes"] else "unlabelled"
-    found = result.get("layout", labels)  # how the folder was understood: a wrong guess should not go unnoticed
-    return f"prepare: {counts['kept']:,} images ({found}){rejected} → {result['path']} ({result['state']})"
+    found = result.get("layout", labels)  # how the images were understood: a wrong guess should not go unnoticed
+    line = f"prepare: {counts['kept']:,} images ({found}){rejected} → {result['path']} ({result['state']})"
+    return "\n".join([line, *(f"prepare: warning: {note}" for note in result.get("notes", ()))])
+
+
+def dry_run(recipe: Recipe, say: Callable[[str], object] = print) -> None:
+    """Say what `images=` holds and how it would be divided. Decodes nothing, starts no Ray and writes nothing.
+
+    Args:
+        recipe: The settings.
+        say: Called with the text.
+
+    Raises:
+        SettingError: Preparing it would be refused.
+        StageError: Too many inputs are rejected because of their names, or a store does not answer.
+    """
+    for check_settings in CHECKS:
+        check_settings(recipe)
+    plan = _plan(recipe)
+    counts = {split: len(rows) for split, rows in plan.splits.items()}
+    lines = [f"{counts['train']:,} images for train and {counts['val']:,} for val ({found_in(plan)})"]
+    if plan.rejects:
+        lines.append(f"{len(plan.rejects)} rejected before decoding; the first: {': '.join(plan.rejects[0])}")
+    lines += [f"warning: {note}" for note in (*plan.notes, *without_val(plan))]
+    say("\n".join(f"prepare: {line}" for line in lines) + "\nprepare: nothing was decoded or written (--dry-run)")
 
 
 def _log(tracker: Tracker, result: Mapping[str, Any]) -> None:
@@ -189,7 +216,7 @@ def _make(
         folder=folder.folder,
         origin=plan.origin,
         layout=_layout(recipe),
-        pixels=Pixels(data.image_size, data.channels, data.max_pixels, data.min_side, data.value_range),
+        pixels=Pixels(data.image_size, data.channels, data.max_pixels, data.min_side, data.value_range, data.nodata),
         rows_per_group=data.rows_per_group,
     )
     began = time.monotonic()
@@ -206,11 +233,18 @@ def _make(
     ordered = [reports[unit.name] for unit in units]
     rejects = sorted([*plan.rejects, *((path, reason) for report in ordered for path, reason in report["rejects"])])
     check_rejects(recipe, len(rejects), rejects, plan.inputs)
+    observed = [report["observed"] for report in ordered if "observed" in report]  # older reports have none
+    found = {
+        "layout": found_in(plan),
+        "notes": [*plan.notes, *without_images(plan, rejects), *without_val(plan), *narrow_values(observed)],
+        "cropped_share": cropped_share(observed),
+    }
+    task.folder.write(FOUND, as_json(found))
     finish_set(folder, recipe, plan, task.layout, ordered, rejects)
     seconds = time.monotonic() - began
     fresh = sum(unit.inputs for unit in todo)
     extra = {
-        "layout": plan.layout,
+        **found,
         "units": {"total": len(units), "reused": reused},
         "seconds": seconds,
         "images_per_second": fresh / seconds if fresh else None,
@@ -299,11 +333,22 @@ def check_rejects(recipe: Recipe, count: int, first: list[tuple[str, str]], inpu
     """
     allowed = max(ALWAYS_ALLOWED_REJECTS, recipe.data.max_rejected * inputs)
     if count > allowed:
-        shown = "; ".join(f"{path}: {reason}" for path, reason in first[:10])
+        of_reason: dict[str, list[str]] = {}
+        for path, reason in first[:10]:
+            of_reason.setdefault(reason, []).append(path)
+        shown = "; ".join(f"{some_of(paths)}: {reason}" for reason, paths in of_reason.items())
         raise StageError(
             f"{count} of {inputs} inputs are rejected, data.max_rejected={recipe.data.max_rejected:g} allows "
             f"{int(allowed)}; raise it to continue without them. The first: {shown}"
         )
+
+
+def _found(folder: Folder) -> dict[str, Any]:
+    """What the call that made the set found in its images; empty for sets of older versions."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        about: dict[str, Any] = json.loads(folder.read(FOUND))
+        return about
+    return {}
 
 
 def _result(folder: Folder, state: str, extra: dict[str, Any]) -> dict[str, Any]:

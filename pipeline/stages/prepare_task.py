@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.decode import decode_image
+from pipeline.images.observed import Observed
 from pipeline.images.plan import ImagePlan, Origin
 from pipeline.images.sources import fetch
 from pipeline.runtime.stage_folder import as_json
@@ -140,6 +142,8 @@ def scratch(folder: Folder) -> Iterator[Path]:
 
 def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
     began = time.monotonic()
+    observed = Observed()
+    pixels = dataclasses.replace(task.pixels, observed=observed)
     rows, labels = (inputs.column(name).to_numpy() for name in ("row", "label"))
     paths = inputs.column("path").to_pylist()
     rejects = []
@@ -152,10 +156,11 @@ def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
                     if isinstance(data, str):
                         raise RejectedImage(data)
                     bytes_read += len(data)
-                    image = decode_image(data, paths[index], task.pixels)
+                    image = decode_image(data, paths[index], pixels)
                 except RejectedImage as error:
                     rejects.append([paths[index], str(error)])
                     continue
+                observed.add(image, mapped=pixels.value_range is not None)
                 writer.append(int(rows[index]), paths[index], int(labels[index]), image)
             if closed := writer.close():
                 file, about = closed
@@ -176,4 +181,5 @@ def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
         "seconds": time.monotonic() - began,
         "memory": peak_memory(),
         "bytes_read": bytes_read,
+        "observed": observed.state(),
     }

@@ -67,6 +67,11 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], secon
     parts.append(
         f"Images: {counts['kept']:,} of {counts['inputs']:,} kept, {counts['rejected']:,} rejected ({recipe.images})."
     )
+    if found := prepared.get("layout"):
+        parts.append(f"Found: {found}.")
+    if (cropped := prepared.get("cropped_share")) is not None:
+        parts.append(f"The central squares were stored: {cropped:.1%} of the pixels were cropped away.")
+    parts += [f"Warning: {note}." for note in prepared.get("notes", ())]
     if not evaluated["labelled"]:
         parts.append("There are no labelled val images, so what needs labels (linear probe, kNN) was skipped.")
     if results["tune"]["objective"].endswith("rankme"):

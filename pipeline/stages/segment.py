@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
+from pipeline.evaluation.left_out import left_out, share_without
 from pipeline.evaluation.segmentation import (
     SUBJECTS,
     Decoding,
@@ -58,8 +59,9 @@ class Encoded:
 
     rows: dict[str, list[Row]]
     pairs: dict[str, list[Pair]]
-    values: dict[str, set[int]]
+    values: dict[str, Counter[int]]  # pixels of each value of the masks
     rejects: list[tuple[str, str]]
+    cropped_share: float = 0  # of the pixels of all images
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     skipped = f", {result['left_out']:,} skipped (segment.max_images)" if result["left_out"] else ""
     unseen = result["classes_only_in_val"]
     lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, but counted." if unseen else ""
+    lacking += left_out(result, recipe.segment.ignore)
     return (
         f"{shown}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and evaluated on "
         f"{result['val_images']:,} ({result['layout']}{rejected}{skipped}).{lacking}\n"
@@ -176,6 +179,11 @@ def _result(
         "blocks": list(plan.blocks),
         "classes": len(classes.values),
         "classes_only_in_val": list(classes.only_in_val),
+        "classes_without_val": [
+            name for value, name in zip(classes.values, classes.names, strict=True) if not encoded.values["val"][value]
+        ],
+        "ignored_share": {split: share_without(counts, classes.values) for split, counts in encoded.values.items()},
+        "cropped_share": encoded.cropped_share,
         "train_images": len(encoded.rows["train"]),
         "val_images": len(encoded.rows["val"]),
         "inputs": plan.pairs.inputs,
@@ -197,7 +205,7 @@ def _encode(
     """Write tokens of all pairs to files; rows are in the plan's order, without pairs that cannot be decoded."""
     order = [(split, pair) for split, pairs in plan.pairs.splits.items() for pair in pairs]
     rejects = list(plan.pairs.rejects)
-    found: dict[int, tuple[Row, set[int]]] = {}
+    found: dict[int, tuple[Row, Counter[int], float]] = {}
     with tqdm(total=len(order), desc="tokens", unit=" image", disable=not progress) as bar:
         for result in _results(recipe, plan, session, tokens, order, meter):
             number = int(result["row"])
@@ -206,19 +214,21 @@ def _encode(
                 check_rejects(recipe, rejects, plan.pairs.inputs)
             else:
                 row = Row(str(result["part"]), int(result["place"]))
-                found[number] = row, set(json.loads(result["values"]))
+                counts = {int(value): count for value, count in json.loads(result["values"]).items()}
+                found[number] = row, Counter(counts), float(result["cropped"])
             bar.update()
     flops = flops_of(sized(plan.subject.model(), plan.subject, plan.size), plan.subject.channels, plan.size)
     meter.add(images=len(found), flops=len(SUBJECTS) * flops * len(found))
     encoded = Encoded(
-        {"train": [], "val": []}, {"train": [], "val": []}, {"train": set(), "val": set()}, sorted(rejects)
+        {"train": [], "val": []}, {"train": [], "val": []}, {"train": Counter(), "val": Counter()}, sorted(rejects)
     )
     for number in sorted(found):
         split, pair = order[number]
-        row, values = found[number]
+        row, values, cropped = found[number]
         encoded.rows[split].append(row)
         encoded.pairs[split].append(pair)
-        encoded.values[split] |= values
+        encoded.values[split].update(values)
+        encoded.cropped_share += cropped / len(found)
     for split, rows in encoded.rows.items():
         if not rows:
             path, reason = encoded.rejects[0]
@@ -272,7 +282,7 @@ def _results(
 def _classes(recipe: Recipe, plan: SegmentPlan, encoded: Encoded) -> Classes:
     """Classes as named, or else all values of train, then those only in val. Raises StageError for too few or too many."""
     ignored = set(recipe.segment.ignore)
-    train, val = (sorted(encoded.values[split] - ignored) for split in ("train", "val"))
+    train, val = (sorted(encoded.values[split].keys() - ignored) for split in ("train", "val"))
     if plan.names is not None:
         values = [value for value in range(len(plan.names)) if value not in ignored]
     else:

@@ -108,7 +108,9 @@ def features_of(
     gpu = session.gpus >= 1
     data = (subject.recipe or load("small").dump())["data"]
     limits = subject.value_range or data["value_range"]
-    wanted = Pixels(subject.image_size, subject.channels, data["max_pixels"], data["min_side"], limits)
+    wanted = Pixels(
+        subject.image_size, subject.channels, data["max_pixels"], data["min_side"], limits, data.get("nodata")
+    )
     quiet_ray_data(in_order=True)
     items = ray.data.from_items([unit.as_item() for unit in units], override_num_blocks=len(units))
     decoded = items.map_batches(

@@ -101,7 +101,9 @@ def _content(name: str) -> bytes:
 def _decoded(names: Sequence[str], files: Sequence[bytes], recipe: Recipe) -> np.ndarray:
     """Images (B, C, H, W), uint8, decoded as `prepare` does, at the encoder's size."""
     data = recipe.data
-    wanted = Pixels(recipe.encoder.image_size, data.channels, data.max_pixels, data.min_side, data.value_range)
+    wanted = Pixels(
+        recipe.encoder.image_size, data.channels, data.max_pixels, data.min_side, data.value_range, data.nodata
+    )
     images = []
     for name, content in zip(names, files, strict=True):
         try:

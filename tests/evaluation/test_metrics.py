@@ -89,7 +89,9 @@ def test_the_report_has_a_row_for_each_pooling(pools, rows):
     }
     text = evaluation_tables(result if pools is None else result | {"pools": pools})
     lines = [line for line in text.splitlines() if "linear probe" in line]
-    assert len(lines) == len(rows)
+    assert len(lines) == len(rows) and "no image in val" not in text
+    missing = evaluation_tables(result | {"classes_without_val": ["cat"]})
+    assert "33% of the classes have no image in val, and are not evaluated: cat." in missing
     for line, (name, value) in zip(lines, rows.items(), strict=True):
         assert name in line and f"{value} (" in line
     assert ("20.0 (" in lines[0]) and all("–" in line for line in lines[1:])  # pixels have no tokens

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from stage_calls import run_stage
 
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
+from pipeline.evaluation.left_out import counted, left_out, share_without
 from pipeline.evaluation.segmentation import plan_segmentation
 from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.pairs import Pair, find_pairs, mask_values, nearest_square, read_pair, upright_size
@@ -108,6 +110,22 @@ def test_measures_are_those_of_a_literal_loop(pixels):
 def test_a_set_without_counted_pixels_has_no_miou():
     scores = Scores.of(np.full((2, 4, 4), IGNORED), np.zeros((2, 4, 4), int), 3)
     assert np.isnan(scores.miou()) and np.isnan(scores.pixel_accuracy())
+
+
+def test_what_is_not_measured_is_said_with_its_share():
+    """Fails where ignored or cropped pixels, or classes without val pixels, go unsaid or are counted wrongly."""
+    counts = Counter({int(value): n for value, n in json.loads(counted(np.array([[0, 255], [255, 3]]))).items()})
+    assert share_without(counts, (0, 3)) == 0.5
+    result = {
+        "classes": 4,
+        "classes_without_val": ["sky"],
+        "ignored_share": {"train": 0.384, "val": 0.25},
+        "cropped_share": 0.333,
+    }
+    said = left_out(result, (255,))
+    assert "25% of the classes have no pixel in val and no IoU: sky." in said
+    assert "segment.ignore=[255]: 25.0% of the pixels of val and 38.4% of those of train" in said
+    assert "33.3% of an image on average" in said and left_out({"classes": 4}, (255,)) == ""
 
 
 def test_the_interval_is_of_images_and_covers_as_often_as_it_says():
@@ -233,6 +251,20 @@ def test_pairs_splits_and_rejects_are_complete(tmp_path):
     assert found.inputs == 3 + 4
     fewer = find_pairs(images, masks, max_images=1)
     assert (len(fewer.splits["train"]), fewer.skipped, fewer.inputs) == (1, 1, 7)
+
+
+@pytest.mark.parametrize(("train", "val"), [("train2017", "val2017"), ("training", "validation")])
+def test_splits_of_pairs_by_the_names_of_the_field(train, val, tmp_path):
+    """Fails where the given val images of ADE20K or COCO are shuffled into train."""
+    for kind, suffix in (("images", ".jpg"), ("masks", ".png")):
+        for split, count in ((train, 3), (val, 2)):
+            for number in range(count):
+                path = tmp_path / kind / split / f"{number}{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+    found = find_pairs(str(tmp_path / "images"), str(tmp_path / "masks"))
+    assert {split: len(pairs) for split, pairs in found.splits.items()} == {"train": 3, "val": 2}
+    assert found.layout == f"{train}/ and {val}/"
 
 
 def test_endings_and_a_held_out_share(tmp_path):
@@ -418,7 +450,12 @@ def test_the_stage_on_made_up_images(ray_local, encoder, folders, tmp_path):
     result = run_stage(segment, recipe, ray_local)
     assert (result["train_images"], result["val_images"], result["classes"]) == (16, 6, 5)
     assert result["inputs"] == 16 + 6 + result["rejected"] == 25
-    assert result["classes_only_in_val"] == ["77"]
+    assert result["classes_only_in_val"] == ["77"] and result["classes_without_val"] == []
+    masks = [mask_values(path.read_bytes()) for path in sorted((folders / "masks/val").glob("*.png"))]
+    ignored = np.mean([nearest_square(mask, result["image_size"]) == 255 for mask in masks])
+    assert 0 < result["ignored_share"]["val"] == pytest.approx(ignored) and result["cropped_share"] == 0
+    said = segment.summary(recipe, result)
+    assert f"Left out by segment.ignore=[255]: {ignored:.1%} of the pixels of val" in said and "central" not in said
     trained = result["measured"]["trained"]
     assert trained["eval/segment_pixel_accuracy"] > 80
     assert trained["eval/segment_miou_low"] <= trained["eval/segment_miou"] <= trained["eval/segment_miou_high"]

@@ -80,8 +80,8 @@ def test_names_of_columns_but_for_case_and_spaces(tmp_path, suffix):
         ("path,label\n", "the list has no rows"),
         ("file,label\na.jpg,1\n", "no column 'path'; the list has file, label. A list needs a column path"),
         (
-            "path,split\na.jpg,train\nb.jpg,dev\n",
-            "row 2 has the split 'dev'; allowed are train, validation, valid, val, test",
+            "path,split\na.jpg,train\nb.jpg,part7\n",
+            "row 2 has the split 'part7'; allowed are train, validation, valid, val, test",
         ),
         ("path,split\na.jpg,train\nb.jpg,\n", "row 2 has the split ''"),
         ("path,split\na.jpg,val\n", "no row has the split train"),
@@ -110,4 +110,14 @@ def test_other_mistakes_in_lists(tmp_path):
         plan_of(write_csv(tmp_path / "list.parquet", "PAR1 but not really"))
     pq.write_table(pa.table({"path": ["a"], "label": [1.5]}), tmp_path / "list.parquet")
     with pytest.raises(SettingError, match="'label' holds fractions; allowed are integers and strings"):
-        plan_of(tmp_path / "list.parquet")
+        plan_of(tmp_path / "list.parquet", label_column="label")
+
+
+def test_fractions_in_a_csv_are_no_classes_and_names_of_splits_may_vary(tmp_path):
+    """Fails where each number becomes a class, or where a usual name of a split is refused."""
+    lines = [f"{i}.jpg,{i * 0.37:.2f},{'training' if i % 3 else 'dev'}" for i in range(12)]
+    plan = plan_of(write_csv(tmp_path / "l.csv", "path,label,split\n" + "\n".join(lines)))
+    assert plan.classes is None and counts(plan) == {"train": 8, "val": 4}
+    assert plan.notes[0].startswith("column 'label' holds fractions, so the images are unlabelled")
+    plan = plan_of(tmp_path / "l.csv", label_column="none")
+    assert plan.classes is None and not plan.notes

@@ -87,7 +87,8 @@ def test_mistakes_in_parquet_are_one_line(tmp_path):
     )
     wrong("no column label_column=kind", pa.table({"photo": [b"1"]}), label_column="kind")
     wrong("no rows", pa.table({"photo": pa.array([], pa.binary())}))
-    wrong(r"holds list<.*>; allowed are integers and strings", pa.table({"photo": [b"1"], "label": [[1]]}))
+    lists = pa.table({"photo": [b"1"], "label": [[1]]})
+    wrong(r"holds list<.*>; allowed are integers and strings", lists, label_column="label")
     wrong(
         "holds the label 7, but there are names for 3 classes",
         pa.table({"image": [{"bytes": b"", "path": ""}], "label": [7]}, hf_schema()),
@@ -109,3 +110,39 @@ def test_a_damaged_row_group_rejects_its_rows_alone(tmp_path):
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(StorageError, match="no such file; it existed"):
         fetched(plan)
+
+
+def test_a_split_column_decides_and_is_named_where_it_cannot(tmp_path):
+    """Fails where test rows are trained on, or where a column of splits is passed over without a word."""
+    splits = ["test", "train", "train"] * 4
+    table = pa.table({"image": jpegs(12), "label": [0, 1] * 6, "split": splits})
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(table))
+    plan = plan_of(tmp_path / "a.parquet")
+    assert counts(plan) == {"train": 8, "val": 4} and not plan.notes
+    assert {int(path.partition("#")[2]) for path in plan.splits["val"]["path"].to_pylist()} == {0, 3, 6, 9}
+    assert "train and test by the column 'split'" in plan.layout
+    numbers = table.set_column(2, "split", pa.array([0, 1, 2] * 4))
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(numbers))
+    plan = plan_of(tmp_path / "a.parquet")
+    assert counts(plan) == {"train": 9, "val": 3}
+    assert "column 'split' is not used (column 'split' holds int64" in plan.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([i * 0.37 for i in range(12)], "column 'label' holds fractions"),
+        ([[i % 3, 1] for i in range(12)], "column 'label' holds list<"),
+        ([f"image {i}" for i in range(12)], "column 'label' holds another value for each image"),
+        (list(range(12)), "column 'label' holds another value for each image"),
+    ],
+)
+def test_what_is_no_class_makes_the_images_unlabelled_with_a_word(labels, words, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(pa.table({"image": jpegs(12), "label": labels})))
+    plan = plan_of(tmp_path / "a.parquet")
+    assert plan.classes is None and plan.inputs == 12 and not plan.rejects
+    assert len(plan.notes) == 1 and words in plan.notes[0] and "data.label_column" in plan.notes[0]
+    with pytest.raises(SettingError, match="allowed are integers and strings"):
+        plan_of(tmp_path / "a.parquet", label_column="label")
+    plan = plan_of(tmp_path / "a.parquet", label_column="none")
+    assert plan.classes is None and not plan.notes

@@ -102,9 +102,9 @@ def test_given_splits_are_kept(tmp_path, val):
     touch(tmp_path, "words.txt", "more/5.jpg")
     plan = plan_of(tmp_path)
     assert set(plan.splits["val"]["path"].to_pylist()) == {f"{val}/a/3.jpg", f"{val}/b/4.jpg"}
-    assert plan.classes == ["a", "b"] and plan.ignored == 2
+    assert plan.classes == ["a", "b"] and plan.ignored == 3 and not plan.rejects
     assert plan.layout == f"train/ and {val}/; 2 classes"
-    assert plan.rejects == [("train/b/list.csv", "not an image (suffix .csv)")]
+    assert plan.left_out == {".txt files": 1, ".csv files": 1, "images in more/ (outside of the splits)": 1}
 
 
 def test_given_splits_without_classes(tmp_path):
@@ -134,7 +134,7 @@ def test_images_beside_class_folders_are_named(tmp_path):
     beside = "unlabelled (1 image is outside the class folders, such as logo.png)"
     assert plan.layout == f"one folder, val held out; {beside}"
     assert "(2 images are outside the class folders, such as a.jpg)" in plan_of(touch(tmp_path, "a.jpg")).layout
-    assert plan_of(touch(tmp_path, "a/x/y.jpg")).layout == "one folder, val held out; unlabelled"
+    assert "(2 images are outside" in plan_of(touch(tmp_path, "a/x/y.jpg")).layout
 
 
 def test_links_in_a_circle_end(tmp_path):
@@ -147,8 +147,9 @@ def test_names_that_are_not_utf8_are_rejects(tmp_path):
     touch(tmp_path, "a.jpg", "b.jpg", "bare")
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))).write_bytes(b"x")
     plan = plan_of(tmp_path, val_share=0)
-    check_plan(plan, 4)
-    assert plan.rejects == [("bare", "not an image (no suffix)"), ("caf\\xe9.jpg", "file name is not valid UTF-8")]
+    check_plan(plan, 3)
+    assert plan.rejects == [("caf\\xe9.jpg", "file name is not valid UTF-8")]
+    assert plan.left_out == {"files without a suffix": 1}
 
 
 def test_the_order_is_that_of_the_names_alone(tmp_path, monkeypatch):
@@ -222,7 +223,7 @@ def test_images_or_containers_whichever_are_more(tmp_path):
     touch(tmp_path, *(f"{i}.jpg" for i in range(5)))
     plan = plan_of(tmp_path)
     assert plan.origin.kind == "files" and "without the 2 Parquet or tar files in it" in plan.layout
-    assert [path for path, _ in plan.rejects] == ["set-000.tar", "set-001.tar"]
+    assert not plan.rejects and plan.left_out == {".tar files": 2}
     write_parquet(Folder.at(tmp_path / "both"))
     write_tar(Folder.at(tmp_path / "both"))
     with pytest.raises(SettingError, match="both Parquet and tar files"):

@@ -1,6 +1,7 @@
 """Tar files of samples, damaged ones among them."""
 
 import io
+import json
 import tarfile
 
 import pytest
@@ -135,3 +136,34 @@ def test_splits_of_tars_by_folder_or_name(tmp_path):
     for name in ("in1k-train-0000.tar", "in1k-validation-00.tar"):
         Folder.at(tmp_path / "named").write(name, tar_bytes([(f"{i}.jpg", b"x") for i in range(3)]))
     assert counts(plan_of(tmp_path / "named")) == {"train": 3, "val": 3}
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "classes"),
+    [
+        (lambda i: {"label": ["cat", "dog"][i % 2], "width": 24}, ["cat", "dog"]),
+        (lambda i: {"kind": i % 3}, ["0", "1", "2"]),
+        (lambda i: i % 2, ["0", "1"]),
+        (lambda i: {"width": i, "height": i % 2}, None),
+        (lambda i: {"label": [i % 2]}, None),
+    ],
+)
+def test_labels_in_json_members(sidecar, classes, tmp_path):
+    """Fails where a set with JSON sidecars is unlabelled, or where one of their other values becomes the label."""
+    members = [
+        (f"{i}.{e}", c) for i in range(12) for e, c in (("jpg", b"x"), ("json", json.dumps(sidecar(i)).encode()))
+    ]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    plan = plan_of(tmp_path / "a.tar")
+    assert plan.classes == classes and plan.inputs == 12
+    assert plan_of(tmp_path / "a.tar", label_column="none").classes is None
+    if sidecar(0) == {"width": 0, "height": 0}:
+        assert plan_of(tmp_path / "a.tar", label_column="height").classes == ["0", "1"]
+    assert bool(plan.notes) == (sidecar(0) == {"label": [0]})
+
+
+def test_keys_with_dots_are_explained(tmp_path):
+    members = [(f"img.v1.{i:03d}.{e}", b"0") for i in range(3) for e in ("jpg", "cls")]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    reasons = {reason for _, reason in plan_of(tmp_path / "a.tar", val_share=0).rejects}
+    assert len(reasons) == 1 and "a key ends at the first dot, here 'img', so other dots" in reasons.pop()
