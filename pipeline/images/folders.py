@@ -26,6 +26,7 @@ from pipeline.images.plan import (
 )
 from pipeline.storage.folder import Folder
 
+NOT_UTF8 = "file name is not valid UTF-8"  # why a file is rejected
 # Names of the folders of a split, in any case; the first that exists is taken.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
@@ -93,7 +94,7 @@ class _Split:
                 path.encode()
             except UnicodeEncodeError:
                 shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-                self.rejects.append((shown, "file name is not valid UTF-8"))
+                self.rejects.append((shown, NOT_UTF8))
                 continue
             if (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
                 images.append(path)

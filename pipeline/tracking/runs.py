@@ -94,7 +94,7 @@ def _uri_of_names(uri: str | None, of_folders: Sequence[str]) -> str:
     if len(of_folders) == 1:
         return of_folders[0]
     if DEFAULT.is_file():
-        return f"sqlite:///{DEFAULT.absolute()}"
+        return store.sqlite_uri(DEFAULT.absolute())
     raise SettingError("the address of MLflow is unknown; give tracking.uri=URI, or folders of runs (OUT/runs/NAME)")
 
 

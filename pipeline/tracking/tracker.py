@@ -43,7 +43,7 @@ _START_LIMIT, _END_LIMIT = 120.0, 20.0
 def store_uri(recipe: Recipe) -> str:
     """Where MLflow keeps the runs: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the out folder; absolute."""
     uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return store.absolute_uri(uri) if uri else f"sqlite:///{Path(recipe.out).expanduser().absolute() / 'mlflow.db'}"
+    return store.absolute_uri(uri) if uri else store.sqlite_uri(Path(recipe.out).expanduser().absolute() / "mlflow.db")
 
 
 def ui_command(recipe: Recipe) -> str:

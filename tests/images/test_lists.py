@@ -6,6 +6,7 @@ import pytest
 from tiny_sources import check_plan, counts, fetched, jpegs, plan_of, write_csv
 
 from pipeline.errors import SettingError
+from pipeline.images.sources import fetch, plan_source
 from pipeline.storage.folder import Folder
 
 pytest_plugins = ["s3_server"]
@@ -111,3 +112,17 @@ def test_other_mistakes_in_lists(tmp_path):
     pq.write_table(pa.table({"path": ["a"], "label": [1.5]}), tmp_path / "list.parquet")
     with pytest.raises(SettingError, match="'label' holds fractions; allowed are integers and strings"):
         plan_of(tmp_path / "list.parquet")
+
+
+def test_paths_that_windows_wrote_and_file_urls_name_the_same_files(tmp_path):
+    (tmp_path / "a b").mkdir()
+    for name in ("a b/0.png", "a b/1 %.png", "real\\name.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    url = (tmp_path / "a b" / "1 %.png").as_uri()
+    (tmp_path / "list.csv").write_text(f"path\na b\\0.png\nreal\\name.png\n{url}\n")
+    plan = plan_source(str(tmp_path / "list.csv"), val_share=None, seed=0)
+    found = [content for _, content in fetch(plan.origin, plan.splits["train"])]
+    assert found == [b"a b/0.png", b"real\\name.png", b"a b/1 %.png"]
+    (tmp_path / "list.csv").write_text("path\nC:\\photos\\0.png\n")
+    with pytest.raises(SettingError, match=r"paths of Windows, such as 'C:/photos/0\.png'"):
+        plan_source(str(tmp_path / "list.csv"), val_share=None, seed=0)
