@@ -98,7 +98,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             _check_reachable(address)
         try:
             try:
-                with _own_sigterm(), contextlib.chdir(machine.PACKAGES):
+                with _own_sigterm(), contextlib.chdir(machine.PACKAGES), ray_internals.printable_command():
                     (_start if private else _connect)(address, log_level)
             except SettingError:
                 raise
