@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from pipeline.config.places import check_length, check_text, local_place, printable
 from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, SettingError, StageError
+from pipeline.runtime import machine
 from wavemim import __version__
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ _terminated: list[bool] = []  # by SIGTERM: an exception of its own would not su
 
 def main() -> None:
     """Entry point of the `wavemim` command."""
+    machine.prepare()
     try:
         with _sigterm():
             _group(standalone_mode=False)
@@ -136,6 +139,8 @@ class _Commands(click.Group):
                     raise SettingError(
                         f"'{argument}': {name} takes paths and --options, not settings; wavemim {name} --help lists them"
                     )
+        if name in TOOLS:
+            args = [name, *(_place(name, argument) for argument in args[1:])]
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -153,6 +158,16 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="wavemim")
 def _group() -> None:
     """Wavelet-driven masked image modelling on Ray: from a folder of images to a tracked, evaluated, exported encoder."""
+
+
+def _place(tool: str, argument: str) -> str:
+    """An argument of a tool, which may be a place, with ``file://`` decoded. Raises SettingError."""
+    option, equals, place = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    place = local_place(place)
+    if not (tool in ("embed", "show") and os.path.isfile(place)):  # images may have any name
+        check_text(argument, place)
+    check_length(argument, place)
+    return f"{option}{equals}{place}"
 
 
 def _stage_command(stage: str) -> click.Command:
@@ -261,7 +276,7 @@ def _sigterm() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"wavemim: {' '.join(message.split())}", err=True)
+    click.echo(f"wavemim: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)
 
 

@@ -46,6 +46,7 @@ _WITH_RAY = (
         "test_ray_session.py",
         "test_evaluate_pools.py",
         "test_benchmark_sweep.py",
+        "test_unusual_machine.py",
     ),
 )
 

@@ -33,7 +33,7 @@ def test_packages_recipes_spaces_and_the_command_are_in(wheel: Path) -> None:
     assert expected <= names
     assert not {name for name in names if name.startswith(("tests/", "benchmarks/"))}
     (entry_points,) = (name for name in names if name.endswith("dist-info/entry_points.txt"))
-    assert "wavemim = pipeline.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "wavemim = wavemim.__main__:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_the_command_works_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:

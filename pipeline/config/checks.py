@@ -349,7 +349,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists th
     Returns:
         "; did you mean 'NAME'?", or `otherwise`.
     """
-    known = list(dict.fromkeys(known))
+    known = [key for key in dict.fromkeys(known) if key != name]  # never what was written
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not near:  # a right name at a wrong place: "epochs" for "train.epochs"
         near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]

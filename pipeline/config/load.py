@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.behaviour import is_section
 from pipeline.config.checks import check_data, check_kind, check_together, nearest
+from pipeline.config.places import check_place, check_text, local_place
 from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
 from pipeline.config.yaml_files import DuplicateKeyError, names_of, parse_yaml, read_yaml
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 DEFAULT_RECIPE = "small"
+# Settings that are, or may be, paths.
+_PLACES = (*(key for key, behaviour in BEHAVIOURS.items() if behaviour.place), "segment.classes", "tune.space")
 
 
 def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_only: bool = False) -> Recipe:
@@ -59,9 +62,10 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
         SettingError: If a setting is unknown, has a value that is not allowed, or is incompatible with others.
     """
     settings = _with_bases(recipe, ())
-    settings.setdefault("name", Path(recipe).name.removesuffix(".yaml").removesuffix(".yml"))
+    settings.setdefault("name", _name_of(recipe))
     for override in overrides:
         _apply(settings, override)
+    settings = _with_local_places(settings)
     encoder = settings.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):  # workers run in other folders
         encoder["pretrained"] = str(Path(encoder["pretrained"]).expanduser().absolute())
@@ -85,7 +89,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
         SettingError: Naming the first mistake.
     """
     try:
-        recipe = Recipe.model_validate(dict(settings))
+        recipe = Recipe.model_validate(_with_local_places(settings))
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
     check_data(recipe.data)
@@ -93,6 +97,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     if not data_only:
         check_together(recipe)
     for key, place in _places(recipe):
+        check_place(f"{key}={place}", place)
         if re.match(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", place):
             raise SettingError(
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
@@ -118,10 +123,31 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
 
 def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Paths and URLs among the settings, by key."""
-    for key, behaviour in BEHAVIOURS.items():
-        value = operator.attrgetter(key)(recipe) if behaviour.place else None
-        if isinstance(value, str):
-            yield key, value
+    for key in _PLACES:
+        value = operator.attrgetter(key)(recipe)
+        for place in value if isinstance(value, tuple) else (value,):
+            if isinstance(place, str):
+                yield key, place
+
+
+def _with_local_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with the paths of ``file://`` URLs in their place."""
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for key in _PLACES:
+        section, _, last = key.rpartition(".")
+        group = settings.get(section) if section else settings
+        place = group.get(last) if isinstance(group, dict) else None
+        if isinstance(group, dict) and isinstance(place, str):
+            group[last] = local_place(place)
+        elif isinstance(group, dict) and isinstance(place, list | tuple):
+            group[last] = [local_place(name) if isinstance(name, str) else name for name in place]
+    return settings
+
+
+def _name_of(recipe: str) -> str:
+    """The default name of a run, that of its recipe, with other characters than a name may have replaced by "-"."""
+    stem = Path(local_place(recipe)).name.removesuffix(".yaml").removesuffix(".yml")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:100] or "run"
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
@@ -178,6 +204,7 @@ def _dotted(settings: dict[str, Any], recipe: str) -> dict[str, Any]:
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
+    check_text(override, override)
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise SettingError(f"'{override}' is not a setting; write key=value, for example train.epochs=10")

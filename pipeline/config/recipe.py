@@ -24,6 +24,7 @@ class Recipe(Section):
         operational=True,
         compared=False,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=200,  # stages and trials make longer names of it
     )
     images: str | None = setting(
         None,

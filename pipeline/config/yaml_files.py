@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.checks import nearest
+from pipeline.config.places import check_place, local_place
 from pipeline.errors import SettingError
 
 
@@ -37,6 +38,8 @@ def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]
     Raises:
         SettingError: If there is no such file, it cannot be read, is no mapping, or has a key twice.
     """
+    name = local_place(name)
+    check_place(f"{what} '{name}'", name)
     try:
         if name.endswith((".yaml", ".yml")) or "/" in name:
             path = Path(name)

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
 
+from pipeline.config.places import local_place
 from pipeline.images.plan import Origin
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import Address, StorageError, is_remote, masked, reaching
@@ -72,8 +73,7 @@ def _place(root: Folder, path: str) -> str:
             if base.scheme == address.scheme:
                 address = Address(address.scheme, address.user or base.user, address.path, base.options)
         return address.at(address.path)
-    if path.startswith("file://"):
-        return path.removeprefix("file://")
+    path = local_place(path)
     return path if path.startswith("/") else root.place(path)
 
 

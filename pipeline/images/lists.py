@@ -61,7 +61,7 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
     split, splits_shown = np.full(len(table), NO_SPLIT, np.int8), "val held out"
     if options.val_share is not None and "split" in table.column_names:
         split, splits_shown = splits_of(table.column("split"), shown)
-    inputs = SourceInputs(_list_paths(table.column("path"), shown), labels, split)
+    inputs = SourceInputs(_list_paths(table.column("path"), folder, shown), labels, split)
     empty = pc.equal(inputs.path, "").to_numpy()
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]
     inputs.rejects += rejects
@@ -88,18 +88,39 @@ def _list_columns(
     return {key: column for key, column in found.items() if column is not None}
 
 
-def _list_paths(column: pa.ChunkedArray, shown: str) -> pa.ChunkedArray:
+def _list_paths(column: pa.ChunkedArray, folder: Folder, shown: str) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise SettingError(f"images={shown}: the column of paths holds {column.type}; it has to hold strings")
     column = pc.fill_null(column.cast(pa.large_string()), "")
+    backslashes = pc.match_substring(column, "\\")
+    if pc.any(backslashes).as_py():  # written on Windows, unless there are files of such names
+        column = pc.if_else(
+            pc.and_(backslashes, _missing(column, backslashes, folder)),
+            pc.replace_substring(column, "\\", "/"),
+            column,
+        )
+    if pc.any(drives := pc.match_substring_regex(column, "^[A-Za-z]:/")).as_py():
+        first = column.filter(drives)[0].as_py()
+        raise SettingError(
+            f"images={shown}: the list has paths of Windows, such as '{first}'; write paths relative to the list's folder"
+        )
     unusual = pc.match_substring_regex(column, r"(^|/)\.{1,2}(/|$)|//")
     if not pc.any(unusual).as_py():
         return column
     # Different spellings of a path are the same input.
     chunks = [pa.array([_normal(path) for path in chunk.to_pylist()], pa.large_string()) for chunk in column.chunks]
     return pa.chunked_array(chunks, pa.large_string())
+
+
+def _missing(column: pa.ChunkedArray, asked: pa.ChunkedArray, folder: Folder) -> pa.Array:
+    """Which of the paths with a backslash name no local file."""
+    local = folder.local
+    return pa.array(
+        local is None or (bool(one) and not os.path.lexists(os.path.join(local, path)))
+        for path, one in zip(column.to_pylist(), asked.to_pylist(), strict=True)
+    )
 
 
 def _normal(path: str) -> str:

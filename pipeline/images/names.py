@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 
+NOT_UTF8 = "file name is not valid UTF-8"  # why a file is rejected
 # Names of the folders of a split, in any case; the first that exists is taken.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")

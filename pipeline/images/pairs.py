@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.errors import SettingError
 from pipeline.images.arrays import NPY_MAGIC, Pixels, RejectedImage, npy_samples, tiff_samples
 from pipeline.images.decode import ORIENTATION_TAG, SUFFIXES, decode_image
-from pipeline.images.names import TEST, TRAIN, TRAIN_FOLDERS, VAL, VAL_FOLDERS, split_of
+from pipeline.images.names import NOT_UTF8, TEST, TRAIN, TRAIN_FOLDERS, VAL, VAL_FOLDERS, split_of
 from pipeline.storage.folder import Folder
 from wavemim.evaluation.probes import held_out
 from wavemim.upright import middle_square
@@ -190,7 +190,7 @@ def _keyed(
             continue
         key = stem.removesuffix(ending)
         if (shown := path.encode("utf-8", "backslashreplace").decode()) != path:
-            rejects.append((shown, "file name is not valid UTF-8"))
+            rejects.append((shown, NOT_UTF8))
         elif suffix.lower() not in suffixes:
             rejects.append((path, f"not {what} ({f'suffix {suffix}' if suffix else 'no suffix'})"))
         elif key in found:

@@ -13,6 +13,7 @@ import glob
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -171,7 +172,11 @@ def _nearest(path: Path) -> str:
                 names = [name for name in sorted(os.listdir(parent)) if not name.startswith(".")]
             except OSError as error:
                 return f"; '{parent}' cannot be read: {error.strerror}"
+            if missing in names:
+                return f"; '{parent / missing}' is a link to '{os.readlink(parent / missing)}', which does not exist"
             near = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+            if near and unicodedata.normalize("NFC", near[0]) == unicodedata.normalize("NFC", missing):
+                return f"; '{missing}' is there in another Unicode form, as {near[0]!a}; copy the name as it is there"
             return f"; did you mean '{parent / near[0]}'?" if near else f"; there is no '{missing}' in '{parent}'"
     return ""
 

@@ -25,6 +25,7 @@ from pipeline.errors import SettingError
 from pipeline.images.columns import LABEL_NAMES, labels_of
 from pipeline.images.decode import SUFFIXES
 from pipeline.images.files import LARGEST, container_of, fetch_ahead, too_large
+from pipeline.images.names import NOT_UTF8
 from pipeline.images.plan import (
     NO_LABELS,
     ImagePlan,
@@ -215,7 +216,7 @@ def _add(found: _Index, tar: str, sample: list[Member], image: str | None, label
         elif other.problem:
             found.rejects.append((path, other.problem))
         elif path != f"{tar}!{other.name}":
-            found.rejects.append((path, "file name is not valid UTF-8"))
+            found.rejects.append((path, NOT_UTF8))
         else:
             found.paths.add([path])
             found.offsets.append(other.offset)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pipeline.errors import SettingError
 from pipeline.images.decode import SUFFIXES
 from pipeline.images.names import (
+    NOT_UTF8,
     TEST,
     TRAIN,
     TRAIN_FOLDERS,
@@ -78,7 +79,7 @@ class Tree:
                 path.encode()
             except UnicodeEncodeError:
                 shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-                self.rejects.append((shown, "file name is not valid UTF-8"))
+                self.rejects.append((shown, NOT_UTF8))
                 continue
             suffix = os.path.splitext(name)[1].lower()
             if suffix in SUFFIXES:

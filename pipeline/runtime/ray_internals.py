@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.config.places import printable
+
 WRITTEN_FOR = "2.60"
 
 
@@ -40,6 +42,19 @@ def on_loopback() -> Iterator[None]:
     """
     with _changed("ENABLE_RAY_CLUSTER", False):
         yield
+
+
+@contextlib.contextmanager
+def printable_command() -> Iterator[None]:
+    """Within the block, ray.init() records this process's command with names that are not UTF-8 escaped, else it fails."""
+    from ray._private import utils
+
+    before = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: printable(before())
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = before
 
 
 @contextlib.contextmanager

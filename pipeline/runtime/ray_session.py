@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError, StageError
-from pipeline.runtime import ray_internals
+from pipeline.runtime import machine, ray_internals
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class SessionInfo:
 def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterator[SessionInfo]:
     """Connect to a cluster, or start a private Ray; either is left or shut down at the end of the block.
 
+    Ray has its workers search the driver's working folder for modules before all others. So it is started from the folder
+    of this project's packages, which no module of the user's can then replace.
+
     A Ray that this process is connected to already is used, and stays.
 
     Args:
@@ -79,6 +82,11 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
         StageError: Ray cannot be reached or started.
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+    if "://" in address:
+        raise SettingError(
+            f"Ray's address {address}: give HOST:PORT of the cluster's head node, such as 10.0.0.1:6379, in "
+            "cluster.address or RAY_ADDRESS, or leave both out; ray:// and http:// are for Ray Client and `ray job submit`"
+        )
     private = address == "local"
     with _environment({**_QUIET, **(_PRIVATE if private else _CLUSTER)}):
         import ray
@@ -90,8 +98,10 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             _check_reachable(address)
         try:
             try:
-                with _own_sigterm():
+                with _own_sigterm(), contextlib.chdir(machine.PACKAGES), ray_internals.printable_command():
                     (_start if private else _connect)(address, log_level)
+            except SettingError:
+                raise
             except Exception as error:  # Ray raises a bare Exception if starting takes too long
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
@@ -125,12 +135,14 @@ def _connect(address: str, log_level: int) -> None:
 def _start(address: str, log_level: int) -> None:
     import ray
 
+    machine.check_open_files()
     start = functools.partial(
         ray.init,
         address=address,
         num_cpus=_cpus(),
         object_store_memory=_object_store_bytes(),
         include_dashboard=False,
+        _temp_dir=machine.ray_folder(),
         logging_level=log_level,
         log_to_driver=log_level <= logging.INFO,
     )

@@ -16,7 +16,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_blank_model
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.stages.model_card import evaluation_of, model_card
-from pipeline.tracking import errors
+from pipeline.tracking import errors, store_uris
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.journal import SendOffset
 from pipeline.tracking.tracker import Tracker, store_uri
@@ -213,7 +213,7 @@ def register(
     """
     uri = store_uri(recipe)
     run_id = SendOffset.of(folder).run_id
-    where = store.without_password(uri)
+    where = store_uris.without_password(uri)
     again = f"the encoder is in {folder}; run the same command again to retry"
     if not run_id:
         raise StageError(f"export.registry={name}: MLflow at {where} does not answer; {again}")

@@ -26,6 +26,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipeline.config.places import local_place
 from pipeline.storage.object_stores import Address, client, is_remote, masked, reaching
 from wavemim.atomic import new_file
 
@@ -52,8 +53,7 @@ class Folder:
         if is_remote(text):
             address = Address.of(text)
             return cls(address.at(address.path))
-        text = text.removeprefix("file://") if text.lower().startswith("file://") else text
-        return cls(os.path.abspath(os.path.expanduser(text)))
+        return cls(os.path.abspath(os.path.expanduser(local_place(text))))
 
     def __str__(self) -> str:
         return masked(self.url)

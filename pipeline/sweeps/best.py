@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config.load import with_overrides
 from pipeline.config.recipe import BEHAVIOURS, Recipe
-from pipeline.tracking.mlflow_client import absolute_uri, without_password
+from pipeline.tracking.store_uris import absolute_uri, without_password
 from wavemim.registry import is_file
 
 # What depends on the machine or was meant for one command only. The number of workers stays: it decides the order of data.

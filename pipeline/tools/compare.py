@@ -16,7 +16,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.runtime.formatting import duration, scaled, table
 from pipeline.runtime.usage import PREFIX, Spent
 from pipeline.tools.arguments import tracking_uri
-from pipeline.tracking import errors
+from pipeline.tracking import errors, store_uris
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.runs import Run, find
 from wavemim.figures.curves import Point, compare_figure
@@ -99,7 +99,7 @@ def compare(
     except Exception as error:
         verb = "refuses" if errors.refused(error) else "does not answer"
         raise StageError(
-            f"MLflow{f' at {store.without_password(uri)}' if uri else ''} {verb}: {errors.reason(error)}"
+            f"MLflow{f' at {store_uris.without_password(uri)}' if uri else ''} {verb}: {errors.reason(error)}"
         ) from error
     content = _content(runs)
     if numbers is not None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.places import printable
 from pipeline.errors import SettingError
 from pipeline.images.decode import SUFFIXES
+from pipeline.images.names import NOT_UTF8
 from pipeline.images.plan import SCHEMA, ImagePlan, Origin
 from pipeline.images.sources import plan_source
 from pipeline.storage.object_stores import is_remote
@@ -87,10 +89,14 @@ def _singles(files: Sequence[str]) -> list[Source]:
     """Single files, as one source: a pattern of the shell may name thousands."""
     if not files:
         return []
+    rejects = [(printable(name), NOT_UTF8) for name in files if printable(name) != name]
+    files = [name for name in files if printable(name) == name]
     count = len(files)
     none, nowhere = np.full(count, -1, np.int32), np.full(count, -1, np.int64)
     rows = pa.table([np.arange(count), list(files), none, none, nowhere, nowhere], schema=SCHEMA)
-    plan = ImagePlan("files", None, Origin("files", os.getcwd()), {"train": rows, "val": SCHEMA.empty_table()}, [], 0)
+    plan = ImagePlan(
+        "files", None, Origin("files", os.getcwd()), {"train": rows, "val": SCHEMA.empty_table()}, rejects, 0
+    )
     return [Source("", plan)]
 
 

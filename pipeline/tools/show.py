@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from pipeline.config.load import validate, with_overrides
+from pipeline.config.places import printable
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError
 from pipeline.images.arrays import Pixels, RejectedImage
@@ -82,10 +83,15 @@ def show(
     pyramid = _pyramid(pixels, recipe, inputs.wavelet)
     view = views.of(inputs.normalise(pixels), pyramid, torch.arange(len(images)), epoch=0)
     comparison = compare(model.eval(), view)
-    draw(Path(out), comparison, [Path(name).name for name in images])
+    draw(Path(out), comparison, [_title(name) for name in images])
     count = f"{len(images)} image{'s' * (len(images) != 1)}"
     errors = ", ".join(f"{level.name} {float(level.loss.mean()):.4g}" for level in comparison.levels)
     return f"{out}: {count}; {'mean ' * (len(images) > 1)}error of {errors}"
+
+
+def _title(name: str) -> str:
+    """A file's name as the title of a picture, in which $ would begin a formula."""
+    return printable(Path(name).name).replace("$", r"\$")
 
 
 def _content(name: str) -> bytes:

@@ -13,8 +13,7 @@ import click
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tools.arguments import tracking_uri
-from pipeline.tracking import errors
-from pipeline.tracking import mlflow_client as store
+from pipeline.tracking import errors, store_uris
 from pipeline.tracking.journal import OUTBOX, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
 from pipeline.tracking.runs import recorded_address, stored_uri
@@ -75,9 +74,9 @@ def _send(folder: Path, uri: str | None) -> str:
     outbox = JsonLines(folder / OUTBOX)
     chosen = uri is not None
     if uri is not None:
-        uri = store.absolute_uri(uri)
-        if recorded_address(outbox) != store.without_password(uri):
-            outbox.append({"do": "store", "uri": store.without_password(uri)})
+        uri = store_uris.absolute_uri(uri)
+        if recorded_address(outbox) != store_uris.without_password(uri):
+            outbox.append({"do": "store", "uri": store_uris.without_password(uri)})
     else:
         uri = stored_uri(folder, outbox)
     _end_with_parent(folder, outbox)
@@ -89,7 +88,7 @@ def _send(folder: Path, uri: str | None) -> str:
     except Exception as error:
         verb = "refuses" if errors.refused(error) else "does not answer"
         raise StageError(
-            f"MLflow at {store.without_password(uri)} {verb} ({errors.reason(error)}); unsent logs stay in {folder}"
+            f"MLflow at {store_uris.without_password(uri)} {verb} ({errors.reason(error)}); unsent logs stay in {folder}"
         ) from error
     if sender.held:
         raise StageError(f"{folder}: MLflow does not accept {_count(sender.held, 'file')} ({sender.trouble})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.tracking.mlflow_client import without_password
+from pipeline.tracking.store_uris import without_password
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

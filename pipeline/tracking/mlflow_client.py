@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.tracking.store_uris import artifacts_beside, sqlite_path, sqlite_uri
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
     from mlflow.entities import Run
@@ -106,7 +108,7 @@ def _make_sqlite(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+        MlflowClient(sqlite_uri(fresh)).search_experiments(max_results=1)
         try:
             os.link(fresh, path)
         except FileExistsError:
@@ -126,9 +128,7 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     if found is None:
         path = sqlite_path(uri)
         try:
-            return client.create_experiment(
-                name, artifact_location=str(path.parent / "mlartifacts") if path else None, tags={_KIND: _TRAINING}
-            )
+            return client.create_experiment(name, artifact_location=artifacts_beside(path), tags={_KIND: _TRAINING})
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another process was faster
             if found is None:
@@ -348,30 +348,6 @@ def register_version(client: MlflowClient, run_id: str, name: str, model: Path, 
     texts = {key: str(value) for key, value in tags.items()}
     version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run_id, tags=texts)
     return str(version.version)
-
-
-def absolute_uri(uri: str) -> str:
-    """A store URI that means the same in every working directory."""
-    if uri in ("databricks", "databricks-uc", "uc"):
-        return uri
-    for prefix in ("sqlite:///", "file://", "file:"):
-        rest = uri.removeprefix(prefix)
-        if rest != uri:
-            place, mark, query = rest.partition("?")
-            in_memory = prefix == "sqlite:///" and place in ("", ":memory:")
-            return uri if in_memory else f"{prefix}{os.path.abspath(os.path.expanduser(place))}{mark}{query}"
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The file of a SQLite store; None for other stores, and for one in memory."""
-    place = uri.removeprefix("sqlite:///").partition("?")[0]
-    return Path(place) if uri.startswith("sqlite:///") and place not in ("", ":memory:") else None
-
-
-def without_password(uri: str) -> str:
-    """The URI as it may be shown and stored, with the password masked."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
 def clean_key(name: str) -> str:

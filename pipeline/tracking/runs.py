@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking import mlflow_client as store
+from pipeline.tracking import store_uris
 from pipeline.tracking.journal import OUTBOX, SendOffset
 
 STAGE, RUN, RECIPE, OUT, PARENT = (
@@ -47,7 +48,7 @@ def find(names: Sequence[str], uri: str | None) -> list[Run]:
         StageError: A folder has not been sent to MLflow.
     """
     folders = {name: folders for name in names if (folders := _folders(name))}
-    uris = {name: store.absolute_uri(uri) if uri else _uri_of(found[0]) for name, found in folders.items()}
+    uris = {name: store_uris.absolute_uri(uri) if uri else _uri_of(found[0]) for name, found in folders.items()}
     elsewhere = _uri_of_names(uri, list(dict.fromkeys(uris.values()))) if len(folders) < len(set(names)) else ""
     clients: dict[str, Any] = {}
     found = []
@@ -90,11 +91,11 @@ def _uri_of(folder: Path) -> str:
 
 def _uri_of_names(uri: str | None, of_folders: Sequence[str]) -> str:
     if uri or (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-        return store.absolute_uri(uri)
+        return store_uris.absolute_uri(uri)
     if len(of_folders) == 1:
         return of_folders[0]
     if DEFAULT.is_file():
-        return f"sqlite:///{DEFAULT.absolute()}"
+        return store_uris.sqlite_uri(DEFAULT.absolute())
     raise SettingError("the address of MLflow is unknown; give tracking.uri=URI, or folders of runs (OUT/runs/NAME)")
 
 
@@ -108,7 +109,7 @@ def _in_folders(client: Any, name: str, folders: Sequence[Path], uri: str) -> Ru
             runs.append(store.check_run(client, run_id))
         except store.RunGone as gone:
             raise StageError(
-                f"{folder}: {gone} in MLflow at {store.without_password(uri)}; name another one with tracking.uri=, or "
+                f"{folder}: {gone} in MLflow at {store_uris.without_password(uri)}; name another one with tracking.uri=, or "
                 "send it there with wavemim sync"
             ) from None
     return _together(Path(name).expanduser().absolute().name if len(runs) > 1 else _name_of(runs[0]), runs, uri)
@@ -119,7 +120,7 @@ def _named(client: Any, name: str, uri: str) -> Run:
         try:
             run = store.check_run(client, name)
         except store.RunGone as gone:
-            raise SettingError(f"{name}: {gone} in MLflow at {store.without_password(uri)}") from None
+            raise SettingError(f"{name}: {gone} in MLflow at {store_uris.without_password(uri)}") from None
         return _together(_name_of(run), [run], uri)
     runs: list[Any] = []
     if "'" not in name:
@@ -146,7 +147,7 @@ def _unknown(client: Any, name: str, uri: str) -> str:
     runs = [run for run in store.find_runs(client, at_most=1000) if PARENT not in run.data.tags]
     known = list(dict.fromkeys(run.data.tags.get(RUN) or run.data.tags.get(RECIPE) or _name_of(run) for run in runs))
     there = f"its runs are {_listed(known)}" if known else "it has no runs"
-    return f"{name}: MLflow at {store.without_password(uri)} has no run of this name or id; {there}"
+    return f"{name}: MLflow at {store_uris.without_password(uri)} has no run of this name or id; {there}"
 
 
 def _together(label: str, runs: Sequence[Any], uri: str) -> Run:
@@ -202,8 +203,8 @@ def stored_uri(folder: Path, outbox: JsonLines) -> str:
     address = recorded_address(outbox)
     from_outside = os.environ.get("MLFLOW_TRACKING_URI")
     if from_outside:
-        from_outside = store.absolute_uri(from_outside)
-        if not address or store.without_password(from_outside) == address:
+        from_outside = store_uris.absolute_uri(from_outside)
+        if not address or store_uris.without_password(from_outside) == address:
             return from_outside
     if not address or ":***@" in address:
         raise SettingError(f"{folder} lacks the address of MLflow, or its password; give tracking.uri=")

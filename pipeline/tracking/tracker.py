@@ -25,11 +25,10 @@ import yaml
 from pipeline.config.recipe import Recipe
 from pipeline.periodic import Periodic
 from pipeline.storage.jsonl import JsonLines
-from pipeline.tracking import errors
+from pipeline.tracking import errors, store_uris
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.background import SendingThread
 from pipeline.tracking.journal import METRICS, OUTBOX, RUN_ID, Busy, SendOffset, unfinished_key
-from pipeline.tracking.mlflow_client import without_password
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.tags import tags_of
 
@@ -42,7 +41,11 @@ _START_LIMIT, _END_LIMIT = 120.0, 20.0
 def store_uri(recipe: Recipe) -> str:
     """Where MLflow keeps the runs: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the out folder; absolute."""
     uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return store.absolute_uri(uri) if uri else f"sqlite:///{Path(recipe.out).expanduser().absolute() / 'mlflow.db'}"
+    return (
+        store_uris.absolute_uri(uri)
+        if uri
+        else store_uris.sqlite_uri(Path(recipe.out).expanduser().absolute() / "mlflow.db")
+    )
 
 
 def ui_command(recipe: Recipe) -> str:
@@ -50,9 +53,9 @@ def ui_command(recipe: Recipe) -> str:
     uri = store_uri(recipe)
     if "://" in uri and not uri.startswith(("http:", "https:", "databricks")):
         # One worker: MLflow starts four by default, of 250 MB each.
-        command = f"mlflow ui --backend-store-uri {shlex.quote(without_password(uri))}"
+        command = f"mlflow ui --backend-store-uri {shlex.quote(store_uris.without_password(uri))}"
         return f"{command} --host 127.0.0.1 --port 5000 --workers 1"
-    return f"open {without_password(uri)}"
+    return f"open {store_uris.without_password(uri)}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Tracker:
             "at": tracker._metrics.size(),
             "time": int(time.time() * 1000),
             "key": unfinished_key(tracker._outbox) or uuid.uuid4().hex,
-            "uri": without_password(uri),
+            "uri": store_uris.without_password(uri),
             "experiment": recipe.tracking.experiment,
             "name": name or f"{stage}-{recipe.name}",
             "tags": {**tags_of(recipe, stage), **(tags or {})},
@@ -279,7 +282,7 @@ class Tracker:
         if first:
             _log.warning(
                 "MLflow at %s %s: metrics are kept in %s; the stage continues, and wavemim sync %s sends what is missing",
-                without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),
+                store_uris.without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),
             )  # fmt: skip
 
 
@@ -340,7 +343,7 @@ def end_trials(uri: str, parent_run_id: str, statuses: Mapping[str, str]) -> Non
         store.within(_START_LIMIT, end_all)
     except Exception as error:
         reason = errors.reason(error)
-        _log.warning("MLflow at %s: runs of trials were not ended (%s)", without_password(uri), reason)
+        _log.warning("MLflow at %s: runs of trials were not ended (%s)", store_uris.without_password(uri), reason)
 
 
 def flatten(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
@@ -359,5 +362,5 @@ def _redacted(recipe: Recipe) -> dict[str, Any]:
     """All settings, without a password in the store's URI: everyone who sees the runs sees them."""
     settings = recipe.dump()
     if recipe.tracking.uri:
-        settings["tracking"]["uri"] = without_password(recipe.tracking.uri)
+        settings["tracking"]["uri"] = store_uris.without_password(recipe.tracking.uri)
     return settings

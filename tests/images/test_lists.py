@@ -6,6 +6,7 @@ import pytest
 from tiny_sources import check_plan, counts, fetched, jpegs, plan_of, write_csv
 
 from pipeline.errors import SettingError
+from pipeline.images.sources import fetch, plan_source
 from pipeline.storage.folder import Folder
 
 pytest_plugins = ["s3_server"]
@@ -121,3 +122,17 @@ def test_fractions_in_a_csv_are_no_classes_and_names_of_splits_may_vary(tmp_path
     assert plan.notes[0].startswith("column 'label' holds fractions, so the images are unlabelled")
     plan = plan_of(tmp_path / "l.csv", label_column="none")
     assert plan.classes is None and not plan.notes
+
+
+def test_paths_that_windows_wrote_and_file_urls_name_the_same_files(tmp_path):
+    (tmp_path / "a b").mkdir()
+    for name in ("a b/0.png", "a b/1 %.png", "real\\name.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    url = (tmp_path / "a b" / "1 %.png").as_uri()
+    (tmp_path / "list.csv").write_text(f"path\na b\\0.png\nreal\\name.png\n{url}\n")
+    plan = plan_source(str(tmp_path / "list.csv"), val_share=None, seed=0)
+    found = [content for _, content in fetch(plan.origin, plan.splits["train"])]
+    assert found == [b"a b/0.png", b"real\\name.png", b"a b/1 %.png"]
+    (tmp_path / "list.csv").write_text("path\nC:\\photos\\0.png\n")
+    with pytest.raises(SettingError, match=r"paths of Windows, such as 'C:/photos/0\.png'"):
+        plan_source(str(tmp_path / "list.csv"), val_share=None, seed=0)

@@ -62,3 +62,14 @@ def test_the_silenced_logger_is_the_one_that_ray_data_warns_with(monkeypatch):
     ray_internals.silence_data_progress()
     for module in (progress, base_progress):
         assert not logging.getLogger(module.__name__).isEnabledFor(logging.WARNING)
+
+
+def test_names_that_are_not_utf8_are_escaped_in_the_command_that_ray_records(monkeypatch):
+    import psutil
+    from ray._private import utils
+
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["wavemim", "embed", "caf\udce9.jpg"])
+    before = utils.get_entrypoint_name
+    with ray_internals.printable_command():
+        assert utils.get_entrypoint_name() == "wavemim embed caf\\xe9.jpg"
+    assert utils.get_entrypoint_name is before

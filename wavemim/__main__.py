@@ -1,0 +1,35 @@
+"""The entry point of the `wavemim` command.
+
+`pipeline` is a common name: a module or folder of this name in PYTHONPATH or in the working folder would be imported in its
+place. So it is imported from the folder that this package lies in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+
+
+def main() -> None:
+    """Run the command line, if `pipeline` is installed."""
+    _import_beside("pipeline")
+    importlib.import_module("pipeline.cli").main()
+
+
+def _import_beside(name: str) -> None:
+    """Import the package `name` that lies beside this one, whatever comes first in sys.path."""
+    if name in sys.modules:
+        return
+    spec = PathFinder.find_spec(name, [str(Path(__file__).resolve().parents[1])])
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"wavemim is installed without its package '{name}'; install it again")
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+if __name__ == "__main__":
+    main()
