@@ -6,6 +6,7 @@ distributed as the file says. What depends on another setting is given a conditi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +151,7 @@ def _check(space: Space, point: Mapping[str, Any], check: Callable[[Mapping[str,
         rest = {other: value for other, value in needed.items() if other != key}
         if _mistake(rest, check) == mistake:
             needed = rest
-    if len(needed) < 2:
+    if all(mistake.startswith(key) for key in needed):  # at most one, and it is named
         raise SettingError(f"{space.where}: {mistake}")
     together = " with ".join(f"{key}={shown(value)}" for key, value in needed.items())
     raise SettingError(
@@ -207,7 +208,7 @@ class _EvenTrial:
 
 
 def _models(recipe: Recipe, points: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The points in which each value that decides about the model occurs, beside those of the recipe: few, not all."""
+    """The points in which each value that decides about the model occurs, and each pair of searched ones: few, not all."""
     seen = set(_model_values(recipe, {}))
     values = [set(_model_values(recipe, point)) for point in points]
     for _ in range(BUILT):
@@ -218,7 +219,8 @@ def _models(recipe: Recipe, points: Sequence[Mapping[str, Any]]) -> Iterator[Map
         yield points[number]
 
 
-def _model_values(recipe: Recipe, point: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in values_of(with_overrides(recipe, changes(recipe, point))).items():
-        if key.startswith(_MODEL) and key not in _NOT_MODEL:
-            yield key, str(value)
+def _model_values(recipe: Recipe, point: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], ...]]:
+    values = values_of(with_overrides(recipe, changes(recipe, point)))
+    deciding = [(key, str(value)) for key, value in values.items() if key.startswith(_MODEL) and key not in _NOT_MODEL]
+    yield from ((value,) for value in deciding)
+    yield from itertools.combinations(((key, value) for key, value in deciding if key in point), 2)

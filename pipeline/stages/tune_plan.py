@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe, say: Callable[[str], object] = print) -> None:
         (number, *(shown(point[key]) if key in point else "" for key in space.settings))
         for number, point in enumerate(points, 1)
     ]
-    lines = [f"{one.space}: {one.text} [{one.unit}]" for one in space.questions if one.text]
+    lines = [f"{one.space}: {one.text}{f' [{one.unit}]' if one.unit else ''}" for one in space.questions if one.text]
     for key, entries in space.record().items():
         for entry in entries if isinstance(entries, list) else [entries]:
             lines.append(f"  {key}: {shown(entry)}")

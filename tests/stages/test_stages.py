@@ -202,7 +202,7 @@ def test_embeddings_of_folders_tars_and_files_are_the_encoders(whole, ray_local,
     sources, pixels, expected = pictures_in(tmp_path)
     subject = subject_named(str(run))
     done = embed(subject, plan_images(sources), "f.parquet", ray_local, batch=7, progress=False)
-    assert done["images"] == 50 and done["rejected"] == 2
+    assert done["images"] == 50 and done["rejected"] == 1
     rejected = {(row["source"], row["path"]) for row in pq.read_table("f.rejected.parquet").to_pylist()}
     assert rejected == {("tree", "notes.txt"), ("tree", "train/class0/broken.jpg")}
     table = pq.read_table("f.parquet")
@@ -259,7 +259,7 @@ def test_without_labels_what_needs_them_is_skipped(ray_local, photo_folder, tmp_
     recipe = recipe_for(tmp_path / "out", flat, **{"train.workers": 1, "train.epochs": 2, "tune.finalists": 0})
     summary = run_stage(prepare, recipe, ray_local)
     assert summary["counts"]["kept"] == 20
-    assert summary["counts"]["rejected"] == 2
+    assert summary["counts"]["rejected"] == 1  # the text file is left out, not rejected
     run_stage(pretrain, recipe, ray_local)
     measured = run_stage(evaluate, recipe, ray_local)
     assert not measured["labelled"]

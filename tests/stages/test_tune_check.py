@@ -78,6 +78,10 @@ IMPOSSIBLE = [
         "target.weights.3: {uniform: [0, 1]}, target.weights.4: {uniform: [0, 1]}, train.lr: {grid: [1, 2]}",
         "target.weights.3=0 with target.weights.4=0 is not possible: target.weights: the weight of every level is 0",
     ),
+    (  # 80 and 5 are possible together, so that both values occur in a point that can be built
+        "encoder.width: {grid: [192, 80]}, encoder.heads: {grid: [3, 5]}",
+        "encoder.heads=5 is not possible: encoder.name=vit_tiny_patch16_224",
+    ),
     (
         "train.epochs: {grid: [1, 4]}, train.warmup_epochs: {grid: [0, 2]}",
         "train.epochs=1 with train.warmup_epochs=2 is not possible: train.warmup_epochs=2: must be less than",
