@@ -25,6 +25,7 @@ SIZES = [
 
 
 @pytest.mark.ray
+@pytest.mark.faults  # two private Rays of its own: half a minute
 def test_prepare_and_pretrain_where_nothing_is_as_usual(tmp_path):
     """Odd names everywhere; foreign modules, a notebook's backend, a long temporary folder, proxies, no home, no locale."""
     images, here, other = tmp_path / "im ages%20#é[1]?'\"", tmp_path / "here", tmp_path / "other"
