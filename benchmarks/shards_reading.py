@@ -104,7 +104,7 @@ def write_shards(photos: str, out: str, rows: int, overrides: Sequence[str] = ()
     folder.mkdir(parents=True)
     began = time.perf_counter()
     for first in range(0, rows, recipe.data.rows_per_shard):
-        writer = ShardWriter(folder, layout, recipe.data.rows_per_group)
+        writer = ShardWriter(folder, layout, recipe.data.rows_per_group, compression=recipe.data.compression)
         for row in range(first, min(first + recipe.data.rows_per_shard, rows)):
             writer.append(row, f"{row}.jpg", -1, images[row % len(images)])
         moments = moments or writer.moments

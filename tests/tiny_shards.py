@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.shards.layout import Layout
-from pipeline.shards.shard_set import MANIFEST, REJECTED, ShardSet, make_manifest
+from pipeline.shards.shard_set import MANIFEST, REJECTED, SMALL, ShardSet, make_manifest
 from pipeline.shards.statistics import Moments
 from pipeline.shards.writer import ShardWriter, write_rejected
 
@@ -41,13 +41,14 @@ def write_set(
     layout: Layout = LAYOUT,
     rows_per_group: int = 4,
     classes: Sequence[str] | None = ("a", "b", "c"),
+    compression: str = SMALL,
 ) -> ShardSet:
     """A shard set of these images, row numbers with gaps, the last third for val."""
     moments, files = Moments(layout), {"train": [], "val": []}
     cut = len(images) - len(images) // 3
     folder.mkdir(exist_ok=True)
     for split, part in (("train", range(cut)), ("val", range(cut, len(images)))):
-        writer = ShardWriter(folder, layout, rows_per_group)
+        writer = ShardWriter(folder, layout, rows_per_group, compression=compression)
         for i in part:
             writer.append(2 * i + 5, f"{i}.jpg", -1 if classes is None else i % 3, images[i])
         closed = writer.close()
@@ -65,6 +66,7 @@ def write_set(
         splits=files,
         statistics=moments.statistics(),
         counts={"inputs": len(images) + 1, "kept": len(images), "rejected": 1, "ignored": 0},
+        compression=compression,
     )
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return ShardSet.open(folder)

@@ -1,8 +1,18 @@
-"""The part of a photo that an encoder sees, and which way is up: shared by decoding into shards and by `ImageEncoder`."""
+"""The part of a photo that an encoder sees, its size, and which way is up: shared by decoding and by `ImageEncoder`."""
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
+from PIL import Image
+
+try:
+    import cykooz_resizer as resizer
+except ImportError:  # there are no wheels for some platforms
+    resizer = None
+
+_own = threading.local()  # each thread has a resizer, which reuses memory
 
 
 def middle_square(width: int, height: int) -> tuple[float, float, float, float]:
@@ -10,6 +20,37 @@ def middle_square(width: int, height: int) -> tuple[float, float, float, float]:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
+
+
+def resized_middle(image: Image.Image, size: int) -> np.ndarray:
+    """The central square of an image in another size, by bicubic interpolation with antialiasing (a = -0.5).
+
+    With cykooz.resizer, in a quarter of Pillow's time, where it is installed, else with Pillow. Pillow rounds and clips the
+    columns before it resizes the rows, so pixels differ at sharp edges: by at most 15 levels in photos of ImageNet, in 17 %
+    of the pixels, by 0.17 levels on average.
+
+    Args:
+        image: An image of mode RGB or L.
+        size: Side of the result in pixels.
+
+    Returns:
+        Pixels (size, size, 3) or (size, size), uint8.
+    """
+    box = middle_square(*image.size)
+    if resizer is None:
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    if not hasattr(_own, "resizer"):
+        _own.resizer = resizer.Resizer()
+    left, top, right, bottom = box
+    kind = resizer.PixelType.U8x3 if image.mode == "RGB" else resizer.PixelType.U8
+    source, target = resizer.ImageData(*image.size, kind, image.tobytes()), resizer.ImageData(size, size, kind)
+    options = resizer.ResizeOptions(
+        resize_alg=resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
+        crop_box=resizer.CropBox(left, top, right - left, bottom - top),
+    )
+    _own.resizer.resize(source, target, options)
+    shape = (size, size, 3) if image.mode == "RGB" else (size, size)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape)
 
 
 def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

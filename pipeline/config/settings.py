@@ -77,6 +77,12 @@ class Data(Section):
         None,
         "Column of a list or Parquet file that holds the labels. null: recognised by its name. none: no labels, of folders too.",
     )
+    compression: Literal["small", "fast"] = setting(
+        "small",
+        "small: levels are compressed, the finest one with Zstandard. fast: they are not, which reads several times as fast and "
+        "takes about twice the space.",
+        added=True,
+    )
     rows_per_shard: Positive = setting(1024, "Images per Parquet file.")
     rows_per_group: Positive = setting(64, "Images per row group, the unit of reading.")
     val_share: float = setting(

@@ -26,7 +26,7 @@ from pipeline.images.arrays import (
     tiff_samples,
     wrong_count,
 )
-from wavemim.upright import middle_square, turned_upright
+from wavemim.upright import resized_middle, turned_upright
 
 # Raster formats that the installed Pillow supports; EPS and similar ones it would pass to external programs. TGA has no
 # signature, so it is tried last.
@@ -163,8 +163,7 @@ def _from_photo(image: Image.Image, wanted: Pixels) -> np.ndarray:
     if value_range and white:
         value_range = value_range[0] * 255 / white, value_range[1] * 255 / white
     image = _to_mode(image, "L" if wanted.channels == 1 else "RGB", value_range)
-    image = image.resize((wanted.size,) * 2, Image.Resampling.BICUBIC, box=middle_square(*image.size))
-    pixels = np.asarray(image)
+    pixels = resized_middle(image, wanted.size)
     return turned_upright(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), orientation)
 
 

@@ -40,6 +40,7 @@ class Layout:
         # 4 and 4.0 are the same step, in JSON as well.
         object.__setattr__(self, "steps", {level: float(step) for level, step in sorted(self.steps.items())})
         assert list(self.steps) == list(range(1, len(self.steps) + 1)), self.steps
+        object.__setattr__(self, "_dtypes", {})  # found so far: readers ask for every row group
 
     @property
     def levels(self) -> int:
@@ -62,6 +63,12 @@ class Layout:
         Raises:
             ShardError: The step is so small that 32 bits are not enough.
         """
+        found: dict[int, np.dtype[Any]] = self.__dict__["_dtypes"]
+        if level not in found:
+            found[level] = self._smallest_dtype(level)
+        return found[level]
+
+    def _smallest_dtype(self, level: int) -> np.dtype[Any]:
         bands = bands_of(level, self.levels)
         peak = max(coefficient_bound(level, band, self.wavelet) for band in bands) / self.steps[level]
         for kind in ("<i1", "<i2", "<i4"):

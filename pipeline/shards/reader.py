@@ -226,12 +226,16 @@ class _Stream:
     def rows(self, first: int, count: int) -> list[Pick]:
         """(row group, row in it, weight) at positions from `first`; beyond the end, the last row with weight 0."""
         last = int(self._ends[-1]) - 1
-        chosen = []
-        for place in range(first, first + count):
+        chosen: list[Pick] = []
+        place, end = first, first + count
+        while place < end:
             at = min(place, last)
             mix = int(np.searchsorted(self._ends, at, "right"))
-            group, i = self._mixed(mix)[at - int(self._ends[mix]) + self._mixes[mix].rows]
-            chosen.append((group, i, float(place <= last)))
+            begin = int(self._ends[mix]) - self._mixes[mix].rows
+            weight = float(place <= last)
+            upto = min(end, int(self._ends[mix])) if weight else place + 1
+            chosen += [(group, i, weight) for group, i in self._mixed(mix)[at - begin : at - begin + upto - place]]
+            place = upto
         return chosen
 
     def _mixed(self, mix: int) -> list[tuple[Group, int]]:

@@ -24,6 +24,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 SPLITS = ("train", "val")
+SMALL, FAST = "small", "fast"  # compression of the levels
 
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -41,6 +42,7 @@ def make_manifest(
     splits: Mapping[str, list[dict[str, Any]]],
     statistics: Mapping[str, Any],
     counts: Mapping[str, int],
+    compression: str = SMALL,
 ) -> dict[str, Any]:
     """Make the manifest of a shard set whose files are all written.
 
@@ -53,6 +55,7 @@ def make_manifest(
         splits: `name`, `rows`, `bytes` and `sha256` of the shards of each split, in order.
         statistics: Mean and standard deviation of levels and pixels, see `Moments.statistics`.
         counts: Numbers of inputs, kept, rejected and ignored.
+        compression: SMALL, which is not recorded, or FAST.
     """
     manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
@@ -74,6 +77,8 @@ def make_manifest(
         "statistics": dict(statistics),
         "counts": dict(counts),
     }
+    if compression != SMALL:
+        manifest["compression"] = compression
     manifest["fingerprint"] = manifest_fingerprint(manifest)
     return manifest
 

@@ -17,6 +17,8 @@ from wavemim.inputs import Crop
 from wavemim.integer_haar import HaarPixels
 from wavemim.wavelets import bands_of
 
+_TORCH_GRAIN = 32768  # elements from which torch divides an operation among threads
+
 
 class PixelWindows:
     """Reconstructs windows of rows as 8-bit pixels (Haar only). Each thread has a transform, which reuses memory."""
@@ -65,7 +67,7 @@ def cut_windows(
 
     As `wavemim.wavelets.window`, but directly into the memory of the batch: mirroring reverses the columns and changes
     the signs of V and D. For wavelets that do not allow this, whole levels are returned, and the windows to be cut.
-    Only NumPy is used, since torch would start its own threads in each thread of the reader.
+    No piece is so large that torch would start its own threads in each thread of the reader.
 
     Args:
         shards: The shard set.
@@ -89,13 +91,21 @@ def cut_windows(
             top, left = cells[b]
             cut = pyramid[level][i, :, :, top : top + side, left : left + side]
             if mirrored[b] and not whole:
-                np.copyto(values[b], cut[..., ::-1])
-                np.negative(values[b, :, -2:], out=values[b, :, -2:])
+                np.copyto(values[b], cut)
+                _mirror(values[b])
             else:
                 np.copyto(values[b], cut)
         out[level] = torch.from_numpy(values)
     crop = Crop(torch.from_numpy(corners.copy()), torch.from_numpy(mirrored.copy()), window) if whole else None
     return out, crop
+
+
+def _mirror(values: np.ndarray) -> None:
+    """Mirror coefficients (C, K, h, w) in place. With torch, since NumPy copies byte by byte in the reverse direction."""
+    planes = torch.from_numpy(values).flatten(0, 1)
+    for piece in planes.split(max(1, (_TORCH_GRAIN - 1) // planes[0].numel())):
+        piece.copy_(piece.flip(-1))
+    np.negative(values[:, -2:], out=values[:, -2:])
 
 
 def checked_levels(shards: ShardSet, finest: int, window: int) -> list[int]:

@@ -218,6 +218,7 @@ def _make(
         layout=_layout(recipe),
         pixels=Pixels(data.image_size, data.channels, data.max_pixels, data.min_side, data.value_range, data.nodata),
         rows_per_group=data.rows_per_group,
+        compression=data.compression,
     )
     began = time.monotonic()
     units = make_units(plan, data.rows_per_shard)

@@ -63,6 +63,7 @@ class Task:
     layout: Layout
     pixels: Pixels
     rows_per_group: int
+    compression: str
 
 
 def make_units(plan: ImagePlan, rows_per_shard: int) -> list[Unit]:
@@ -149,7 +150,7 @@ def _write_shard(unit: Unit, inputs: pa.Table, task: Task) -> dict[str, Any]:
     rejects = []
     entry, bytes_read = None, 0
     with scratch(task.folder) as room:
-        writer = ShardWriter(room, task.layout, task.rows_per_group)
+        writer = ShardWriter(room, task.layout, task.rows_per_group, compression=task.compression)
         try:
             for index, data in fetch(task.origin, inputs):
                 try:

@@ -95,6 +95,7 @@ def finish_set(
         splits=splits,
         statistics=moments.statistics(),
         counts=counts,
+        compression=recipe.data.compression,
     )
     _tidy(folder.folder, {REJECTED, *(entry["name"] for files in splits.values() for entry in files)})
     folder.finish(manifest)

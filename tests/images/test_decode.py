@@ -904,7 +904,7 @@ def test_an_interruption_goes_through(error: type[BaseException], monkeypatch: p
     def interrupted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Image.Image, "resize", interrupted)
+    monkeypatch.setattr(Image.Image, "load", interrupted)
     with pytest.raises(error):
         decode_image(WHOLE_JPEG, "a.jpg", SAME)
 
@@ -914,5 +914,5 @@ def test_any_error_is_in_words(error: Exception, monkeypatch: pytest.MonkeyPatch
     def failing(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(Image.Image, "resize", failing)
+    monkeypatch.setattr(Image.Image, "load", failing)
     assert reason(WHOLE_JPEG)

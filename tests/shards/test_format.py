@@ -11,7 +11,7 @@ from tiny_shards import photos, write_set
 
 import pipeline
 from pipeline.shards.layout import Layout
-from pipeline.shards.shard_set import FORMAT_VERSION, MANIFEST
+from pipeline.shards.shard_set import FAST, FORMAT_VERSION, MANIFEST
 
 TEXT = (Path(pipeline.__file__).parent / "shards" / "FORMAT.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
@@ -76,7 +76,7 @@ def test_the_duckdb_example(tmp_path):
 
 
 def test_the_fingerprint_example(tmp_path):
-    write_set(tmp_path, photos(6, SIDE), Layout(SIDE, 3, {1: 4, 2: 2}))
+    write_set(tmp_path, photos(6, SIDE), Layout(SIDE, 3, {1: 4, 2: 2}), compression=FAST)
     run(FINGERPRINT, tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"image_size": 16}))

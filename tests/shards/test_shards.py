@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 from pipeline.shards.errors import ShardError
 from pipeline.shards.layout import Layout, PyramidEncoder
 from pipeline.shards.row_groups import read_group
-from pipeline.shards.shard_set import MANIFEST, ShardSet, manifest_fingerprint
+from pipeline.shards.shard_set import FAST, MANIFEST, SMALL, ShardSet, manifest_fingerprint
 from pipeline.shards.statistics import Moments
 from pipeline.shards.verify import verify
 from wavemim.wavelets import bands_of, reconstruct, window
@@ -166,6 +167,23 @@ def test_what_is_written_is_read(tmp_path):
     digests = [xxhash.xxh3_128_digest(np.ascontiguousarray(image)) for image in images[:8]]
     assert table.column("pixels").to_pylist() == digests
     assert {bands_of(level, LEVELS) for level in wanted} == {"HVD", "AHVD"}
+
+
+def test_compression_changes_the_files_only(tmp_path):
+    """The codecs are read from the files: fast compresses no level, and both give the same rows."""
+    small, fast = (write_set(tmp_path / name, photos(11), compression=name) for name in (SMALL, FAST))
+    assert fast.manifest["compression"] == FAST and "compression" not in small.manifest
+    assert small.manifest["statistics"] == fast.manifest["statistics"]
+    codecs = {}
+    for shards in (small, fast):
+        group = pq.ParquetFile(tmp_path / Path(shards.url).name / "train-00000.parquet").metadata.row_group(0)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        codecs[shards.url] = {one.path_in_schema: one.compression for one in columns if "level" in one.path_in_schema}
+        assert list(verify(shards)) == [("train-00000.parquet", None), ("val-00000.parquet", None)]
+    assert set(codecs[fast.url].values()) == {"UNCOMPRESSED"}
+    assert codecs[small.url] == {"level1": "ZSTD", **{f"level{level}": "LZ4" for level in range(2, LEVELS + 1)}}
+    for name in ("train-00000.parquet", "val-00000.parquet"):
+        assert pq.read_table(tmp_path / SMALL / name).equals(pq.read_table(tmp_path / FAST / name))
 
 
 def test_a_row_decodes_to_the_image_in_plain_parquet_and_numpy(tmp_path):

@@ -24,7 +24,7 @@ from wavemim.data_statistics import STD_FLOOR
 from wavemim.encoders.base import is_plain_vit
 from wavemim.encoders.factory import make_encoder
 from wavemim.encoders.pretrained import CONFIG, one_line
-from wavemim.upright import middle_square, turned_upright
+from wavemim.upright import resized_middle, turned_upright
 from wavemim.weights import checkpoint
 from wavemim.weights.checkpoint import CheckpointError
 
@@ -181,7 +181,7 @@ class ImageEncoder(nn.Module):
         if array.ndim != 3 or array.shape[2] != self.channels:
             raise ValueError(f"an array of {shape}: the encoder takes images of {self.channels} channels")
         bands = [Image.fromarray(np.ascontiguousarray(array[..., band])) for band in range(self.channels)]
-        return np.stack([self._resized(self._in_range(band)) for band in bands])
+        return np.stack([resized_middle(self._in_range(band), self.image_size) for band in bands])
 
     def _pixels_of_photo(self, image: Image.Image) -> np.ndarray:
         if self.channels not in (1, 3):
@@ -198,7 +198,7 @@ class ImageEncoder(nn.Module):
         image = self._in_range(image)
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        pixels = self._resized(image.convert("L" if self.channels == 1 else "RGB"))
+        pixels = resized_middle(image.convert("L" if self.channels == 1 else "RGB"), self.image_size)
         return turned_upright(pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1), orientation)
 
     def _in_range(self, image: Image.Image) -> Image.Image:
@@ -207,10 +207,6 @@ class ImageEncoder(nn.Module):
         low, high = self.value_range
         table = np.clip((np.arange(256) - low) * (255 / (high - low)) + 0.5, 0, 255).astype(np.uint8).tolist()
         return image.point([value for band in image.getbands() for value in (range(256) if band == "A" else table)])
-
-    def _resized(self, image: Image.Image) -> np.ndarray:
-        box = middle_square(*image.size)
-        return np.asarray(image.resize((self.image_size,) * 2, Image.Resampling.BICUBIC, box=box))
 
 
 def load_encoder(run: str | os.PathLike[str]) -> ImageEncoder:
