@@ -101,7 +101,10 @@ class _Ending:
         while True:
             ready, _, _ = select.select([told], [], [], None if self.first is None else _POLL)
             now = time.monotonic()
-            for number in told.recv(64) if ready else b"":
+            numbers = told.recv(64) if ready else b""
+            if ready and not numbers:  # signals are no longer handled
+                return
+            for number in numbers:
                 if number not in _CODES:
                     continue
                 self.take(number)
@@ -154,12 +157,32 @@ def install() -> None:
 
 
 @contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    """Handle signals while the block runs, if they are not handled anyway and this is the main thread."""
+    if _ending.installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with handlers_kept():
+        install()
+        try:
+            yield
+        finally:
+            os.close(signal.set_wakeup_fd(-1))
+            _ending.installed = False
+
+
+@contextlib.contextmanager
 def raised() -> Iterator[None]:
     """While the block runs, the first signal raises KeyboardInterrupt.
 
     Whatever became of the exception, the block then ends the process. KeyboardInterrupt without a signal becomes
-    SystemExit. Elsewhere than in the command (`install` was not called), only the latter is done.
+    SystemExit.
     """
+    with _installed():
+        yield from _raised()
+
+
+def _raised() -> Iterator[None]:
     _ending.finished, _ending.earlier, _ending.restarts = False, False, False
     _ending.doing.clear()
     _ending.raises = _ending.installed

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -138,6 +139,19 @@ def test_a_background_job_of_a_script_which_ignores_ctrl_c_ends_too():
     assert process.stdout.readline() == b"READY\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
+
+
+def test_a_program_that_calls_the_command_gets_its_own_handlers_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = threading.active_count()
+    with interrupts.raised():
+        assert {signal.getsignal(number) for number in before} == {interrupts._ending.handle}
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.set_wakeup_fd(-1) == -1
+    until = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
 
 
 def test_every_stage_and_tool_says_what_it_leaves():
