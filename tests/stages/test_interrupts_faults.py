@@ -58,6 +58,7 @@ def interrupted(command, moment, number=signal.SIGINT, twice=False):
         time.sleep(2 * interrupts.TOGETHER)
         since = command.interrupt(number)
     code, text, seconds = command.end(since)
+    print(f"{seconds:.1f} s, {code}: {text.strip().splitlines()[-1]}")  # with pytest -s: how long it takes
     assert code == CODES[number], text
     assert seconds < LIMIT, text
     assert "Traceback" not in text and text.count("wavemim: ") == 1, text
