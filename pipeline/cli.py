@@ -5,23 +5,27 @@ The modules of stages and tools are imported when their command runs, so that he
 
 from __future__ import annotations
 
-import contextlib
+import sys
+
+from pipeline.runtime import interrupts
+
+if __name__ == "__main__":  # the command: also while it is imported
+    interrupts.install()
+
+import copy
 import difflib
 import importlib
 import json
 import os
 import re
 import shutil
-import signal
-import sys
 import textwrap
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from pipeline.config.places import check_length, check_text, local_place, printable
-from pipeline.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER, SettingError, StageError
+from pipeline.errors import EXIT_FAILED, EXIT_USER, SettingError, StageError
 from pipeline.runtime import machine
 from wavemim import __version__
 
@@ -84,15 +88,16 @@ OPTIONS = {  # of single stages, with their descriptions
 
 _DRY_RUNS = {"prepare": "pipeline.stages.prepare", "tune": "pipeline.stages.tune_plan"}
 
-_terminated: list[bool] = []  # by SIGTERM: an exception of its own would not survive libraries that catch interrupts
-
 
 def main() -> None:
     """Entry point of the `wavemim` command."""
     machine.prepare()
     try:
-        with _sigterm():
-            _group(standalone_mode=False)
+        with interrupts.raised():
+            try:
+                _group(standalone_mode=False)
+            except click.Abort:  # what click makes of KeyboardInterrupt
+                raise KeyboardInterrupt from None
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
     except click.ClickException as error:
@@ -105,9 +110,6 @@ def main() -> None:
         if error.filename is None and error.errno is None:
             raise
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", EXIT_FAILED)
-    except (KeyboardInterrupt, click.Abort):
-        what, code = ("terminated by SIGTERM", EXIT_TERMINATED) if _terminated else ("interrupted", EXIT_INTERRUPTED)
-        _fail(f"{what}; finished work is kept, and the same command resumes", code)
 
 
 class _Commands(click.Group):
@@ -120,7 +122,9 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context | None, cmd_name: str) -> click.Command | None:
         """The command of this name, or None."""
         if cmd_name in TOOLS:
-            tool: click.Command = importlib.import_module(TOOLS[cmd_name].module).command
+            tool: click.Command = copy.copy(importlib.import_module(TOOLS[cmd_name].module).command)
+            if tool.callback is not None:
+                tool.callback = interrupts.during(cmd_name)(tool.callback)
             return tool
         return _stage_command(cmd_name) if cmd_name in (SEQUENCES | STAGES) else None
 
@@ -258,21 +262,6 @@ def _checkpoint_error() -> type[Exception]:
     """The method's own error, whose module imports torch: it cannot have been raised where that is not loaded."""
     module = sys.modules.get("wavemim.weights.checkpoint")
     return module.CheckpointError if module else StageError
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, with another exit code."""
-
-    def terminate(*_: Any) -> None:
-        _terminated.append(True)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int) -> None:

@@ -13,5 +13,5 @@ class SettingError(ValueError):
     """A mistake in the settings: one line that says what was wrong, what is allowed and what to do."""
 
 
-# Exit codes of the `wavemim` command.
-EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+# Exit codes of the `wavemim` command; those of signals are in pipeline/runtime/interrupts.py.
+EXIT_FAILED, EXIT_USER = 1, 2

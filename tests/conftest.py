@@ -32,10 +32,11 @@ multiprocessing.set_forkserver_preload(["pipeline.training.pretrain_loop"])
 _session = contextlib.ExitStack()  # the Ray of `ray_local`
 
 
-# Files that start a Ray; those of a line run in one process. The first line has only faults, which run in two processes,
+# Files that start a Ray; those of a line run in one process. The first lines have only faults, which run in two processes,
 # so that at most two Rays run at a time. They come first, as they take longest.
 _WITH_RAY = (
     ("test_pretrain.py", "test_finetune_faults.py"),
+    ("test_interrupts_faults.py",),
     ("test_stages.py", "test_specimens.py", "test_tune_search.py", "test_tune_engine.py", "test_tune_faults.py"),
     (
         "test_prepare.py",

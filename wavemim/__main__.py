@@ -16,6 +16,7 @@ from pathlib import Path
 def main() -> None:
     """Run the command line, if `pipeline` is installed."""
     _import_beside("pipeline")
+    importlib.import_module("pipeline.runtime.interrupts").install()  # before everything that takes time
     importlib.import_module("pipeline.cli").main()
 
 

@@ -6,6 +6,7 @@ A *recipe* is a YAML file. The settings of a run are a recipe (and the recipes i
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 import typing
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.behaviour import is_section
 from pipeline.config.checks import check_data, check_kind, check_together, nearest
+from pipeline.config.follow import WARM_UPS, following
 from pipeline.config.places import check_place, check_text, local_place
 from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
@@ -45,10 +47,11 @@ __all__ = [
 DEFAULT_RECIPE = "small"
 # Settings that are, or may be, paths.
 _PLACES = (*(key for key, behaviour in BEHAVIOURS.items() if behaviour.place), "segment.classes", "tune.space")
+_log = logging.getLogger(__name__)
 
 
 def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_only: bool = False) -> Recipe:
-    """Load the settings of a run.
+    """Load the settings of a run. Settings that follow those that were given (`follow`) are named in a warning.
 
     Args:
         recipe: Name of a recipe, or path of a YAML file.
@@ -61,10 +64,11 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
     Raises:
         SettingError: If a setting is unknown, has a value that is not allowed, or is incompatible with others.
     """
-    settings = _with_bases(recipe, ())
+    given: set[str] = set()
+    settings = _with_bases(recipe, (), given)
     settings.setdefault("name", _name_of(recipe))
     for override in overrides:
-        _apply(settings, override)
+        given.add(_apply(settings, override))
     settings = _with_local_places(settings)
     encoder = settings.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):  # workers run in other folders
@@ -72,7 +76,20 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
     target = settings.get("target")
     if isinstance(target, dict) and isinstance(target.get("module"), str) and is_file(target["module"]):
         target["module"] = str(Path(target["module"]).expanduser().absolute())
-    return validate(settings, data_only=data_only)
+    changes, words = following(_parsed(settings), given, given)
+    for key, value in changes.items():
+        _set(settings, key, value)
+    loaded = validate(settings, data_only=data_only).with_given(given)
+    if words:
+        _log.warning("%s", "; ".join(words))
+    return loaded
+
+
+def _parsed(settings: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(_with_local_places(settings))
+    except ValidationError as error:
+        raise SettingError(_explain(error)) from None
 
 
 def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
@@ -88,10 +105,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     Raises:
         SettingError: Naming the first mistake.
     """
-    try:
-        recipe = Recipe.model_validate(_with_local_places(settings))
-    except ValidationError as error:
-        raise SettingError(_explain(error)) from None
+    recipe = _parsed(settings)
     check_data(recipe.data)
     check_kind(recipe.target)
     if not data_only:
@@ -151,11 +165,16 @@ def _name_of(recipe: str) -> str:
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """A copy of `recipe` with dotted keys set to new values, validated again. Raises SettingError."""
-    settings = recipe.dump()
+    """A copy of `recipe` with dotted keys set to new values, validated again.
+
+    A new length of training shortens a warm-up that the user did not give. Raises SettingError.
+    """
+    settings, given = recipe.dump(), recipe.given | overrides.keys()
     for key, value in overrides.items():
         _set(settings, key, value)
-    return validate(settings)
+    for key, value in following(_parsed(settings), overrides, given, WARM_UPS)[0].items():
+        _set(settings, key, value)
+    return validate(settings).with_given(given)
 
 
 def check_key(key: str) -> None:
@@ -163,7 +182,8 @@ def check_key(key: str) -> None:
     _set({}, key, "…")
 
 
-def _with_bases(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def _with_bases(name: str, seen: tuple[str, ...], given: set[str]) -> dict[str, Any]:
+    """The settings of a recipe and of those that it is based on. Keys of those in files are added to `given`."""
     if name in seen:
         raise SettingError(f"recipe '{name}' is based on itself: {' → '.join((*seen, name))}")
     if name.endswith((".yaml", ".yml")) and seen and not Path(name).is_absolute():
@@ -171,7 +191,11 @@ def _with_bases(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     settings = read_yaml(name, "pipeline", "recipes", "recipe")
     dotted = _dotted(settings, name)
     base = settings.pop("base", None)
-    merged = settings if base is None else _with_bases(str(base), (*seen, name))
+    if name.endswith((".yaml", ".yml")):  # of one's own
+        given.update(dotted)
+        for key, value in settings.items():
+            given.update(f"{key}.{inner}" for inner in value) if isinstance(value, dict) else given.add(key)
+    merged = settings if base is None else _with_bases(str(base), (*seen, name), given)
     if base is not None:
         merged.pop("name", None)
         for key, value in settings.items():
@@ -203,14 +227,15 @@ def _dotted(settings: dict[str, Any], recipe: str) -> dict[str, Any]:
     return taken
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def _apply(settings: dict[str, Any], override: str) -> str:
+    """Set what a text KEY=VALUE says; returns the key."""
     check_text(override, override)
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise SettingError(f"'{override}' is not a setting; write key=value, for example train.epochs=10")
     if _is_text(key.strip()) and text.strip() not in ("", "null"):
         _set(settings, key.strip(), text.strip())  # name=007, images=2024: texts stay as they were typed
-        return
+        return key.strip()
     # YAML would read 3:6 as a number of base 60, and reg_tokens:4 as one name.
     if re.search(r"[{,]\s*\w+:[^\s/]", text):
         raise SettingError(f"{override}: write a space after each colon, for example {{3: 6, 4: 8}}")
@@ -223,6 +248,7 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     if isinstance(value, str):
         value = number_like(value)
     _set(settings, key.strip(), value)
+    return key.strip()
 
 
 def _is_text(dotted: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import PrivateAttr
 
 from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting, values_of
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
@@ -77,6 +79,25 @@ class Recipe(Section):
     export: Export = section(Export, stages=("export", "run"))
     tracking: Tracking = section(Tracking, stages=STAGES, operational=True, compared=False)
     cluster: Cluster = section(Cluster, stages=tuple(stage for stage in STAGES if stage != "export"), operational=True)
+    # Keys of the settings that the user gave, which do not follow others. Not a part of the settings.
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all settings are equal, whoever gave them."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # settings hold mappings
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Keys of the settings that the user gave, on the command line or in a file; unknown to other processes."""
+        return self._given
+
+    def with_given(self, keys: Iterable[str]) -> Recipe:
+        """A copy that remembers that the user gave these settings."""
+        copy = self.model_copy()
+        copy._given = frozenset(keys)
+        return copy
 
     # The layout of the out folder: shards and the MLflow store are shared by all runs in it.
     @property

@@ -7,9 +7,7 @@ import functools
 import logging
 import os
 import shutil
-import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError, StageError
-from pipeline.runtime import machine, ray_internals
+from pipeline.runtime import interrupts, machine, ray_internals
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +28,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning in every task without a GPU
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the stages have their own bars
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # which saves Ray's experiment, and returns as if it had finished
     "RAY_AIR_NEW_OUTPUT": "0",  # the stages have their own tables, and Tune's newer output cannot be silenced
 }
 # An autoscaled cluster has to start and set up a node before it joins.
@@ -98,7 +97,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             _check_reachable(address)
         try:
             try:
-                with _own_sigterm(), contextlib.chdir(machine.PACKAGES), ray_internals.printable_command():
+                with interrupts.handlers_kept(), contextlib.chdir(machine.PACKAGES), ray_internals.printable_command():
                     (_start if private else _connect)(address, log_level)
             except SettingError:
                 raise
@@ -107,29 +106,15 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
             yield _info(private)
         finally:
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM, which Ray replaces by one that exits with status 15."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM) if main else None
-    try:
-        yield
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+            if not interrupts.interrupted():  # an orderly end takes seconds, and waits for those who use it
+                ray.shutdown()
 
 
 def _connect(address: str, log_level: int) -> None:
     import ray
 
-    try:
-        with ray_internals.connecting_once():  # else a wrong port or token would be found out after many minutes
-            ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
-    finally:
-        _keep_sigterm()
+    with ray_internals.connecting_once():  # else a wrong port or token would be found out after many minutes
+        ray.init(address=address, logging_level=log_level, log_to_driver=log_level <= logging.INFO)
 
 
 def _start(address: str, log_level: int) -> None:
@@ -146,26 +131,17 @@ def _start(address: str, log_level: int) -> None:
         logging_level=log_level,
         log_to_driver=log_level <= logging.INFO,
     )
-    try:
-        with ray_internals.on_loopback():
-            try:
-                start()
-            except Exception as error:  # a bare one
-                if "timed out" not in str(error):
-                    raise
-                _log.warning(
-                    "Ray did not start within its own time limit, probably because this machine is busy; trying once more"
-                )
-                ray.shutdown()
-                start()
-    finally:
-        _keep_sigterm()
-
-
-def _keep_sigterm() -> None:
-    """Give SIGTERM back to Python: Ray's core treats it as a crash, and ends the process with a stack trace."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    with ray_internals.on_loopback():
+        try:
+            start()
+        except Exception as error:  # a bare one
+            if "timed out" not in str(error):
+                raise
+            _log.warning(
+                "Ray did not start within its own time limit, probably because this machine is busy; trying once more"
+            )
+            ray.shutdown()
+            start()
 
 
 def _cpus() -> int:

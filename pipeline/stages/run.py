@@ -10,6 +10,7 @@ from pipeline.config.load import with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.evaluation.tables import evaluation_tables, verdict
 from pipeline.images.demo import write_demo_images
+from pipeline.runtime import interrupts
 from pipeline.runtime.formatting import table
 from pipeline.runtime.usage import Spent, together
 from pipeline.stages import evaluate, export, prepare, pretrain, tune
@@ -38,14 +39,16 @@ def run(recipe: Recipe, *, progress: bool = True, say: Callable[[str], object] =
         StageError: A stage could not finish.
     """
     outcome = run_stages(STAGES, recipe, progress=progress, say=say)
-    say(f"\n{write_report(recipe, outcome.results, outcome.seconds)}")
+    with interrupts.during("report", restarts=recipe.restart):
+        say(f"\n{write_report(recipe, outcome.results, outcome.seconds)}")
 
 
 def demo(recipe: Recipe, *, progress: bool = True, say: Callable[[str], object] = print) -> None:
     """As `run`, on labelled images that are generated first unless the recipe names images."""
     if recipe.images is None:
         folder = Path(recipe.out) / "images"
-        write_demo_images(folder, progress=progress)
+        with interrupts.during("images"):
+            write_demo_images(folder, progress=progress)
         recipe = with_overrides(recipe, {"images": str(folder)})
     run(recipe, progress=progress, say=say)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.config.recipe import Recipe
+from pipeline.runtime import interrupts
 from pipeline.runtime.ray_session import ray_session
 
 WITHOUT_RAY = frozenset({"export"})
@@ -80,35 +79,19 @@ def run_stages(
     with contextlib.ExitStack() as stack:
         session = None
         for name, stage in stages.items():
-            began = time.perf_counter()
-            checked = stage.check(recipe)
-            starting = time.perf_counter()
-            if name in WITHOUT_RAY:
-                stack.close()
-                session = None
-            elif session is None:
-                session = stack.enter_context(ray_session(recipe.cluster))
-                outcome.seconds["start"] = time.perf_counter() - starting
-                began += outcome.seconds["start"]
-            with _signals_restored():
-                outcome.results[name] = stage.run(recipe, session, checked, progress=progress)
-            outcome.seconds[name] = time.perf_counter() - began
-            say(stage.summary(recipe, outcome.results[name]))
+            with interrupts.during(name, restarts=recipe.restart):
+                began = time.perf_counter()
+                checked = stage.check(recipe)
+                starting = time.perf_counter()
+                if name in WITHOUT_RAY:
+                    stack.close()
+                    session = None
+                elif session is None:
+                    session = stack.enter_context(ray_session(recipe.cluster))
+                    outcome.seconds["start"] = time.perf_counter() - starting
+                    began += outcome.seconds["start"]
+                with interrupts.handlers_kept():
+                    outcome.results[name] = stage.run(recipe, session, checked, progress=progress)
+                outcome.seconds[name] = time.perf_counter() - began
+                say(stage.summary(recipe, outcome.results[name]))
     return outcome
-
-
-@contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    """Put back the handlers of SIGINT and SIGTERM after a stage.
-
-    Ray Train installs a handler of SIGINT and leaves it there: Ctrl-C in the next stage would do nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.behaviour import values_of
+from pipeline.config.follow import shortened
 from pipeline.config.load import with_overrides
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError
@@ -132,9 +133,8 @@ def _check_scheduler(recipe: Recipe) -> None:
 def changes(recipe: Recipe, point: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a trial changes: its length, one worker, and the searched values."""
     changes = {"train.epochs": recipe.tune.epochs, "train.workers": 1, "tracking.system_metrics": False, **point}
-    if "train.warmup_epochs" not in point and recipe.train.warmup_epochs >= changes["train.epochs"]:
-        changes["train.warmup_epochs"] = changes["train.epochs"] / 10
-    return changes
+    warm_up = shortened(recipe.train.warmup_epochs, changes["train.epochs"])
+    return {"train.warmup_epochs": warm_up, **changes}
 
 
 def _check_settings(recipe: Recipe, point: Mapping[str, Any]) -> None:

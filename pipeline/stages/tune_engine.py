@@ -82,7 +82,7 @@ def run_plan(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     tuner.fit()
     if not plan.done:
-        raise KeyboardInterrupt  # Ray Tune catches Ctrl-C, and returns as if it had finished
+        raise KeyboardInterrupt  # which Ray Tune may catch, and return as if it had finished
 
 
 class _Planned(Searcher):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
+from pipeline.runtime import interrupts
 from pipeline.runtime.ray_session import SessionInfo, ray_session
 from pipeline.tools.embed_file import Writer, parent_of, rejected_of
 from pipeline.tools.embed_sources import Source, plan_images, units_of
@@ -55,8 +56,9 @@ def command(
     subject = subject_named(checkpoint)
     with ray_session(load().cluster) as session:
         done = embed(subject, sources, out, session, batch=batch, progress=not quiet)
-    rejected = f", {done['rejected']:,} rejected (see {done['rejects']})" if done["rejected"] else ""
-    click.echo(f"embed: {done['images']:,} images{rejected} → {done['path']}")
+        rejected = f", {done['rejected']:,} rejected (see {done['rejects']})" if done["rejected"] else ""
+        click.echo(f"embed: {done['images']:,} images{rejected} → {done['path']}")
+        interrupts.finished()  # before Ray is shut down
 
 
 def embed(

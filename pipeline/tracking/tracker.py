@@ -35,7 +35,7 @@ from pipeline.tracking.tags import tags_of
 _log = logging.getLogger(__name__)
 
 # Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end.
-_START_LIMIT, _END_LIMIT = 120.0, 20.0
+_START_LIMIT, _END_LIMIT, _KILLED_LIMIT = 120.0, 20.0, 3.0
 
 
 def store_uri(recipe: Recipe) -> str:
@@ -228,7 +228,7 @@ class Tracker:
     def end(self, status: str = "FINISHED") -> None:
         """End the run; an attached tracker only sends what is missing. A second call does nothing.
 
-        Waits for MLflow for 20 s at most; what is not sent by then is sent later.
+        Waits for MLflow for 20 s at most, 3 s if the run is KILLED; what is not sent by then is sent later.
 
         Args:
             status: FINISHED, FAILED or KILLED.
@@ -240,7 +240,7 @@ class Tracker:
             self._probe.stop()
         if self._owner:
             self._note("end", at=self._metrics.size(), status=status, time=int(time.time() * 1000), force=True)
-        sent = self.flush(_END_LIMIT)
+        sent = self.flush(_KILLED_LIMIT if status == "KILLED" else _END_LIMIT)
         self._thread.close()
         if not sent and not self._warned:
             self._warn("does not accept everything in time")

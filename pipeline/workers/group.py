@@ -1,13 +1,11 @@
-"""Training workers as the driver sees them: a group of them on Ray Train, hangs, SIGTERM, and how a run ends."""
+"""Training workers as the driver sees them: a group of them on Ray Train, hangs, interrupts, and how a run ends."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
-import threading
-from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
+from pipeline.runtime import interrupts
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
 from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.tracker import RunHandle
-from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of
+from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of, started
 from pipeline.workers.log_forwarding import showing
 from pipeline.workers.unreadable import forget
 from pipeline.workers.worker import STOP, Loop, train_worker
+from wavemim.atomic import PARTIAL
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def train_on_workers(
 ) -> Any:
     """Run a stage's loop on data-parallel workers to its end, resumed from its last checkpoint.
 
-    SIGTERM makes the workers save a checkpoint and stop, as KeyboardInterrupt. A worker that hangs is ended, workers that
-    fail are restarted from the last checkpoint, and with cluster.min_workers there may be fewer of them.
+    KeyboardInterrupt makes the workers save a checkpoint and stop. A worker that hangs is ended, workers that fail are
+    restarted from the last checkpoint, and with cluster.min_workers there may be fewer of them.
 
     Args:
         loop: Function of a module, which the workers import.
@@ -83,23 +83,36 @@ def train_on_workers(
         "reader_threads": reader_threads,
     }
     trainer = _trainer(config, recipe, session, folder, workers)
-    with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), sigterm_stops(folder), showing(folder):
-        ended = _fit(trainer, folder, what)
+    (folder / STOP).unlink(missing_ok=True)
+    with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), showing(folder):
+        fitting = interrupts.beside_main(trainer.fit)
+        try:
+            ended = _ended(fitting, folder, what)
+        except KeyboardInterrupt:
+            _stop(fitting, recipe, folder, what)
+            raise
+        finally:
+            (folder / STOP).unlink(missing_ok=True)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     return ended.get("value")
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, folder: Path, what: str) -> dict[str, Any]:
-    """What `train_worker` returned on rank 0. Raises StageError if training has failed, and KeyboardInterrupt."""
+def _stop(fitting: Future[Any], recipe: Recipe, folder: Path, what: str) -> None:
+    """Make the workers save a checkpoint and stop, and wait for that, unless they have nothing to save."""
+    if interrupts.interrupted() and recipe.train.hang_timeout is not None and not started(folder):
+        return  # they would first come up, which takes long
+    (folder / STOP).touch()
+    with interrupts.saving(lambda: any(folder.glob(f".images-*{PARTIAL}"))):
+        _ended(fitting, folder, what)
+
+
+def _ended(fitting: Future[Any], folder: Path, what: str) -> dict[str, Any]:
+    """What `train_worker` returned on rank 0, once Ray Train ends. Raises StageError if training has failed."""
     try:
-        ended: dict[str, Any] = trainer.fit().return_value or {}  # type: ignore[attr-defined]  # of Train V2
-    except SystemExit:
-        # Ray Train handles Ctrl-C itself, and would end the process with 1 and without a message
-        raise KeyboardInterrupt from None
+        ended: dict[str, Any] = fitting.result().return_value or {}  # of Train V2
     except ray.train.TrainingFailedError as error:
         raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {folder}") from error
-    # before SIGTERM, if that is why they ended, is handled
     if ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
@@ -134,36 +147,6 @@ def _trainer(
 def least_workers(recipe: Recipe, workers: int) -> int:
     """The fewest workers that a stage with so many may continue with (cluster.min_workers)."""
     return min(recipe.cluster.min_workers or workers, workers)
-
-
-@contextlib.contextmanager
-def sigterm_stops(folder: Path) -> Iterator[None]:
-    """SIGTERM asks the workers to stop, and is handled as usual once they have; a second one is handled at once."""
-    (folder / STOP).unlink(missing_ok=True)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def end() -> None:
-        if callable(before):
-            before(signal.SIGTERM, None)
-        raise KeyboardInterrupt
-
-    def asked(*_: Any) -> None:
-        if (folder / STOP).exists():
-            end()
-        (folder / STOP).touch()
-        log.warning("SIGTERM: training saves a checkpoint and stops; a second SIGTERM ends it at once")
-
-    signal.signal(signal.SIGTERM, asked)
-    try:
-        yield
-        if (folder / STOP).exists():
-            end()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        (folder / STOP).unlink(missing_ok=True)
 
 
 def end_process(worker: WorkerStatus) -> bool:

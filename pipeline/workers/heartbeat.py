@@ -244,6 +244,15 @@ class HangMonitor:
         }
 
 
+def started(folder: Path) -> bool:
+    """Whether a worker of the stage in `folder` has reported a step of training."""
+    for path in (folder / FOLDER).glob("[!.]*"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads(path.read_bytes())["steps"] > 0:
+                return True
+    return False
+
+
 def start_time_of(pid: int) -> str:
     """When a process was started, in ticks since its machine booted; empty where that is not known (not on Linux)."""
     try:

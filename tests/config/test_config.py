@@ -25,7 +25,6 @@ MISTAKES = [
     ),
     ("mask.kind=blocky", "mask.kind=blocky: input should be 'random'"),
     ("train.batch=0", "train.batch=0: input should be greater than or equal to 1"),
-    ("train.batch=1", "train.workers=2: more workers than images in a batch, train.batch=1"),
     ("cluster.min_workers=3", "cluster.min_workers=3: more than train.workers=2; use fewer"),
     (
         "data.image_size=100",

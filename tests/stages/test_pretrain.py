@@ -88,7 +88,7 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     os.kill(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
-    assert errors.strip().splitlines()[-1].startswith("wavemim: terminated by SIGTERM;"), errors
+    assert errors.strip().splitlines()[-1].startswith("wavemim: terminated by SIGTERM during pretrain;"), errors
     assert "Traceback" not in errors
     newest = checkpoint.seen(stage)[0][1]
     images = checkpoint.read_state(newest)["images"]
@@ -103,7 +103,8 @@ def test_killed_terminated_and_interrupted_pretraining_ends_as_if_undisturbed(sh
     assert process.returncode == 130, errors
     assert f"{newest} is skipped, the checkpoint before it is used" in errors
     last = errors.strip().splitlines()[-1]
-    assert last == "wavemim: interrupted; finished work is kept, and the same command resumes"
+    kept = "its checkpoints are kept, and the same command resumes from the last one"
+    assert last == f"wavemim: interrupted during pretrain; {kept}"
     assert "Traceback" not in errors
 
     process = pretrain(tmp_path)
