@@ -43,19 +43,20 @@ WARM_UPS = (
         "finetune.warmup_epochs", ("finetune.epochs",), lambda r: shortened(r.finetune.warmup_epochs, r.finetune.epochs)
     ),
 )
+WEIGHTS = Rule(
+    "target.weights",
+    ("target.taps",),
+    lambda r: {level: weight for level, weight in r.target.weights.items() if level in r.target.taps},
+)
 RULES = (
     *WARM_UPS,
+    WEIGHTS,
     Rule("train.workers", ("train.batch",), lambda r: min(r.train.workers, r.train.batch)),
     Rule("finetune.workers", ("finetune.batch",), lambda r: _divisor(r.finetune.batch, r.finetune.workers)),
     Rule("encoder.image_size", ("data.image_size",), lambda r: min(r.encoder.image_size, r.data.image_size)),
     Rule("finetune.image_size", ("data.image_size",), lambda r: _at_most(r.finetune.image_size, r.data.image_size)),
     Rule("encoder.heads", ("encoder.width",), lambda r: _divisor(r.encoder.width or 1, r.encoder.heads)),
     Rule("decoder.heads", ("decoder.width",), lambda r: _divisor(r.decoder.width, r.decoder.heads)),
-    Rule(
-        "target.weights",
-        ("target.taps",),
-        lambda r: {level: weight for level, weight in r.target.weights.items() if level in r.target.taps},
-    ),
     Rule("target.loss", ("target.kind",), lambda r: "l2" if r.target.kind == "fourier" else r.target.loss),
     Rule(
         "target.average",

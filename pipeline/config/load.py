@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.behaviour import is_section
 from pipeline.config.checks import check_data, check_kind, check_together, nearest
-from pipeline.config.follow import WARM_UPS, following
+from pipeline.config.follow import WARM_UPS, WEIGHTS, following
 from pipeline.config.places import check_place, check_text, local_place
 from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
@@ -167,12 +167,17 @@ def _name_of(recipe: str) -> str:
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """A copy of `recipe` with dotted keys set to new values, validated again.
 
-    A new length of training shortens a warm-up that the user did not give. Raises SettingError.
+    A new length of training shortens a warm-up that the user did not give. A level that new taps leave out loses its weight,
+    also one that the user gave: it is for the taps of that level. Raises SettingError.
     """
     settings, given = recipe.dump(), recipe.given | overrides.keys()
     for key, value in overrides.items():
         _set(settings, key, value)
-    for key, value in following(_parsed(settings), overrides, given, WARM_UPS)[0].items():
+    parsed = _parsed(settings)
+    followers = (
+        following(parsed, overrides, given, WARM_UPS)[0] | following(parsed, overrides, overrides, (WEIGHTS,))[0]
+    )
+    for key, value in followers.items():
         _set(settings, key, value)
     return validate(settings).with_given(given)
 

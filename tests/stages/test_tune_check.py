@@ -102,11 +102,12 @@ def test_an_impossible_point_is_refused_with_the_settings_that_cause_it(tmp_path
     assert "\n" not in str(caught.value)
 
 
-def test_a_weight_of_a_level_that_a_point_does_not_tap_is_refused(tmp_path):
+def test_a_level_that_a_point_does_not_tap_needs_no_weight(tmp_path):
     text = "space: {target.taps: {grid: [{3: 6, 4: 8}, {4: 8}]}}"
-    checked(tmp_path / "mine.yaml", text)
-    with pytest.raises(SettingError, match=r"target\.weights\.3: level 3 has no tap; target\.taps has levels 4"):
-        checked(tmp_path / "mine.yaml", text, "target.weights={3: 0.5}")
+    checked(tmp_path / "mine.yaml", text, "target.weights={3: 0.5}")
+    recipe = load("small", ["target.taps={3: 6, 4: 8}", "target.weights={3: 0.5}"])
+    weights = [with_overrides(recipe, {"target.taps": taps}).target.weights for taps in ({3: 6, 4: 8}, {4: 8})]
+    assert weights == [{3: 0.5}, {}]
 
 
 def test_conditions_make_a_space_possible(tmp_path):
