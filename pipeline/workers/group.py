@@ -83,19 +83,24 @@ def train_on_workers(
         "reader_threads": reader_threads,
     }
     trainer = _trainer(config, recipe, session, folder, workers)
-    (folder / STOP).unlink(missing_ok=True)
     with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), showing(folder):
-        fitting = interrupts.beside_main(trainer.fit)
-        try:
-            ended = _ended(fitting, folder, what)
-        except KeyboardInterrupt:
-            _stop(fitting, recipe, folder, what)
-            raise
-        finally:
-            (folder / STOP).unlink(missing_ok=True)
+        ended = _fit(trainer, recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     return ended.get("value")
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, recipe: Recipe, folder: Path, what: str) -> dict[str, Any]:
+    """Train, and let the workers stop where that is interrupted; returns and raises as `_ended`."""
+    (folder / STOP).unlink(missing_ok=True)
+    fitting = interrupts.beside_main(trainer.fit)
+    try:
+        return _ended(fitting, folder, what)
+    except KeyboardInterrupt:
+        _stop(fitting, recipe, folder, what)
+        raise
+    finally:
+        (folder / STOP).unlink(missing_ok=True)
 
 
 def _stop(fitting: Future[Any], recipe: Recipe, folder: Path, what: str) -> None:
