@@ -134,10 +134,29 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     parts += ["## Trials", f"{len(sweep.trials)} trials: {said}."]
     if rows:
         parts.append(trials_table(sweep, rows))
+    if forks := _forks_table(sweep):
+        parts += [
+            "## Forks",
+            forks,
+            "A trial of the left column went on from a checkpoint of the trial beside it, with these settings. As its settings "
+            "changed during training, it is not used for the response and the importance of settings.",
+        ]
     cost = together(Spent.of(trial.cost) for trial in sweep.trials)
     if str(cost):
         parts += ["## Cost", f"All trials: {cost}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _forks_table(sweep: Sweep) -> str:
+    """The decisions of population-based training, in their order; "" if there are none."""
+    names = short_names(list(sweep.settings))
+    forks = sorted((fork for trial in sweep.trials for fork in trial.forks), key=lambda fork: (fork.rung, fork.number))
+    rows = []
+    for fork in forks:
+        values = (_cell(short_value(fork.point[key])) if key in fork.point else "" for key in sweep.settings)
+        rows.append((f"#{fork.number:02d}", f"#{fork.donor:02d}", f"{fork.images:,}", *values))
+    header = ("trial", "continued from", "images seen", *(names[key] for key in sweep.settings))
+    return table(header, rows) if rows else ""
 
 
 def _arms_table(arms: Sequence[Arm]) -> str:
@@ -186,6 +205,8 @@ def trials_csv(sweep: Sweep) -> str:
     results = dict.fromkeys(name for trial in trials for name in (*trial.cost, *trial.metrics))
     results.pop(sweep.objective, None)
     columns = ["trial", "role", "state", "seed", *sweep.settings, sweep.objective, *results, "reason"]
+    if any(trial.forks for trial in trials):
+        columns.append("forked")
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
@@ -199,6 +220,8 @@ def trials_csv(sweep: Sweep) -> str:
             "seed": trial.seed,
             "reason": trial.reason,
         }
+        if trial.forks:
+            row["forked"] = "; ".join(f"#{fork.donor:02d} after {fork.images} images" for fork in trial.forks)
         row[sweep.objective] = trial.objective
         writer.writerow(row)
     return file.getvalue()

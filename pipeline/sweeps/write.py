@@ -79,8 +79,8 @@ def write_results(folder: Path, recipe: Recipe, sweep: Sweep) -> Written:
         _log.warning(
             "%s was not written: the values of the best point are not possible at full length: %s", BEST, error
         )
-    curves = _guarded("the fitted responses", lambda: responses(sweep, found.resolution), Responses((), ()))
-    shares = _guarded("importance", lambda: importance(sweep), Importance(note="It could not be computed."))
+    curves = _guarded("the fitted responses", lambda: responses(sweep.constant, found.resolution), Responses((), ()))
+    shares = _guarded("importance", lambda: importance(sweep.constant), Importance(note="It could not be computed."))
     save(REPORT, report(sweep, found, curves, shares))
     for name, draw in _figures(sweep, found, curves, shares):
         path = folder / name
@@ -114,6 +114,7 @@ def _figures(
 ) -> Sequence[tuple[str, Callable[[Path], object]]]:
     objective = sweep.objective.removeprefix("eval/") + (" (%)" if sweep.unit else "")
     lines = [Line(trial.curve, trial.role, trial.state) for trial in sweep.trials]
+    sweep = sweep.constant
 
     def pareto(path: Path) -> None:
         cost, points = cost_points(sweep)
