@@ -134,7 +134,7 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     parts += ["## Trials", f"{len(sweep.trials)} trials: {said}."]
     if rows:
         parts.append(trials_table(sweep, rows))
-    if forks := _forks_table(sweep):
+    if forks := _forks_table(sweep, rows):
         parts += [
             "## Forks",
             forks,
@@ -147,16 +147,17 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     return "\n\n".join(parts) + "\n"
 
 
-def _forks_table(sweep: Sweep) -> str:
-    """The decisions of population-based training, in their order; "" if there are none."""
+def _forks_table(sweep: Sweep, most: int) -> str:
+    """The decisions of population-based training in their order, `most` of them; "" if there are none."""
     names = short_names(list(sweep.settings))
     forks = sorted((fork for trial in sweep.trials for fork in trial.forks), key=lambda fork: (fork.rung, fork.number))
     rows = []
-    for fork in forks:
+    for fork in forks[:most]:
         values = (_cell(short_value(fork.point[key])) if key in fork.point else "" for key in sweep.settings)
         rows.append((f"#{fork.number:02d}", f"#{fork.donor:02d}", f"{fork.images:,}", *values))
     header = ("trial", "continued from", "images seen", *(names[key] for key in sweep.settings))
-    return table(header, rows) if rows else ""
+    rest = len(forks) - len(rows)
+    return table(header, rows) + (f"\n\n… and {rest} more in trials.csv." if rest else "") if forks else ""
 
 
 def _arms_table(arms: Sequence[Arm]) -> str:
