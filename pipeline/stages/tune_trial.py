@@ -38,6 +38,7 @@ from pipeline.stages.tune_rungs import Rungs, tracked
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
 from pipeline.sweeps.ledger import Measured
 from pipeline.sweeps.trials import own_point, trial_name
+from pipeline.tracking.mlflow_client import REASON
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.pretrain_loop import Trained, train
 from pipeline.training.schedule import TrainSchedule
@@ -122,7 +123,7 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
                 return _at_rung(rungs.measured(part.pause), tracker, task)
             measured = _measure(recipe, shards, device, folder, trained, task, rungs)
         except Exception as error:
-            tracker.tag("wavemim.reason", reason_of(error))
+            tracker.tag(REASON, reason_of(error))
             raise
         images = trained.position.images
         tracker.log(as_objective(measured, task.objective), images)
