@@ -79,6 +79,7 @@ def report(
     shares: Importance,
     *,
     best: str = "best.yaml",
+    missing: Mapping[str, str] | None = None,
     longest: int | None = None,
 ) -> str:
     """The report.
@@ -89,6 +90,7 @@ def report(
         curves: The responses of the settings.
         shares: The importance of the settings.
         best: The name of the recommended recipe's file.
+        missing: {name of a figure that is not drawn: why}.
         longest: Trials are left out of the table until the report is no longer than so many characters.
 
     Returns:
@@ -96,7 +98,7 @@ def report(
     """
     rows = _SHOWN
     while True:
-        text = _report(sweep, found, curves, shares, best, rows)
+        text = _report(sweep, found, curves, shares, best, rows) + _not_drawn(missing or {})
         if longest is None or len(text) <= longest:
             return text
         if rows == 0:
@@ -145,6 +147,11 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     if str(cost):
         parts += ["## Cost", f"All trials: {cost}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _not_drawn(missing: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"`{name}`, since {why}" for name, why in missing.items())
+    return f"\nNot drawn: {reasons}.\n" if reasons else ""
 
 
 def _forks_table(sweep: Sweep, most: int) -> str:
