@@ -108,7 +108,10 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         if folder.finished and plan.done:
             return {**folder.result(), "state": "finished already"}
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": " + ".join(names_of_spaces(recipe))}
-        with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
+        params = {"tune": recipe.dump()["tune"]}  # the others are in the artifact recipe.yaml
+        with Tracker.start(
+            recipe, "tune", params=params, log_dir=folder.path, tags=tags, dataset=shards.about
+        ) as tracker:
             tracker.text(yaml.safe_dump(space.record(), sort_keys=False, allow_unicode=True), "space.yaml")
             rungs, images = plan_rungs(recipe, shards)
             task = TrialTask(

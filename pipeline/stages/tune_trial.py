@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.checkpoints.writer import Keeper
 from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import Recipe
-from pipeline.errors import StageError
+from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.features import features_of
 from pipeline.models.build import build_inputs, build_model
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -106,13 +106,19 @@ def reason_of(error: Exception) -> str:
 
 def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
     base = validate(dict(task.settings))
-    recipe = with_overrides(base, {**changes(base, config["point"]), "seed": config["seed"]})
+    refused: SettingError | None = None
+    try:
+        recipe = with_overrides(base, {**changes(base, config["point"]), "seed": config["seed"]})
+    except SettingError as error:  # its run says so, with the values of the point as parameters
+        recipe, refused = base, error
     shards = ShardSet.open(task.shards)
     device = torch.device("cuda" if task.use_gpu else "cpu")
     folder = folder_of(Path(task.logs), config[NUMBER])
     part = Part.of(config)
     with tracked(_start(recipe, config, part, folder, task, shards), folder) as tracker:
         try:
+            if refused is not None:
+                raise refused
             resume = starting_checkpoint(Path(task.logs), config[NUMBER], part)
             rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task, resume, part)
             trained = None if rungs.paused else _train(recipe, shards, device, folder, tracker, task, rungs, resume)

@@ -83,7 +83,11 @@ def test_a_population_is_forked_at_rungs_and_its_winner_runs_again_with_its_last
     assert {trial.state for trial in trials} == {"finished"}
     assert sorted(ledger.generations) == [1, 2] and all(len(one.forks) == 1 for one in ledger.generations.values())
     client = mlflow.MlflowClient(store_uri(recipe))
-    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 6
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (parent,) = (run for run in runs if run.data.tags["wavemim.stage"] == "tune")
+    assert len(runs) == 6 and {name.partition(".")[0] for name in parent.data.params} == {"tune"}
+    assert (parent.data.params["tune.trials"], parent.data.params["tune.scheduler"]) == ("3", "pbt")
+    assert {"recipe.yaml", "space.yaml"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
     for trial in trials:
         assert [images for images, _ in trial.curve] == [0, 16, 32, 48] and trial.metrics["images"] == 48
         assert trial.cost["cost/images_seen"] >= 48
