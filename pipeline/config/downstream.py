@@ -97,11 +97,12 @@ class Tune(Section):
         "optuna",
         "How trials are chosen: by Optuna's tree-structured Parzen estimator, or at random. Of a grid, all points are tried.",
     )
-    scheduler: Literal["none", "asha"] = setting(
+    scheduler: Literal["none", "asha", "pbt"] = setting(
         "none",
-        "Whether trials of the search are stopped early. asha: by asynchronous successive halving of the objective at the "
-        "rungs, which compares trials after equal shares of their length. Seeds of the recipe and finalists always run to "
-        "their end.",
+        "What happens to trials of the search at the rungs, by their objective there. asha: asynchronous successive halving, "
+        "those that fall behind are stopped. pbt: population-based training, the worst go on from checkpoints of the best "
+        "with changed settings; only settings that can change during training can be searched. Seeds of the recipe and "
+        "finalists always run to their end with the same settings.",
         added=True,
     )
     rungs: Positive = setting(
@@ -115,6 +116,13 @@ class Tune(Section):
         2,
         "asha: the reduction factor f. At the rungs 1, f, f², … only trials among the best 1/f of those seen there go on.",
         gt=1,
+        added=True,
+    )
+    quantile: float = setting(
+        0.25,
+        "pbt: the share of the trials that is replaced at a rung, and the share of those that replace them.",
+        gt=0,
+        le=0.5,
         added=True,
     )
     cost: Literal["flops", "seconds", "gpu_hours"] | None = setting(

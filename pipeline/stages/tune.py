@@ -10,7 +10,8 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -29,14 +30,17 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import check_budget, check_gpu_hours, check_space, trials_of
 from pipeline.stages.tune_draws import draws_of
 from pipeline.stages.tune_engine import run_plan
+from pipeline.stages.tune_parts import CHECKPOINTS, KEPT, folder_of
+from pipeline.stages.tune_perturb import perturbed
 from pipeline.stages.tune_plan import slots_of
-from pipeline.stages.tune_rungs import CHECKPOINTS, STOPPED, plan_rungs
+from pipeline.stages.tune_rungs import STOPPED, plan_rungs
 from pipeline.stages.tune_schedulers import scheduler_of
 from pipeline.stages.tune_space import Space, names_of_spaces, read_space
-from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, folder_of, run_trial
+from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, run_trial
 from pipeline.sweeps.budget import Limits
 from pipeline.sweeps.ledger import Ended, Ledger
 from pipeline.sweeps.plan import Budget, Plan
+from pipeline.sweeps.population import Population
 from pipeline.sweeps.trials import Sweep, own_point, relative_weights, short_value, trial_name
 from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
 from pipeline.tracking.tracker import Tracker, end_trials
@@ -94,6 +98,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
     same = {**identity(recipe, "tune"), "space": space.record(), "shards": shards.fingerprint}
+    if recipe.tune.scheduler == "pbt":
+        same["tune.trials"] = recipe.tune.trials  # a population cannot grow once trials were forked
     with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
         meter = Meter(before=spent_in(folder.path))
         concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
@@ -102,7 +108,10 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         if folder.finished and plan.done:
             return {**folder.result(), "state": "finished already"}
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": " + ".join(names_of_spaces(recipe))}
-        with Tracker.start(recipe, "tune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
+        params = {"tune": recipe.dump()["tune"]}  # the others are in the artifact recipe.yaml
+        with Tracker.start(
+            recipe, "tune", params=params, log_dir=folder.path, tags=tags, dataset=shards.about
+        ) as tracker:
             tracker.text(yaml.safe_dump(space.record(), sort_keys=False, allow_unicode=True), "space.yaml")
             rungs, images = plan_rungs(recipe, shards)
             task = TrialTask(
@@ -148,6 +157,9 @@ def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, c
         fresh_seeds=tune.fresh_seeds,
         limits=limits,
     )
+    population = None
+    if tune.scheduler == "pbt":
+        population = Population(tune.rungs, tune.quantile, recipe.seed, partial(perturbed, space))
     return Plan(
         Ledger(folder.path / LEDGER),
         draws_of(recipe, space),
@@ -155,6 +167,7 @@ def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, c
         own=own_point(recipe, space.settings),
         seed=recipe.seed,
         elapsed=lambda: meter.read().wall_clock_s / 3600,
+        population=population,
     )
 
 
@@ -186,11 +199,14 @@ def _run(
             values = [trial.value for trial in plan.ledger.trials() if trial.value is not None]
             if values:
                 bar.set_postfix(best=f"{max(values):.2f}")
-            point = plan.ledger.begun[ended.number].point  # a trial whose process was lost has not reported its run
+            point = plan.ledger.point(ended.number)  # a trial whose process was lost has not reported its run
             run = ended.metrics.get("mlflow_run") or trial_name(ended.number, point, task.searched)
             statuses[run] = STATUSES[ended.state]
             if ended.state != "failed":  # one that failed may begin again, in a later call
                 shutil.rmtree(folder_of(folder.path / TRIALS, ended.number) / CHECKPOINTS, ignore_errors=True)
+            if plan.search_ended:
+                for kept in (folder.path / TRIALS).glob(f"*/{KEPT}"):
+                    shutil.rmtree(kept, ignore_errors=True)
             record()
 
         def on_stop(number: int) -> None:
@@ -278,6 +294,7 @@ def _write(recipe: Recipe, folder: StageFolder, sweep: Sweep, tracker: Tracker) 
                 **trial.cost,
                 **trial.metrics,
                 **({"error": trial.reason} if trial.reason else {}),
+                **({"forks": [asdict(fork) for fork in trial.forks]} if trial.forks else {}),
             }
             for trial in ranked
         ],

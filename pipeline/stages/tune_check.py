@@ -16,11 +16,12 @@ from typing import Any
 from pipeline.config.behaviour import values_of
 from pipeline.config.follow import shortened
 from pipeline.config.load import with_overrides
-from pipeline.config.recipe import Recipe
+from pipeline.config.recipe import Recipe, behaviour_of
 from pipeline.errors import SettingError
 from pipeline.models.build import check_model
 from pipeline.stages.tune_distributions import RandomTrial, between, enumerated, numbers_between, shown
 from pipeline.stages.tune_space import Space, read_space
+from pipeline.training.schedule import TrainSchedule
 
 CHECKED = 128  # points of which the settings are checked, beside random ones
 AT_RANDOM = 32
@@ -52,6 +53,8 @@ def check_points(recipe: Recipe, space: Space) -> None:
     """
     trials_of(recipe, space)
     _check_scheduler(recipe)
+    if recipe.tune.scheduler == "pbt":
+        _check_population(recipe, space)
     points: list[Mapping[str, Any]] = list(_corners(space))
     points += [space.suggest(RandomTrial(recipe.seed, number)) for number in range(AT_RANDOM)]
     for point in points:
@@ -78,7 +81,8 @@ def trials_of(recipe: Recipe, space: Space) -> int:
 
 
 def check_budget(recipe: Recipe, rows: int) -> None:
-    """Check that the budget of images is enough for the recipe's seeds, the finalists, and as many points to choose from.
+    """Check that the budget of images is enough for the recipe's seeds, the finalists, and as many points to choose from, and
+    the length of a trial for what is to happen at its rungs.
 
     Args:
         recipe: The settings.
@@ -96,6 +100,13 @@ def check_budget(recipe: Recipe, rows: int) -> None:
             f"tune.images={tune.images}: a trial sees {each:,.0f} images, and the recipe's seeds and the finalists are "
             f"{fixed} trials; set at least tune.images={math.ceil(least * each)}, fewer tune.epochs, or fewer seeds"
         )
+    if tune.scheduler == "pbt":
+        steps = TrainSchedule.of(with_overrides(recipe, changes(recipe, {})), rows, 1).total_steps
+        if steps < tune.rungs:
+            raise SettingError(
+                f"tune.rungs={tune.rungs}: a trial has {steps} steps of training, and tune.scheduler=pbt needs one for each "
+                "rung; set fewer tune.rungs or more tune.epochs"
+            )
 
 
 def check_gpu_hours(recipe: Recipe, use_gpu: bool) -> None:
@@ -117,17 +128,40 @@ def check_gpu_hours(recipe: Recipe, use_gpu: bool) -> None:
 
 def _check_scheduler(recipe: Recipe) -> None:
     tune = recipe.tune
-    if tune.scheduler == "asha" and tune.rungs < 2:
+    if tune.scheduler != "none" and tune.rungs < 2:
         raise SettingError(
-            f"tune.rungs={tune.rungs}: tune.scheduler=asha compares trials before their end; set tune.rungs to 2 or more"
+            f"tune.rungs={tune.rungs}: tune.scheduler={tune.scheduler} compares trials before their end; set tune.rungs to 2 "
+            "or more"
         )
-    if tune.scheduler == "asha" and tune.cost is not None:
+    if tune.scheduler != "none" and tune.cost is not None:
+        does = "stop cheap trials for their accuracy" if tune.scheduler == "asha" else "look at their accuracy alone"
         raise SettingError(
-            f"tune.cost={tune.cost}: tune.scheduler=asha would stop cheap trials for their accuracy; set tune.scheduler=none "
-            "or tune.cost=null"
+            f"tune.cost={tune.cost}: tune.scheduler={tune.scheduler} would {does}; set tune.scheduler=none or tune.cost=null"
         )
     if recipe.cluster.gpus is False:
         check_gpu_hours(recipe, False)
+
+
+def _check_population(recipe: Recipe, space: Space) -> None:
+    """Check that every searched setting may change during training, and by itself, and that there is a population."""
+    pbt, other = "tune.scheduler=pbt", "or set tune.scheduler=none or asha"
+    for key in space.settings:
+        if key == "train.epochs":
+            raise SettingError(
+                f"{space.where}: {pbt} compares trials of one length, so {key} cannot be searched; leave it out, {other}"
+            )
+        if not behaviour_of(key).resumable:
+            raise SettingError(
+                f"{space.where}: {pbt} changes settings during training, and {key} cannot change there; leave it out, {other}"
+            )
+    for dimension in space.dimensions:
+        for condition in dimension.when:
+            raise SettingError(
+                f"{dimension.where}: when: {condition.setting}: {pbt} changes each setting by itself; leave the condition "
+                f"out, {other}"
+            )
+    if (trials := trials_of(recipe, space)) < 2:
+        raise SettingError(f"tune.trials={trials}: {pbt} needs a population; set tune.trials to 4 or more")
 
 
 def changes(recipe: Recipe, point: Mapping[str, Any]) -> dict[str, Any]:

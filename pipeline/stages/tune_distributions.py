@@ -176,14 +176,18 @@ class Range:
         """Draw a number. One without a step is rounded to four significant digits, which is what tables show."""
         if self.whole:
             return int(trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1)))
-        if self.step is None:
-            drawn = trial.suggest_float(name, self.low, self.high, log=self.log)
-            return min(max(float(f"{drawn:.4g}"), self.low), self.high)
-        if self.log:  # Optuna has no steps of logarithmic ranges
-            drawn = trial.suggest_float(name, self.low, self.high, log=True)
-        else:
-            drawn = trial.suggest_float(name, self.low, self.high, step=self.step)
-        value = self.low + round((drawn - self.low) / self.step) * self.step
+        # Optuna has no steps of logarithmic ranges
+        return self.nearest(
+            trial.suggest_float(name, self.low, self.high, step=None if self.log else self.step, log=self.log)
+        )
+
+    def nearest(self, number: float) -> float:
+        """The nearest number that may be drawn."""
+        number = min(max(number, self.low), self.high)
+        step = self.step or (1 if self.whole else None)
+        if step is None:
+            return min(max(float(f"{number:.4g}"), self.low), self.high)
+        value = self.low + round((number - self.low) / step) * step
         return value if isinstance(value, int) else float(f"{value:.10g}")
 
     def has(self, value: Any) -> bool:
@@ -242,8 +246,12 @@ class Simplex:
         if len(names) == 1:
             return [1.0]
         uniform = [min(max(trial.suggest_float(name, 0.0, 1.0), 1e-9), 1 - 1e-9) for name in names]
-        exponential = [-math.log1p(-value) for value in uniform]
-        shares = [round(value / sum(exponential), 4) for value in exponential]
+        return Simplex.divided([-math.log1p(-value) for value in uniform])
+
+    @staticmethod
+    def divided(parts: Sequence[float]) -> list[float]:
+        """Shares with four decimals that sum to 1, in the proportions of some numbers."""
+        shares = [round(part / sum(parts), 4) for part in parts]
         largest = max(range(len(shares)), key=shares.__getitem__)
         shares[largest] = round(1 - sum(shares[:largest] + shares[largest + 1 :]), 4)
         return shares

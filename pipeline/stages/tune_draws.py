@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe
 from pipeline.stages.tune_distributions import RandomTrial
-from pipeline.stages.tune_plan import optuna_sampler, optuna_study
+from pipeline.stages.tune_plan import draws_at_random, optuna_sampler, optuna_study
 from pipeline.stages.tune_space import Space
 from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.pareto import COST_METRICS
@@ -26,7 +26,7 @@ def draws_of(recipe: Recipe, space: Space) -> Draws:
     grid = space.grid()
     if grid is not None:
         return _Listed(lambda index: grid[index] if index < len(grid) else None)
-    if recipe.tune.search == "random":
+    if draws_at_random(recipe):
         return _Listed(lambda index: space.suggest(RandomTrial(recipe.seed, index)))
     return _Optuna(recipe, space)
 

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def run_plan(
 
     Args:
         plan: The plan.
-        trial: A trial: a function of its configuration, with `number`, `role`, `point` and `seed`. It reports the objective at
-            each of its rungs, and its results at its end.
+        trial: A trial: a function of its configuration, with `number`, `role`, `point` and `seed`, and of what is to be run of
+            it: `begin`, `pause` and `forks` of a `Part`. It reports the objective at each of its rungs, and its results at
+            its end, or at the end of a part the objective at its rung.
         scheduler: Takes what trials report at rungs.
         objective: Name of the metric that is the objective.
         resources: What Ray reserves for a trial.
@@ -107,7 +109,10 @@ class _Planned(Searcher):
         if begun is None:
             return Searcher.FINISHED if self._plan.done else None
         self._numbers[trial_id] = begun.number
-        return {NUMBER: begun.number, "role": begun.role, "point": dict(begun.point), "seed": begun.seed}
+        begin, pause = self._plan.part(begun.number)
+        forks = [asdict(fork) for fork in self._plan.ledger.forks(begun.number)]
+        config = {NUMBER: begun.number, "role": begun.role, "point": dict(begun.point), "seed": begun.seed}
+        return {**config, "begin": begin, "pause": pause, "forks": forks}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The scheduler takes what trials report before their end."""
@@ -164,7 +169,7 @@ def ended_of(
         curve: (images seen, objective) during its training.
 
     Returns:
-        How it ended; None if it was interrupted at a rung: it then is to begin again.
+        How it ended; None if it was interrupted at a rung, or pauses there: it then is to begin again.
     """
     names = ("eval/", "train/loss_level", "perf/probe_share")
     at_rung = RUNG in result

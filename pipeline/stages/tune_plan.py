@@ -21,6 +21,7 @@ from pipeline.stages.tune_check import changes, check_budget, check_points, tria
 from pipeline.stages.tune_distributions import RandomTrial, shown
 from pipeline.stages.tune_rungs import milestones, plan_rungs
 from pipeline.stages.tune_space import Space, read_space
+from pipeline.sweeps.population import replaced
 from wavemim.flops import cost_of, forward_flops
 
 if TYPE_CHECKING:
@@ -37,9 +38,14 @@ def planned_points(recipe: Recipe, space: Space, count: int) -> list[dict[str, A
     grid = space.grid()
     if grid is not None:
         return grid[:count]
-    if recipe.tune.search == "optuna":
+    if not draws_at_random(recipe):
         return None
     return [space.suggest(RandomTrial(recipe.seed, number)) for number in range(count)]
+
+
+def draws_at_random(recipe: Recipe) -> bool:
+    """Whether points are random. Those of a population are: they are drawn before there are results that could guide Optuna."""
+    return recipe.tune.search == "random" or recipe.tune.scheduler == "pbt"
 
 
 def optuna_sampler(recipe: Recipe) -> TPESampler:
@@ -98,6 +104,8 @@ def _first_points(recipe: Recipe, space: Space, count: int) -> tuple[list[dict[s
     if points is not None:
         if space.grid() is not None:
             return points, "all points of the grid are tried:"
+        if recipe.tune.scheduler == "pbt":
+            return points, "a population that begins at points drawn at random:"
         return points, "drawn at random:"
     study = optuna_study(recipe)
     points = [space.suggest(study.ask()) for _ in range(count)]
@@ -133,7 +141,8 @@ def _cost_lines(recipe: Recipe, points: Sequence[Mapping[str, Any]], trials: int
     budget = f"budget: {searched} trials of the search and {extra} of the recipe's seeds and finalists, each of {length} epochs "
     budget += f"× {rows:,} images: {round(total * images):,} images seen"
     at_once = _at_once(recipe, total)
-    rounds = -(-total // at_once)
+    # The trials of a population wait for each other.
+    rounds = sum(-(-n // at_once) for n in ((searched, extra) if recipe.tune.scheduler == "pbt" else (total,)))
     return [
         f"{budget}, {scaled(total * flops, 1000)}FLOP",
         *limits,
@@ -170,6 +179,13 @@ def _limited(recipe: Recipe, trials: int, images: float, seconds: float) -> tupl
         at = ", ".join(f"{100 * rung / tune.rungs:.0f} %" for rung in milestones(tune.rungs, tune.reduction))
         lines.append(
             f"asha: after {at} of a trial, those not among the best 1/{tune.reduction:g} are stopped; not counted here"
+        )
+    if tune.scheduler == "pbt":
+        at = ", ".join(f"{100 * rung / tune.rungs:.0f} %" for rung in range(1, tune.rungs))
+        count = replaced(max(least, 0), tune.quantile)
+        lines.append(
+            f"pbt: after {at} of a trial, the worst {count} of {max(least, 0)} go on from checkpoints of the best {count} with "
+            "changed settings; no trial is shorter"
         )
     return lines, max(least, 0)
 

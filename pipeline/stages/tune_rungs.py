@@ -19,6 +19,7 @@ from pipeline.models.build import build_blank_model
 from pipeline.runtime.usage import Spent
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes
+from pipeline.stages.tune_parts import CHECKPOINTS
 from pipeline.storage.jsonl import JsonLines
 from pipeline.sweeps.ledger import Measured
 from pipeline.tracking.tracker import Tracker
@@ -26,7 +27,6 @@ from wavemim.flops import cost_of, forward_flops
 from wavemim.weights import checkpoint
 
 STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
-CHECKPOINTS = "checkpoints"  # in a trial's folder until it is known how the trial ended
 _FILE = "rungs.jsonl"
 SHARE = 0.2  # of the FLOPs of training that features for probes may take, the one at the end included
 FEWEST = 1000  # images of a measurement: of fewer, a fifth of which is held out, it says too little
@@ -56,7 +56,7 @@ def plan_rungs(recipe: Recipe, shards: ShardSet) -> tuple[int, int]:
     end = min(recipe.tune.max_images, rows) * each
     affordable = max(0.0, SHARE * training - end) / max(each, 1)
     images = min(max(int(affordable / recipe.tune.rungs), FEWEST), recipe.tune.max_images, rows)
-    rungs = recipe.tune.rungs if recipe.tune.scheduler == "asha" else min(recipe.tune.rungs, int(affordable / images))
+    rungs = recipe.tune.rungs if recipe.tune.scheduler != "none" else min(recipe.tune.rungs, int(affordable / images))
     return max(rungs, 1), images
 
 
@@ -90,6 +90,7 @@ class Rungs:
         measure: Callable[[nn.Module], float],
         report: Callable[[Measured, Spent | None], None],
         at_start: bool = True,
+        pause: int | None = None,
     ) -> None:
         """Report again what the trial measured before it was interrupted, and the model at its start if it was not.
 
@@ -104,12 +105,14 @@ class Rungs:
             report: Called with each measurement, and the cost of the training up to it, or None for one that was made before
                 an interruption. Raises SystemExit where the trial is to end.
             at_start: Whether the untrained model is measured too.
+            pause: The rung after which training stops, to go on later; None: there is none.
         """
         self._lines, self._number, self._step = JsonLines(folder / _FILE), number, step
         self._model, self._measure, self._report = model, measure, report
         self.seconds = 0.0  # that measurements have taken, those before an interruption included
         self._due = {max(1, round(total_steps * rung / rungs)): rung for rung in range(1, rungs)}
         self._due.pop(total_steps, None)
+        self._pause = {rung: step for step, rung in self._due.items()}[pause] if pause is not None else None
         self._known: dict[int, Measured] = {}
         for line, _ in self._lines.read(0):
             self.seconds += line.pop("seconds")
@@ -124,10 +127,19 @@ class Rungs:
         """Measurements so far."""
         return len(self._known)
 
+    @property
+    def paused(self) -> bool:
+        """Whether training has reached the rung after which it stops."""
+        return self._pause is not None and self._step >= self._pause
+
+    def measured(self, rung: int) -> Measured:
+        """The measurement at a rung."""
+        return self._known[rung]
+
     def after_step(self) -> tuple[bool, bool]:
-        """Whether a checkpoint is due, before which `at_checkpoint` is to be called; never whether to stop."""
+        """Whether a checkpoint is due, before which `at_checkpoint` is to be called, and whether training is to stop."""
         self._step += 1
-        return self._is_due(self._step), False
+        return self._is_due(self._step) or self.paused, self.paused
 
     def at_checkpoint(self, saver: checkpoint.Saver, state: dict[str, Any]) -> None:
         """Measure, if this is a rung that has not been measured."""

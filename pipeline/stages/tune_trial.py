@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.checkpoints.writer import Keeper
 from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import Recipe
-from pipeline.errors import StageError
+from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.features import features_of
 from pipeline.models.build import build_inputs, build_model
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -26,10 +26,19 @@ from pipeline.shards.errors import UnreadableError
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes
 from pipeline.stages.tune_engine import CURVE, FAILED
-from pipeline.stages.tune_rungs import CHECKPOINTS, Rungs, tracked
+from pipeline.stages.tune_parts import (
+    CHECKPOINTS,
+    Part,
+    folder_of,
+    forks_in_words,
+    keep_checkpoint,
+    starting_checkpoint,
+)
+from pipeline.stages.tune_rungs import Rungs, tracked
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
 from pipeline.sweeps.ledger import Measured
 from pipeline.sweeps.trials import own_point, trial_name
+from pipeline.tracking.mlflow_client import REASON
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.pretrain_loop import Trained, train
 from pipeline.training.schedule import TrainSchedule
@@ -70,14 +79,9 @@ class TrialTask:
     rung_images: int
 
 
-def folder_of(logs: Path, number: int) -> Path:
-    """The folder of a trial."""
-    return logs / f"{number:04d}"
-
-
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
-    """One trial, in this process; `config` is of the engine. It reports the objective at its rungs, and at its
-    end its results, or why it failed.
+    """One trial, or a part of it, in this process; `config` is of the engine. It reports the objective at its rungs, and at
+    its end its results, or why it failed.
 
     What a repetition may mend (a shard that cannot be read, a disk) is raised, so that Ray begins the trial again.
     """
@@ -102,38 +106,78 @@ def reason_of(error: Exception) -> str:
 
 def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
     base = validate(dict(task.settings))
-    recipe = with_overrides(base, {**changes(base, config["point"]), "seed": config["seed"]})
+    refused: SettingError | None = None
+    try:
+        recipe = with_overrides(base, {**changes(base, config["point"]), "seed": config["seed"]})
+    except SettingError as error:  # its run says so, with the values of the point as parameters
+        recipe, refused = base, error
     shards = ShardSet.open(task.shards)
     device = torch.device("cuda" if task.use_gpu else "cpu")
     folder = folder_of(Path(task.logs), config[NUMBER])
-    started = Tracker.start(
-        recipe,
-        "trial",
-        parent=task.parent,
-        name=trial_name(config[NUMBER], config["point"], task.searched),
-        params=searched_values(recipe, config["point"], task.searched),
-        log_dir=folder,
-        tags={
-            "wavemim.shards": shards.fingerprint,
-            "wavemim.role": config["role"],
-            "wavemim.seed": str(config["seed"]),
-            "wavemim.objective": task.objective,
-        },
-        dataset=shards.about,
-    )
-    with tracked(started, folder) as tracker:
+    part = Part.of(config)
+    with tracked(_start(recipe, config, part, folder, task, shards), folder) as tracker:
         try:
-            rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task)
-            trained = _train(recipe, shards, device, folder, tracker, task, rungs)
+            if refused is not None:
+                raise refused
+            resume = starting_checkpoint(Path(task.logs), config[NUMBER], part)
+            rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task, resume, part)
+            trained = None if rungs.paused else _train(recipe, shards, device, folder, tracker, task, rungs, resume)
+            if trained is None or trained.stopped:
+                assert part.pause is not None
+                keep_checkpoint(folder, part.pause)
+                tracker.end(None)
+                return _at_rung(rungs.measured(part.pause), tracker, task)
             measured = _measure(recipe, shards, device, folder, trained, task, rungs)
         except Exception as error:
-            tracker.tag("wavemim.reason", reason_of(error))
+            tracker.tag(REASON, reason_of(error))
             raise
         images = trained.position.images
         tracker.log(as_objective(measured, task.objective), images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
         ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, measured[task.objective])]}
         return {**measured, **final, **ended}
+
+
+def _start(
+    recipe: Recipe, config: Mapping[str, Any], part: Part, folder: Path, task: TrialTask, shards: ShardSet
+) -> Tracker:
+    """Begin the trial's run, or go on with it.
+
+    MLflow does not let parameters change. The run of a trial whose settings may still change has none: metrics `searched/…`,
+    its name and its description say which they are. It gets its parameters with its last part, so that runs that have ended
+    compare by the same parameters in every sweep.
+    """
+    name, values = trial_name(config[NUMBER], config["point"], task.searched), {}
+    if part.pause is None:
+        values = searched_values(recipe, config["point"], task.searched)
+    tags = {
+        "wavemim.shards": shards.fingerprint,
+        "wavemim.role": config["role"],
+        "wavemim.seed": str(config["seed"]),
+        "wavemim.objective": task.objective,
+    }
+    if part.forks:
+        tags["mlflow.runName"] = name
+        tags["wavemim.forked"] = "; ".join(f"#{fork.donor:02d} after {fork.images:,} images" for fork in part.forks)
+    tracker = Tracker.start(
+        recipe,
+        "trial",
+        parent=task.parent,
+        name=name,
+        params=values,
+        log_dir=folder,
+        tags=tags,
+        dataset=shards.about,
+    )
+    if part.forks:
+        tracker.description(forks_in_words(part.forks, task.searched))
+    return tracker
+
+
+def _at_rung(measured: Measured, tracker: Tracker, task: TrialTask) -> dict[str, Any]:
+    """What a trial reports at a rung."""
+    known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
+    return {**known, "mlflow_run": tracker.handle.run_id}
 
 
 def searched_values(recipe: Recipe, point: Mapping[str, Any], searched: Sequence[str]) -> dict[str, Any]:
@@ -168,6 +212,8 @@ def _rungs(
     number: int,
     tracker: Tracker,
     task: TrialTask,
+    resume: Path | None,
+    part: Part,
 ) -> Rungs:
     """Measurements during training: of the same images in all trials, with one strength of the probe."""
     before = Meter(cores=recipe.cluster.cpus_per_worker, gpus=task.gpu_share * task.use_gpu)
@@ -185,21 +231,27 @@ def _rungs(
         cost = (spent or spent_in(folder)).metrics()
         if spent is not None:  # not logged before an interruption
             tracker.log({"objective": measured.objective, **cost}, measured.images)
-        known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
-        ray.tune.report({**known, "mlflow_run": tracker.handle.run_id, **cost})
+        if measured.rung != part.pause:  # that one is reported once its checkpoint is kept
+            ray.tune.report({**_at_rung(measured, tracker, task), **cost})
 
-    resume = checkpoint.latest(folder / CHECKPOINTS)
-    return Rungs(
+    state = None if resume is None else checkpoint.read_state(resume)
+    rungs = Rungs(
         folder,
         number,
         rungs=task.rungs,
         total_steps=TrainSchedule.of(recipe, shards.rows["train"], 1).total_steps,
-        step=0 if resume is None else int(checkpoint.read_state(resume)["step"]),
+        step=0 if state is None else int(state["step"]),
         model=build_model(recipe, shards, start=resume is None).to(device),
         measure=measure,
         report=report,
         at_start=task.rung_images > 0,
+        pause=part.pause,
     )
+    if not part.is_whole:
+        own = own_point(recipe, task.searched)
+        values = {f"searched/{key}": value for key, value in own.items() if isinstance(value, int | float)}
+        tracker.log(values, 0 if state is None else int(state["images"]))
+    return rungs
 
 
 def _train(
@@ -210,8 +262,9 @@ def _train(
     tracker: Tracker,
     task: TrialTask,
     rungs: Rungs,
+    resume: Path | None,
 ) -> Trained:
-    """Pretrain, from the trial's last checkpoint on if it was interrupted."""
+    """Pretrain from the start, or from a checkpoint on."""
     saved = folder / CHECKPOINTS
     saved.mkdir(parents=True, exist_ok=True)
     keeper = Keeper(saved, keep=1)
@@ -224,11 +277,11 @@ def _train(
         keeper.save(saver)
 
     try:
-        return train(
+        trained = train(
             recipe,
             shards,
             device=device,
-            resume=checkpoint.latest(saved),
+            resume=resume,
             spent=spent_in(folder),
             on_log=log,
             on_checkpoint=save,
@@ -237,6 +290,9 @@ def _train(
         )
     finally:
         keeper.wait()
+    if trained.stopped and (error := keeper.finish()):
+        raise OSError(error)  # the trial is begun again
+    return trained
 
 
 def _features(

@@ -248,7 +248,7 @@ def _sentences(sweep: Sweep, found: Answer) -> list[str]:
         lines.append(f"To find a difference of {abs(best.difference):.2f}{unit}, {many} seeds of each would be needed.")
     if found.verdict != "better":
         lines.append("The recipe's own settings are kept.")
-    return lines + _among_finalists(found) + _lost(found)
+    return lines + _among_finalists(found) + _lost(found) + _schedules(sweep)
 
 
 def _without_comparison(sweep: Sweep, found: Answer) -> list[str]:
@@ -274,7 +274,18 @@ def _without_comparison(sweep: Sweep, found: Answer) -> list[str]:
         )
     if found.recipe:
         lines.append(f"The recipe's own settings are kept (mean {found.recipe.mean:.2f}).")
-    return lines + _lost(found)
+    return lines + _lost(found) + _schedules(sweep)
+
+
+def _schedules(sweep: Sweep) -> list[str]:
+    """What finalists are of trials whose settings changed during training: a recipe has no schedules of settings."""
+    forked = sum(bool(trial.forks) for trial in sweep.trials)
+    if not forked:
+        return []
+    return [
+        f"Population-based training changed the settings of {forked} trials during training; the finalists and the "
+        "recommended recipe have the last values of such a trial, constant from the start."
+    ]
 
 
 def _among_finalists(found: Answer) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.sweeps.trials import Role, State, Trial
+from pipeline.sweeps.trials import Fork, Role, State, Trial
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,21 @@ class Ended:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-_KINDS = {Begun: "begin", Measured: "rung", Ended: "end"}
+@dataclass(frozen=True)
+class Generation:
+    """What population-based training has decided at a rung. Trials without a fork go on as they are.
+
+    Attributes:
+        rung: The rung.
+        forks: Trials that go on from the checkpoints of others.
+    """
+
+    rung: int
+    forks: tuple[Fork, ...] = ()
+
+
+Entry = Begun | Measured | Ended | Generation
+_KINDS = {Begun: "begin", Measured: "rung", Ended: "end", Generation: "generation"}
 
 
 class Ledger:
@@ -74,6 +88,7 @@ class Ledger:
         self.begun: dict[int, Begun] = {}
         self.ended: dict[int, Ended] = {}
         self.measured: dict[tuple[int, int], Measured] = {}  # by trial and rung, in the order that they came in
+        self.generations: dict[int, Generation] = {}  # by rung
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
         for line in text.splitlines():
@@ -86,8 +101,11 @@ class Ledger:
                 elif "end" in entry:
                     curve = tuple((int(images), float(value)) for images, value in entry["end"].pop("curve"))
                     self._remember(Ended(**entry["end"], curve=curve))
+                elif "generation" in entry:
+                    forks = tuple(Fork(**fork) for fork in entry["generation"]["forks"])
+                    self._remember(Generation(entry["generation"]["rung"], forks))
 
-    def add(self, entry: Begun | Measured | Ended) -> None:
+    def add(self, entry: Entry) -> None:
         """Add a line, which is on the disk when this returns."""
         kind = _KINDS[type(entry)]
         line = json.dumps({kind: asdict(entry)}, sort_keys=True, default=str)
@@ -105,8 +123,8 @@ class Ledger:
             begin = self.begun[number]
             found.append(
                 Trial(
-                    number, begin.role, begin.point, begin.seed, end.state, end.objective, end.reason,
-                    end.curve, end.cost, end.metrics,
+                    number, begin.role, self.point(number), begin.seed, end.state, end.objective, end.reason,
+                    end.curve, end.cost, end.metrics, self.forks(number),
                 )
             )  # fmt: skip
         return found
@@ -116,11 +134,23 @@ class Ledger:
         found = sorted((one.images, one.objective) for one in self.measured.values() if one.number == number)
         return tuple(found)
 
-    def _remember(self, entry: Begun | Measured | Ended) -> None:
+    def forks(self, number: int) -> tuple[Fork, ...]:
+        """The forks of a trial so far, in their order."""
+        made = [fork for one in self.generations.values() for fork in one.forks if fork.number == number]
+        return tuple(sorted(made, key=lambda fork: fork.rung))
+
+    def point(self, number: int) -> Mapping[str, Any]:
+        """The values of a trial's searched settings as they are now."""
+        forks = self.forks(number)
+        return forks[-1].point if forks else self.begun[number].point
+
+    def _remember(self, entry: Entry) -> None:
         if isinstance(entry, Begun):
             self.begun[entry.number] = entry
             self.ended.pop(entry.number, None)  # one that begins again has not ended
         elif isinstance(entry, Measured):
             self.measured.setdefault((entry.number, entry.rung), entry)
+        elif isinstance(entry, Generation):
+            self.generations.setdefault(entry.rung, entry)
         elif entry.number in self.begun:
             self.ended[entry.number] = entry

@@ -5,6 +5,9 @@ points of the search again, each with fresh seeds, which decide. Every trial is 
 has ended. After an interruption the same plan goes on: what ended counts, what only began is begun again under its number,
 so that it finds its own checkpoints, and the searcher is told what it had drawn. Failed trials stay failed, except those that
 ended the sweep: they are begun again, as their cause may be gone.
+
+With population-based training the search is handed out in parts, from rung to rung: a trial ends its part when it has
+measured the rung, and its next part is handed out when the generation is decided.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pipeline.sweeps.budget import Limits, fits
 from pipeline.sweeps.ledger import Begun, Ended, Ledger, Measured
+from pipeline.sweeps.population import Population
 from pipeline.sweeps.trials import Trial, point_key
 
 
@@ -67,6 +71,7 @@ class Plan:
         own: Mapping[str, Any],
         seed: int,
         elapsed: Callable[[], float] = lambda: 0.0,
+        population: Population | None = None,
     ) -> None:
         """Make the plan, and restore the searcher from the ledger.
 
@@ -77,7 +82,9 @@ class Plan:
             own: The recipe's own values of the searched settings.
             seed: The recipe's seed. The search uses it for all points, so that they differ in the point alone.
             elapsed: Hours that the sweep has taken so far, over all its calls.
+            population: How population-based training decides at rungs; None: the trials of the search run to their end.
         """
+        self._population = population
         self._elapsed = elapsed
         self.ledger, self.draws, self.budget, self.own, self.seed = ledger, draws, budget, dict(own), seed
         self._out: set[int] = set()  # handed out by this process, and not ended
@@ -94,14 +101,26 @@ class Plan:
         """The next trial to run; None if there is none now: later, when others have ended, there may be one."""
         if self.failing is not None:
             return None
+        self._decide()
         for number, begun in sorted(self.ledger.begun.items()):
-            if number not in self.ledger.ended and number not in self._out:
-                return self._hand_out(begun)
+            if number not in self.ledger.ended and number not in self._out and not self._waits(number):
+                return self._hand_out(replace(begun, point=self.ledger.point(number)))
         new = self._of_recipe() or self._of_search() or self._of_finalists()
         if new is None:
             return None
         self.ledger.add(new)
         return self._hand_out(new)
+
+    def part(self, number: int) -> tuple[int, int | None]:
+        """The part of a trial that is handed out next: the rung at which it begins, and the one at which it pauses, or None.
+
+        A trial begins at rung 0. One that is not of a population has one part.
+        """
+        if self._population is None or self.ledger.begun[number].role != "search":
+            return 0, None
+        decided = self.ledger.generations
+        begin = max((rung for rung in decided if (number, rung) in self.ledger.measured), default=0)
+        return begin, begin + 1 if begin + 1 < self._population.rungs else None
 
     def measure(self, measured: Measured) -> None:
         """A trial has measured the objective during its training. A rung counts once, also of a trial that was resumed."""
@@ -116,7 +135,7 @@ class Plan:
             self.draws.tell(ended.number, ended)
 
     def release(self, number: int) -> None:
-        """A trial was interrupted: it begins again under its number."""
+        """A trial was interrupted, or has ended a part: it begins again under its number."""
         self._out.discard(number)
 
     @property
@@ -155,6 +174,25 @@ class Plan:
         none_left = len(trials) == len(self.ledger.begun) and all(trial.state == "failed" for trial in trials)
         return [trial.number for trial in trials] if none_left else []
 
+    def _waits(self, number: int) -> bool:
+        """Whether a trial has measured a rung at which nothing is decided yet."""
+        _, pause = self.part(number)
+        return pause is not None and (number, pause) in self.ledger.measured
+
+    def _decide(self) -> None:
+        """Decide at the rungs that the whole population has measured. Trials that ended, by failing, are out of it."""
+        if self._population is None or not self._search_is_over():
+            return
+        members = [begun.number for begun in self._searched() if begun.number not in self.ledger.ended]
+        for rung in range(1, self._population.rungs):
+            if rung in self.ledger.generations:
+                continue
+            if not members or any((number, rung) not in self.ledger.measured for number in members):
+                return
+            measured = {number: self.ledger.measured[number, rung] for number in members}
+            points = {number: self.ledger.point(number) for number in members}
+            self.ledger.add(self._population.decide(rung, measured, points))
+
     def _hand_out(self, begun: Begun) -> Begun:
         self._out.add(begun.number)
         return begun
@@ -171,7 +209,14 @@ class Plan:
     def _searched(self) -> list[Begun]:
         return [begun for begun in self.ledger.begun.values() if begun.role == "search"]
 
+    @property
+    def search_ended(self) -> bool:
+        """Whether all trials of the search have ended, and no more will begin."""
+        return self._search_is_over() and all(begun.number in self.ledger.ended for begun in self._searched())
+
     def _search_is_over(self) -> bool:
+        if self.ledger.generations:
+            return True  # a population has one size at all its rungs
         return self._exhausted or len(self._searched()) >= self.budget.trials or not self._affordable()
 
     def _affordable(self) -> bool:
@@ -210,7 +255,7 @@ class Plan:
 
     def _of_finalists(self) -> Begun | None:
         """A finalist with a seed that it has not had; once all trials of the search have ended."""
-        if not self._search_is_over() or any(b.number not in self.ledger.ended for b in self._searched()):
+        if not self.search_ended:
             return None
         for point in self._best():
             seeds = [b.seed for b in self.ledger.begun.values() if b.role == "finalist" and _same(b.point, point)]

@@ -79,6 +79,7 @@ def report(
     shares: Importance,
     *,
     best: str = "best.yaml",
+    missing: Mapping[str, str] | None = None,
     longest: int | None = None,
 ) -> str:
     """The report.
@@ -89,6 +90,7 @@ def report(
         curves: The responses of the settings.
         shares: The importance of the settings.
         best: The name of the recommended recipe's file.
+        missing: {name of a figure that is not drawn: why}.
         longest: Trials are left out of the table until the report is no longer than so many characters.
 
     Returns:
@@ -96,7 +98,7 @@ def report(
     """
     rows = _SHOWN
     while True:
-        text = _report(sweep, found, curves, shares, best, rows)
+        text = _report(sweep, found, curves, shares, best, rows) + _not_drawn(missing or {})
         if longest is None or len(text) <= longest:
             return text
         if rows == 0:
@@ -134,10 +136,35 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     parts += ["## Trials", f"{len(sweep.trials)} trials: {said}."]
     if rows:
         parts.append(trials_table(sweep, rows))
+    if forks := _forks_table(sweep, rows):
+        parts += [
+            "## Forks",
+            forks,
+            "A trial of the left column went on from a checkpoint of the trial beside it, with these settings. As its settings "
+            "changed during training, it is not used for the response and the importance of settings.",
+        ]
     cost = together(Spent.of(trial.cost) for trial in sweep.trials)
     if str(cost):
         parts += ["## Cost", f"All trials: {cost}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _not_drawn(missing: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"`{name}`, since {why}" for name, why in missing.items())
+    return f"\nNot drawn: {reasons}.\n" if reasons else ""
+
+
+def _forks_table(sweep: Sweep, most: int) -> str:
+    """The decisions of population-based training in their order, `most` of them; "" if there are none."""
+    names = short_names(list(sweep.settings))
+    forks = sorted((fork for trial in sweep.trials for fork in trial.forks), key=lambda fork: (fork.rung, fork.number))
+    rows = []
+    for fork in forks[:most]:
+        values = (_cell(short_value(fork.point[key])) if key in fork.point else "" for key in sweep.settings)
+        rows.append((f"#{fork.number:02d}", f"#{fork.donor:02d}", f"{fork.images:,}", *values))
+    header = ("trial", "continued from", "images seen", *(names[key] for key in sweep.settings))
+    rest = len(forks) - len(rows)
+    return table(header, rows) + (f"\n\n… and {rest} more in trials.csv." if rest else "") if forks else ""
 
 
 def _arms_table(arms: Sequence[Arm]) -> str:
@@ -186,6 +213,8 @@ def trials_csv(sweep: Sweep) -> str:
     results = dict.fromkeys(name for trial in trials for name in (*trial.cost, *trial.metrics))
     results.pop(sweep.objective, None)
     columns = ["trial", "role", "state", "seed", *sweep.settings, sweep.objective, *results, "reason"]
+    if any(trial.forks for trial in trials):
+        columns.append("forked")
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns)
     writer.writeheader()
@@ -199,6 +228,8 @@ def trials_csv(sweep: Sweep) -> str:
             "seed": trial.seed,
             "reason": trial.reason,
         }
+        if trial.forks:
+            row["forked"] = "; ".join(f"#{fork.donor:02d} after {fork.images} images" for fork in trial.forks)
         row[sweep.objective] = trial.objective
         writer.writerow(row)
     return file.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.config.recipe import Recipe
@@ -19,6 +19,25 @@ _GENERIC = ("ratio", "kind")  # last parts of a key that say less than the secti
 
 
 @dataclass(frozen=True)
+class Fork:
+    """A trial that goes on from another one's checkpoint with changed settings (population-based training).
+
+    Attributes:
+        number: The trial's number.
+        donor: The other trial's.
+        rung: The rung at which it happens: both trials have measured it.
+        images: Images that both have seen.
+        point: Values of the searched settings from there on, by dotted key.
+    """
+
+    number: int
+    donor: int
+    rung: int
+    images: int
+    point: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Trial:
     """One trial.
 
@@ -28,6 +47,7 @@ class Trial:
             point that the search found, again with a seed that no trial of this point had before.
         point: Values of the searched settings by dotted key, for the role "recipe" too. A setting that does not apply
             (of a conditional entry of the space) is missing. Values may be numbers, texts, booleans, None, lists and mappings.
+            Of a trial with forks, the last values.
         seed: Its seed.
         state: "finished"; "stopped": ended early by a scheduler; or "failed".
         objective: The objective at its end, higher is better; None if it was not measured. Only that of a finished trial
@@ -36,6 +56,7 @@ class Trial:
         curve: (images seen, objective) during training.
         cost: Metrics ``cost/…`` by name.
         metrics: Further results for the table, by name.
+        forks: Where its weights and settings were replaced during training, in this order.
     """
 
     number: int
@@ -48,6 +69,7 @@ class Trial:
     curve: Sequence[tuple[int, float]] = ()
     cost: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    forks: Sequence[Fork] = ()
 
     @property
     def value(self) -> float | None:
@@ -82,6 +104,11 @@ class Sweep:
     def unit(self) -> str:
         """ " points" for percentages, "" for other measures; it follows a number."""
         return " points" if "top1" in self.objective or "top5" in self.objective else ""
+
+    @property
+    def constant(self) -> Sweep:
+        """The sweep without trials whose settings changed during training: what they reached is due to no one point."""
+        return replace(self, trials=[trial for trial in self.trials if not trial.forks])
 
     def finished(self, *roles: Role) -> list[Trial]:
         """Trials with a value, of some roles or of all."""

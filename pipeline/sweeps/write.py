@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from wavemim.figures.sweeps import (
 
 TABLE, REPORT, BEST = "trials.csv", "report.md", "best.yaml"
 RESPONSE, IMPORTANCE, CURVES, PARETO = "sweep.png", "importance.png", "learning_curves.png", "pareto.png"
+_FEWEST_COSTS, _SAME_COST = 3, 0.02  # points and relative difference for which a figure of costs says anything
 _log = logging.getLogger(__name__)
 
 
@@ -79,13 +81,16 @@ def write_results(folder: Path, recipe: Recipe, sweep: Sweep) -> Written:
         _log.warning(
             "%s was not written: the values of the best point are not possible at full length: %s", BEST, error
         )
-    curves = _guarded("the fitted responses", lambda: responses(sweep, found.resolution), Responses((), ()))
-    shares = _guarded("importance", lambda: importance(sweep), Importance(note="It could not be computed."))
-    save(REPORT, report(sweep, found, curves, shares))
-    for name, draw in _figures(sweep, found, curves, shares):
-        path = folder / name
-        if _guarded(name, lambda draw=draw, path=path: draw(path) or True, False):  # type: ignore[misc]
-            files[name] = path
+    curves = _guarded("the fitted responses", lambda: responses(sweep.constant, found.resolution), Responses((), ()))
+    shares = _guarded("importance", lambda: importance(sweep.constant), Importance(note="It could not be computed."))
+    figures = _guarded("the figures", lambda: _figures(sweep, found, curves, shares), ())
+    missing = {figure.name: figure.missing for figure in figures if figure.missing}
+    save(REPORT, report(sweep, found, curves, shares, missing=missing))
+    for figure in figures:
+        path = folder / figure.name
+        path.unlink(missing_ok=True)
+        if not figure.missing and _guarded(figure.name, lambda draw=figure.draw, path=path: draw(path) or True, False):  # type: ignore[misc]
+            files[figure.name] = path
     sentences = (*found.sentences, *(curve.sentence for curve in curves.curves), *curves.notes)
     return Written(found, description(sweep, found, curves, shares), sentences, files)
 
@@ -109,21 +114,46 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _figures(
-    sweep: Sweep, found: Answer, curves: Responses, shares: Importance
-) -> Sequence[tuple[str, Callable[[Path], object]]]:
+@dataclass(frozen=True)
+class _Figure:
+    """A figure, and why it is not drawn; "" if it is."""
+
+    name: str
+    missing: str
+    draw: Callable[[Path], object]
+
+
+def _figures(sweep: Sweep, found: Answer, curves: Responses, shares: Importance) -> Sequence[_Figure]:
+    """The figures. One that would have nothing to show is not drawn."""
     objective = sweep.objective.removeprefix("eval/") + (" (%)" if sweep.unit else "")
     lines = [Line(trial.curve, trial.role, trial.state) for trial in sweep.trials]
-
-    def pareto(path: Path) -> None:
-        cost, points = cost_points(sweep)
-        pareto_figure(path, points, pareto_front(points), objective=objective, cost=cost)
-
+    measured = max((sum(math.isfinite(value) for _, value in line.points) for line in lines), default=0)
+    panels = _panels(sweep.constant, found, curves)
+    cost, points = cost_points(sweep.constant)
+    no_costs = f"fewer than {_FEWEST_COSTS} points have a known cost" if len(points) < _FEWEST_COSTS else ""
+    if not no_costs and max(points)[0] < (1 + _SAME_COST) * min(points)[0]:
+        no_costs = "all points cost about the same"
     return (
-        (RESPONSE, lambda path: response_figure(path, _panels(sweep, found, curves), objective=objective)),
-        (IMPORTANCE, lambda path: importance_figure(path, shares.shares, objective=sweep.objective, note=shares.note)),
-        (CURVES, lambda path: learning_figure(path, lines, objective=objective)),
-        (PARETO, pareto),
+        _Figure(
+            RESPONSE,
+            "" if panels else "no setting had different values in finished trials",
+            lambda path: response_figure(path, panels, objective=objective),
+        ),
+        _Figure(
+            IMPORTANCE,
+            "" if shares.shares else "the importance of the settings is not known",
+            lambda path: importance_figure(path, shares.shares, objective=sweep.objective),
+        ),
+        _Figure(
+            CURVES,
+            "" if measured > 1 else "no trial was measured more than once",
+            lambda path: learning_figure(path, lines, objective=objective),
+        ),
+        _Figure(
+            PARETO,
+            no_costs,
+            lambda path: pareto_figure(path, points, pareto_front(points), objective=objective, cost=cost),
+        ),
     )
 
 

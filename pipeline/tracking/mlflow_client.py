@@ -31,6 +31,7 @@ _KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
 # MLflow sorts groups of charts by name. Costs are to come last.
 _COST, _SHOWN_COST = "cost/", "usage/"
 KEY = "wavemim.key"  # tag: the run's key, which the writer makes up, so that no run is created twice
+REASON = "wavemim.reason"  # tag: why the run failed
 Value = tuple[str, float, int, int]  # of a metric: name, value, time (ms), step
 # MLflow's limits.
 _LONGEST_PARAM, _LONGEST_DIGEST, _PARAMS_IN_BATCH, METRICS_IN_BATCH = 6000, 36, 100, 1000
@@ -173,11 +174,13 @@ def check_run(client: MlflowClient, run_id: str) -> Run:
 
 
 def reopen_run(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Resume a run, with these tags. Raises RunGone."""
+    """Resume a run, with these tags and without the reason for which it failed before. Raises RunGone."""
     from mlflow.entities import RunTag
 
-    check_run(client, run_id)
+    known = check_run(client, run_id).data.tags
     client.update_run(run_id, status="RUNNING")
+    if REASON in known:
+        client.delete_tag(run_id, REASON)
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True)
 
 

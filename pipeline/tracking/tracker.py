@@ -225,20 +225,20 @@ class Tracker:
         text = markdown.replace(RUN_ID, "{ run_id }") + shown
         self._note("tag", key="mlflow.note.content", value=text, fill=True)
 
-    def end(self, status: str = "FINISHED") -> None:
+    def end(self, status: str | None = "FINISHED") -> None:
         """End the run; an attached tracker only sends what is missing. A second call does nothing.
 
         Waits for MLflow for 20 s at most, 3 s if the run is KILLED; what is not sent by then is sent later.
 
         Args:
-            status: FINISHED, FAILED or KILLED.
+            status: FINISHED, FAILED or KILLED; None: the run stays RUNNING, and a later `start` goes on with it.
         """
         if self._ended:
             return
         self._ended = True
         if self._probe is not None:
             self._probe.stop()
-        if self._owner:
+        if self._owner and status is not None:
             self._note("end", at=self._metrics.size(), status=status, time=int(time.time() * 1000), force=True)
         sent = self.flush(_KILLED_LIMIT if status == "KILLED" else _END_LIMIT)
         self._thread.close()

@@ -263,6 +263,13 @@ def test_mistakes_in_spaces_end_the_command_with_one_line(
             "tune.rungs=1: tune.scheduler=asha compares trials before their end; set",
         ),
         (["tune.scheduler=asha", "tune.cost=flops"], "tune.cost=flops: tune.scheduler=asha would stop cheap trials"),
+        (["tune.scheduler=pbt", "tune.rungs=1"], "tune.rungs=1: tune.scheduler=pbt compares trials before their end"),
+        (
+            ["tune.scheduler=pbt", "tune.cost=flops"],
+            "tune.cost=flops: tune.scheduler=pbt would look at their accuracy alone",
+        ),
+        (["tune.scheduler=pbt", "tune.trials=1"], "tune.trials=1: tune.scheduler=pbt needs a population"),
+        (["tune.scheduler=pbt", "tune.quantile=0.6"], "tune.quantile"),
         (
             ["tune.gpu_hours=2", "cluster.gpus=false"],
             "tune.gpu_hours=2: trials do not run on GPUs, so there are no GPU-hours; use tune.hours",
@@ -300,3 +307,60 @@ def test_a_budget_too_small_for_an_answer_is_refused_and_the_others_are_shown(tm
 def test_trials_at_a_time_are_as_many_as_gpus_and_cpus_have_room_for(share, gpus, cpus, expected):
     recipe = load("small", [f"tune.gpus_per_trial={share}", "cluster.cpus_per_worker=1"])
     assert slots_of(recipe, True, gpus, cpus) == expected and slots_of(recipe, False, gpus, cpus) == cpus
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (
+            "target.taps: {grid: [{3: 2, 4: 8}, {3: 6, 4: 8}]}",
+            "and target.taps cannot change there; leave it out, or set",
+        ),
+        ("mask.ratio: {uniform: [0.4, 0.9]}, decoder.depth: {int: [1, 2]}", "and decoder.depth cannot change there"),
+        ("target.kind: {choice: [wavelet, pixels]}", "and target.kind cannot change there"),
+        ("train.batch: {grid: [32, 64]}", "and train.batch cannot change there"),
+        ("train.epochs: {grid: [2, 4]}", "compares trials of one length, so train.epochs cannot be searched"),
+        (
+            "train.flip: {choice: [true, false]}, train.lr: {log_uniform: [1e-4, 1e-2], when: {train.flip: true}}",
+            "train.lr: when: train.flip: tune.scheduler=pbt changes each setting by itself; leave the condition out",
+        ),
+    ],
+)
+def test_a_population_is_refused_where_settings_cannot_change_during_training(
+    monkeypatch, capsys, tmp_path, entries, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"space: {{{entries}}}")
+    for dry in (["--dry-run"], []):
+        arguments = ("tune", "--space", "mine.yaml", "tune.scheduler=pbt", *dry)
+        code, out, err = wavemim(monkeypatch, capsys, *arguments)
+        assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+        assert "tune.space=mine.yaml: " in err
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    check_space(load("small", [f"tune.space={tmp_path}/mine.yaml"]))
+
+
+@pytest.mark.parametrize("name", ["level_weights", "mask_ratio", "level_weights_and_mask_ratio", "tilt"])
+def test_spaces_of_weights_tilt_and_mask_suit_a_population(name):
+    check_space(load("small", [f"tune.space={name}", "tune.scheduler=pbt"]))
+
+
+def test_dry_run_says_what_a_population_does(tmp_path, no_ray):
+    tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(30))
+    small = [f"out={tmp_path}", "tune.space=mask_ratio", "tune.scheduler=pbt", "tune.trials=6", "train.batch=10"]
+    recipe = load("small", [*small, "tune.concurrent=4"])
+    run = tmp_path / "runs" / "other" / "pretrain"  # so that no steps are timed
+    run.mkdir(parents=True)
+    cost = {"cost/wall_clock_s": 1800.0, "cost/worker_hours": 1.0, "cost/flops": 3.6e9}
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "metrics": cost}) + "\n")
+    said = []
+    dry_run(recipe, said.append)
+    assert "6 trials; a population that begins at points drawn at random:" in said[0]
+    assert "budget: 6 trials of the search and 9 of the recipe's seeds and finalists" in said[0]
+    assert (
+        "pbt: after 25 %, 50 %, 75 % of a trial, the worst 2 of 6 go on from checkpoints of the best 2 with" in said[0]
+    )
+    with pytest.raises(
+        SettingError, match=r"tune\.rungs=5: a trial has 4 steps of training, and tune\.scheduler=pbt needs"
+    ):
+        dry_run(with_overrides(recipe, {"tune.rungs": 5}), said.append)

@@ -15,9 +15,10 @@ from pipeline.errors import StageError
 from pipeline.stages import tune
 from pipeline.stages.tune_engine import CURVE, FAILED, ended_of, run_plan
 from pipeline.stages.tune_schedulers import RungScheduler
+from pipeline.stages.tune_trial import TrialTask, run_trial
 from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.plan import Budget, Plan
-from pipeline.tracking.tracker import store_uri
+from pipeline.tracking.tracker import Tracker, store_uri
 
 OBJECTIVE = "eval/linear_top1_heldout"
 REPORT = {
@@ -51,6 +52,29 @@ def test_an_objective_that_is_no_finite_number_is_a_failure(value):
     ended = ended_of(7, report, OBJECTIVE, error=False)
     assert (ended.state, ended.objective, ended.reason) == ("failed", None, f"{OBJECTIVE} is not a finite number")
     assert ended.metrics["mlflow_run"] == "abc"
+
+
+def test_a_trial_whose_settings_are_refused_has_a_run_with_the_reason_and_its_values(tmp_path, mlflow_uri, monkeypatch):
+    """Would catch: a refusal before there is a run, a reason that is not on it, a run that ends as FINISHED."""
+    shards = tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
+    recipe = load("small", [f"out={tmp_path}", f"tracking.uri={mlflow_uri}", "tracking.system_metrics=false"])
+    reported = []
+    monkeypatch.setattr(ray.tune, "report", reported.append)
+    with Tracker.start(recipe, "tune", log_dir=tmp_path / "sweep") as parent:
+        task = TrialTask(
+            settings=recipe.dump(), shards=shards.folder.url, parent=parent.handle, objective=OBJECTIVE,
+            logs=str(tmp_path / "trials"), searched=["mask.ratio"], use_gpu=False, gpu_share=1, rungs=1, rung_images=0,
+        )  # fmt: skip
+        run_trial({"number": 4, "role": "search", "point": {"mask.ratio": 7.0}, "seed": 0}, task)
+    reason = "mask.ratio=7.0: input should be less than 1"
+    assert reported[0][FAILED].startswith(reason)
+    client = mlflow.MlflowClient(mlflow_uri)
+    (run,) = client.search_runs(
+        [e.experiment_id for e in client.search_experiments()],
+        f"tags.`mlflow.parentRunId` = '{parent.handle.run_id}'",
+    )
+    assert run.info.status == "FAILED" and run.data.tags["wavemim.reason"].startswith(reason)
+    assert run.data.params == {"mask.ratio": "7.0"} and run.info.run_name == "#04 mask=7"
 
 
 class Counted:

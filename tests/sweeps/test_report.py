@@ -201,7 +201,7 @@ def test_everything_is_written_and_a_failing_figure_costs_one_line(tmp_path, mon
     monkeypatch.setattr(write, "importance", fails)
     with caplog.at_level(logging.WARNING):
         written = write_results(tmp_path / "b", recipe, sweep)
-    assert set(written.files) == names - {"sweep.png", "pareto.png"}
+    assert set(written.files) == names - {"sweep.png", "pareto.png", "importance.png"}
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3 and all("\n" not in line and "the results are not affected" in line for line in lines)
     assert {"trials.csv", "best.yaml"} <= seen[0] and "report.md" in seen[1]
@@ -211,17 +211,41 @@ def test_any_value_and_any_outcome_can_be_written(tmp_path, caplog):
     for values in (AWKWARD, [[1], [2]] * 8, [{"3": 6}, None] * 8):
         trials = [
             Trial(i, "search", {"mask.x": value, "train.lr": 10.0 ** -(i + 1)}, 0, ("finished", "stopped", "failed")[i % 5 % 3],
-                  [None, math.nan, math.inf, 1.0][i % 4] if i % 5 else float(i), curve=[(i, math.nan), (5, 1.0 * i)])
+                  [None, math.nan, math.inf, 1.0][i % 4] if i % 5 else float(i), curve=[(0, 0.5), (i, math.nan), (5, 1.0 * i)])
             for i, value in enumerate(values)
         ]  # fmt: skip
         sweep = Sweep("eval/rankme", ["mask.x", "train.lr"], trials, log=["train.lr"])
         written = write_results(tmp_path, load("small", [f"out={tmp_path}/o"]), sweep)
-        assert len([name for name in written.files if name.endswith(".png")]) == 4, caplog.text
-        assert written.sentences
+        assert {name for name in written.files if name.endswith(".png")} == {"sweep.png", "learning_curves.png"}
+        assert written.sentences and "failed" not in caplog.text
     empty = write_results(
         tmp_path / "e", load("small", [f"out={tmp_path}/o"]), Sweep("eval/rankme", ["mask.ratio"], [])
     )
-    assert "says nothing" in empty.sentences[0] and len(empty.files) == 7
+    assert "says nothing" in empty.sentences[0] and set(empty.files) == {"trials.csv", "report.md", "best.yaml"}
+
+
+def test_figures_with_nothing_to_show_are_not_drawn_and_the_report_says_why(tmp_path):
+    """Would catch: an empty picture, one of an earlier call that stays, a figure that is missing without a word."""
+    recipe = load("small", [f"out={tmp_path}/o"])
+    points = [{"mask.ratio": 0.5 + i / 10} for i in range(3)]
+    costs = ([1e9, 1.01e9, 1e9], [1e9, 2e9, 1e9])
+    for flops, drawn in zip(costs, (False, True), strict=True):
+        trials = [
+            Trial(i, "search", points[i], 0, "finished", float(i), curve=[(9, 1.0)], cost={"cost/flops": flops[i]})
+            for i in range(3)
+        ]
+        (tmp_path / "pareto.png").touch()
+        written = write_results(tmp_path, recipe, Sweep(OBJECTIVE, ["mask.ratio"], trials))
+        said = (tmp_path / "report.md").read_text().splitlines()[-1]
+        assert {path.name for path in tmp_path.glob("*.png")} == {"sweep.png", *(["pareto.png"] if drawn else [])}
+        assert said.startswith(
+            "Not drawn: `importance.png`, since the importance of the settings is not known; `learning_"
+        )
+        assert "since no trial was measured more than once" in said
+        assert ("`pareto.png`, since all points cost about the same." in said) == (not drawn)
+        assert set(written.files) == {"trials.csv", "report.md", "best.yaml", *(p.name for p in tmp_path.glob("*.png"))}
+    write_results(tmp_path, recipe, Sweep(OBJECTIVE, ["mask.ratio"], trials[:2]))
+    assert "`pareto.png`, since fewer than 3 points have a known cost." in (tmp_path / "report.md").read_text()
 
 
 def test_a_point_that_is_impossible_at_full_length_costs_the_recipe_only(tmp_path, caplog):

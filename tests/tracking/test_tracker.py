@@ -176,14 +176,16 @@ def test_status_says_how_the_run_ended(out: Path, error: type[BaseException], st
 def test_resuming_goes_on_with_the_run_if_the_store_has_it(out: Path) -> None:
     first = Tracker.start(recipe_in(out), "pretrain", log_dir=out / "r")
     first.log({"train/loss": 2.0}, 1)
+    first.tag("wavemim.reason", "the disk is gone")
     first.end("FAILED")
+    assert "wavemim.reason" in client_of(first.handle).get_run(first.handle.run_id).data.tags
     longer = recipe_in(out, train__epochs=200)
     second = Tracker.start(longer, "pretrain", log_dir=out / "r")
     assert second.handle == first.handle
     second.log({"train/loss": 1.0}, 2)
     assert second.flush(20)
     run = client_of(second.handle).get_run(second.handle.run_id)
-    assert run.info.status == "RUNNING"
+    assert run.info.status == "RUNNING" and "wavemim.reason" not in run.data.tags
     assert json.loads(run.data.tags["wavemim.resumed_with"]) == {"train.epochs": "200.0"}
     second.end()
     history = client_of(second.handle).get_metric_history(second.handle.run_id, "train/loss")

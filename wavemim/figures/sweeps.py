@@ -81,12 +81,9 @@ def response_figure(path: Path, panels: Sequence[Panel], *, objective: str) -> N
 
     Args:
         path: The PNG file to write.
-        panels: The panels; without any, the figure says so.
+        panels: The panels, at least one.
         objective: The objective's name with its unit.
     """
-    if not panels:
-        _empty(path, "no setting had different values in finished trials")
-        return
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -187,18 +184,14 @@ def _log_axis(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def importance_figure(path: Path, shares: Mapping[str, float], *, objective: str, note: str = "") -> None:
+def importance_figure(path: Path, shares: Mapping[str, float], *, objective: str) -> None:
     """Draw the importance of the settings as bars.
 
     Args:
         path: The PNG file to write.
-        shares: {setting: share of the variance}, the largest first.
+        shares: {setting: share of the variance}, the largest first; at least one.
         objective: The objective's name.
-        note: Shown in place of the bars where there are none.
     """
-    if not shares:
-        _empty(path, note or "no importance")
-        return
     figure, axis = plt.subplots(figsize=(6, 0.9 + 0.42 * len(shares)), layout="constrained")
     names = [textwrap.fill(name, 34) for name in shares]
     bars = axis.barh(range(len(names)), [100 * share for share in shares.values()], color=COLOURS[0], height=0.6)
@@ -219,7 +212,7 @@ def learning_figure(path: Path, lines: Sequence[Line], *, objective: str) -> Non
 
     Args:
         path: The PNG file to write.
-        lines: The curves; values that are not finite are left out.
+        lines: The curves, at least one with a finite value; those that are not finite are left out.
         objective: The objective's name with its unit.
     """
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
@@ -241,10 +234,6 @@ def learning_figure(path: Path, lines: Sequence[Line], *, objective: str) -> Non
                 [], [], color="#555555", marker=marker, linestyle="", markeredgewidth=1.6, label=line.state
             )
             handles.setdefault(line.state, mark)
-    if not handles:
-        plt.close(figure)
-        _empty(path, "no objective was measured during training")
-        return
     axis.set_xlabel("images seen in pretraining")
     axis.xaxis.set_major_formatter(FuncFormatter(thousands))
     axis.set_ylabel(objective, parse_math=False)
@@ -262,14 +251,11 @@ def pareto_figure(
 
     Args:
         path: The PNG file to write.
-        points: (cost, objective, label, role) of each point.
+        points: (cost, objective, label, role) of each point; at least one.
         front: Indices of the points of the front; they are labelled.
         objective: The objective's name with its unit.
         cost: The cost's name.
     """
-    if not points:
-        _empty(path, "no trial finished with a known cost")
-        return
     figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
     handles = []
     for role, (colour, marker, size, _) in _ROLES.items():
@@ -316,10 +302,3 @@ def _handle(role: str, *, short: bool = False) -> Any:
     return plt.Line2D(
         [], [], color=colour, marker=marker, markersize=size**0.5, linestyle="", markeredgewidth=0, label=label
     )
-
-
-def _empty(path: Path, note: str) -> None:
-    figure, axis = plt.subplots(figsize=(6, 1.6), layout="constrained")
-    axis.axis("off")
-    axis.text(0.5, 0.5, textwrap.fill(note, 62), ha="center", va="center", parse_math=False)
-    save_figure(figure, path)

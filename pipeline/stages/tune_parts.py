@@ -1,0 +1,118 @@
+"""Parts of a trial under population-based training: the checkpoint at which a part begins and the one at which it ends.
+
+A part ends at a rung with a checkpoint of training, which is kept aside under the number of the rung. The next part begins
+at this checkpoint, or at a copy of the one that another trial, the donor, keeps of the same rung.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pipeline.checkpoints.find import name_of
+from pipeline.sweeps.trials import Fork, trial_name
+from wavemim.atomic import new_folder
+from wavemim.weights import checkpoint
+
+CHECKPOINTS = "checkpoints"  # in a trial's folder until it is known how the trial ended
+KEPT = "rung_checkpoints"  # in a trial's folder, until the search has ended: its checkpoints at rungs
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a trial is to be run.
+
+    Attributes:
+        begin: The rung at which it begins; 0: the start of training.
+        pause: The rung at which it ends; None: the end of training.
+        forks: The forks of the trial so far.
+    """
+
+    begin: int = 0
+    pause: int | None = None
+    forks: tuple[Fork, ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        """From a trial's configuration; the whole trial if it says nothing."""
+        forks = tuple(Fork(**fork) for fork in config.get("forks", ()))
+        return cls(config.get("begin", 0), config.get("pause"), forks)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole trial."""
+        return self.begin == 0 and self.pause is None
+
+    @property
+    def donor(self) -> int | None:
+        """Number of the trial from whose checkpoint it begins; None: from its own."""
+        return next((fork.donor for fork in self.forks if fork.rung == self.begin), None)
+
+
+def folder_of(logs: Path, number: int) -> Path:
+    """The folder of a trial."""
+    return logs / f"{number:04d}"
+
+
+def starting_checkpoint(logs: Path, number: int, part: Part) -> Path | None:
+    """The checkpoint from which a trial goes on; None: it begins at the start of training.
+
+    Checkpoints of earlier rungs are removed: once this part has begun, every trial has reached the rung at which it begins.
+
+    Args:
+        logs: Folder with the folders of the trials.
+        number: The trial's number.
+        part: What of it is to be run.
+
+    Raises:
+        CheckpointError: There is no complete checkpoint of the rung at which the part begins.
+    """
+    folder = folder_of(logs, number)
+    if part.pause is not None and (done := folder / KEPT / str(part.pause)).exists():
+        return done
+    for kept in (folder / KEPT).glob("*"):
+        if int(kept.name) < part.begin:
+            shutil.rmtree(kept, ignore_errors=True)
+    latest = checkpoint.latest(folder / CHECKPOINTS)  # of this part, since what an earlier one ended with is kept aside
+    if latest is not None or part.begin == 0:
+        return latest
+    own = folder / KEPT / str(part.begin)
+    if part.donor is None:
+        return own
+    return _copy(folder_of(logs, part.donor) / KEPT / str(part.begin), own, folder / CHECKPOINTS)
+
+
+def keep_checkpoint(folder: Path, rung: int) -> None:
+    """Keep a trial's latest checkpoint aside as that of a rung, unless that is done."""
+    target = folder / KEPT / str(rung)
+    if not target.exists():
+        latest = checkpoint.latest(folder / CHECKPOINTS)
+        assert latest is not None, folder
+        target.parent.mkdir(exist_ok=True)
+        os.replace(latest, target)
+
+
+def forks_in_words(forks: Sequence[Fork], searched: Sequence[str]) -> str:
+    """The forks of a trial as Markdown, a line each."""
+    lines = []
+    for fork in forks:
+        values = trial_name(fork.number, fork.point, searched).partition(" ")[2]
+        lines.append(f"- after {fork.images:,} images: continued from a checkpoint of #{fork.donor:02d} with {values}")
+    return "\n".join(lines)
+
+
+def _copy(source: Path, own: Path, folder: Path) -> Path:
+    """Copy a donor's checkpoint, with the cost of the trial's own training, into a folder of checkpoints."""
+    state, mine = checkpoint.read_state(source), checkpoint.read_state(own, verify=False)
+    target = folder / name_of(state["images"])
+    with new_folder(target) as partial:
+        for name in state["files"]:
+            shutil.copyfile(source / name, partial / name)
+        state |= {"cost": mine["cost"], "parts": mine["parts"]}
+        (partial / checkpoint.STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return target
