@@ -76,7 +76,10 @@ def _mistake(error: yaml.YAMLError) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars. In YAML 1.1, as PyYAML has it, 010 is 8, 1:30 is 90, on and no are booleans, 1e-4 is a text."""
+    """YAML 1.2's scalars. In YAML 1.1, as PyYAML has it, 010 is 8, 1:30 is 90, on and no are booleans.
+
+    1e-4 stays a text, which settings take for a number: a name may be 12e4.
+    """
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  # of the base class
 
@@ -87,7 +90,7 @@ for _tag, _pattern, _first in (
     ("int", "[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
     (
         "float",
-        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?"
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),

@@ -14,7 +14,7 @@ from pipeline.errors import SettingError
         ("1:30", "1:30"),  # 90
         ("no", "no"),  # false
         ("2024-01-01", "2024-01-01"),  # a date
-        ("1e-4", 1e-4),  # a text
+        ("12e4", "12e4"),  # also a name, as short hashes are; settings read numbers
         ("-1.5E+3", -1500.0),
         (".inf", float("inf")),
         ("12", 12),
