@@ -7,7 +7,6 @@ A *recipe* is a YAML file. The settings of a run are a recipe (and the recipes i
 from __future__ import annotations
 
 import operator
-import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -179,7 +178,7 @@ def check_key(key: str) -> None:
 def _with_bases(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if name in seen:
         raise SettingError(f"recipe '{name}' is based on itself: {' → '.join((*seen, name))}")
-    name = os.path.expanduser(local_place(name))
+    name = local_place(name)
     if name.endswith((".yaml", ".yml")) and seen and not Path(name).is_absolute():
         name = str(Path(seen[-1]).parent / name)  # relative to the recipe that names it
     settings = read_yaml(name, "pipeline", "recipes", "recipe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -40,7 +39,7 @@ def read_yaml(name: str, package: str, folder: str, what: str) -> dict[str, Any]
     Raises:
         SettingError: If there is no such file, it cannot be read, is no mapping, or has a key twice.
     """
-    name = os.path.expanduser(local_place(name))
+    name = local_place(name)
     check_place(f"{what} '{name}'", name)
     try:
         known = names_of(package, folder)
