@@ -20,6 +20,12 @@ def main() -> None:
     importlib.import_module("pipeline.cli").main()
 
 
+def _leave_out_working_folder() -> None:
+    """`python -m` searches the working folder first, where a numpy.py may lie; the installed command does not."""
+    if sys.path and not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
+        del sys.path[0]
+
+
 def _import_beside(name: str) -> None:
     """Import the package `name` that lies beside this one, whatever comes first in sys.path."""
     if name in sys.modules:
@@ -33,4 +39,5 @@ def _import_beside(name: str) -> None:
 
 
 if __name__ == "__main__":
+    _leave_out_working_folder()
     main()

@@ -350,7 +350,8 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists th
         "; did you mean 'NAME'?", or `otherwise`.
     """
     known = [key for key in dict.fromkeys(known) if key != name]  # never what was written
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    folded = {key.casefold(): key for key in reversed(known)}
+    near = [folded[key] for key in difflib.get_close_matches(name.strip().casefold(), folded, n=1, cutoff=0.6)]
     if not near:  # a right name at a wrong place: "epochs" for "train.epochs"
         near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean '{near[0]}'?" if near else otherwise

@@ -86,8 +86,10 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
 
 
 def _parsed(settings: Mapping[str, Any]) -> Recipe:
+    settings = _with_local_places(settings)
+    _check_numbers(settings)
     try:
-        return Recipe.model_validate(_with_local_places(settings))
+        return Recipe.model_validate(settings)
     except ValidationError as error:
         raise SettingError(_explain(error)) from None
 
@@ -133,6 +135,16 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
                 f"train.checkpoints_at={copies}: not a folder; give one, or a URL such as s3://BUCKET/RUNS"
             )
     return recipe
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raise SettingError where true or false is given for a number; pydantic would read them as 1 and 0."""
+    for key, kind, _ in settings_of():
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, bool) and {"int", "float"} & set(kind.split("|")) and "bool" not in kind:
+            raise SettingError(f"{key}={str(value).lower()}: needs a number")
 
 
 def _places(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -191,6 +203,7 @@ def _with_bases(name: str, seen: tuple[str, ...], given: set[str]) -> dict[str, 
     """The settings of a recipe and of those that it is based on. Keys of those in files are added to `given`."""
     if name in seen:
         raise SettingError(f"recipe '{name}' is based on itself: {' → '.join((*seen, name))}")
+    name = local_place(name)
     if name.endswith((".yaml", ".yml")) and seen and not Path(name).is_absolute():
         name = str(Path(seen[-1]).parent / name)  # relative to the recipe that names it
     settings = read_yaml(name, "pipeline", "recipes", "recipe")
@@ -354,7 +367,15 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"] if part not in ("[key]", "constrained-int"))
     value = first.get("input")
     if first["type"] == "extra_forbidden":
-        return str(_unknown(key))
+        return str(_unknown(key, () if "." in key else Recipe.model_fields))
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return (
+            f"{key}={'null' if value is None else value}: needs a mapping of settings, such as {key}: {{NAME: VALUE}}"
+        )
+    if first["type"] == "invalid_key":
+        return f"'{value}' is not the name of a setting; --help lists them"
+    if first["type"] == "string_type" and value is not None:
+        return f"{key}={value}: needs a text; put it in quotes, as in {key}: '{value}'"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "tuple_type":

@@ -17,11 +17,13 @@ _ROOM = 300  # bytes that files in a place may add to its path
 
 
 def local_place(place: str) -> str:
-    """The path of a ``file://`` URL, percent-decoded; anything else as it is.
+    """The path of a ``file://`` URL, percent-decoded, or of one in the home folder (``~/…``); anything else as it is.
 
     Raises:
         SettingError: The URL names another machine.
     """
+    if place == "~" or place.startswith("~/"):  # no shell has expanded it: in a recipe, or in quotes
+        return os.path.expanduser(place)
     if place[:7].lower() != "file://":
         return place
     host, slash, path = place[7:].partition("/")

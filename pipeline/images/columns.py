@@ -11,11 +11,13 @@ import pyarrow.compute as pc
 
 from pipeline.errors import SettingError
 from pipeline.images.names import split_of
-from pipeline.images.plan import IGNORED, NO_LABELS, NO_SPLIT, SPLIT_NAMES, TRAIN, VAL, VAL_NAMES
+from pipeline.images.plan import IGNORED, NO_LABELS, NO_SPLIT, SPLIT_NAMES, TRAIN, UNIQUE_FROM, VAL, VAL_NAMES
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
 _MOST_SHOWN = 40  # characters of a value in a message
-_UNIQUE_FROM = 4  # images: a label for each of fewer may be a small data set
+_MISSING = ("", "nan", "<na>")  # as pandas writes it
+_UNIQUE_SHARE = 0.9  # of classes that have one image: above it they are identifiers or captions
+_SEPARATORS = ("|", ";", ",", " ")  # of several labels in one text
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.IGNORECASE)
 
 
@@ -132,9 +134,11 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
     """
     if pa.types.is_dictionary(raw.type):
         raw = raw.cast(raw.type.value_type)
-    if pa.types.is_floating(raw.type):  # how pandas writes integers with missing values
+    if pa.types.is_floating(raw.type) or pa.types.is_decimal(
+        raw.type
+    ):  # integers with missing values, or of a data base
         try:
-            raw = pc.if_else(pc.is_nan(raw), None, raw).cast(pa.int64())
+            raw = raw.cast(pa.int64()) if pa.types.is_decimal(raw.type) else _whole(raw)
         except pa.ArrowInvalid:
             raise UnusableLabels(what, "holds fractions") from None
     if pa.types.is_integer(raw.type) or pa.types.is_boolean(raw.type):
@@ -149,12 +153,11 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
         raise UnusableLabels(what, f"holds {raw.type}")
     # The same name is stored in several forms of Unicode by different systems.
     texts = pc.utf8_normalize(pc.utf8_trim_whitespace(raw.cast(pa.large_string())), "NFC")
-    texts = pc.if_else(pc.equal(texts, ""), None, texts)
+    texts = pc.if_else(pc.is_in(pc.utf8_lower(texts), pa.array(_MISSING, pa.large_string())), None, texts)
     found = [value for value in pc.unique(texts).to_pylist() if value is not None]
-    if found and all(_NUMBER.fullmatch(value) for value in found) and any(float(value) % 1 for value in found):
-        raise UnusableLabels(what, "holds fractions")
-    if found and all(value.startswith(("[", "{")) for value in found):
-        raise UnusableLabels(what, "holds lists")
+    if found and all(_NUMBER.fullmatch(value) for value in found) and not all(map(str.isdigit, found)):
+        return encode_labels(texts.cast(pa.float64()), None, what)  # 1.0 is 1, as in Parquet files
+    _check_single(found, what)
     _check_several(texts, found, what)
     if all(re.fullmatch(r"-?\d{1,18}", value) for value in found):
         found.sort(key=lambda value: (int(value), value))
@@ -163,10 +166,36 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
     return _codes(texts, pa.array(found, pa.large_string())), found if len(found) > 1 else None
 
 
+def _whole(numbers: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.if_else(pc.is_nan(numbers), None, numbers).cast(pa.int64())
+
+
+def _check_single(texts: list[str], what: str) -> None:
+    """Raise UnusableLabels if the distinct texts are lists, or several labels in one: cat|dog, cat, dog|fish."""
+    if texts and all(value.startswith(("[", "{")) for value in texts):
+        raise UnusableLabels(what, "holds lists")
+    if texts and all(re.fullmatch(r"[-+\d.]+(,[-+\d.]+)+", value) for value in texts):
+        raise UnusableLabels(what, "holds lists, or fractions with a comma")
+    for sign in _SEPARATORS:
+        parts = {part.strip() for value in texts for part in value.split(sign)}
+        # Words recur in the names of classes too (black bear, brown bear), but not that often, nor in any number.
+        most = len(texts) / 2 if sign == " " else len(texts) - 1
+        if sign == " " and len({value.count(sign) for value in texts}) < 3:
+            continue
+        if len(parts) <= most and len(texts) > 2:
+            raise UnusableLabels(
+                what, f"holds several labels in one text ('{next(v for v in texts if sign in v)[:_MOST_SHOWN]}')"
+            )
+
+
 def _check_several(labels: pa.ChunkedArray, distinct: list[Any], what: str) -> None:
-    """Raise UnusableLabels if every image has a label of its own, as an identifier has."""
-    if len(distinct) >= _UNIQUE_FROM and len(distinct) == len(labels) - labels.null_count:
-        raise UnusableLabels(what, "holds another value for each image")
+    """Raise UnusableLabels if nearly every image has a label of its own, as an identifier has."""
+    if len(distinct) < UNIQUE_FROM:
+        return
+    counts = pc.value_counts(labels.drop_null()).field("counts").to_numpy()
+    if (counts == 1).mean() > _UNIQUE_SHARE:
+        nearly = "" if counts.max() == 1 else "nearly "
+        raise UnusableLabels(what, f"holds another value for {nearly}each image")
 
 
 def _codes(values: pa.ChunkedArray, table: pa.Array) -> np.ndarray:

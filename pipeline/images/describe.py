@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from pipeline.config.places import printable
 from pipeline.images.plan import ImagePlan, some_of
 
 SPLITS = ("train", "val")
@@ -23,7 +24,7 @@ def found_in(plan: ImagePlan) -> str:
         shown = [_number_of(count, kind) for kind, count in kinds[:_MOST_KINDS]]
         rest = sum(count for _, count in kinds[_MOST_KINDS:])
         parts.append("left out: " + ", ".join([*shown, *([f"{rest:,} others"] if rest else [])]))
-    return "; ".join(parts)
+    return printable("; ".join(parts))
 
 
 def _number_of(count: int, kind: str) -> str:

@@ -15,6 +15,7 @@ from pipeline.images.plan import (
     NO_LABELS,
     NO_SPLIT,
     TRAIN,
+    UNIQUE_FROM,
     VAL,
     ImagePlan,
     Origin,
@@ -36,17 +37,19 @@ class _Split:
     first level are the classes, whatever is nested in them.
     """
 
-    def __init__(self, tree: Tree, folders: list[str], shown: str) -> None:
-        self.shown = shown
+    def __init__(self, tree: Tree, folders: list[str], above: str | None = None) -> None:
+        """Of the images in `folders`; the classes are the folders in these, or else those in `above`, which holds them."""
+        self.shown = _shown(folders)
         self.paths, self.classes, self.candidates = Paths(), set[str](), set[str]()
         self.hint = ""  # why the folders are not classes
+        self.no_classes = False  # by their names or their images
         self._counts, self._folders = list[int](), list[str]()  # of each folder with images: their number, its class
         self.roots = [inner(tree, folder) for folder in folders]
         unsorted: list[str] = []
         deep = False
         for root in self.roots:
             for below in sorted(below for below in tree.images if inside(below, root)):
-                inner_path = below[len(root) :].lstrip("/")
+                inner_path = below[len(root if above is None else above) :].lstrip("/")
                 images = [join(below, name) for name in tree.images[below]]
                 self.paths.add(images)
                 self._counts.append(len(images))
@@ -55,16 +58,15 @@ class _Split:
                 unsorted += images[:] if not inner_path else []
         found = set(self._folders)
         if found and "" not in found:
-            if deep and all(map(is_date, found)):
-                self.hint = " (folders named by dates are no classes)"
-            elif len(found) > 1 and are_parts(found):
-                self.hint = f" ({some_of(sorted(found))} are parts of one set by their names, not classes)"
-            else:
-                self.candidates = found
+            self.hint = _why_no_classes(found, deep)
+            self.candidates = set() if self.hint else found
+            if not self.hint and len(found) == self.count >= UNIQUE_FROM:
+                self.hint = f" (each of {len(found):,} folders holds one image: no classes)"
+            self.no_classes = bool(self.hint)
         elif len(found) > 2:
             count = "1 image is" if len(unsorted) == 1 else f"{len(unsorted)} images are"
             self.hint = f" ({count} outside the class folders, such as {min(unsorted)})"
-        self.classes = self.candidates if len(self.candidates) > 1 else set()
+        self.classes = self.candidates if len(self.candidates) > 1 and not self.no_classes else set()
 
     def labels(self, index: dict[str, int]) -> np.ndarray:
         """Class indices (n,), int32, of the images, given those of the class names; -1 for other folders."""
@@ -75,6 +77,15 @@ class _Split:
     def count(self) -> int:
         """Number of images."""
         return sum(self._counts)
+
+
+def _why_no_classes(found: set[str], deep: bool) -> str:
+    """Why folders are not classes by their names; empty if they may be."""
+    if deep and all(map(is_date, found)):
+        return " (folders named by dates are no classes)"
+    if len(found) > 1 and are_parts(found):
+        return f" ({some_of(sorted(found))} are parts of one set by their names, not classes)"
+    return ""
 
 
 def plan_tree(tree: Tree, options: PlanOptions, *, note: str = "") -> ImagePlan:
@@ -93,19 +104,24 @@ def plan_tree(tree: Tree, options: PlanOptions, *, note: str = "") -> ImagePlan:
         SettingError: There are no images, or train and val differ in their classes.
     """
     folder = tree.folder
-    layout = find_layout(tree)
+    layout = find_layout(tree, whole=options.val_share is None)
     if options.val_share is None:
         return _plan_whole_tree(tree, layout, options)
     tree.drop(layout.not_classes)
     folders = {"train": layout.splits.get("train", [layout.base])} | {
         split: found for split, found in layout.splits.items() if split == "val"
     }
-    splits = {name: _Split(tree, found, _shown(found)) for name, found in folders.items()}
+    splits = {name: _Split(tree, found, layout.base if layout.above else None) for name, found in folders.items()}
     if not splits["train"].count:
         raise no_images(folder, folders["train"][0], tree.others)
+    notes = []
+    if "val" in splits and not splits["val"].count:
+        notes.append(f"no image in {splits.pop('val').shown}: val is held out of train")
+        del folders["val"]
     asked = options.label_column != NO_LABELS
     val_labels = _labels_of_annotations(tree, splits) if asked else None
-    if asked and layout.val_is_test and val_labels is None and splits["train"].classes and not splits["val"].candidates:
+    test = splits.get("val") if asked and layout.val_is_test and val_labels is None else None
+    if test and splits["train"].classes and not test.candidates:
         tree.drop(dict.fromkeys(folders.pop("val"), f"images in {splits.pop('val').shown} (a split without labels)"))
     _drop_outside(tree, layout, folders)
     names = _tree_classes(folder, splits, bool(val_labels)) if asked else []
@@ -114,10 +130,9 @@ def plan_tree(tree: Tree, options: PlanOptions, *, note: str = "") -> ImagePlan:
     if val_labels is not None and names:
         inputs.label[splits["train"].count :] = _codes_of_annotations(splits["val"], val_labels, index)
     origin = Origin("files", folder.url)
-    val_given = True if "val" in splits else None  # also without images: val/ exists
     shown = _described(layout, splits) + note
-    plan = make_plan(inputs, names or None, origin, shown, options, ignored=tree.left_out, val_given=val_given)
-    notes = _empty_classes(tree, splits, names)
+    plan = make_plan(inputs, names or None, origin, shown, options, ignored=tree.left_out)
+    notes += _empty_classes(tree, splits, names)
     hint = next((split.hint for split in splits.values() if split.hint), "")
     return replace(plan, layout=plan.layout + hint, notes=(*notes, *plan.notes))
 
@@ -132,7 +147,12 @@ def no_images(folder: Folder, below: str, others: list[str]) -> SettingError:
 
 
 def _shown(folders: list[str]) -> str:
-    return " + ".join(f"{folder}/" for folder in folders)
+    shown = " + ".join(f"{folder}/" for folder in folders[:3])
+    return f"{shown} + {len(folders) - 3} more like it" if len(folders) > 3 else shown
+
+
+def _bare(split: _Split) -> str:
+    return split.shown.removesuffix("/")
 
 
 def _described(layout: TreeLayout, splits: dict[str, _Split]) -> str:
@@ -160,7 +180,11 @@ def _drop_outside(tree: Tree, layout: TreeLayout, folders: dict[str, list[str]])
     kinds = {}
     for below in tree.images:
         if not any(inside(below, folder) for folder in kept):
-            place = join(layout.base, below[len(layout.base) :].lstrip("/").partition("/")[0])
+            place = layout.base
+            for name in below[len(layout.base) :].lstrip("/").split("/"):  # down to where no split is
+                place = join(place, name)
+                if not any(inside(folder, place) for folder in kept):
+                    break
             kinds[below] = f"images in {place}/ (outside of the splits)" if place else "images outside of the splits"
     top = len(tree.images.pop("", ()))
     if top:
@@ -174,7 +198,10 @@ def _plan_whole_tree(tree: Tree, layout: TreeLayout, options: PlanOptions) -> Im
     for below in [below for below in tree.images if any(inside(below, folder) for folder in layout.not_classes)]:
         rest.add(join(below, name) for name in tree.take(below))
     groups = [[folder] for found in layout.splits.values() for folder in found] or [[layout.base]]
-    splits = {str(number): _Split(tree, group, _shown(group)) for number, group in enumerate(groups)}
+    if layout.above:
+        groups = [[folder for group in groups for folder in group]]
+    above = layout.base if layout.above else None
+    splits = {str(number): _Split(tree, group, above) for number, group in enumerate(groups)}
     classes = sorted({name for split in splits.values() for name in split.classes})
     index = {name: number for number, name in enumerate(classes)} if options.label_column != NO_LABELS else {}
     parts = [(split.paths.column(), split.labels(index)) for split in splits.values()]
@@ -198,15 +225,17 @@ def _tree_classes(folder: Folder, splits: dict[str, _Split], val_labelled: bool)
     val = splits.get("val", train)
     if val_labelled:
         return sorted(train.classes)
+    if train.no_classes:
+        val.classes = set()
     if train.classes and val.candidates <= train.classes:
         val.classes = val.candidates
     if bool(train.classes) != bool(val.classes):
         labelled, flat = (val, train) if val.classes else (train, val)
         raise SettingError(
-            f"images={folder}: '{labelled.shown[:-1]}' has a folder for each class and '{flat.shown[:-1]}' does "
+            f"images={folder}: '{_bare(labelled)}' has a folder for each class and '{_bare(flat)}' does "
             f"not{flat.hint}; use class folders in both or in neither, or set data.label_column={NO_LABELS}"
         )
-    check_classes(train.classes, val.classes, (train.shown[:-1], val.shown[:-1]), str(folder))
+    check_classes(train.classes, val.classes, (_bare(train), _bare(val)), str(folder))
     return sorted(train.classes)
 
 

@@ -25,6 +25,7 @@ from pipeline.images.plan import (
     SourceInputs,
     make_plan,
     without_duplicates,
+    without_unlabelled_test,
 )
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import reaching
@@ -66,6 +67,7 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]
     inputs.rejects += rejects
     inputs = without_duplicates(inputs.where(~empty), "listed twice")
+    splits_shown = without_unlabelled_test(inputs, splits_shown)
     plan = make_plan(inputs, classes, Origin("files", folder.url), f"a list, {splits_shown}", options)
     return replace(plan, notes=(*notes, *plan.notes))
 
@@ -76,10 +78,11 @@ def _list_columns(
     """Which of path, label and split a list has, and the name of its column for each. Raises SettingError."""
     found = {key: column_named(columns, name, shown) for key, name in wanted.items()}
     missing = [wanted[key] for key, column in found.items() if column is None and key in needed]
-    if found["path"] is None and separator and any(";" in column for column in columns):
-        raise SettingError(
-            f"images={shown}: no column '{missing[0]}'; the columns seem to be separated by semicolons; use {separator}"
-        )
+    for sign, name in ((";", "semicolons"), ("\t", "tabs (as in .tsv files)"), (",", "commas (as in .csv files)")):
+        if found["path"] is None and separator and len(columns) == 1 and sign in columns[0]:
+            raise SettingError(
+                f"images={shown}: no column '{missing[0]}'; the columns seem to be separated by {name}; use {separator}"
+            )
     if missing:
         raise SettingError(
             f"images={shown}: no column '{missing[0]}'; the list has {', '.join(columns) or 'none'}. A list needs a "

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Collection, Iterable
 
 NOT_UTF8 = "file name is not valid UTF-8"  # why a file is rejected
+MASK_SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".npy"))  # masks are stored without loss
+PHOTO_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".webp"))
 # Names of the folders of a split, in any case; the first that exists is taken.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
@@ -23,7 +25,7 @@ def _set(words: str) -> frozenset[str]:
 TRAIN, VAL, TEST = "train", "val", "test"
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainset", "trn"), TRAIN),
-    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "devset"), VAL),
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "devset", "eval", "evaluation"), VAL),
     **dict.fromkeys(("test", "testing", "testset", "tst"), TEST),
 }
 _SHORT_SPLITS = {"tr": TRAIN, "ts": TEST, "te": TEST, "va": VAL}  # only beside a word for images: imagesTr
@@ -39,6 +41,10 @@ _ANNOTATION_WORDS = _set(
     "instance instances panoptic stuff parsing saliency heatmap heatmaps contour contours edges boxes bbox bboxes "
     "keypoints polygons lr lowres bicubic thumbnail thumbnails thumbs previews"
 )
+# These make a folder beside one that is named for images its annotations, whatever other words are in the name.
+_STRONG_WORDS = _set(
+    "mask masks label labels annotation annotations segmentation segmentations gt groundtruth trimaps manual"
+)
 # Words that say nothing beside those above.
 _NEUTRAL_WORDS = _set(
     "a b x part parts set split full all hr highres raw original orig clean fine coarse class object aug map maps id ids "
@@ -52,13 +58,18 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 _JOINED = re.compile(f"({'|'.join(sorted(_SPLIT_WORDS, key=len, reverse=True))})([a-z]{{3,}})")
 _TAIL = re.compile(r"[\s_.-]*\(?\d*\)?$")  # of the third mask of an image: x_mask_3
 _MARKS = ("masks", "mask", "segmentation", "seg", "labelids", "labels", "label", "annotation", "annot", "matte", "trimap",
-          "gt", "groundtruth", "depth")  # fmt: skip
+          "gt", "groundtruth", "depth", "superpixels")  # fmt: skip
 _IMAGE_MARKS = ("images", "image", "img", "im", "sat", "rgb", "photo", "leftimg8bit", "color")
 _AFTER = re.compile(rf"(.+?)[\s_.-]+(?:{'|'.join(_MARKS)})", re.IGNORECASE)
 _BEFORE = re.compile(rf"(?:{'|'.join(_MARKS)})[\s_.-]+(.+)", re.IGNORECASE)
 _ANY_MARK = re.compile("|".join(_MARKS), re.IGNORECASE)
 _IMAGE_AFTER = re.compile(rf"(.+?)[\s_.-]+(?:{'|'.join(_IMAGE_MARKS)})", re.IGNORECASE)
 _IMAGE_BEFORE = re.compile(rf"(?:{'|'.join(_IMAGE_MARKS)})[\s_.-]+(.+)", re.IGNORECASE)
+_PART_WORDS = _set("part parts batch fold folds shard chunk subset split")  # beside a number
+_FOLD_WORDS = _set("fold folds kfold cv split")
+_DENIALS = _set("no non not with without")
+_NOT = r"(in|un|im|ir|il|ab|dis|mis|non?|not|without|anti|pre|post)"
+_YEAR = re.compile(r"(19|20)\d\d")
 _DATE = re.compile(r"(19|20)\d\d([-_. ]?(0?[1-9]|1[0-2])([-_. ]?\d\d?)?)?")
 
 
@@ -104,7 +115,7 @@ def split_of(name: str, beside: Iterable[str] = (), *, annotations: bool = False
     """
     found, rest = _split_and_rest(name, annotations)
     if found is None:
-        return None
+        return _short_split(name, beside)
     if all(_says_nothing(word) or (annotations and word in _ANNOTATION_WORDS) for word in rest):
         return found
     for other in beside:
@@ -127,19 +138,39 @@ def is_annotation(name: str, beside: Collection[str]) -> bool:
     rest = {word for word in words if not (word in _ANNOTATION_WORDS or _says_nothing(word) or word in _SPLIT_WORDS)}
     rest -= _SHORT_SPLITS.keys()
     if not rest:
+        return not any(is_opposite(other, name) for other in beside)  # mask beside no_mask: classes
+    if (
+        set(words) & _STRONG_WORDS
+        and not set(words) & _DENIALS
+        and any(holds_images(other) for other in beside if other != name)
+    ):
         return True
     plain = (set(words_of(other)) for other in beside if other != name)
     return any(rest <= other and not other & _ANNOTATION_WORDS for other in plain)
 
 
+def is_opposite(name: str, other: str) -> bool:
+    """Whether a name is the opposite of another one, as class names are: invalid and valid, no_mask and mask."""
+    plain, of = (re.sub(r"[\W\d_]+", "", one).casefold() for one in (name, other))
+    return bool(of) and re.fullmatch(_NOT + re.escape(of), plain) is not None
+
+
 def are_parts(names: Collection[str]) -> bool:
-    """Whether folders are parts of one set of images by their names, not classes: images_1 and images_2, img and photos."""
+    """Whether folders are parts of one set of images by their names, not classes: images_1 and images_2, img and photos.
+
+    So are folders that differ in a year only: VOC2007 and VOC2012.
+    """
     if all(map(holds_images, names)):
         return True
     numberless = [[word for word in words_of(name) if not word.isdigit()] for name in names]
-    return numberless[0] == numberless[-1] and all(
-        words == numberless[0] and set(words) & (_IMAGE_WORDS | {"part", "parts", "batch"}) for words in numberless
-    )
+    if not numberless[0] or any(words != numberless[0] for words in numberless):
+        return False
+    return bool(set(numberless[0]) & (_IMAGE_WORDS | _PART_WORDS)) or all(map(_YEAR.search, names))
+
+
+def is_fold(name: str) -> bool:
+    """Whether a folder is one of several divisions of the same images: fold_1, split2."""
+    return bool(set(words_of(name)) & _FOLD_WORDS)
 
 
 def class_name(name: str) -> str:
@@ -173,6 +204,15 @@ def masks_beside(stems: Collection[str]) -> set[str]:
 
 def _says_nothing(word: str) -> bool:
     return word.isdigit() or word in _NEUTRAL_WORDS or word in _IMAGE_WORDS
+
+
+def _short_split(name: str, beside: Iterable[str]) -> str | None:
+    """The split that the last word of a name says, if a name beside it differs in it alone: DUTS-TR and DUTS-TE."""
+    *rest, last = words_of(name) or [""]
+    if last not in _SHORT_SPLITS or not rest:
+        return None
+    others = [words for other in beside if (words := words_of(other)) and words[:-1] == rest and words[-1] != last]
+    return _SHORT_SPLITS[last] if any(words[-1] in _SHORT_SPLITS for words in others) else None
 
 
 def _split_and_rest(name: str, annotations: bool) -> tuple[str | None, list[str]]:

@@ -84,7 +84,11 @@ def narrow_values(states: Iterable[Mapping[str, Any]]) -> list[str]:
         low, high = min(0, *(span[0] for span in spans)), max(span[1] for span in spans)
         if min(span[0] for span in spans) > float(largest) / 4:  # far from zero: a range of its own
             low = min(span[0] for span in spans)
-        if low < high and high - low < NARROW * float(largest):
+        if low == high:
+            notes.append(
+                f"{narrow:,.0f} of {images:,.0f} images have the value {high:g} in every pixel: check the files"
+            )
+        elif high - low < NARROW * float(largest):
             notes.append(
                 f"the values of {narrow:,.0f} of {images:,.0f} images reach {high:g} of {largest} and fill less than a "
                 f"sixteenth of the range: nearly black or flat; set data.value_range=[{low:g}, {high:g}]"

@@ -27,6 +27,7 @@ from pipeline.images.plan import (
     make_plan,
     split_codes,
     split_of_name,
+    without_unlabelled_test,
 )
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError, is_remote, reaching
@@ -128,6 +129,7 @@ def plan_parquet(folder: Folder, names: list[str], options: PlanOptions) -> Imag
         first=np.repeat(number, rows_of_groups),
         second=np.arange(sum(counts)) - np.repeat(starts, rows_of_groups),
     )
+    splits_shown = without_unlabelled_test(inputs, splits_shown)
     groups = np.repeat(np.arange(len(rows_of_groups)), rows_of_groups)
     files_shown = f"{len(names)} Parquet files" if len(names) > 1 else "a Parquet file"
     origin = Origin("parquet", folder.url, tuple(names), image)

@@ -21,6 +21,7 @@ from pipeline.errors import SettingError
 VAL_NAMES = ("validation", "valid", "val", "test")
 SPLIT_NAMES = ("train", *VAL_NAMES)
 NO_LABELS = "none"  # as label_column
+UNIQUE_FROM = 4  # images: a label for each of fewer may be a small data set
 NO_SPLIT, TRAIN, VAL, IGNORED = -1, 0, 1, 2  # codes in SourceInputs.split
 _CHUNK = 1 << 18  # rows: parts of a column stay far below the 2 GiB of an Arrow string array
 SCHEMA = pa.schema(
@@ -177,6 +178,24 @@ def split_codes(named: list[str | None]) -> tuple[list[int], str]:
     return [codes.get(name or "", IGNORED) for name in named], f"train and {val}" if val else "train, val held out"
 
 
+def without_unlabelled_test(inputs: SourceInputs, splits: str) -> str:
+    """Leave out a test split that serves as val, where it has no label and train has some, as test splits often are.
+
+    Args:
+        inputs: The inputs; `split` is modified.
+        splits: The description of the splits.
+
+    Returns:
+        The description of the splits that remain.
+    """
+    val = inputs.split == VAL
+    labelled = inputs.label >= 0
+    if not splits.startswith("train and test") or labelled[val].any() or not labelled[inputs.split == TRAIN].any():
+        return splits
+    inputs.split[val] = IGNORED
+    return splits.replace("train and test", "train, val held out, test has no labels", 1)
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options of a plan, for every kind of source.
@@ -205,7 +224,6 @@ def make_plan(
     *,
     groups: np.ndarray | None = None,
     ignored: Mapping[str, int] | None = None,
-    val_given: bool | None = None,
 ) -> ImagePlan:
     """Divide inputs into train and val, and put both in a pseudo-random order.
 
@@ -219,12 +237,11 @@ def make_plan(
         options: Options of the plan.
         groups: A number (n,), int64, for each row group of each file, ascending; groups stay together in the order.
         ignored: Number of files that were left out before, by kind.
-        val_given: Whether the source names a val split, even an empty one; None to look at `inputs.split`.
 
     Raises:
         SettingError: There is nothing for train, or train and val differ in their classes.
     """
-    left_out = dict(ignored or {})
+    left_out = {kind: count for kind, count in (ignored or {}).items() if count}
     if options.val_share is None:
         splits = {"train": _table(inputs, np.arange(len(inputs))), "val": SCHEMA.empty_table()}
         return ImagePlan(layout, classes, origin, splits, sorted(inputs.rejects), sum(left_out.values()), left_out)
@@ -233,11 +250,12 @@ def make_plan(
         left_out["images of other splits"] = int((~kept).sum())
     groups = groups[kept] if groups is not None else None
     inputs = inputs.where(kept)
-    if val_given is None:
-        val_given = bool((inputs.split == VAL).any())
+    val_given = bool((inputs.split == VAL).any())
     classes, inputs, groups = _labels(inputs, classes, val_given, options.shown, groups)
     if not (inputs.split != VAL).any():
         first = "; the first reject: {}: {}".format(*inputs.rejects[0]) if inputs.rejects else ""
+        if left_out:
+            first += f"; left out: {', '.join(f'{count:,} {kind}' for kind, count in list(left_out.items())[:3])}"
         raise SettingError(f"images={options.shown}: no image for train{first}")
     seed = options.seed
     val = inputs.split == VAL if val_given else _hold_out(inputs, options.val_share, seed)

@@ -26,7 +26,7 @@ from pipeline.images.files import fetch_files
 from pipeline.images.folders import no_images, plan_tree
 from pipeline.images.lists import plan_list
 from pipeline.images.parquet import fetch_parquet, holds_images, plan_parquet
-from pipeline.images.plan import ImagePlan, Origin, PlanOptions
+from pipeline.images.plan import NO_LABELS, ImagePlan, Origin, PlanOptions
 from pipeline.images.tar import COMPRESSED, fetch_tar, plan_tar
 from pipeline.images.tree_layout import Tree
 from pipeline.storage.folder import Folder
@@ -106,6 +106,8 @@ def plan_source(
     """
     if not images:
         check_source(images)
+    if label_column and label_column.casefold() == NO_LABELS:  # None, as in Python
+        label_column = NO_LABELS
     options = PlanOptions(masked(images), val_share, seed, image_column, label_column)
     if _is_glob(images):
         return _plan_containers(*_matches(images), options)

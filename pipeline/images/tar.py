@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 import re
 import tarfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,10 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import SettingError
-from pipeline.images.columns import LABEL_NAMES, labels_of
-from pipeline.images.decode import SUFFIXES
+from pipeline.images.columns import labels_of
 from pipeline.images.files import LARGEST, container_of, fetch_ahead, too_large
-from pipeline.images.names import NOT_UTF8
+from pipeline.images.names import NOT_UTF8, TRAIN, split_of
 from pipeline.images.plan import (
     NO_LABELS,
     ImagePlan,
@@ -37,43 +34,23 @@ from pipeline.images.plan import (
     split_codes,
     split_of_name,
     without_duplicates,
+    without_unlabelled_test,
 )
+from pipeline.images.tar_samples import DOTS, Member, another, choose_image, json_label, shown_name
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import is_remote, reaching
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 LABEL_SUFFIX, JSON_SUFFIX = "cls", "json"
+_MOST_FOLDERS = 1000  # inside of a tar file that are looked at
 # Hidden files, and the names that WebDataset reserves.
 _HIDDEN = re.compile(r"(^|/)\.|(^|/)__[^/]*__$")
 _BLOCK = tarfile.BLOCKSIZE
 _BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
 _THREADS = {False: 2, True: 12}  # that list tar files: local, remote
 _LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
-_DOTS = "in WebDataset a key ends at the first dot"
 _DAMAGED = "the tar file is damaged here"
 _DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file in a tar file."""
-
-    name: str
-    offset: int  # of the data, bytes
-    size: int
-    problem: str = ""  # why it cannot be read
-    text: str | None = None  # content of a label
-
-    @property
-    def key(self) -> str:
-        """The key of the sample that it belongs to."""
-        folder, slash, base = self.name.rpartition("/")
-        return folder + slash + base.partition(".")[0]
-
-    @property
-    def extension(self) -> str:
-        """What follows the key and its dot, in lower case."""
-        return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
 @dataclass
@@ -86,6 +63,9 @@ class _Index:
     labels: list[str | None] = field(default_factory=list)
     jsons: list[str | None] = field(default_factory=list)  # JSON members of the samples
     rejects: list[tuple[str, str]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)  # members, by kind
+    folders: set[str] = field(default_factory=set)  # that the images are in; only the first ones
+    stray: int = 0  # labels without an image beside them
 
 
 class _Reader(io.BufferedReader):
@@ -134,12 +114,32 @@ def plan_tar(folder: Folder, names: list[str], options: PlanOptions) -> ImagePla
     )
     files_shown = f"{len(names)} tar files" if len(names) > 1 else "a tar file"
     inputs = without_duplicates(inputs, "a second time in the tar file")
+    folders = set[str]().union(*(index.folders for index in found))
+    if options.val_share is not None and splits_shown == "val held out":
+        _check_folders(folders, options.shown)
+    splits_shown = without_unlabelled_test(inputs, splits_shown)
     origin = Origin("tar", folder.url, tuple(names))
-    plan = make_plan(inputs, classes, origin, f"{files_shown}, {splits_shown}", options)
-    dotted = [f"{path}: {reason}" for path, reason in inputs.rejects if _DOTS in reason]
+    left_out = sum((index.left_out for index in found), Counter[str]())
+    plan = make_plan(inputs, classes, origin, f"{files_shown}, {splits_shown}", options, ignored=left_out)
+    if classes is None and not notes and len(folders) > 1 and options.label_column is None:
+        notes += ("folders inside of tar files are no classes: unpack them, or add a member .cls to each image",)
+    if (stray := sum(index.stray for index in found)) and (codes < 0).any():
+        notes += (f"{stray} labels have no image beside them: the members of a sample have to follow each other, "
+                  "as in a tar file sorted by name",)  # fmt: skip
+    dotted = [f"{path}: {reason}" for path, reason in inputs.rejects if DOTS in reason]
     if dotted:
         notes += (f"{len(dotted)} images share their key with another one, such as {dotted[0]}",)
     return replace(plan, notes=(*notes, *plan.notes))
+
+
+def _check_folders(folders: set[str], shown: str) -> None:
+    """Raise SettingError where folders inside of tar files are splits: all of their images would be trained on."""
+    of = {split: folder for folder in sorted(folders) for part in folder.split("/") if (split := split_of(part))}
+    if TRAIN in of and len(of) > 1:
+        raise SettingError(
+            f"images={shown}: folders for {' and '.join(sorted(of))} inside ({', '.join(sorted(of.values()))}); unpack it and "
+            "name the folder, or pack a tar file for each split, with the split in its name"
+        )
 
 
 def _labels(found: list[_Index], label: str, options: PlanOptions) -> tuple[pa.ChunkedArray, str]:
@@ -149,29 +149,13 @@ def _labels(found: list[_Index], label: str, options: PlanOptions) -> tuple[pa.C
         texts = [[None] * len(one) for one in texts]
     elif not any(text is not None for one in texts for text in one):
         key = options.label_column.strip() if options.label_column else None
-        texts = [[None if text is None else _json_label(text, key) for text in index.jsons] for index in found]
+        texts = [[None if text is None else json_label(text, key) for text in index.jsons] for index in found]
         what = "the label in the JSON members"
         if key and not any(text is not None for one in texts for text in one):
             raise SettingError(
                 f"images={options.shown}: no sample has a member .{label} (label_column={key}), nor {key} in its .json"
             )
     return pa.chunked_array([pa.array(one, pa.large_string()) for one in texts], pa.large_string()), what
-
-
-def _json_label(text: str, key: str | None) -> str | None:
-    """The label in a JSON member: the value of `key`, of a usual name, or the only value that there is."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return None
-    if isinstance(content, dict):
-        wanted = (key,) if key else LABEL_NAMES
-        of = {str(name).strip().casefold(): value for name, value in content.items()}
-        given = [of[name.casefold()] for name in wanted if name.casefold() in of]
-        content = given[0] if given else next(iter(of.values())) if len(of) == 1 and not key else None
-    if content is None or isinstance(content, bool):
-        return None if content is None else str(content)
-    return content if isinstance(content, str) else json.dumps(content)
 
 
 def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
@@ -193,57 +177,42 @@ def _index(folder: Folder, name: str, image: str | None, label: str) -> _Index:
     return found
 
 
+def _add(found: _Index, tar: str, sample: list[Member], image: str | None, label: str) -> None:
+    """Add the image of one sample to the inputs, or to the rejects, and count what is left out."""
+    chosen, masks, others = choose_image(sample, image)
+    texts = {
+        extension: next((m.text for m in sample if m.extension == extension and m.text is not None), None)
+        for extension in (label, JSON_SUFFIX)
+    }
+    if chosen is None and image is None:
+        found.left_out.update(member.kind for member in sample)
+        found.stray += texts[label] is not None
+    elif chosen is None:
+        found.rejects.append((f"{tar}!{shown_name(sample[0].name)}", f"no .{image} in this sample"))
+    found.left_out["masks beside images"] += len(masks)
+    found.rejects += [(f"{tar}!{shown_name(other.name)}", another(other)) for other in others]
+    if chosen is None:
+        return
+    path = f"{tar}!{shown_name(chosen.name)}"
+    if chosen.problem:
+        found.rejects.append((path, chosen.problem))
+    elif path != f"{tar}!{chosen.name}":
+        found.rejects.append((path, NOT_UTF8))
+    else:
+        found.paths.add([path])
+        found.offsets.append(chosen.offset)
+        found.sizes.append(chosen.size)
+        found.labels.append(texts[label])
+        found.jsons.append(texts[JSON_SUFFIX])
+        if len(found.folders) < _MOST_FOLDERS and "/" in chosen.name:
+            found.folders.add(chosen.name.rpartition("/")[0])
+
+
 def _opened(folder: Folder, name: str) -> pa.NativeFile:
     try:
         return folder.open(name)
     except OSError as error:
         raise SettingError(f"images={folder.shown(name)}: cannot be read ({error.strerror or error})") from None
-
-
-def _add(found: _Index, tar: str, sample: list[Member], image: str | None, label: str) -> None:
-    """Add the image of one sample to the inputs, or to the rejects."""
-    images = [member for member in sample if _is_image(member, image)]
-    plain = [member for member in images if "." not in member.extension]
-    if not images:
-        missing = f"no .{image} in this sample" if image else "no image in this sample"
-        found.rejects.append((f"{tar}!{_shown(sample[0].name)}", missing))
-        return
-    chosen = (plain or images)[0]
-    for other in images:
-        path = f"{tar}!{_shown(other.name)}"
-        if other is not chosen:
-            found.rejects.append((path, _another(other)))
-        elif other.problem:
-            found.rejects.append((path, other.problem))
-        elif path != f"{tar}!{other.name}":
-            found.rejects.append((path, NOT_UTF8))
-        else:
-            found.paths.add([path])
-            found.offsets.append(other.offset)
-            found.sizes.append(other.size)
-            for texts, extension in ((found.labels, label), (found.jsons, JSON_SUFFIX)):
-                own = (member.text for member in sample if member.extension == extension)
-                texts.append(next((text for text in own if text is not None), None))
-
-
-def _another(member: Member) -> str:
-    """Why an image is not the one of its sample."""
-    if "." in member.extension:
-        return (
-            f"another image of the same sample: {_DOTS}, here '{_shown(member.key)}', so other dots are not allowed in "
-            "names; rename the members, or set data.image_column to the extension to use"
-        )
-    return "another image of the same sample; set data.image_column to the extension to use"
-
-
-def _is_image(member: Member, image: str | None) -> bool:
-    if image is not None:
-        return member.extension == image
-    return f".{member.extension.rpartition('.')[2]}" in SUFFIXES
-
-
-def _shown(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 # Headers

@@ -13,14 +13,19 @@ from dataclasses import dataclass, field
 from pipeline.errors import SettingError
 from pipeline.images.decode import SUFFIXES
 from pipeline.images.names import (
+    MASK_SUFFIXES,
     NOT_UTF8,
+    PHOTO_SUFFIXES,
     TEST,
     TRAIN,
     TRAIN_FOLDERS,
     VAL,
     VAL_FOLDERS,
+    are_parts,
     holds_images,
     is_annotation,
+    is_fold,
+    is_opposite,
     is_system,
     masks_beside,
     split_of,
@@ -28,9 +33,7 @@ from pipeline.images.names import (
 )
 from pipeline.storage.folder import Folder
 
-_MASK_SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".npy"))
-_PHOTO_SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".webp"))
-_DEEPEST_WRAPPER = 4  # folders that only hold one folder
+_DEEPEST_WRAPPER = 16  # folders that only hold one folder
 
 
 class Tree:
@@ -99,9 +102,9 @@ class Tree:
         """Leave out masks and second copies of the images in one folder: x_mask.png and x.png beside x.jpg."""
         stems = dict(zip(names, (os.path.splitext(name) for name in names), strict=True))
         masks = masks_beside([stem for stem, _ in stems.values()])
-        photos = {stem for stem, suffix in stems.values() if suffix.lower() in _PHOTO_SUFFIXES}
-        same = [name for name, (stem, suffix) in stems.items() if suffix.lower() in _MASK_SUFFIXES and stem in photos]
-        lossless = sum(suffix.lower() in _MASK_SUFFIXES and stem not in masks for stem, suffix in stems.values())
+        photos = {stem for stem, suffix in stems.values() if suffix.lower() in PHOTO_SUFFIXES}
+        same = [name for name, (stem, suffix) in stems.items() if suffix.lower() in MASK_SUFFIXES and stem in photos]
+        lossless = sum(suffix.lower() in MASK_SUFFIXES and stem not in masks for stem, suffix in stems.values())
         second = set(same) if len(same) == lossless > 1 else set()
         kept = [name for name in names if stems[name][0] not in masks and name not in second]
         if len(kept) < len(names):
@@ -149,12 +152,14 @@ class TreeLayout:
         splits: Folders of train, of val if it is given, and of a third split; none for a tree without splits.
         val_is_test: Whether val is a folder named test, which may have no labels.
         not_classes: Folders beside class folders that are splits by their names, and how they are counted.
+        above: Whether the classes are the folders above the splits: cat/train, cat/test, dog/train, …
     """
 
     base: str
     splits: dict[str, list[str]] = field(default_factory=dict)
     val_is_test: bool = False
     not_classes: dict[str, str] = field(default_factory=dict)
+    above: bool = False
 
 
 def inside(below: str, folder: str) -> bool:
@@ -167,11 +172,15 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def find_layout(tree: Tree) -> TreeLayout:
+def find_layout(tree: Tree, *, whole: bool = False) -> TreeLayout:
     """Leave out annotations, and find the folder of each split; `tree` loses what is left out.
 
+    Args:
+        tree: The tree.
+        whole: Whether all images are wanted, so that nothing depends on which split is for train.
+
     Raises:
-        SettingError: There are folders for val and test and nothing for train.
+        SettingError: There are folders for val and test and nothing for train, or several divisions into splits.
     """
     _drop_annotations(tree)
     base = ""
@@ -180,7 +189,7 @@ def find_layout(tree: Tree) -> TreeLayout:
         if base in tree.images or len(names) != 1 or (split_of(names[0], names) == TRAIN) or _empty_splits(tree, base):
             break
         base = join(base, names[0])
-    return _find_splits(tree, base)
+    return _find_splits(tree, base, whole)
 
 
 def inner(tree: Tree, root: str) -> str:
@@ -230,7 +239,7 @@ def _belongs(tree: Tree, folder: str, name: str, names: list[str]) -> bool:
     if any(set(words_of(other)) <= set(words_of(name)) for other in others):
         return True
     own = _files(tree, join(folder, name))
-    if not own or len(others) != 1 or {os.path.splitext(file)[1].lower() for file in own} - _MASK_SUFFIXES:
+    if not own or len(others) != 1 or {os.path.splitext(file)[1].lower() for file in own} - MASK_SUFFIXES:
         return False
     stems, beside = (
         {os.path.splitext(file)[0] for file in files} for files in (own, _files(tree, join(folder, others[0])))
@@ -242,7 +251,7 @@ def _files(tree: Tree, folder: str) -> list[str]:
     return [name for below, names in tree.images.items() if inside(below, folder) for name in names]
 
 
-def _find_splits(tree: Tree, base: str) -> TreeLayout:
+def _find_splits(tree: Tree, base: str, whole: bool) -> TreeLayout:
     names = tree.children(base)
     present = sorted({*names, *_folders(tree, base)})
     of = {name: split_of(name, present, annotations=True) for name in present}
@@ -254,8 +263,12 @@ def _find_splits(tree: Tree, base: str) -> TreeLayout:
     if train and not val and len(plain) > 1 and not any(tree.children(join(base, name)) for name in train):
         return TreeLayout(base)  # airplane, bus, train: the name of a class
     if not train:
-        if not val or base in tree.images:
-            return TreeLayout(base)
+        if not val:
+            return _splits_below(tree, base, whole)
+        if base in tree.images or any(is_opposite(name, split) for name in plain for split in val):
+            return TreeLayout(base)  # valid and invalid: classes
+        if not plain and whole:
+            return TreeLayout(base, {name: [join(base, name)] for name in names})
         if not plain:
             raise SettingError(
                 f"images={tree.folder}: folders for {' and '.join(sorted(filter(None, set(of.values()))))} "
@@ -272,6 +285,47 @@ def _find_splits(tree: Tree, base: str) -> TreeLayout:
     found = {"train": train, **({"val": val} if val else {}), **({"third": third} if third else {})}
     splits = {split: [join(base, name) for name in folders] for split, folders in found.items()}
     return TreeLayout(base, splits, val_is_test=bool(val) and of[val[0]] == TEST)
+
+
+def _splits_below(tree: Tree, base: str, whole: bool) -> TreeLayout:
+    """The splits in each of several folders: cat/train, cat/test, dog/train, …; a layout without splits if none has any."""
+    names = tree.children(base)
+    if base in tree.images or len(names) < 2:
+        return TreeLayout(base)
+    found = {name: _exact_splits(tree, join(base, name)) for name in names}
+    divided = [name for name in names if found[name]]
+    if not divided:
+        return TreeLayout(base)
+    if not whole and (len(divided) < len(names) or any(map(is_fold, names))):
+        first = join(base, divided[0])
+        raise SettingError(
+            f"images={tree.folder}: {', '.join(divided[:3])}{', …' if len(divided) > 3 else ''} "
+            f"{'have' if len(divided) > 1 else 'has'} folders for train and val inside; name the folder to use, as in "
+            f"images={tree.folder.shown(first)}"
+        )
+    splits: dict[str, list[str]] = {}
+    for folders in found.values():
+        for split, folder in folders.items():
+            splits.setdefault(split, []).append(folder)
+    inner_classes = {name for folder in splits["train"] for name in tree.children(inner(tree, folder))}
+    return TreeLayout(
+        base,
+        splits,
+        all(split_of(os.path.basename(one)) == TEST for one in splits["val"]),
+        above=len(inner_classes) < 2 and not are_parts(names),
+    )
+
+
+def _exact_splits(tree: Tree, folder: str) -> dict[str, str]:
+    """The folders of train and val, and of a third split, in a folder; empty if it has not both of the first two."""
+    place = inner(tree, folder)
+    names = tree.children(place)
+    train, val = _first_of(TRAIN_FOLDERS, names), _first_of(VAL_FOLDERS, names)
+    if train is None or val is None or place in tree.images:
+        return {}
+    third = _first_of(tuple(name for name in VAL_FOLDERS if name != val.casefold()), names)
+    found = {"train": train, "val": val, **({"third": third} if third else {})}
+    return {split: join(place, name) for split, name in found.items()}
 
 
 def _first_of(names: tuple[str, ...], given: list[str]) -> str | None:

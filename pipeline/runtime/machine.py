@@ -21,6 +21,7 @@ FEWEST_FILES = 1024  # open files: a private Ray with two workers needs several 
 
 def prepare() -> None:
     """Change the environment of this process where it would break a command."""
+    _use_utf8()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the terminal's encoding lacks are shown escaped
             stream.reconfigure(errors="backslashreplace")
@@ -31,6 +32,10 @@ def prepare() -> None:
         known = [host for host in os.environ.get(name, os.environ.get("no_proxy", "")).split(",") if host]
         missing = [host for host in ("localhost", "127.0.0.1", "::1") if host not in known]
         os.environ[name] = ",".join(known + missing)
+    for name in ("TMPDIR", "RAY_TMPDIR"):  # Ray takes an empty one for a folder, and is started from another folder
+        folder = os.environ.pop(name, "")
+        if folder:
+            os.environ[name] = os.path.abspath(folder)
     if not os.environ.get("HOME") and os.path.expanduser("~") == "~":  # a user without an entry in passwd
         os.environ["HOME"] = tempfile.gettempdir()
     try:
@@ -40,13 +45,21 @@ def prepare() -> None:
     _make_figures_quiet()
 
 
+def _use_utf8() -> None:
+    """Start this command again where Python would read and write file names in another encoding than UTF-8."""
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8") or os.environ.get("PYTHONUTF8") == "1":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # the same command
+
+
 def _make_figures_quiet() -> None:
     """Give matplotlib a folder for its cache where the home folder cannot be written; else it warns in every process."""
     if "MPLCONFIGDIR" in os.environ:
         return
     home = Path(os.path.expanduser("~"))
     there = next((place for place in (home / ".cache", home) if place.exists()), home)
-    if not os.access(there, os.W_OK):
+    if not _writable(there):
         os.environ["MPLCONFIGDIR"] = os.path.join(tempfile.gettempdir(), f"matplotlib-{os.getuid()}")
 
 
@@ -54,18 +67,27 @@ def ray_folder() -> str | None:
     """The folder for a private Ray's files, with its Unix sockets; None for Ray's own choice.
 
     Raises:
-        SettingError: The temporary folder's path is too long for sockets, and /tmp cannot be used instead.
+        SettingError: The temporary folder's path is too long for sockets or not a folder, and /tmp cannot be used instead.
     """
-    chosen = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
-    if chosen is None or _fits(chosen):
-        return None
-    if _fits("/tmp") and os.access("/tmp", os.W_OK | os.X_OK):
-        return "/tmp/ray"
     name = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    chosen = os.environ.get(name)
+    if not chosen or (_fits(chosen) and _writable(Path(chosen))):
+        return None
+    if _writable(Path("/tmp")):
+        return "/tmp/ray"
     raise SettingError(
-        f"{name}={chosen}: Ray's sockets need a path of at most {LONGEST_SOCKET - len(_RAY_SOCKET)} bytes, of letters, "
-        f"digits, '/', '.', '_' and '-' only; set {name} to another folder"
+        f"{name}={chosen}: Ray's sockets need a folder that can be written, with a path of at most "
+        f"{LONGEST_SOCKET - len(_RAY_SOCKET)} bytes, of letters, digits, '/', '.', '_' and '-' only; set {name} to another one"
     )
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder. What the permissions say is not enough: file systems may be read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _fits(folder: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from pipeline.config.places import printable
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels
@@ -168,7 +169,10 @@ def dry_run(recipe: Recipe, say: Callable[[str], object] = print) -> None:
     if plan.rejects:
         lines.append(f"{len(plan.rejects)} rejected before decoding; the first: {': '.join(plan.rejects[0])}")
     lines += [f"warning: {note}" for note in (*plan.notes, *without_val(plan))]
-    say("\n".join(f"prepare: {line}" for line in lines) + "\nprepare: nothing was decoded or written (--dry-run)")
+    say(
+        "\n".join(f"prepare: {printable(line)}" for line in lines)
+        + "\nprepare: nothing was decoded or written (--dry-run)"
+    )
 
 
 def _log(tracker: Tracker, result: Mapping[str, Any]) -> None:
@@ -235,9 +239,10 @@ def _make(
     rejects = sorted([*plan.rejects, *((path, reason) for report in ordered for path, reason in report["rejects"])])
     check_rejects(recipe, len(rejects), rejects, plan.inputs)
     observed = [report["observed"] for report in ordered if "observed" in report]  # older reports have none
+    notes = [*plan.notes, *without_images(plan, rejects), *without_val(plan), *narrow_values(observed)]
     found = {
         "layout": found_in(plan),
-        "notes": [*plan.notes, *without_images(plan, rejects), *without_val(plan), *narrow_values(observed)],
+        "notes": [printable(note) for note in notes],
         "cropped_share": cropped_share(observed),
     }
     task.folder.write(FOUND, as_json(found))

@@ -78,7 +78,7 @@ MISTAKES = [
     ("mask.unit=48", "mask.unit=48: the side of a hidden block, 48, is not a multiple of 8 that divides 64"),
     ("train.crop_scale=[0.9, 0.5]", "train.crop_scale=[0.9, 0.5]: the first value must be the smaller one"),
     ("train.clip_grad=0", "train.clip_grad=0: input should be greater than 0"),
-    ("encoder.options=3", "encoder.options=3: input should be a valid dictionary"),
+    ("encoder.options=3", "encoder.options=3: needs a mapping"),
     ("encoder.options={reg_tokens:4}", "write a space after each colon"),
     ("target.taps={3:6,4:9}", "target.taps={3:6,4:9}: write a space after each colon, for example {3: 6, 4: 8}"),
     ("encoder.options={reg_tokens: null}", "reg_tokens has no value"),

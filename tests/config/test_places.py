@@ -29,6 +29,16 @@ def test_file_urls_are_decoded_and_nothing_else(url, path):
         assert Folder.at(url).url == path
 
 
+def test_the_home_folder_is_the_same_in_every_place(monkeypatch, tmp_path):
+    """Fails where a recipe's out: ~/runs makes a folder named ~ and the log goes to the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load(
+        "small", ["out=~/runs", "shards=~/s", "images=~", "train.checkpoints_at=~/c", "encoder.pretrained=~/e"]
+    )
+    assert (recipe.out, recipe.shards) == (f"{tmp_path}/runs", f"{tmp_path}/s") and recipe.images == str(tmp_path)
+    assert (recipe.train.checkpoints_at, recipe.encoder.pretrained) == (f"{tmp_path}/c", f"{tmp_path}/e")
+
+
 def test_a_file_url_of_another_machine_is_refused():
     with pytest.raises(SettingError, match="names the machine 'host'"):
         local_place("file://host/x")

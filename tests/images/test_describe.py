@@ -25,6 +25,11 @@ def test_one_sentence_says_what_was_found(tmp_path):
     ]
 
 
+def test_names_with_line_breaks_stay_in_one_line(tmp_path):
+    plan = plan_of(touch(tmp_path, "a\nb/0.jpg", "a\nb/1.jpg", "c/0.jpg", "c/1.jpg", "c/2.jpg"), val_share=0)
+    assert "(a\\nb)" in found_in(plan) and "\n" not in found_in(plan)
+
+
 def test_a_dry_run_says_it_and_writes_nothing(tmp_path, monkeypatch):
     """Fails where the dry run decodes (the files are no images), writes, or hides a warning."""
     touch(tmp_path / "in", "images/0.jpg", "images/1.jpg", "masks/0.png", "masks/1.png")

@@ -124,6 +124,75 @@ LAYOUTS = {
     "parts of a set": ([*some("HAM10000_images_part_1"), *some("HAM10000_images_part_2")], (4, 0), None, []),
     "labels as a class": ([*some("labels"), *some("boxes")], (4, 0), ["boxes", "labels"], []),
     "train as a class": ([*some("bus"), *some("plane"), *some("train")], (6, 0), ["bus", "plane", "train"], []),
+    "years of a set": (
+        [*some("VOCdevkit/VOC2007/JPEGImages"), *some("VOCdevkit/VOC2012/JPEGImages")],
+        (4, 0),
+        None,
+        [],
+    ),
+    "folds": ([*split(LABELLED, "fold0", "fold1")], (8, 0), None, []),
+    "splits in each class": (
+        [*split(FLAT, "cat/train", "cat/test", "dog/train", "dog/test"), *some("dog/val")],
+        (4, 4),
+        ["cat", "dog"],
+        ["dog/test/"],
+    ),
+    "splits of each resolution": (
+        split(FLAT, "100k/train", "100k/val", "10k/train", "10k/val"),
+        (4, 4),
+        ["100k", "10k"],
+        [],
+    ),
+    "classes in splits in folders": (
+        split(LABELLED, "small/train", "small/val", "large/train", "large/val"),
+        (8, 8),
+        ["cat", "dog"],
+        [],
+    ),
+    "MVTec": (
+        [
+            *split(
+                FLAT, "bottle/train/good", "bottle/test/good", "bottle/test/broken", "nut/train/good", "nut/test/bent"
+            ),
+            *some("bottle/ground_truth/broken", suffix=".png"),
+        ],
+        (4, 6),
+        ["bottle", "nut"],
+        ["ground_truth/"],
+    ),
+    "short names of splits": (
+        [*split(FLAT, "DUTS-TR/DUTS-TR-Image", "DUTS-TE/DUTS-TE-Image"), *some("DUTS-TR/DUTS-TR-Mask", suffix=".png")],
+        (2, 2),
+        None,
+        ["DUTS-TR-Mask/"],
+    ),
+    "evaluation": (split(LABELLED, "training", "evaluation"), (4, 4), ["cat", "dog"], []),
+    "deep in an archive": (split(FLAT, "a/b/c/d/e/f/train", "a/b/c/d/e/f/val"), (2, 2), None, []),
+    "valid and invalid": (split(FLAT, "valid", "invalid"), (4, 0), ["invalid", "valid"], []),
+    "mask and no mask": (
+        [*some("train/mask", suffix=".png"), *some("train/no_mask", suffix=".png")],
+        (4, 0),
+        ["mask", "no_mask"],
+        [],
+    ),
+    "masks of several people": (
+        [*some("img"), *some("masks_human", suffix=".png"), *some("masks_machine", suffix=".png")],
+        (2, 0),
+        None,
+        ["masks_human/", "masks_machine/"],
+    ),
+    "a folder for each image": (
+        [f"{part}/{n}/images/{n}.png" for part, n in [*(("train", n) for n in range(4)), ("test", 8), ("test", 9)]],
+        (4, 2),
+        None,
+        [],
+    ),
+    "a val folder without images": (
+        [*split(LABELLED, "train"), "val/a/0.heif"],
+        (4, 0),
+        ["cat", "dog"],
+        [".heif files"],
+    ),
     "a split among classes": ([*split(LABELLED, "."), *some("test")], (4, 0), ["cat", "dog"], ["test/"]),
 }
 
@@ -184,6 +253,27 @@ def test_val_and_test_without_train_are_no_classes(tmp_path):
         SettingError, match=r"test and val \(test, val\) and none for train; name the folder to train on"
     ):
         plan_of(touch(tmp_path, *some("val"), *some("test")))
+    assert counts(plan_of(tmp_path, val_share=None))["train"] == 4  # to embed them, no split is needed
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [split(LABELLED, "fold_1/train", "fold_1/val", "fold_2/train", "fold_2/val"), split(FLAT, "a/train", "a/val", "b")],
+    ids=["folds", "one of two folders"],
+)
+def test_several_divisions_into_splits_are_not_mixed(paths, tmp_path):
+    """Fails where a fold's val is trained on because another fold has it in train, or val becomes part of a class."""
+    with pytest.raises(
+        SettingError, match=r"folders? for train and val inside; name the folder to use, as in .*/(fold_1|a)"
+    ):
+        plan_of(touch(tmp_path, *paths))
+    assert counts(plan_of(tmp_path, val_share=None))["train"] == len(paths)
+
+
+def test_an_empty_val_folder_is_said(tmp_path):
+    (touch(tmp_path, *some("train", 8)) / "val" / "x").mkdir(parents=True)
+    plan = plan_of(tmp_path)
+    assert counts(plan) == {"train": 6, "val": 2} and plan.notes == ("no image in val/: val is held out of train",)
 
 
 @pytest.mark.parametrize(

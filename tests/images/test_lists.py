@@ -124,6 +124,57 @@ def test_fractions_in_a_csv_are_no_classes_and_names_of_splits_may_vary(tmp_path
     assert plan.classes is None and not plan.notes
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["1.0", "2.0", ""], ["1", "2"]),
+        (["0.0", "1.0", "nan"], ["0", "1"]),
+        (["1.000e+00", "-1.000e+00", "<NA>"], ["-1", "1"]),
+        (["cat", "dog", "NaN"], ["cat", "dog"]),
+        (["007", "010", ""], ["007", "010"]),
+        (["tench, Tinca tinca", "maillot, tank suit", ""], ["maillot, tank suit", "tench, Tinca tinca"]),
+        (
+            ["black bear", "brown bear", "black dog", "brown dog"],
+            ["black bear", "black dog", "brown bear", "brown dog"],
+        ),
+    ],
+)
+def test_labels_as_programs_write_them(labels, classes, tmp_path):
+    """Fails where "nan" becomes a class, where 1.0 is another class than 1, or where words in names are taken for lists."""
+    lines = [f'{i}.jpg,"{labels[i % len(labels)]}"' for i in range(24)]
+    plan = plan_of(write_csv(tmp_path / "l.csv", "path,label\n" + "\n".join(lines)), val_share=0)
+    assert plan.classes == classes
+    assert len(plan.rejects) == (8 if len(labels) == 3 else 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["cat|dog", "cat", "dog|cow", "cow"], "several labels in one text ('cat|dog')"),
+        (
+            ["haze", "haze primary", "primary water haze", "water", "haze water", "primary"],
+            "several labels in one text",
+        ),
+        (["0,5", "1,5", "2,5"], "lists, or fractions with a comma"),
+        ([*(f"id{n}" for n in range(20)), "id0"], "another value for nearly each image"),
+    ],
+)
+def test_what_is_no_class_is_said(labels, words, tmp_path):
+    """Fails where combinations of labels, numbers or identifiers become classes."""
+    lines = [f'{i}.jpg,"{label}"' for i, label in enumerate(labels)]
+    plan = plan_of(write_csv(tmp_path / "l.csv", "path,label\n" + "\n".join(lines)))
+    assert plan.classes is None and words in plan.notes[0]
+
+
+def test_a_test_split_without_labels_is_left_out(tmp_path):
+    lines = [f"{i}.jpg,{'ab'[i % 2]},train" for i in range(8)] + [f"{i}.jpg,,test" for i in range(8, 12)]
+    plan = plan_of(write_csv(tmp_path / "l.csv", "path,label,split\n" + "\n".join(lines)))
+    assert counts(plan) == {"train": 6, "val": 2} and plan.left_out == {"images of other splits": 4}
+    assert plan.layout == "a list, train, val held out, test has no labels; 2 classes"
+    plan = plan_of(tmp_path / "l.csv", label_column="None")  # without labels it serves as val
+    assert counts(plan) == {"train": 8, "val": 4}
+
+
 def test_paths_that_windows_wrote_and_file_urls_name_the_same_files(tmp_path):
     (tmp_path / "a b").mkdir()
     for name in ("a b/0.png", "a b/1 %.png", "real\\name.png"):

@@ -42,6 +42,9 @@ def test_values_that_fill_little_of_their_range_are_said_with_the_setting():
     assert "2 of 3 images reach 4095 of 65535" in note and note.endswith("set data.value_range=[0, 4095]")
     assert "of 255 and fill" in narrow_values([seen(png(values(0, 9, "u1")))])[0]  # a mask
     assert "data.value_range=[30000, 32000]" in narrow_values([seen(png(values(30000, 32000)))])[0]
+    for value in (0, 255):  # nothing in them at all
+        note = f"2 of 2 images have the value {value} in every pixel: check the files"
+        assert narrow_values([seen(*[png(values(value, value, "u1"))] * 2)]) == [note]
     for ordinary in ([full, full, dim], [photo], [png(values(0, 0, "u1")), photo, photo]):
         assert narrow_values([seen(*ordinary)]) == []
     assert narrow_values([seen(dim, value_range=(0, 4095))]) == []

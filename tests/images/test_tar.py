@@ -49,8 +49,7 @@ def test_long_names_and_other_members(tmp_path, style):
         "a.tar!photos/1.jpg": images[1],
         "a.tar!photos/6.jpg": "empty file",
     }
-    several = dict(plan_of(tmp_path / "a.tar", val_share=0).rejects)
-    assert "another image of the same sample" in several["a.tar!photos/1.seg.png"]
+    assert plan_of(tmp_path / "a.tar", val_share=0).left_out == {".txt files": 1, "masks beside images": 1}
 
 
 def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path):
@@ -167,3 +166,43 @@ def test_keys_with_dots_are_explained(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
     reasons = {reason for _, reason in plan_of(tmp_path / "a.tar", val_share=0).rejects}
     assert len(reasons) == 1 and "a key ends at the first dot, here 'img', so other dots" in reasons.pop()
+
+
+@pytest.mark.parametrize("members", [("jpg", "seg.png"), ("seg.png", "jpg"), ("depth.png", "rgb.jpg"), ("png", "jpg")])
+def test_masks_in_tars_are_left_out_by_kind(members, tmp_path):
+    """Fails where masks count as damaged, or where one is trained on because it comes first."""
+    content = [(f"{i}.{e}", e.encode()) for i in range(20) for e in members]
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*content, ("README.md", b""), ("meta.csv", b"")]))
+    plan = plan_of(tmp_path / "a.tar")
+    assert plan.left_out == {".md files": 1, ".csv files": 1, "masks beside images": 20} and not plan.rejects
+    assert set(fetched(plan).values()) == {next(e for e in members if "jpg" in e).encode()}
+
+
+def test_members_apart_from_their_sample_are_said(tmp_path):
+    content = [(f"{i}.jpg", b"x") for i in range(12)] + [(f"{i}.cls", b"1") for i in range(12)]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(content))
+    (note,) = plan_of(tmp_path / "a.tar").notes
+    assert note.startswith("12 labels have no image beside them") and "sorted by name" in note
+
+
+def test_folders_inside_of_tars_are_said(tmp_path):
+    """Fails where val/ of a packed folder is trained on, or where its class folders are lost without a word."""
+    for name, folders in (("split", ("set/train/cat", "set/val/cat")), ("classes", ("cat", "dog"))):
+        content = [(f"{folder}/{i}.jpg", b"x") for folder in folders for i in range(4)]
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(content))
+    with pytest.raises(
+        SettingError, match=r"folders for train and val inside \(set/train/cat, set/val/cat\); unpack it"
+    ):
+        plan_of(tmp_path / "split.tar")
+    assert plan_of(tmp_path / "split.tar", val_share=None).inputs == 8
+    assert "no classes: unpack them" in plan_of(tmp_path / "classes.tar").notes[0]
+
+
+def test_a_test_split_of_tars_without_labels_is_left_out(tmp_path):
+    images = [(f"{i}.jpg", b"x") for i in range(8)]
+    labelled = [member for i in range(8) for member in (images[i], (f"{i}.cls", b"%d" % (i % 2)))]
+    (tmp_path / "train-0.tar").write_bytes(tar_bytes(labelled))
+    (tmp_path / "test-0.tar").write_bytes(tar_bytes(images))
+    plan = plan_of(tmp_path)
+    assert counts(plan) == {"train": 6, "val": 2} and "test has no labels" in plan.layout
+    assert plan.left_out == {"images of other splits": 8}

@@ -45,12 +45,34 @@ def test_a_temporary_folder_that_ray_cannot_use_is_replaced(environment, monkeyp
     environment.pop("RAY_TMPDIR", None)
     environment["TMPDIR"] = folder
     assert machine.ray_folder() == "/tmp/ray"
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(SettingError, match=r"TMPDIR=.*; set TMPDIR to another folder"):
+    monkeypatch.setattr(machine, "_writable", lambda _: False)
+    with pytest.raises(SettingError, match=r"TMPDIR=.*; set TMPDIR to another one"):
         machine.ray_folder()
 
 
-def test_a_temporary_folder_that_fits_is_ray_s_own_choice(environment):
+@pytest.mark.parametrize("folder", ["/tmp/does-not-exist", "/proc", "/dev/null"])
+def test_a_temporary_folder_that_cannot_be_written_is_replaced(environment, folder):
+    """Fails where Ray ends with an error of its own; as root it would make the folder."""
+    environment.pop("RAY_TMPDIR", None)
+    environment["TMPDIR"] = folder
+    assert machine.ray_folder() == "/tmp/ray"
+
+
+def test_an_empty_or_relative_temporary_folder_is_not_taken_from_where_ray_starts(environment):
+    environment |= {"TMPDIR": "", "RAY_TMPDIR": "here"}
+    machine.prepare()
+    assert "TMPDIR" not in environment and environment["RAY_TMPDIR"] == os.path.abspath("here")
+
+
+def test_a_home_folder_that_cannot_be_written_gets_no_cache(environment):
+    environment.pop("MPLCONFIGDIR", None)
+    environment["HOME"] = "/proc"
+    machine.prepare()
+    assert environment["MPLCONFIGDIR"].startswith("/tmp")
+
+
+def test_a_temporary_folder_that_fits_is_ray_s_own_choice(environment, monkeypatch):
+    monkeypatch.setattr(machine, "_writable", lambda _: True)
     environment.pop("RAY_TMPDIR", None)
     environment["TMPDIR"] = "/tmp/short"
     assert machine.ray_folder() is None
@@ -80,7 +102,10 @@ def test_an_address_of_another_kind_is_refused_before_ray_is_imported(address):
 def test_modules_of_the_same_name_do_not_take_the_place_of_the_project(tmp_path):
     own = tmp_path / "own"
     (own / "pipeline").mkdir(parents=True)
-    for place in (own / "pipeline" / "__init__.py", tmp_path / "pipeline.py"):
+    for place in (
+        own / "pipeline" / "__init__.py",
+        *(tmp_path / f"{name}.py" for name in ("pipeline", "numpy", "click")),
+    ):
         place.write_text("raise SystemExit('not the project')\n")
     done = subprocess.run(
         [sys.executable, "-m", "wavemim", "--version"],
@@ -90,6 +115,19 @@ def test_modules_of_the_same_name_do_not_take_the_place_of_the_project(tmp_path)
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("wavemim, version")
+
+
+def test_names_are_utf_8_whatever_the_locale_says(tmp_path):
+    """Fails where a locale without UTF-8 makes other names of those in the command, or an error."""
+    (tmp_path / "schön").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "wavemim", "prepare", "--dry-run", "images=schön"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 2 and done.stderr.decode().startswith("wavemim: images=")
+    assert "schön' or its subfolders" in done.stderr.decode()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
