@@ -97,21 +97,14 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     use_gpu = uses_gpu(recipe, session)
     check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
-    same = {**identity(recipe, "tune"), "space": space.record(), "shards": shards.fingerprint}
-    if recipe.tune.scheduler == "pbt":
-        same["tune.trials"] = recipe.tune.trials  # a population cannot grow once trials were forked
-    with stage_folder(recipe.stage_dir("tune"), same, restart=recipe.restart) as folder:
+    with stage_folder(recipe.stage_dir("tune"), _identity(recipe, checked), restart=recipe.restart) as folder:
         meter = Meter(before=spent_in(folder.path))
         concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
         plan = _plan(recipe, checked, folder, meter, concurrent)
         kept = len(plan.ledger.ended)
         if folder.finished and plan.done:
             return {**folder.result(), "state": "finished already"}
-        tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": " + ".join(names_of_spaces(recipe))}
-        params = {"tune": recipe.dump()["tune"]}  # the others are in the artifact recipe.yaml
-        with Tracker.start(
-            recipe, "tune", params=params, log_dir=folder.path, tags=tags, dataset=shards.about
-        ) as tracker:
+        with _start(recipe, checked, folder) as tracker:
             tracker.text(yaml.safe_dump(space.record(), sort_keys=False, allow_unicode=True), "space.yaml")
             rungs, images = plan_rungs(recipe, shards)
             task = TrialTask(
@@ -139,6 +132,22 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             folder.finish(result)
         state = f"continued, {kept} trials were done" if kept else folder.state
         return {**result, "state": "new" if state == "unfinished" else state}
+
+
+def _identity(recipe: Recipe, checked: Checked) -> dict[str, Any]:
+    """What decides the trials of a sweep."""
+    same = {**identity(recipe, "tune"), "space": checked.space.record(), "shards": checked.shards.fingerprint}
+    if recipe.tune.scheduler == "pbt":
+        same["tune.trials"] = recipe.tune.trials  # a population cannot grow once trials were forked
+    return same
+
+
+def _start(recipe: Recipe, checked: Checked, folder: StageFolder) -> Tracker:
+    """Begin the sweep's run: its parameters are the settings of the sweep, the others are in the artifact recipe.yaml."""
+    shards = checked.shards
+    tags = {"wavemim.shards": shards.fingerprint, "wavemim.space": " + ".join(names_of_spaces(recipe))}
+    params = {"tune": recipe.dump()["tune"]}
+    return Tracker.start(recipe, "tune", params=params, log_dir=folder.path, tags=tags, dataset=shards.about)
 
 
 def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, concurrent: int) -> Plan:
