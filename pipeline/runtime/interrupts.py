@@ -252,6 +252,17 @@ def saving(under_way: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """While the block runs, a signal ends the command at once: for long calls that an exception would have to wait for,
+    where nothing has to be released."""
+    before, _ending.raises = _ending.raises, False
+    try:
+        yield
+    finally:
+        _ending.raises = before
+
+
+@contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """Put back the handlers of SIGINT and SIGTERM after the block: libraries install their own, and leave them there.
 

@@ -89,7 +89,7 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             _check_reachable(address)
         try:
             try:
-                with interrupts.handlers_kept():
+                with interrupts.at_once(), interrupts.handlers_kept():
                     (_start if private else _connect)(address, log_level)
             except Exception as error:  # Ray raises a bare Exception if starting takes too long
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
