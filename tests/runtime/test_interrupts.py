@@ -105,8 +105,9 @@ def test_what_is_being_saved_is_waited_for():
     body += f"    try:\n        {WORK}\n    except KeyboardInterrupt:\n        time.sleep(60)"
     process = started(body, grace=0.2)
     process.send_signal(signal.SIGTERM)
-    code, _, _, seconds = ended(process)
+    code, _, err, seconds = ended(process)
     assert code == 143 and 1 < seconds < 20
+    assert err.startswith("a checkpoint is being written;") and err.count("\n") == 2
 
 
 def test_no_process_is_left():
