@@ -73,6 +73,7 @@ class _Ending:
         self.line = ""  # what is said of it
         self.deadline = 0.0
         self.saving: Callable[[], bool] = lambda: False
+        self.waits = False  # for what is being saved, as was said
         self.raised_at: float | None = None
         self.turn = threading.Lock()
 
@@ -111,23 +112,31 @@ class _Ending:
                 if not self.raises or (came is not None and now - came > TOGETHER):
                     self.end()
                 came = now if came is None else came
-            late = now - self.deadline if self.first is not None else -1.0
-            if late > LONGEST - GRACE or (late > 0 and not self.saving()):
-                self.end()
+            if self.first is not None and now > self.deadline:
+                if now > self.deadline + LONGEST - GRACE or not self.saving():
+                    self.end()
+                elif not self.waits:
+                    self.waits = True
+                    _write("a checkpoint is being written; a second signal ends the command at once")
 
     def end(self) -> None:
         """Say the line, kill all child processes and end. Returns only while another thread does that."""
         if not self.turn.acquire(blocking=False):
             return
         assert self.first is not None
-        clear = "\r\x1b[K" if os.isatty(2) else ""  # ^C, or a progress bar
-        with contextlib.suppress(OSError):
-            os.write(2, f"{clear}wavemim: {self.line}\n".encode(errors="replace"))
+        _write(f"wavemim: {self.line}")
         kill_children()
         os._exit(_CODES[signal.Signals(self.first)])
 
 
 _ending = _Ending()
+
+
+def _write(line: str) -> None:
+    """Write a line to stderr, past the locks of its buffer, and in place of ^C or a progress bar."""
+    clear = "\r\x1b[K" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{clear}{line}\n".encode(errors="replace"))
 
 
 def line_for(number: int) -> str:
@@ -249,6 +258,17 @@ def saving(under_way: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         _ending.saving = before
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """While the block runs, a signal ends the command at once: for long calls that an exception would have to wait for,
+    where nothing has to be released."""
+    before, _ending.raises = _ending.raises, False
+    try:
+        yield
+    finally:
+        _ending.raises = before
 
 
 @contextlib.contextmanager

@@ -97,7 +97,12 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             _check_reachable(address)
         try:
             try:
-                with interrupts.handlers_kept(), contextlib.chdir(machine.PACKAGES), ray_internals.printable_command():
+                with (
+                    interrupts.at_once(),
+                    interrupts.handlers_kept(),
+                    contextlib.chdir(machine.PACKAGES),
+                    ray_internals.printable_command(),
+                ):
                     (_start if private else _connect)(address, log_level)
             except SettingError:
                 raise

@@ -89,13 +89,25 @@ def test_a_second_signal_ends_it_at_once_and_two_at_the_same_moment_are_one():
     assert code == 130 and err.startswith("wavemim: interrupted") and seconds < 20
 
 
+def test_a_call_that_cannot_be_interrupted_is_not_waited_for():
+    process = started(f"with interrupts.at_once():\n    try:\n        {WORK}\n    finally:\n        time.sleep(60)")
+    process.send_signal(signal.SIGTERM)
+    code, _, err, seconds = ended(process)
+    assert code == 143 and err.startswith("wavemim: terminated by SIGTERM during evaluate;") and seconds < 20
+    then = f"try:\n    {WORK}\nfinally:\n    print('unwound', flush=True)"
+    process = started(f"with interrupts.at_once():\n    pass\n{then}")
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[:2] == (143, "unwound\n")
+
+
 def test_what_is_being_saved_is_waited_for():
     body = "end = time.monotonic() + 2\nwith interrupts.saving(lambda: time.monotonic() < end):\n"
     body += f"    try:\n        {WORK}\n    except KeyboardInterrupt:\n        time.sleep(60)"
     process = started(body, grace=0.2)
     process.send_signal(signal.SIGTERM)
-    code, _, _, seconds = ended(process)
+    code, _, err, seconds = ended(process)
     assert code == 143 and 1 < seconds < 20
+    assert err.startswith("a checkpoint is being written;") and err.count("\n") == 2
 
 
 def test_no_process_is_left():
