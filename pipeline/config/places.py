@@ -24,6 +24,8 @@ def local_place(place: str) -> str:
     """
     if place == "~" or place.startswith("~/"):  # no shell has expanded it: in a recipe, or in quotes
         return os.path.expanduser(place)
+    if re.match("file:/(?!/)", place, re.IGNORECASE):  # as Java writes it
+        place = f"file://{place[5:]}"
     if place[:7].lower() != "file://":
         return place
     host, slash, path = place[7:].partition("/")

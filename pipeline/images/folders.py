@@ -59,10 +59,8 @@ class _Split:
         found = set(self._folders)
         if found and "" not in found:
             self.hint = _why_no_classes(found, deep)
-            self.candidates = set() if self.hint else found
-            if not self.hint and len(found) == self.count >= UNIQUE_FROM:
-                self.hint = f" (each of {len(found):,} folders holds one image: no classes)"
             self.no_classes = bool(self.hint)
+            self.candidates = set() if self.hint else found
         elif len(found) > 2:
             count = "1 image is" if len(unsorted) == 1 else f"{len(unsorted)} images are"
             self.hint = f" ({count} outside the class folders, such as {min(unsorted)})"
@@ -77,6 +75,15 @@ class _Split:
     def count(self) -> int:
         """Number of images."""
         return sum(self._counts)
+
+
+def _without_singles(splits: dict[str, _Split]) -> None:
+    """Folders of one image each are no classes, unless another split has them too."""
+    for split in splits.values():
+        elsewhere = {name for other in splits.values() if other is not split for name in other.candidates}
+        if len(split.candidates) == split.count >= UNIQUE_FROM and not split.candidates & elsewhere:
+            split.hint = f" (each of {split.count:,} folders holds one image: no classes)"
+            split.no_classes, split.classes, split.candidates = True, set(), set()
 
 
 def _why_no_classes(found: set[str], deep: bool) -> str:
@@ -112,6 +119,7 @@ def plan_tree(tree: Tree, options: PlanOptions, *, note: str = "") -> ImagePlan:
         split: found for split, found in layout.splits.items() if split == "val"
     }
     splits = {name: _Split(tree, found, layout.base if layout.above else None) for name, found in folders.items()}
+    _without_singles(splits)
     if not splits["train"].count:
         raise no_images(folder, folders["train"][0], tree.others)
     notes = []
@@ -202,6 +210,7 @@ def _plan_whole_tree(tree: Tree, layout: TreeLayout, options: PlanOptions) -> Im
         groups = [[folder for group in groups for folder in group]]
     above = layout.base if layout.above else None
     splits = {str(number): _Split(tree, group, above) for number, group in enumerate(groups)}
+    _without_singles(splits)
     classes = sorted({name for split in splits.values() for name in split.classes})
     index = {name: number for number, name in enumerate(classes)} if options.label_column != NO_LABELS else {}
     parts = [(split.paths.column(), split.labels(index)) for split in splits.values()]

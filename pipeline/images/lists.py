@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
+from pipeline.config.places import local_place
 from pipeline.errors import SettingError
 from pipeline.images.columns import column_named, labels_of, splits_of
 from pipeline.images.parquet import opened_parquet
@@ -28,7 +29,7 @@ from pipeline.images.plan import (
     without_unlabelled_test,
 )
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import reaching
+from pipeline.storage.object_stores import check_scheme, is_remote, reaching
 
 
 def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
@@ -97,24 +98,38 @@ def _list_paths(column: pa.ChunkedArray, folder: Folder, shown: str) -> pa.Chunk
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise SettingError(f"images={shown}: the column of paths holds {column.type}; it has to hold strings")
     column = pc.fill_null(column.cast(pa.large_string()), "")
-    backslashes = pc.match_substring(column, "\\")
-    if pc.any(backslashes).as_py():  # written on Windows, unless there are files of such names
-        column = pc.if_else(
-            pc.and_(backslashes, _missing(column, backslashes, folder)),
-            pc.replace_substring(column, "\\", "/"),
-            column,
-        )
+    # Written on Windows, or with spaces around the commas, unless there are files of such names.
+    for unusual, usual in (
+        (pc.match_substring(column, "\\"), pc.replace_substring(column, "\\", "/")),
+        (pc.match_substring_regex(column, r"^\s|\s$"), pc.utf8_trim_whitespace(column)),
+    ):
+        if pc.any(unusual).as_py():
+            column = pc.if_else(pc.and_(unusual, _missing(column, unusual, folder)), usual, column)
     if pc.any(drives := pc.match_substring_regex(column, "^[A-Za-z]:/")).as_py():
         first = column.filter(drives)[0].as_py()
         raise SettingError(
             f"images={shown}: the list has paths of Windows, such as '{first}'; write paths relative to the list's folder"
         )
+    _check_urls(column, shown)
     unusual = pc.match_substring_regex(column, r"(^|/)\.{1,2}(/|$)|//")
     if not pc.any(unusual).as_py():
         return column
     # Different spellings of a path are the same input.
     chunks = [pa.array([_normal(path) for path in chunk.to_pylist()], pa.large_string()) for chunk in column.chunks]
     return pa.chunked_array(chunks, pa.large_string())
+
+
+def _check_urls(column: pa.ChunkedArray, shown: str) -> None:
+    """Raise SettingError where a list has URLs of another machine's files, or of stores that cannot be used."""
+    stores = pc.unique(pc.replace_substring_regex(column, r"^([A-Za-z][A-Za-z0-9+.-]+://[^/]*).*$", r"\1"))
+    for store in stores.filter(pc.match_substring(stores, "://")).to_pylist():
+        try:
+            if is_remote(store):
+                check_scheme(store)
+            else:
+                local_place(f"{store}/")
+        except SettingError as error:
+            raise SettingError(f"images={shown}: {error}") from None
 
 
 def _missing(column: pa.ChunkedArray, asked: pa.ChunkedArray, folder: Folder) -> pa.Array:

@@ -38,7 +38,7 @@ _ANNOTATION_WORDS = _set(
     "mask masks pixelmask pixelmasks pixelmap pixelmaps label labels labelid labelids labelmap labelmaps annotation "
     "annotations annot annots anno annos ann anns seg segs segmentation segmentations gt gts groundtruth truth target "
     "targets trimap trimaps matte mattes alpha alphas depth depths disparity disparities normals flow semantic "
-    "instance instances panoptic stuff parsing saliency heatmap heatmaps contour contours edges boxes bbox bboxes "
+    "instance instances panoptic stuff parsing saliency heatmap heatmaps contour contours edges boxes bbox bboxes annotated overlay overlays "
     "keypoints polygons lr lowres bicubic thumbnail thumbnails thumbs previews"
 )
 # These make a folder beside one that is named for images its annotations, whatever other words are in the name.
@@ -66,6 +66,7 @@ _ANY_MARK = re.compile("|".join(_MARKS), re.IGNORECASE)
 _IMAGE_AFTER = re.compile(rf"(.+?)[\s_.-]+(?:{'|'.join(_IMAGE_MARKS)})", re.IGNORECASE)
 _IMAGE_BEFORE = re.compile(rf"(?:{'|'.join(_IMAGE_MARKS)})[\s_.-]+(.+)", re.IGNORECASE)
 _PART_WORDS = _set("part parts batch fold folds shard chunk subset split")  # beside a number
+_LABELLED_WORDS = _set("labeled labelled unlabeled unlabelled images data set")
 _FOLD_WORDS = _set("fold folds kfold cv split")
 _DENIALS = _set("no non not with without")
 _NOT = r"(in|un|im|ir|il|ab|dis|mis|non?|not|without|anti|pre|post)"
@@ -125,6 +126,11 @@ def split_of(name: str, beside: Iterable[str] = (), *, annotations: bool = False
     return None
 
 
+def split_by_beginning(name: str) -> str | None:
+    """The split that a name begins with, in any language: Trainingsdaten, Testdaten."""
+    return next((split for split in (TRAIN, VAL, TEST) if name.casefold().startswith(split)), None)
+
+
 def is_annotation(name: str, beside: Collection[str]) -> bool:
     """Whether a folder's name says that masks, labels or other annotations are in it, not images.
 
@@ -160,7 +166,7 @@ def are_parts(names: Collection[str]) -> bool:
 
     So are folders that differ in a year only: VOC2007 and VOC2012.
     """
-    if all(map(holds_images, names)):
+    if all(map(holds_images, names)) or all(set(words_of(name)) <= _LABELLED_WORDS for name in names):
         return True
     numberless = [[word for word in words_of(name) if not word.isdigit()] for name in names]
     if not numberless[0] or any(words != numberless[0] for words in numberless):
@@ -211,8 +217,8 @@ def _short_split(name: str, beside: Iterable[str]) -> str | None:
     *rest, last = words_of(name) or [""]
     if last not in _SHORT_SPLITS or not rest:
         return None
-    others = [words for other in beside if (words := words_of(other)) and words[:-1] == rest and words[-1] != last]
-    return _SHORT_SPLITS[last] if any(words[-1] in _SHORT_SPLITS for words in others) else None
+    others = [words[-1] for other in beside if (words := words_of(other)) and words[:-1] == rest and words[-1] != last]
+    return _SHORT_SPLITS[last] if others and all(word in _SHORT_SPLITS for word in others) else None
 
 
 def _split_and_rest(name: str, annotations: bool) -> tuple[str | None, list[str]]:

@@ -174,6 +174,8 @@ def _nearest(path: Path) -> str:
                 names = [name for name in sorted(os.listdir(parent)) if not name.startswith(".")]
             except OSError as error:
                 return f"; '{parent}' cannot be read: {error.strerror}"
+            if missing in names and not (parent / missing).is_symlink():
+                return f"; '{parent / missing}' is a file, not a folder"
             if missing in names:
                 return f"; '{parent / missing}' is a link to '{os.readlink(parent / missing)}', which does not exist"
             near = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)

@@ -28,6 +28,7 @@ from pipeline.images.names import (
     is_opposite,
     is_system,
     masks_beside,
+    split_by_beginning,
     split_of,
     words_of,
 )
@@ -255,6 +256,9 @@ def _find_splits(tree: Tree, base: str, whole: bool) -> TreeLayout:
     names = tree.children(base)
     present = sorted({*names, *_folders(tree, base)})
     of = {name: split_of(name, present, annotations=True) for name in present}
+    begin = {name: split_by_beginning(name) for name in names}
+    if not any(of.values()) and None not in begin.values() and 1 < len(set(begin.values())) == len(names):
+        of |= begin
     exact_train, exact_val = _first_of(TRAIN_FOLDERS, present), _first_of(VAL_FOLDERS, present)
     train = [exact_train] if exact_train else [name for name in names if of[name] == TRAIN]
     val = [exact_val] if exact_val else [name for name in names if of[name] == VAL]

@@ -21,6 +21,7 @@ CONNECT_TIMEOUT, REQUEST_TIMEOUT, TRIES = 4, 8, 3
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 # A `?` may also belong to a glob: options are name=value up to the end.
 _OPTIONS = re.compile(r"\?([A-Za-z_]+=[^?&]*(?:&[A-Za-z_]+=[^?&]*)*)$")
+_NATIVE = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # schemes of pyarrow itself
 _S3_OPTIONS = ("endpoint_override", "scheme", "region", "anonymous", "force_virtual_addressing", "tls_ca_file_path")
 _SECRET = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
 _DENIED = re.compile(
@@ -178,11 +179,27 @@ def _s3(address: Address) -> pafs.FileSystem:
     )
 
 
+def check_scheme(url: str) -> None:
+    """Raise SettingError where no store can be reached by such a URL; nothing is connected."""
+    address = Address.of(url)
+    if address.scheme not in _NATIVE:
+        with _usable(address.scheme, url):
+            import fsspec
+
+            fsspec.get_filesystem_class(address.scheme)
+
+
 def _fsspec(scheme: str, url: str) -> pafs.FileSystem:
-    try:
+    with _usable(scheme, url):
         import fsspec
 
         return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.core.url_to_fs(url)[0]))
+
+
+@contextlib.contextmanager
+def _usable(scheme: str, url: str) -> Iterator[None]:
+    try:
+        yield
     except (ImportError, ValueError) as error:
         raise SettingError(
             f"{masked(url)}: scheme '{scheme}' cannot be used ({_first_line(error)}); give a folder, or s3://…"

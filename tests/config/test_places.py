@@ -18,6 +18,7 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9")
     [
         ("file:///a%20b/%C3%A9%2525", "/a b/é%25"),
         ("FILE://localhost/a#b?c", "/a#b?c"),
+        ("file:/a%20b", "/a b"),  # as Java writes it
         ("/a%20b", "/a%20b"),
         ("s3://bucket/a%20b", "s3://bucket/a%20b"),
     ],

@@ -187,6 +187,27 @@ LAYOUTS = {
         None,
         [],
     ),
+    "a folder for each image of test": (
+        [*split(FLAT, *(f"train/{c}" for c in "abcd")), *(f"test/{n}/0.jpg" for n in range(4))],
+        (8, 0),
+        ["a", "b", "c", "d"],
+        ["test/"],
+    ),
+    "one image of each class in val": (
+        [*split(FLAT, *(f"train/{c}" for c in "abcd")), *(f"val/{c}/0.jpg" for c in "abcd")],
+        (8, 4),
+        ["a", "b", "c", "d"],
+        [],
+    ),
+    "other languages": (split(LABELLED, "Trainingsdaten", "Testdaten"), (4, 4), ["cat", "dog"], []),
+    "short words that are no splits": (
+        split(FLAT, "lang_tr", "lang_te", "lang_en"),
+        (6, 0),
+        ["lang_en", "lang_te", "lang_tr"],
+        [],
+    ),
+    "labelled and not": ([*split(LABELLED, "labeled"), *some("unlabeled")], (6, 0), None, []),
+    "annotated copies": ([*some("Original_Images"), *some("Annotated_Images")], (2, 0), None, ["Annotated_Images/"]),
     "a val folder without images": (
         [*split(LABELLED, "train"), "val/a/0.heif"],
         (4, 0),

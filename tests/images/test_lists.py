@@ -187,3 +187,25 @@ def test_paths_that_windows_wrote_and_file_urls_name_the_same_files(tmp_path):
     (tmp_path / "list.csv").write_text("path\nC:\\photos\\0.png\n")
     with pytest.raises(SettingError, match=r"paths of Windows, such as 'C:/photos/0\.png'"):
         plan_source(str(tmp_path / "list.csv"), val_share=None, seed=0)
+
+
+def test_spaces_around_paths_are_none_of_theirs_unless_a_file_has_them(tmp_path):
+    for name in ("0.png", " 1.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    plan = plan_source(str(write_csv(tmp_path / "l.csv", "label, path\na, 0.png\nb, 1.png\n")), val_share=None, seed=0)
+    assert [content for _, content in fetch(plan.origin, plan.splits["train"])] == [b"0.png", b" 1.png"]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("foo://x/0.png", "scheme 'foo' cannot be used"),
+        ("file://host/0.png", "names the machine 'host'"),
+        ("s3:///0.png", "no bucket"),
+    ],
+)
+def test_urls_that_cannot_be_read_are_refused_before_anything_starts(url, words, tmp_path):
+    """Fails where a task on a worker is the first to notice, after the stage has begun."""
+    with pytest.raises(SettingError, match=words) as caught:
+        plan_of(write_csv(tmp_path / "l.csv", f"path\na.png\n{url}\n"))
+    assert str(caught.value).startswith(f"images={tmp_path}/l.csv: ")

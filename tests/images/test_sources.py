@@ -203,6 +203,11 @@ def test_names_with_brackets_are_no_patterns(tmp_path, monkeypatch, bucket):
         check_source("[c]*.tar")
 
 
+def test_a_file_that_is_given_as_a_folder_is_said(tmp_path):
+    with pytest.raises(SettingError, match=r"list\.csv' is a file, not a folder"):
+        plan_of(touch(tmp_path, "list.csv") / "list.csv" / "images")
+
+
 def test_mistakes_on_a_store_are_one_line(bucket):
     with pytest.raises(SettingError, match="no such file or folder"):
         check_source(bucket.place("nowhere"))
