@@ -40,7 +40,7 @@ _START_LIMIT, _END_LIMIT, _KILLED_LIMIT = 120.0, 20.0, 3.0
 
 def store_uri(recipe: Recipe) -> str:
     """Where MLflow keeps the runs: tracking.uri, else MLFLOW_TRACKING_URI, else SQLite in the out folder; absolute."""
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     return (
         store_uris.absolute_uri(uri)
         if uri

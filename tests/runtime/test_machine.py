@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.load import load
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError
 from pipeline.runtime import machine, ray_session
+from pipeline.tracking.tracker import store_uri
 
 ROOT = Path(__file__).parents[2]
 LONG = "/tmp/a-long-folder-of-a-slurm-job/1355700/scratch-of-this-user/tmp.t0016"
@@ -27,6 +29,11 @@ def test_notebooks_and_other_tools_leave_nothing_that_breaks_a_command(environme
     environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "RAY_TRAIN_V2_ENABLED": "0"}
     machine.prepare()
     assert environment["MPLBACKEND"] == "Agg" and environment["RAY_TRAIN_V2_ENABLED"] == "1"
+
+
+def test_a_blank_address_of_mlflow_is_none(environment):
+    environment["MLFLOW_TRACKING_URI"] = " "
+    assert store_uri(load("small", ["out=/x"])) == "sqlite:////x/mlflow.db"
 
 
 @pytest.mark.parametrize("known", ["", "example.org", "localhost,example.org"])
