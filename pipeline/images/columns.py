@@ -13,6 +13,7 @@ from pipeline.errors import SettingError
 from pipeline.images.names import split_of
 from pipeline.images.plan import IGNORED, NO_LABELS, NO_SPLIT, SPLIT_NAMES, TRAIN, UNIQUE_FROM, VAL, VAL_NAMES
 
+PATH_NAMES = ("path", "file_name", "filename", "file_path", "filepath", "image_path", "image", "file")  # in lists
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls")
 _MOST_SHOWN = 40  # characters of a value in a message
 _MISSING = ("", "nan", "<na>")  # as pandas writes it

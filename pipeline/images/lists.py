@@ -15,7 +15,7 @@ import pyarrow.csv as pacsv
 
 from pipeline.config.places import local_place
 from pipeline.errors import SettingError
-from pipeline.images.columns import column_named, labels_of, splits_of
+from pipeline.images.columns import LABEL_NAMES, PATH_NAMES, column_named, labels_of, splits_of
 from pipeline.images.parquet import opened_parquet
 from pipeline.images.plan import (
     NO_LABELS,
@@ -33,7 +33,7 @@ from pipeline.storage.object_stores import check_scheme, is_remote, reaching
 
 
 def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
-    """Plan a list with a column ``path``, and optionally ``label`` and ``split``.
+    """Plan a list with a column ``path``, and optionally ``label`` and ``split``, or with other usual names of these.
 
     Paths are relative to the list's folder, absolute, or URLs. With a column ``split``, every row has to name a split.
 
@@ -46,19 +46,29 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
         SettingError: The list cannot be read, lacks a column, or has unknown splits or labels.
     """
     shown = options.shown
-    wanted = {"path": options.image_column or "path", "label": options.label_column or "label", "split": "split"}
+    wanted: dict[str, tuple[str, ...]] = {
+        "path": (options.image_column,) if options.image_column else PATH_NAMES,
+        "label": (options.label_column,) if options.label_column else LABEL_NAMES,
+        "split": ("split",),
+    }
     if options.label_column == NO_LABELS:
         del wanted["label"]
     needed = {"path", "label"} if options.label_column and "label" in wanted else {"path"}
     suffix = PurePosixPath(name).suffix.lower()
     read, separator = {".parquet": (_read_parquet, ""), ".tsv": (_read_csv, "tabs")}.get(suffix, (_read_csv, "commas"))
-    table = read(folder, name, lambda columns: _list_columns(columns, wanted, needed, separator, shown))
+    taken: dict[str, str] = {}
+
+    def choose(columns: list[str]) -> dict[str, str]:
+        taken.update(_list_columns(columns, wanted, needed, separator, shown))
+        return taken
+
+    table = read(folder, name, choose)
     if not len(table):
         raise SettingError(f"images={shown}: the list has no rows")
     labels, classes = np.full(len(table), -1, np.int32), None
     notes: tuple[str, ...] = ()
     if "label" in table.column_names:
-        column = f"column '{wanted['label']}'"
+        column = f"column '{taken['label']}'"
         labels, classes, notes = labels_of(table.column("label"), None, column, shown, options.label_column)
     split, splits_shown = np.full(len(table), NO_SPLIT, np.int8), "val held out"
     if options.val_share is not None and "split" in table.column_names:
@@ -74,11 +84,18 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
 
 
 def _list_columns(
-    columns: list[str], wanted: dict[str, str], needed: set[str], separator: str, shown: str
+    columns: list[str], wanted: dict[str, tuple[str, ...]], needed: set[str], separator: str, shown: str
 ) -> dict[str, str]:
-    """Which of path, label and split a list has, and the name of its column for each. Raises SettingError."""
-    found = {key: column_named(columns, name, shown) for key, name in wanted.items()}
-    missing = [wanted[key] for key, column in found.items() if column is None and key in needed]
+    """Which of path, label and split a list has, and the name of its column for each, the first of those wanted.
+
+    Raises:
+        SettingError: A needed one is missing, or there is a name twice.
+    """
+    found = {
+        key: next((column for name in names if (column := column_named(columns, name, shown)) is not None), None)
+        for key, names in wanted.items()
+    }
+    missing = [wanted[key][0] for key, column in found.items() if column is None and key in needed]
     for sign, name in ((";", "semicolons"), ("\t", "tabs (as in .tsv files)"), (",", "commas (as in .csv files)")):
         if found["path"] is None and separator and len(columns) == 1 and sign in columns[0]:
             raise SettingError(
@@ -87,7 +104,8 @@ def _list_columns(
     if missing:
         raise SettingError(
             f"images={shown}: no column '{missing[0]}'; the list has {', '.join(columns) or 'none'}. A list needs a "
-            "column path, and may have label and split; image_column and label_column set other names"
+            "column path (or file_name, filename, …), and may have label and split; image_column and label_column set other "
+            "names"
         )
     return {key: column for key, column in found.items() if column is not None}
 

@@ -79,7 +79,7 @@ def test_names_of_columns_but_for_case_and_spaces(tmp_path, suffix):
         ("path;label\na,b.jpg;1\n", "the columns seem to be separated by semicolons"),
         ("", "the list is empty"),
         ("path,label\n", "the list has no rows"),
-        ("file,label\na.jpg,1\n", "no column 'path'; the list has file, label. A list needs a column path"),
+        ("document,label\na.jpg,1\n", "no column 'path'; the list has document, label. A list needs a column path"),
         (
             "path,split\na.jpg,train\nb.jpg,part7\n",
             "row 2 has the split 'part7'; allowed are train, validation, valid, val, test",
@@ -99,6 +99,16 @@ def test_mistakes_in_lists_are_one_line(tmp_path, text, words):
         plan_of(write_csv(tmp_path / "list.csv", text))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).count("images=") == 1
+
+
+@pytest.mark.parametrize("names", [("file_name", "label"), ("FileName", "class"), ("image", "labels"), ("path", "cls")])
+def test_usual_names_of_columns_are_recognised(tmp_path, names):
+    """As in metadata.csv of Hugging Face's image folders, and in lists of Kaggle. `path` comes before the others."""
+    lines = "".join(f"{i}.jpg,{'ab'[i % 2]},x\n" for i in range(8))
+    plan = plan_of(write_csv(tmp_path / "l.csv", f"{','.join(names)},file\n{lines}"), val_share=None)
+    assert plan.classes == ["a", "b"] and plan.splits["train"].column("path").to_pylist()[:2] == ["0.jpg", "1.jpg"]
+    plan = plan_of(tmp_path / "l.csv", val_share=None, label_column=names[1], image_column=names[0])
+    assert plan.classes == ["a", "b"]
 
 
 def test_other_mistakes_in_lists(tmp_path):
