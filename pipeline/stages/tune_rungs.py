@@ -97,7 +97,7 @@ class Rungs:
         Args:
             folder: The trial's.
             number: The trial's.
-            rungs: Measurements, the one at the end included, which is not made here.
+            rungs: Measurements, that of `at_end` included.
             total_steps: Steps of training.
             step: Steps that are done.
             model: A model as at the start of training, to which weights are copied for each measurement.
@@ -114,6 +114,7 @@ class Rungs:
         self._due.pop(total_steps, None)
         self._pause = {rung: step for step, rung in self._due.items()}[pause] if pause is not None else None
         self._known: dict[int, Measured] = {}
+        self._ended = False
         for line, _ in self._lines.read(0):
             self.seconds += line.pop("seconds")
             self._known[line["rung"]] = Measured(**line)
@@ -125,7 +126,15 @@ class Rungs:
     @property
     def count(self) -> int:
         """Measurements so far."""
-        return len(self._known)
+        return len(self._known) + self._ended
+
+    def at_end(self, model: nn.Module) -> float:
+        """The objective of the trained model, of the same images as at the rungs: a trial's curve is of one measure."""
+        began = time.perf_counter()
+        found = self._measure(model)
+        self.seconds += time.perf_counter() - began
+        self._ended = True
+        return found
 
     @property
     def paused(self) -> bool:

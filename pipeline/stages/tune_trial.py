@@ -127,6 +127,7 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
                 keep_checkpoint(folder, part.pause)
                 tracker.end(None)
                 return _at_rung(rungs.measured(part.pause), tracker, task)
+            last = rungs.at_end(trained.model) if task.rung_images else None
             measured = _measure(recipe, shards, device, folder, trained, task, rungs)
         except Exception as error:
             tracker.tag(REASON, reason_of(error))
@@ -134,8 +135,8 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
         images = trained.position.images
         tracker.log(as_objective(measured, task.objective), images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
-        ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, measured[task.objective])]}
-        return {**measured, **final, **ended}
+        curve = [(images, measured[task.objective] if last is None else last)]
+        return {**measured, **final, "images": images, "mlflow_run": tracker.handle.run_id, CURVE: curve}
 
 
 def _start(

@@ -167,3 +167,5 @@ def test_a_measurement_changes_nothing_in_training_and_sees_the_weights_of_its_s
     for one, other in zip(plain.model.state_dict().values(), probed.model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert sorted(values) == [0, 1, 2, 3] and len(set(values.values())) == 4
+    assert rungs.count == 4 and rungs.at_end(probed.model) == measure(probed.model)  # as at the rungs
+    assert rungs.count == 5 and sorted(values) == [0, 1, 2, 3]
