@@ -25,7 +25,7 @@ from pipeline.images.sources import fetch
 from pipeline.runtime.stage_folder import as_json
 from pipeline.runtime.usage import peak_memory
 from pipeline.shards.layout import Layout
-from pipeline.shards.shard_set import SPLITS
+from pipeline.shards.shard_set import SMALL, SPLITS
 from pipeline.shards.statistics import Moments
 from pipeline.shards.writer import ShardWriter
 from pipeline.storage.folder import Folder
@@ -63,7 +63,7 @@ class Task:
     layout: Layout
     pixels: Pixels
     rows_per_group: int
-    compression: str
+    compression: str = SMALL
 
 
 def make_units(plan: ImagePlan, rows_per_shard: int) -> list[Unit]:
