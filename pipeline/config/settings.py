@@ -79,7 +79,7 @@ class Data(Section):
     )
     compression: Literal["small", "fast"] = setting(
         "small",
-        "small: levels are compressed, the finest one with Zstandard. fast: they are not, which reads several times as fast and "
+        "small: levels are compressed, the finest one with Zstandard. fast: they are not, which reads nearly twice as fast and "
         "takes about twice the space.",
         added=True,
     )
