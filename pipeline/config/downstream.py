@@ -146,7 +146,11 @@ class Tune(Section):
     gpu_hours: Annotated[float, Field(gt=0)] | None = setting(
         None, "Budget: GPU-hours of all trials together, as tune.images. null: no limit.", identity=()
     )
-    max_images: Positive = setting(10_000, "Largest number of train images that the probe of a trial is fitted to.")
+    max_images: Positive = setting(
+        10_000,
+        "Largest number of train images that the probe at the end of a trial is fitted to; of short trials, which are to be cheap, "
+        "it is fitted to fewer.",
+    )
     concurrent: Positive | None = setting(
         None, "Number of trials that run at the same time. null: one per free GPU or CPU.", operational=True
     )

@@ -106,7 +106,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             return {**folder.result(), "state": "finished already"}
         with _start(recipe, checked, folder) as tracker:
             tracker.text(yaml.safe_dump(space.record(), sort_keys=False, allow_unicode=True), "space.yaml")
-            rungs, images = plan_rungs(recipe, shards)
+            measuring = plan_rungs(recipe, shards)
             task = TrialTask(
                 settings=recipe.dump(),
                 shards=shards.folder.url,
@@ -116,8 +116,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                 searched=space.settings,
                 use_gpu=use_gpu,
                 gpu_share=recipe.tune.gpus_per_trial,
-                rungs=rungs,
-                rung_images=images,
+                rungs=measuring.rungs,
+                rung_images=measuring.images,
+                end_images=measuring.at_end,
             )
             spent = _run(recipe, plan, folder, tracker, meter, task, concurrent, progress)
             sweep = _sweep(recipe, space, plan.ledger, objective)

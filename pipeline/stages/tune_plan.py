@@ -129,9 +129,9 @@ def _cost_lines(recipe: Recipe, points: Sequence[Mapping[str, Any]], trials: int
     check_shards(recipe, shards)
     rows = shards.rows["train"]
     images = statistics.fmean(one.train.epochs * rows for one in trial_of)
-    rungs, measured = plan_rungs(recipe, shards)
-    at_rungs = rungs * measured  # those before the end, and that of the untrained encoder
-    flops = statistics.fmean(_trial_flops(one, shards, at_rungs) for one in trial_of)
+    measuring = plan_rungs(recipe, shards)
+    measured = measuring.at_end + (measuring.rungs + 1) * measuring.images
+    flops = statistics.fmean(_trial_flops(one, shards, measured) for one in trial_of)
     check_budget(recipe, rows)
     rate, source = _recorded_rate(recipe) or _timed_rate(recipe, shards)
     seconds = flops / rate
@@ -190,14 +190,14 @@ def _limited(recipe: Recipe, trials: int, images: float, seconds: float) -> tupl
     return lines, max(least, 0)
 
 
-def _trial_flops(recipe: Recipe, shards: ShardSet, at_rungs: int) -> float:
-    """FLOPs of a trial: of its training, and of the features of its probes, before the end those of `at_rungs` images."""
+def _trial_flops(recipe: Recipe, shards: ShardSet, measured: int) -> float:
+    """FLOPs of a trial: of its training, and of the features of its probes, of so many images in all."""
     rows = shards.rows["train"]
     with torch.device("meta"):
         model = build_blank_model(recipe)
         training = recipe.train.epochs * rows * cost_of(model, recipe.mask.count).training_flops
         each = forward_flops(model.encoder.model, shards.channels, recipe.encoder.image_size)
-    return training + (min(rows, recipe.tune.max_images) + at_rungs) * each
+    return training + measured * each
 
 
 def _at_once(recipe: Recipe, trials: int) -> int:

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,30 @@ from wavemim.weights import checkpoint
 
 STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
 _FILE = "rungs.jsonl"
-SHARE = 0.2  # of the FLOPs of training that features for probes may take, the one at the end included
+# Of the FLOPs of training, how many may compute features for probes. Probes then take at most a fifth of a trial's time: on a
+# CPU, features and solvers were measured to run at 0.6 times the rate of training in bfloat16.
+SHARE = 0.15
 FEWEST = 1000  # images of a measurement: of fewer, a fifth of which is held out, it says too little
+FEWEST_AT_END = 5000  # the standard error of 1,000 held-out images is about 1.5 points
 
 
-def plan_rungs(recipe: Recipe, shards: ShardSet) -> tuple[int, int]:
-    """Rungs of a trial, and images of a measurement before its end: the same for all trials of a sweep.
+@dataclass(frozen=True)
+class Measuring:
+    """How often and on how many images the trials of a sweep are measured: the same for all of them.
+
+    Attributes:
+        rungs: Measurements during training, the one at the end included; the untrained model is measured besides.
+        images: Of each of these measurements; 0: only the end is measured, and by the next number of images.
+        at_end: Images of the measurement that trials are ranked by.
+    """
+
+    rungs: int
+    images: int
+    at_end: int
+
+
+def plan_rungs(recipe: Recipe, shards: ShardSet) -> Measuring:
+    """How the trials of a sweep are measured.
 
     So few images are used that all measurements are cheap. Where they would be too few, a trial has fewer rungs, unless a
     scheduler decides at them.
@@ -41,23 +60,23 @@ def plan_rungs(recipe: Recipe, shards: ShardSet) -> tuple[int, int]:
     Args:
         recipe: The settings of the sweep.
         shards: The shard set.
-
-    Returns:
-        The number of rungs, the one at the end included, and the number of images; 0 images if only the end is measured.
     """
-    if recipe.tune.rungs == 1:
-        return 1, 0
-    rows, short = shards.rows["train"], with_overrides(recipe, changes(recipe, {}))
+    rows, tune = shards.rows["train"], recipe.tune
+    short = with_overrides(recipe, changes(recipe, {}))
     with torch.device("meta"):
         model = build_blank_model(short)
         training = short.train.epochs * rows * cost_of(model, short.mask.count).training_flops
         # Whole images: many times what the encoder computes in training, where it may see a quarter of each.
         each = forward_flops(model.encoder.model, shards.channels, short.encoder.image_size)
-    end = min(recipe.tune.max_images, rows) * each
-    affordable = max(0.0, SHARE * training - end) / max(each, 1)
-    images = min(max(int(affordable / recipe.tune.rungs), FEWEST), recipe.tune.max_images, rows)
-    rungs = recipe.tune.rungs if recipe.tune.scheduler != "none" else min(recipe.tune.rungs, int(affordable / images))
-    return max(rungs, 1), images
+    budget = int(SHARE * training / max(each, 1))  # images
+    most = min(tune.max_images, rows)
+    if tune.rungs == 1:
+        return Measuring(1, 0, min(most, max(budget, FEWEST_AT_END)))
+    at_end = min(most, max(budget - 2 * FEWEST, FEWEST_AT_END))
+    left = max(0, budget - at_end)
+    images = min(most, max(left // (tune.rungs + 1), FEWEST))
+    rungs = tune.rungs if tune.scheduler != "none" else min(tune.rungs, left // images - 1)
+    return Measuring(max(rungs, 1), images, at_end)
 
 
 def milestones(rungs: int, reduction: float) -> list[int]:

@@ -64,7 +64,8 @@ class TrialTask:
         use_gpu: Whether a trial has a GPU.
         gpu_share: The share of it that the trial has.
         rungs: Measurements of the objective, the one at a trial's end included.
-        rung_images: Images of a measurement before the end; 0: there is none.
+        rung_images: Images of a measurement at a rung; 0: only the end is measured.
+        end_images: Images of the measurement at the end that trials are ranked by.
     """
 
     settings: Mapping[str, Any]
@@ -77,6 +78,7 @@ class TrialTask:
     gpu_share: float
     rungs: int
     rung_images: int
+    end_images: int
 
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
@@ -335,7 +337,7 @@ def _measure(
     cores, gpus = recipe.cluster.cpus_per_worker, task.gpu_share * task.use_gpu
     meter = Meter(cores=cores, gpus=gpus, before=spent_in(folder))
     began = time.perf_counter()
-    features, labels = _features(trained.model, recipe, shards, device, recipe.tune.max_images)
+    features, labels = _features(trained.model, recipe, shards, device, task.end_images)
     measured = {RANK: rankme(features)}
     if task.objective == PROBE:
         strengths = recipe.evaluate.probe_strengths
@@ -343,7 +345,7 @@ def _measure(
         measured |= {PROBE: probe.top1, f"{PROBE}_low": probe.low, f"{PROBE}_high": probe.high}
     flops = forward_flops(trained.model.encoder.model, shards.channels, recipe.encoder.image_size)
     more = rungs.count * task.rung_images
-    read = split_bytes(shards, "train", recipe.tune.max_images)
+    read = split_bytes(shards, "train", task.end_images)
     read += rungs.count * split_bytes(shards, "train", task.rung_images)
     meter.add(images=len(labels) + more, flops=flops * (len(labels) + more), bytes_read=read)
     spent = meter.read()

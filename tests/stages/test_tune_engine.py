@@ -63,7 +63,7 @@ def test_a_trial_whose_settings_are_refused_has_a_run_with_the_reason_and_its_va
     with Tracker.start(recipe, "tune", log_dir=tmp_path / "sweep") as parent:
         task = TrialTask(
             settings=recipe.dump(), shards=shards.folder.url, parent=parent.handle, objective=OBJECTIVE,
-            logs=str(tmp_path / "trials"), searched=["mask.ratio"], use_gpu=False, gpu_share=1, rungs=1, rung_images=0,
+            logs=str(tmp_path / "trials"), searched=["mask.ratio"], use_gpu=False, gpu_share=1, rungs=1, rung_images=0, end_images=10,
         )  # fmt: skip
         run_trial({"number": 4, "role": "search", "point": {"mask.ratio": 7.0}, "seed": 0}, task)
     reason = "mask.ratio=7.0: input should be less than 1"

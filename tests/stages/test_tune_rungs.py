@@ -7,9 +7,10 @@ from torch import nn
 
 from pipeline.config.load import load
 from pipeline.evaluation.features import features_of
-from pipeline.models.build import build_inputs, build_model
-from pipeline.stages.tune_rungs import FEWEST, STOPPED, Rungs, plan_rungs, tracked
+from pipeline.models.build import build_blank_model, build_inputs, build_model
+from pipeline.stages.tune_rungs import FEWEST, FEWEST_AT_END, SHARE, STOPPED, Measuring, Rungs, plan_rungs, tracked
 from pipeline.training.pretrain_loop import train
+from wavemim.flops import cost_of, forward_flops
 from wavemim.weights.checkpoint import Saver
 
 STEPS = 12
@@ -86,19 +87,33 @@ def test_a_measurement_that_was_interrupted_is_made_again(tmp_path, kill):
 
 def test_rungs_are_cheap_and_fewer_rather_than_of_a_handful_of_images(tmp_path):
     shards = tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
-    assert plan_rungs(load("small", ["tune.rungs=1"]), shards) == (1, 0)
-    assert plan_rungs(load("small", ["tune.epochs=1000"]), shards) == (4, shards.rows["train"])
+    rows = shards.rows["train"]
+    assert plan_rungs(load("small", ["tune.rungs=1"]), shards) == Measuring(1, 0, rows)
+    assert plan_rungs(load("small", ["tune.epochs=1000"]), shards) == Measuring(4, rows, rows)
     many = type("Many", (), {"rows": {"train": 100_000}, "channels": 3})()
-    plans = [plan_rungs(load("small", [f"tune.rungs={n}", "tune.max_images=20000"]), many) for n in (3, 6, 12)]
-    assert [rungs for rungs, _ in plans] == [3, 6, 12]
-    counts = [images for _, images in plans]
+    plans = [plan_rungs(load("small", [f"tune.rungs={n}", "tune.epochs=2"]), many) for n in (3, 7, 15)]
+    assert [plan.rungs for plan in plans] == [3, 7, 15] and {plan.at_end for plan in plans} == {10_000}
+    counts = [plan.images for plan in plans]
     assert counts[0] == pytest.approx(2 * counts[1], rel=0.01) and counts[1] == pytest.approx(2 * counts[2], rel=0.01)
-    short = ["tune.epochs=0.2", "tune.max_images=3000"]
-    rungs, images = plan_rungs(load("small", short), many)
-    assert images == FEWEST and 1 <= rungs < 4
-    assert plan_rungs(load("small", [*short, "tune.epochs=0.001"]), many) == (1, FEWEST)
-    assert plan_rungs(load("small", [*short, "tune.epochs=0.001", "tune.scheduler=asha"]), many) == (4, FEWEST)
-    assert plan_rungs(load("small", ["tune.max_images=50", "tune.epochs=100"]), many) == (4, 50)
+    asha = "tune.scheduler=asha"
+    assert plan_rungs(load("small", ["tune.epochs=0.001"]), many) == Measuring(1, FEWEST, FEWEST_AT_END)
+    assert plan_rungs(load("small", ["tune.epochs=0.001", asha]), many) == Measuring(4, FEWEST, FEWEST_AT_END)
+    assert plan_rungs(load("small", ["tune.max_images=50", "tune.epochs=100"]), many) == Measuring(4, 50, 50)
+
+
+@pytest.mark.parametrize("epochs", [0.6, 1, 2, 5, 20])
+def test_features_of_probes_take_a_small_share_of_training(epochs):
+    """Counted independently: of CIFAR-10's size, from half an epoch on. Fails if a measurement is left out of the plan."""
+    many = type("Many", (), {"rows": {"train": 50_000}, "channels": 3})()
+    recipe = load("small32_wavelet", [f"tune.epochs={epochs}"])
+    plan = plan_rungs(recipe, many)
+    with torch.device("meta"):
+        model = build_blank_model(recipe)
+    training = epochs * 50_000 * cost_of(model, 1).training_flops
+    measured = plan.at_end + (plan.rungs + 1) * plan.images
+    share = measured * forward_flops(model.encoder.model, 3, 32) / training
+    assert share <= (SHARE if epochs >= 2 else 0.17 / epochs)
+    assert FEWEST_AT_END <= plan.at_end <= 10_000 and (plan.rungs == 4 or epochs < 5)
 
 
 class Run:
