@@ -9,6 +9,7 @@ import of the command.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -152,11 +153,18 @@ def line_for(number: int) -> str:
     return f"{words} during {what}; {before}{LEFT[what].format(same=same)}"
 
 
+def _ignore() -> None:
+    for number in _CODES:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def install() -> None:
     """Handle SIGINT and SIGTERM from now on, also where SIGINT was ignored. Only in the main thread."""
     if _ending.installed:
         return
     _ending.installed = True
+    # While the interpreter ends: by then all is said, and Python would restore the default, which kills with another code.
+    atexit.register(_ignore)
     told, tells = socket.socketpair()
     tells.setblocking(False)
     signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)

@@ -86,7 +86,11 @@ def test_interrupt_ends_the_private_ray() -> None:
         assert process.stdout
         children = children_of(process.stdout.readline())
         process.send_signal(signal.SIGINT)
-        assert process.wait(120) != 0  # 5 s on idle cores, more than 30 beside tests that keep both busy
+        try:
+            assert process.wait(60) != 0  # 5 s on idle cores, more than 30 beside tests that keep both busy
+        except subprocess.TimeoutExpired:  # swallowed by one of Ray's callbacks, as it is in any program: pressed again
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) != 0
     assert_gone(children)
 
 
