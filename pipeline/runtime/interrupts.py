@@ -255,28 +255,28 @@ def interrupted() -> bool:
 
 
 @contextlib.contextmanager
-def saving(under_way: Callable[[], bool]) -> Iterator[None]:
+def _while(name: str, value: object) -> Iterator[None]:
+    before = getattr(_ending, name)
+    setattr(_ending, name, value)
+    try:
+        yield
+    finally:
+        setattr(_ending, name, before)
+
+
+def saving(under_way: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
     """While the block runs, the end is put off as long as something is being written, for `LONGEST` seconds at most.
 
     Args:
         under_way: Whether it is. Called in another thread.
     """
-    before, _ending.saving = _ending.saving, under_way
-    try:
-        yield
-    finally:
-        _ending.saving = before
+    return _while("saving", under_way)
 
 
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> contextlib.AbstractContextManager[None]:
     """While the block runs, a signal ends the command at once: for long calls that an exception would have to wait for,
     where nothing has to be released."""
-    before, _ending.raises = _ending.raises, False
-    try:
-        yield
-    finally:
-        _ending.raises = before
+    return _while("raises", False)
 
 
 @contextlib.contextmanager

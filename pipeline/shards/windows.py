@@ -102,8 +102,8 @@ def cut_windows(
 
 def _mirror(values: np.ndarray) -> None:
     """Mirror coefficients (C, K, h, w) in place. With torch, since NumPy copies byte by byte in the reverse direction."""
-    planes = torch.from_numpy(values).flatten(0, 1)
-    for piece in planes.split(max(1, (_TORCH_GRAIN - 1) // planes[0].numel())):
+    rows = torch.from_numpy(values).flatten(0, 2)
+    for piece in rows.split(max(1, (_TORCH_GRAIN - 1) // rows.shape[1])):
         piece.copy_(piece.flip(-1))
     np.negative(values[:, -2:], out=values[:, -2:])
 
