@@ -129,16 +129,15 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
                 keep_checkpoint(folder, part.pause)
                 tracker.end(None)
                 return _at_rung(rungs.measured(part.pause), tracker, task)
-            last = rungs.at_end(trained.model) if task.rung_images else None
-            measured = _measure(recipe, shards, device, folder, trained, task, rungs)
+            measured, last = _measure(recipe, shards, device, folder, trained, task, rungs)
         except Exception as error:
             tracker.tag(REASON, reason_of(error))
             raise
         images = trained.position.images
         tracker.log(as_objective(measured, task.objective), images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
-        curve = [(images, measured[task.objective] if last is None else last)]
-        return {**measured, **final, "images": images, "mlflow_run": tracker.handle.run_id, CURVE: curve}
+        ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, last)]}
+        return {**measured, **final, **ended}
 
 
 def _start(
@@ -332,10 +331,12 @@ def _measure(
     trained: Trained,
     task: TrialTask,
     rungs: Rungs,
-) -> dict[str, float]:
-    """What is measured at the end. The cost of this, and of the features at rungs, is added to the trial's cost."""
+) -> tuple[dict[str, float], float]:
+    """What is measured at the end, and the last point of the trial's curve. The cost of these, and of the features at rungs,
+    is added to the trial's cost."""
     cores, gpus = recipe.cluster.cpus_per_worker, task.gpu_share * task.use_gpu
     meter = Meter(cores=cores, gpus=gpus, before=spent_in(folder))
+    last = rungs.at_end(trained.model) if task.rung_images else None  # its seconds are those of the rungs
     began = time.perf_counter()
     features, labels = _features(trained.model, recipe, shards, device, task.end_images)
     measured = {RANK: rankme(features)}
@@ -350,4 +351,5 @@ def _measure(
     meter.add(images=len(labels) + more, flops=flops * (len(labels) + more), bytes_read=read)
     spent = meter.read()
     seconds = rungs.seconds + time.perf_counter() - began
-    return measured | {"perf/probe_share": seconds / max(spent.wall_clock_s, 1e-9)} | spent.metrics()
+    found = measured | {"perf/probe_share": seconds / max(spent.wall_clock_s, 1e-9)} | spent.metrics()
+    return found, measured[task.objective] if last is None else last
