@@ -160,7 +160,8 @@ def test_finetune_segment_and_embed(folder, photo_folder):
 
 
 @pytest.mark.parametrize("tool", ["verify", "inspect", "compare", "sync", "show"])
-def test_tools_without_ray(folder, photo_folder, tool):
+def test_tools_without_ray(folder, photo_folder, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `inspect` would leave its picture, if it was not interrupted in time
     photo = next(photo_folder.rglob("*.jpg"))
     places = {"verify": [folder / "set"], "inspect": [folder / "set"], "show": [folder / "out/runs/long", photo]}
     command = Interrupted(tool, *places.get(tool, [folder / "out"]), terminal=tool != "sync")
