@@ -98,7 +98,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
     with stage_folder(recipe.stage_dir("tune"), _identity(recipe, checked), restart=recipe.restart) as folder:
-        meter = Meter(before=spent_in(folder.path))
+        meter = Meter(before=Spent(wall_clock_s=spent_in(folder.path).wall_clock_s))  # trials keep the rest themselves
         concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
         plan = _plan(recipe, checked, folder, meter, concurrent)
         kept = len(plan.ledger.ended)

@@ -65,6 +65,8 @@ def test_trials_train_at_the_points_of_the_space(ray_local, tmp_path, search, tr
     more = run_stage(tune, with_overrides(recipe, {"tune.trials": trials + 1}), ray_local)
     assert more["state"] == f"continued, {trials} trials were done" and len(more["trials"]) == trials + 1
     assert [trial for trial in more["trials"] if trial["number"] <= trials] == found["trials"]
+    for result in (found, more):  # a trial that an earlier call has finished is counted once
+        assert result["cost"]["images_seen"] == sum(trial["cost/images_seen"] for trial in result["trials"])
 
 
 def test_a_population_is_forked_at_rungs_and_its_winner_runs_again_with_its_last_values(ray_local, tmp_path):
