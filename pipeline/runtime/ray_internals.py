@@ -26,6 +26,24 @@ def node_is_leaving() -> bool:
     return get_train_context().preemption_context.preemption_info is not None
 
 
+def torch_trainer(*, private: bool, **options: Any) -> Any:
+    """A Ray Train trainer for PyTorch without helper actors that it would start for nothing, which takes a second each.
+
+    Args:
+        private: Whether the Ray ends with this process; placement groups then need nobody that removes them.
+        **options: Of `ray.train.torch.TorchTrainer`, without datasets.
+    """
+    from ray.train.torch import TorchTrainer
+
+    unused = {"DatasetsCallback", *(["PlacementGroupCleanerCallback"] if private else [])}
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unused]
+
+    return Trainer(**options)
+
+
 @contextlib.contextmanager
 def connecting_once() -> Iterator[None]:
     """Within the block, ray.init() tries once to reach a cluster instead of 20 times, which takes 40 seconds each."""

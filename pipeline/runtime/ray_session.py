@@ -37,6 +37,7 @@ _PRIVATE = {
     "RAY_AUTH_MODE": "disabled",  # else Ray writes a token into the home folder; it only listens on loopback
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # so that the end of a short training is seen soon
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor that asks whether a cloud takes this node away
     # Makes Ray use the loopback address, so that nothing listens on another interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from pipeline.runtime import interrupts
 from pipeline.runtime.ray_session import ray_session
 
 WITHOUT_RAY = frozenset({"export"})
+_SLOW = "pipeline.tracking.mlflow_client"  # MLflow, which every stage needs as soon as Ray has started
 
 
 class Stage(Protocol):
@@ -87,6 +90,7 @@ def run_stages(
                     stack.close()
                     session = None
                 elif session is None:
+                    threading.Thread(target=_import_ahead, daemon=True).start()
                     session = stack.enter_context(ray_session(recipe.cluster))
                     outcome.seconds["start"] = time.perf_counter() - starting
                     began += outcome.seconds["start"]
@@ -95,3 +99,9 @@ def run_stages(
                 outcome.seconds[name] = time.perf_counter() - began
                 say(stage.summary(recipe, outcome.results[name]))
     return outcome
+
+
+def _import_ahead() -> None:
+    """Import what is slow to import while Ray starts its processes, which the main thread waits for."""
+    with contextlib.suppress(Exception):  # whoever needs it will report it
+        importlib.import_module(_SLOW)

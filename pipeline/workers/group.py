@@ -18,13 +18,14 @@ from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
 from pipeline.runtime import interrupts
+from pipeline.runtime.ray_internals import torch_trainer
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
 from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.tracker import RunHandle
 from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of, started
 from pipeline.workers.log_forwarding import showing
 from pipeline.workers.unreadable import forget
-from pipeline.workers.worker import STOP, Loop, train_worker
+from pipeline.workers.worker import CONFIG, STOP, Loop, train_worker
 from wavemim.atomic import PARTIAL
 
 log = logging.getLogger(__name__)
@@ -130,9 +131,11 @@ def _trainer(
 ) -> ray.train.torch.TorchTrainer:
     use_gpu = uses_gpu(recipe, session)
     least = least_workers(recipe, workers)
-    return ray.train.torch.TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # Train V2 passes on what it returns
-        train_loop_config=config,
+    trainer: ray.train.torch.TorchTrainer = torch_trainer(
+        private=session.private,
+        train_loop_per_worker=train_worker,
+        # By reference: the process that controls the workers would else import torch and all models to read it.
+        train_loop_config={CONFIG: ray.put(config)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(least, workers) if least != workers else workers,  # type: ignore[arg-type]  # of V2
             use_gpu=use_gpu,
@@ -147,6 +150,7 @@ def _trainer(
             ),
         ),
     )
+    return trainer
 
 
 def least_workers(recipe: Recipe, workers: int) -> int:

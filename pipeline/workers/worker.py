@@ -37,6 +37,7 @@ from wavemim.weights import checkpoint
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config"  # key of the reference to what a worker is given
 STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and stop
 _LEAVING = 10 / 60  # minutes between checkpoints once a node is known to be taken away
 
@@ -57,12 +58,13 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """One data-parallel worker of a training stage, as Ray Train runs it.
 
     Args:
-        config: As `pipeline.workers.group.train_on_workers` makes it.
+        config: As `pipeline.workers.group.train_on_workers` makes it, behind a reference.
 
     Returns:
         How it ended: "failed" and "uncopied" are lines or empty, "stopped" says whether it was asked to stop, "value" is
         the loop's. What it returns ends the run; an exception makes Ray restart the workers.
     """
+    config = ray.get(config[CONFIG])
     folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
     with _reporting(folder, rank, config["recipe"]["train"]["hang_timeout"]) as heartbeat:
         lost = still_unreadable(folder, config["shards"]) if rank == 0 else ""

@@ -73,3 +73,19 @@ def test_names_that_are_not_utf8_are_escaped_in_the_command_that_ray_records(mon
     with ray_internals.printable_command():
         assert utils.get_entrypoint_name() == "wavemim embed caf\\xe9.jpg"
     assert utils.get_entrypoint_name is before
+
+
+def test_a_trainer_starts_no_helpers_for_nothing_but_all_others(tmp_path):
+    """By Ray's own classes, whose names are the ones that are left out. Would catch: another name, or one callback less."""
+    import ray.train.torch
+    from ray.train.v2._internal.callbacks import datasets, placement_group_callback
+
+    options = {"train_loop_per_worker": print, "run_config": ray.train.RunConfig(storage_path=str(tmp_path))}
+    every = [type(each) for each in ray.train.torch.TorchTrainer(**options)._create_default_callbacks()]
+    private, shared = (
+        [type(each) for each in ray_internals.torch_trainer(private=private, **options)._create_default_callbacks()]
+        for private in (True, False)
+    )
+    cleaner = placement_group_callback.PlacementGroupCleanerCallback
+    assert set(every) - set(shared) == {datasets.DatasetsCallback}
+    assert set(shared) - set(private) == {cleaner}
