@@ -39,7 +39,8 @@ def torch_trainer(*, private: bool, **options: Any) -> Any:
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unused]
+            every: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # of V2, which Ray hides
+            return [each for each in every if type(each).__name__ not in unused]
 
     return Trainer(**options)
 
