@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from pipeline.shards.row_groups import Group, read_group, read_patiently, row_groups, stored_bytes
+from pipeline.shards.row_groups import Group, RowGroups, read_group, read_patiently, stored_bytes
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
 from wavemim.inputs import Crop
@@ -96,9 +96,9 @@ def chosen_evenly(places: np.ndarray, count: int, total: int) -> np.ndarray:
     return np.asarray(places * count // total > (places - 1) * count // total)
 
 
-def _some_groups(shards: ShardSet, split: str, max_rows: int | None) -> list[tuple[str, int, int]]:
-    """As `row_groups`, with `max_rows` rows from all over the split: the first ones may have only a few classes."""
-    groups = row_groups(shards, split)
+def _some_groups(shards: ShardSet, split: str, max_rows: int | None) -> Sequence[tuple[str, int, int]]:
+    """As `RowGroups`, with `max_rows` rows from all over the split: the first ones may have only a few classes."""
+    groups = RowGroups(shards, split)
     if max_rows is None or max_rows >= shards.rows[split]:
         return groups
     enough = min(len(groups), -(-max_rows * len(groups) // shards.rows[split]))
@@ -115,7 +115,7 @@ def _some_groups(shards: ShardSet, split: str, max_rows: int | None) -> list[tup
 
 def _sequential(
     shards: ShardSet,
-    groups: list[tuple[str, int, int]],
+    groups: Sequence[tuple[str, int, int]],
     batch: int,
     window: int,
     levels: list[int],

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from pipeline.shards.batches import Batch, read_ahead
-from pipeline.shards.row_groups import Group, read_patiently, row_groups, stored_bytes
+from pipeline.shards.row_groups import Group, RowGroups, read_patiently, stored_bytes
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
 from wavemim.randomness import uniform
@@ -36,12 +36,24 @@ Pick = tuple[Group, int, float]  # row group, row in it, weight
 
 
 @dataclass(frozen=True)
-class _Mix:
-    """Row groups whose rows are shuffled together."""
+class _Order:
+    """One stream's part of the order of an epoch: n row groups, of which `size` at a time are shuffled together."""
 
-    parts: tuple[tuple[int, int, int], ...]  # (index of the row group, first row, end row)
-    rows: int
-    number: int  # in the epoch, over all streams
+    groups: np.ndarray  # (n,), int64: indices of the row groups
+    low: np.ndarray  # (n,), int64: their first rows
+    high: np.ndarray  # (n,), int64: their end rows
+    size: int
+    first: int  # number of its first mix in the epoch, over all streams
+
+    def ends(self) -> np.ndarray:
+        """Rows up to the end of each mix (mixes,), int64."""
+        starts = np.arange(0, len(self.groups), self.size)
+        return np.cumsum(np.add.reduceat(self.high - self.low, starts)) if len(starts) else starts
+
+    def parts(self, mix: int) -> list[tuple[int, int, int]]:
+        """(index of the row group, first row, end row) of each row group of a mix."""
+        part = slice(mix * self.size, (mix + 1) * self.size)
+        return list(zip(self.groups[part].tolist(), self.low[part].tolist(), self.high[part].tolist(), strict=True))
 
 
 class Reader:
@@ -101,7 +113,7 @@ class Reader:
         assert 0 <= rank < world, (rank, world)
         assert 0 < batch <= self.rows, f"a batch of {batch} out of {self.rows} rows: clip it"
         assert batch % self.streams == 0 and self.streams <= self.rows, (batch, self.streams, self.rows)
-        self._groups = row_groups(shards, split)
+        self._groups = RowGroups(shards, split)
         self.bytes_read = 0
 
     @property
@@ -125,7 +137,6 @@ class Reader:
         return read_ahead(self._batches(epoch, start), self.ahead)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        mixes = self._mixes(epoch)
         take = self.batch // self.streams
         per_rank = -(-self.batch // self.world)
         # This rank's positions in a global batch; some exceed it if batch is not divisible by world.
@@ -135,14 +146,15 @@ class Reader:
             for stream in range(self.streams)
             if max(mine.start, stream * take) < min(mine.stop, (stream + 1) * take)
         ] or [(self.streams - 1, self.batch, self.batch)]
-        sizes = [sum(mix.rows for mix in stream) for stream in mixes]
+        bounds = self._bounds()
+        orders = self._orders(epoch, bounds, [stream for stream, _, _ in parts])
         pending: collections.deque[Future[Batch]] = collections.deque()
         ended = threading.Event()
         with ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="shards") as pool:
             try:
-                streams = {stream: _Stream(self, mixes[stream], epoch, pool, ended) for stream, _, _ in parts}
+                streams = {stream: _Stream(self, order, epoch, pool, ended) for stream, order in orders.items()}
                 for k in range(start, self.batches_per_epoch):
-                    total = float(sum(min(max(size - k * take, 0), take) for size in sizes))
+                    total = float(np.clip(np.diff(bounds) - k * take, 0, take).sum())
                     picks = [
                         pick
                         for stream, low, high in parts
@@ -160,27 +172,26 @@ class Reader:
                 ended.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _mixes(self, epoch: int) -> list[list[_Mix]]:
-        """The order of an epoch: the mixes of each stream, one after another."""
+    def _bounds(self) -> np.ndarray:
+        """Rows of an epoch before each stream, and those of all (streams + 1,), int64."""
+        return np.array([stream * self.rows // self.streams for stream in range(self.streams + 1)], np.int64)
+
+    def _orders(self, epoch: int, bounds: np.ndarray, streams: Iterable[int]) -> dict[int, _Order]:
+        """The order of an epoch in some of its streams: a rank needs its own only, of very many on a large cluster."""
         order = _permutation(self.seed, "groups", epoch, len(self._groups))
-        ends = np.cumsum([self._groups[group][2] for group in order])
-        plan: list[list[_Mix]] = []
-        number = 0
-        for stream in range(self.streams):
-            low, high = stream * self.rows // self.streams, (stream + 1) * self.rows // self.streams
-            parts = []
-            for place in range(int(np.searchsorted(ends, low, "right")), len(order)):
-                begin = int(ends[place]) - self._groups[order[place]][2]
-                if begin >= high:
-                    break
-                parts.append((int(order[place]), max(low - begin, 0), min(high, int(ends[place])) - begin))
-            mixes = []
-            for i in range(0, len(parts), self.mix_groups):
-                chosen = tuple(parts[i : i + self.mix_groups])
-                mixes.append(_Mix(chosen, sum(end - begin for _, begin, end in chosen), number))
-                number += 1
-            plan.append(mixes)
-        return plan
+        rows = self._groups.rows[order]
+        ends = np.cumsum(rows)
+        begins = ends - rows
+        first, last = np.searchsorted(ends, bounds[:-1], "right"), np.searchsorted(begins, bounds[1:], "left")
+        mixes = -(-(last - first) // self.mix_groups)
+        number = np.cumsum(mixes) - mixes
+        found = {}
+        for stream in streams:
+            part = slice(int(first[stream]), int(last[stream]))
+            low = np.maximum(bounds[stream] - begins[part], 0)
+            high = np.minimum(bounds[stream + 1], ends[part]) - begins[part]
+            found[stream] = _Order(order[part], low, high, self.mix_groups, int(number[stream]))
+        return found
 
     def _batch(self, epoch: int, picks: list[Pick], total: float) -> Batch:
         """Cut the windows of the chosen rows into new memory."""
@@ -216,10 +227,10 @@ class _Stream:
     """One chunk of an epoch: finds the rows at any position, and reads the next mix while the current one is used."""
 
     def __init__(
-        self, reader: Reader, mixes: list[_Mix], epoch: int, pool: ThreadPoolExecutor, ended: threading.Event
+        self, reader: Reader, order: _Order, epoch: int, pool: ThreadPoolExecutor, ended: threading.Event
     ) -> None:
-        self._reader, self._mixes, self._epoch, self._pool, self._ended = reader, mixes, epoch, pool, ended
-        self._ends = np.cumsum([mix.rows for mix in mixes])
+        self._reader, self._order, self._epoch, self._pool, self._ended = reader, order, epoch, pool, ended
+        self._ends = order.ends()
         self._reading: dict[int, list[Future[Group]]] = {}
         self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
 
@@ -231,7 +242,7 @@ class _Stream:
         while place < end:
             at = min(place, last)
             mix = int(np.searchsorted(self._ends, at, "right"))
-            begin = int(self._ends[mix]) - self._mixes[mix].rows
+            begin = int(self._ends[mix - 1]) if mix else 0
             weight = float(place <= last)
             upto = min(end, int(self._ends[mix])) if weight else place + 1
             chosen += [(group, i, weight) for group, i in self._mixed(mix)[at - begin : at - begin + upto - place]]
@@ -243,23 +254,23 @@ class _Stream:
         if self._current[0] != mix:
             self._start(mix)
             groups = [future.result() for future in self._reading.pop(mix)]
+            parts = self._order.parts(mix)
             self._reader.bytes_read += sum(
                 stored_bytes(self._reader.shards, *self._reader._groups[group][:2], self._reader.levels)
-                for group, _, _ in self._mixes[mix].parts
+                for group, _, _ in parts
             )
             self._start(mix + 1)
-            parts = self._mixes[mix].parts
             rows = [(g, i) for g, (_, low, high) in zip(groups, parts, strict=True) for i in range(low, high)]
-            order = _permutation(self._reader.seed, f"mix {self._mixes[mix].number}", self._epoch, len(rows))
+            order = _permutation(self._reader.seed, f"mix {self._order.first + mix}", self._epoch, len(rows))
             self._current = (mix, [rows[i] for i in order])
         return self._current[1]
 
     def _start(self, mix: int) -> None:
         """Begin to read a mix, unless that has begun, or there is no such mix."""
-        if mix in self._reading or mix >= len(self._mixes):
+        if mix in self._reading or mix >= len(self._ends):
             return
         reader = self._reader
-        places = [reader._groups[group][:2] for group, _, _ in self._mixes[mix].parts]
+        places = [reader._groups[group][:2] for group, _, _ in self._order.parts(mix)]
         self._reading[mix] = [
             self._pool.submit(read_patiently, reader.shards, file, group, reader.levels, self._ended)
             for file, group in places

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +28,37 @@ _log = logging.getLogger(__name__)
 _warned: set[str] = set()  # names of shards
 
 
-def row_groups(shards: ShardSet, split: str) -> list[tuple[str, int, int]]:
-    """(name of the shard, number of the row group, rows) of each row group of a split, in the order of the files."""
-    size = shards.rows_per_group
-    return [
-        (file, number, min(size, rows - number * size))
-        for file, rows in shards.files(split)
-        for number in range(-(-rows // size))
-    ]
+class RowGroups(Sequence[tuple[str, int, int]]):
+    """(name of the shard, number of the row group, rows) of each row group of a split, in the order of the files.
+
+    There are millions in a large set, so entries are made when they are asked for.
+    """
+
+    def __init__(self, shards: ShardSet, split: str) -> None:
+        size, files = shards.rows_per_group, shards.files(split)
+        self._names = [name for name, _ in files]
+        rows = np.array([rows for _, rows in files], np.int64)
+        counts = -(-rows // size)
+        self._ends = np.cumsum(counts)
+        file = np.repeat(np.arange(len(files)), counts)
+        number = np.arange(len(file)) - (self._ends - counts)[file]
+        self.rows = np.minimum(size, rows[file] - number * size)  # (row groups,), int64
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, int, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, int, int] | list[tuple[str, int, int]]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = int(np.searchsorted(self._ends, index, "right"))
+        before = int(self._ends[file - 1]) if file else 0
+        return self._names[file], int(index) - before, int(self.rows[index])
 
 
 @functools.lru_cache(maxsize=512)
