@@ -42,7 +42,7 @@ def counts(plan: ImagePlan) -> dict[str, int]:
 
 def labels(plan: ImagePlan) -> dict[str, str | None]:
     """path → class name."""
-    rows = [row for split in plan.splits.values() for row in split.to_pylist()]
+    rows = [row for split in plan.splits.values() for row in split.slice().to_pylist()]
     return {row["path"]: plan.classes[row["label"]] if plan.classes else None for row in rows}
 
 
@@ -51,7 +51,7 @@ def fetched(plan: ImagePlan) -> dict[str, bytes | str]:
     origin = pickle.loads(pickle.dumps(plan.origin))  # noqa: S301
     found: dict[str, bytes | str] = {}
     for split in plan.splits.values():
-        first, again = list(fetch(origin, split)), list(fetch(origin, split))
+        first, again = list(fetch(origin, split.slice())), list(fetch(origin, split.slice()))
         assert first == again and sorted(index for index, _ in first) == list(range(len(split)))
         found |= {split["path"][index].as_py(): content for index, content in first}
     return found
@@ -64,7 +64,7 @@ def check_plan(plan: ImagePlan, inputs: int) -> None:
     assert len({*paths, *(path for path, _ in plan.rejects)}) == inputs
     for split in plan.splits.values():
         assert split["row"].to_pylist() == list(range(len(split)))
-        assert split.schema.names == ["row", "path", "label", "container", "first", "second"]
+        assert split.slice().schema.names == ["row", "path", "label", "container", "first", "second"]
     assert all("\n" not in reason for _, reason in plan.rejects)
 
 

@@ -147,24 +147,28 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
         if names is not None:
             return _named(numbers, names, what), names if len(names) > 1 else None
         distinct = sorted(value for value in pc.unique(numbers).to_pylist() if value is not None)
-        _check_several(numbers, distinct, what)
-        table, classes = pa.array(distinct, pa.int64()), [str(value) for value in distinct]
-        return _codes(numbers, table), classes if len(classes) > 1 else None
+        codes = _codes(numbers, pa.array(distinct, pa.int64()))
+        _check_several(codes, distinct, what)
+        return codes, [str(value) for value in distinct] if len(distinct) > 1 else None
     if not (pa.types.is_string(raw.type) or pa.types.is_large_string(raw.type) or pa.types.is_null(raw.type)):
         raise UnusableLabels(what, f"holds {raw.type}")
+    encoded = pc.dictionary_encode(raw.cast(pa.large_string())).combine_chunks()  # one text a class, not one an image
+    index = pc.fill_null(encoded.indices, -1).to_numpy()
     # The same name is stored in several forms of Unicode by different systems.
-    texts = pc.utf8_normalize(pc.utf8_trim_whitespace(raw.cast(pa.large_string())), "NFC")
+    texts = pc.utf8_normalize(pc.utf8_trim_whitespace(encoded.dictionary), "NFC")
     texts = pc.if_else(pc.is_in(pc.utf8_lower(texts), pa.array(_MISSING, pa.large_string())), None, texts)
     found = [value for value in pc.unique(texts).to_pylist() if value is not None]
     if found and all(_NUMBER.fullmatch(value) for value in found) and not all(map(str.isdigit, found)):
-        return encode_labels(texts.cast(pa.float64()), None, what)  # 1.0 is 1, as in Parquet files
+        # 1.0 is 1, as in Parquet files
+        return encode_labels(pa.chunked_array([texts.cast(pa.float64()).take(encoded.indices)]), None, what)
     _check_single(found, what)
-    _check_several(texts, found, what)
     if all(re.fullmatch(r"-?\d{1,18}", value) for value in found):
         found.sort(key=lambda value: (int(value), value))
     else:
         found.sort()
-    return _codes(texts, pa.array(found, pa.large_string())), found if len(found) > 1 else None
+    codes = np.append(_codes(texts, pa.array(found, pa.large_string())), np.int32(-1))[index]
+    _check_several(codes, found, what)
+    return codes, found if len(found) > 1 else None
 
 
 def _whole(numbers: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -189,11 +193,11 @@ def _check_single(texts: list[str], what: str) -> None:
             )
 
 
-def _check_several(labels: pa.ChunkedArray, distinct: list[Any], what: str) -> None:
+def _check_several(codes: np.ndarray, distinct: list[Any], what: str) -> None:
     """Raise UnusableLabels if nearly every image has a label of its own, as an identifier has."""
     if len(distinct) < UNIQUE_FROM:
         return
-    counts = pc.value_counts(labels.drop_null()).field("counts").to_numpy()
+    counts = np.bincount(codes[codes >= 0])
     if (counts == 1).mean() > _UNIQUE_SHARE:
         nearly = "" if counts.max() == 1 else "nearly "
         raise UnusableLabels(what, f"holds another value for {nearly}each image")

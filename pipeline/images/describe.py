@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.config.places import printable
 from pipeline.images.plan import ImagePlan, some_of
@@ -41,16 +43,14 @@ def without_images(plan: ImagePlan, rejects: Iterable[tuple[str, str]]) -> list[
     """
     if not plan.classes:
         return []
-    paths = {path for path, _ in rejects}
+    paths = pa.array([path for path, _ in rejects], pa.string())
     notes = []
     for split in SPLITS:
-        table = plan.splits[split]
-        before, lost = (
-            np.bincount(table["label"].to_numpy(), minlength=len(plan.classes)),
-            np.zeros(len(plan.classes), int),
-        )
-        rejected = [path.as_py() in paths for path in table["path"]] if paths else []
-        np.add.at(lost, table["label"].to_numpy()[np.flatnonzero(rejected)], 1)
+        label = plan.splits[split]["label"].to_numpy()
+        before = np.bincount(label, minlength=len(plan.classes))
+        lost = np.zeros(len(plan.classes), int)
+        if len(paths):
+            np.add.at(lost, label[pc.is_in(plan.splits[split]["path"], paths).to_numpy()], 1)
         gone = [plan.classes[number] for number in np.flatnonzero((before > 0) & (lost == before))]
         if gone:
             notes.append(f"every image of {some_of(gone)} in {split} is rejected")

@@ -25,6 +25,7 @@ from pipeline.images.plan import (
     PlanOptions,
     SourceInputs,
     make_plan,
+    parts_of,
     without_duplicates,
     without_unlabelled_test,
 )
@@ -74,6 +75,7 @@ def plan_list(folder: Folder, name: str, options: PlanOptions) -> ImagePlan:
     if options.val_share is not None and "split" in table.column_names:
         split, splits_shown = splits_of(table.column("split"), shown)
     inputs = SourceInputs(_list_paths(table.column("path"), folder, shown), labels, split)
+    del table
     empty = pc.equal(inputs.path, "").to_numpy()
     rejects = [(f"{name}#{row}", "no path in the list") for row in np.flatnonzero(empty).tolist()]
     inputs.rejects += rejects
@@ -115,6 +117,13 @@ def _list_paths(column: pa.ChunkedArray, folder: Folder, shown: str) -> pa.Chunk
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise SettingError(f"images={shown}: the column of paths holds {column.type}; it has to hold strings")
+    # A part at a time: for a whole column of many millions, each of these steps needs as much memory as the paths.
+    parts = [_usual_paths(part, folder, shown) for part in parts_of(column)]
+    return pa.chunked_array(parts, pa.large_string())
+
+
+def _usual_paths(column: pa.Array, folder: Folder, shown: str) -> pa.Array:
+    """Paths as they are written here: with slashes, without spaces around them, each in one spelling."""
     column = pc.fill_null(column.cast(pa.large_string()), "")
     # Written on Windows, or with spaces around the commas, unless there are files of such names.
     for unusual, usual in (
@@ -133,14 +142,14 @@ def _list_paths(column: pa.ChunkedArray, folder: Folder, shown: str) -> pa.Chunk
     if not pc.any(unusual).as_py():
         return column
     # Different spellings of a path are the same input.
-    chunks = [pa.array([_normal(path) for path in chunk.to_pylist()], pa.large_string()) for chunk in column.chunks]
-    return pa.chunked_array(chunks, pa.large_string())
+    return pa.array([_normal(path) for path in column.to_pylist()], pa.large_string())
 
 
-def _check_urls(column: pa.ChunkedArray, shown: str) -> None:
+def _check_urls(column: pa.Array, shown: str) -> None:
     """Raise SettingError where a list has URLs of another machine's files, or of stores that cannot be used."""
-    stores = pc.unique(pc.replace_substring_regex(column, r"^([A-Za-z][A-Za-z0-9+.-]+://[^/]*).*$", r"\1"))
-    for store in stores.filter(pc.match_substring(stores, "://")).to_pylist():
+    urls = column.filter(pc.match_substring(column, "://"))
+    stores = pc.unique(pc.replace_substring_regex(urls, r"^([A-Za-z][A-Za-z0-9+.-]+://[^/]*).*$", r"\1"))
+    for store in stores.to_pylist():
         try:
             if is_remote(store):
                 check_scheme(store)
@@ -150,7 +159,7 @@ def _check_urls(column: pa.ChunkedArray, shown: str) -> None:
             raise SettingError(f"images={shown}: {error}") from None
 
 
-def _missing(column: pa.ChunkedArray, asked: pa.ChunkedArray, folder: Folder) -> pa.Array:
+def _missing(column: pa.Array, asked: pa.Array, folder: Folder) -> pa.Array:
     """Which of the paths with a backslash name no local file."""
     local = folder.local
     return pa.array(

@@ -64,7 +64,7 @@ class ImagePlan:
         layout: A description of the source in one line.
         classes: Class names in the order of the labels; None if unlabelled.
         origin: Where the inputs are stored.
-        splits: A table for "train" and "val" each. `row` is the position in the split, `path` a unique name, `label`
+        splits: The rows of "train" and "val". `row` is the position in the split, `path` a unique name, `label`
             the class index (-1 for none); `container`, `first` and `second` locate the input, see Origin.
         rejects: (path, reason) of the inputs that the plan already knows cannot be stored.
         ignored: Number of files, rows or samples that were left out: outside the two splits, or no images.
@@ -75,7 +75,7 @@ class ImagePlan:
     layout: str
     classes: list[str] | None
     origin: Origin
-    splits: dict[str, pa.Table]
+    splits: dict[str, SplitRows]
     rejects: list[tuple[str, str]]
     ignored: int
     left_out: dict[str, int] = field(default_factory=dict)
@@ -112,6 +112,12 @@ class SourceInputs:
         )
         return SourceInputs(path, self.label[kept], self.split[kept], container, first, second, self.rejects)
 
+    def compact(self) -> SourceInputs:
+        """Put all names into one array, from which rows can be taken quickly; returns itself."""
+        if self.path.num_chunks != 1:
+            self.path = pa.chunked_array([self.path.combine_chunks()], self.path.type)
+        return self
+
     def reject(self, rejected: np.ndarray, reason: str) -> SourceInputs:
         """Add the rows where `rejected` (n,), bool, is true to the rejects, and return the others."""
         if rejected.any():
@@ -142,8 +148,54 @@ class Paths:
         return pa.chunked_array(self._chunks, pa.large_string())
 
 
+class SplitRows:
+    """The rows of a split, in their order, as a table with `SCHEMA` of which only what is asked for is made.
+
+    A whole table of 10 million inputs would double the memory of a plan.
+    """
+
+    def __init__(self, inputs: SourceInputs, order: np.ndarray) -> None:
+        """
+        Args:
+            inputs: The inputs of all splits.
+            order: Indices (n,) of those of this split.
+        """
+        self._inputs, self._order = inputs, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SplitRows) and bool(self.slice().equals(other.slice()))
+
+    __hash__ = None  # type: ignore[assignment]  # may hold millions of rows
+
+    def __getitem__(self, column: str) -> pa.ChunkedArray:
+        """A column, by its name."""
+        parts = [self._column(column, start, start + _CHUNK) for start in range(0, len(self), _CHUNK)]
+        return pa.chunked_array(parts, SCHEMA.field(column).type)
+
+    def slice(self, start: int = 0, count: int | None = None) -> pa.Table:
+        """`count` rows from `start` on; by default all that follow."""
+        end = len(self) if count is None else min(start + count, len(self))
+        return pa.table([self._column(name, start, end) for name in SCHEMA.names], schema=SCHEMA)
+
+    def _column(self, name: str, start: int, end: int) -> pa.Array:
+        part, kind = self._order[start:end], SCHEMA.field(name).type
+        if name == "row":
+            return pa.array(np.arange(start, start + len(part)), kind)
+        column = getattr(self._inputs, name)
+        if name == "path":
+            return column.chunk(0).take(pa.array(part)).cast(kind) if len(part) else pa.array([], kind)
+        return pa.array(np.full(len(part), -1) if column is None else column[part], kind)
+
+
 def without_duplicates(inputs: SourceInputs, reason: str) -> SourceInputs:
     """Reject every repeated name, as "name (2)" and so on: names of rejects have to be unique too."""
+    hashes = np.fromiter((hash(path) for part in parts_of(inputs.path) for path in part.to_pylist()), np.int64)
+    hashes.sort()
+    if not (hashes[1:] == hashes[:-1]).any():
+        return inputs
     codes = pc.dictionary_encode(inputs.path.combine_chunks()).indices.to_numpy()
     _, first = np.unique(codes, return_index=True)
     repeated = np.ones(len(codes), bool)
@@ -243,7 +295,8 @@ def make_plan(
     """
     left_out = {kind: count for kind, count in (ignored or {}).items() if count}
     if options.val_share is None:
-        splits = {"train": _table(inputs, np.arange(len(inputs))), "val": SCHEMA.empty_table()}
+        every = _compact(np.arange(len(inputs)))
+        splits = {"train": SplitRows(inputs.compact(), every), "val": SplitRows(inputs, every[:0])}
         return ImagePlan(layout, classes, origin, splits, sorted(inputs.rejects), sum(left_out.values()), left_out)
     kept = inputs.split != IGNORED
     if not kept.all():
@@ -257,12 +310,13 @@ def make_plan(
         if left_out:
             first += f"; left out: {', '.join(f'{count:,} {kind}' for kind, count in list(left_out.items())[:3])}"
         raise SettingError(f"images={options.shown}: no image for train{first}")
-    seed = options.seed
+    seed, inputs = options.seed, inputs.compact()
     val = inputs.split == VAL if val_given else _hold_out(inputs, options.val_share, seed)
     order = digests(inputs.path, f"order {seed}") if groups is None else _group_digests(inputs.path, groups, seed)
     splits = {}
-    for name, rows in (("train", np.flatnonzero(~val)), ("val", np.flatnonzero(val))):
-        splits[name] = _table(inputs, rows[_sorted(order[rows], rows, inputs.path, groups)])
+    for name, chosen in (("train", ~val), ("val", val)):
+        rows = _compact(np.flatnonzero(chosen))
+        splits[name] = SplitRows(inputs, rows[_sorted(order[rows], rows, inputs.path, groups)])
     labelled = f"{len(classes)} classes" if classes else "unlabelled"
     shown, total = f"{layout}; {labelled}", sum(left_out.values())
     return ImagePlan(shown, classes, origin, splits, sorted(inputs.rejects), total, left_out)
@@ -314,7 +368,7 @@ def digests(paths: pa.ChunkedArray, salt: str) -> np.ndarray:
     found = np.empty(len(paths), np.uint64)
     start = f"{salt}:".encode()
     place = 0
-    for part in _parts(paths):
+    for part in parts_of(paths):
         texts = part.to_pylist()
         joined = b"".join(hashlib.blake2b(start + text.encode(), digest_size=8).digest() for text in texts)
         found[place : place + len(texts)] = np.frombuffer(joined, ">u8")
@@ -322,8 +376,9 @@ def digests(paths: pa.ChunkedArray, salt: str) -> np.ndarray:
     return found
 
 
-def _parts(paths: pa.ChunkedArray) -> Iterator[pa.Array]:
-    for chunk in paths.chunks:
+def parts_of(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """A column in parts of some hundred thousand rows."""
+    for chunk in column.chunks:
         for start in range(0, len(chunk), _CHUNK):
             yield chunk.slice(start, _CHUNK)
 
@@ -335,12 +390,25 @@ def _group_digests(paths: pa.ChunkedArray, groups: np.ndarray, seed: int) -> np.
     return np.repeat(firsts, np.diff(starts, append=len(groups)))
 
 
-def _sorted(keys: np.ndarray, rows: np.ndarray, paths: pa.ChunkedArray, groups: np.ndarray | None) -> np.ndarray:
+def _sorted(
+    keys: np.ndarray, rows: Sequence[int] | np.ndarray, paths: pa.ChunkedArray, groups: np.ndarray | None
+) -> np.ndarray:
     """Indices that sort by key, then by name; groups keep their inner order."""
-    order = np.argsort(keys, kind="stable")
-    if groups is None and (keys[order][1:] == keys[order][:-1]).any():  # two equal keys: one in many millions
+    order = _compact(np.argsort(keys, kind="stable"))
+    if groups is None and any((np.diff(keys[part]) == 0).any() for part in _overlapping(order)):
+        # two equal keys: one in many millions
         order = np.array(sorted(order, key=lambda i: (keys[i], paths[int(rows[i])].as_py())))
     return order
+
+
+def _overlapping(order: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of an array, each with the first entry of the next one."""
+    return (order[start : start + _CHUNK + 1] for start in range(0, len(order), _CHUNK))
+
+
+def _compact(index: np.ndarray) -> np.ndarray:
+    """Indices in 4 bytes each where they fit."""
+    return index.astype(np.uint32) if index.max(initial=0) < 2**32 else index
 
 
 def _hold_out(inputs: SourceInputs, share: float, seed: int) -> np.ndarray:
@@ -349,8 +417,7 @@ def _hold_out(inputs: SourceInputs, share: float, seed: int) -> np.ndarray:
     Val gets its share of all images and of each class, to within one image. If there are two images and the share is
     above 0, at least one is held out; every class keeps one for train.
     """
-    everything = np.arange(len(inputs))
-    order = _sorted(digests(inputs.path, f"val {seed}"), everything, inputs.path, None)
+    order = _sorted(digests(inputs.path, f"val {seed}"), range(len(inputs)), inputs.path, None)
     by_class = order[np.argsort(inputs.label[order], kind="stable")]
     val = np.zeros(len(inputs), bool)
     seen = held = 0
@@ -361,19 +428,3 @@ def _hold_out(inputs: SourceInputs, share: float, seed: int) -> np.ndarray:
     if not held and share > 0 and len(inputs) > 1:
         val[order[0]] = True
     return val
-
-
-def _table(inputs: SourceInputs, order: np.ndarray) -> pa.Table:
-    paths = inputs.path.combine_chunks() if inputs.path.num_chunks != 1 else inputs.path.chunk(0)
-    parts = [
-        paths.take(pa.array(order[start : start + _CHUNK])).cast(pa.string()) for start in range(0, len(order), _CHUNK)
-    ]
-    places = {"container": inputs.container, "first": inputs.first, "second": inputs.second}
-    bare = np.full(len(order), -1)
-    columns = {
-        "row": np.arange(len(order)),
-        "path": pa.chunked_array(parts, pa.string()),
-        "label": inputs.label[order],
-        **{name: bare if column is None else column[order] for name, column in places.items()},
-    }
-    return pa.table(columns).cast(SCHEMA)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.errors import SettingError
@@ -37,6 +37,19 @@ from pipeline.storage.folder import Folder
 _DEEPEST_WRAPPER = 16  # folders that only hold one folder
 
 
+class _Names:
+    """The names of a folder's images, as one text: strings of their own would take five times the memory."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._text, self._count = "\0".join(names).encode(), len(names)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._text.decode().split("\0") if self._count else [])
+
+
 class Tree:
     """The images of a folder tree, folder by folder, and what else is in it. Raises SettingError if it is unreadable.
 
@@ -50,7 +63,7 @@ class Tree:
 
     def __init__(self, folder: Folder, containers: tuple[str, ...] = ()) -> None:
         self.folder = folder
-        self.images: dict[str, list[str]] = {}
+        self.images: dict[str, _Names] = {}
         self.others: list[str] = []
         self.containers: list[str] = []
         self.left_out: Counter[str] = Counter()
@@ -73,7 +86,7 @@ class Tree:
         if below and any(is_system(part) for part in below.split("/")):
             self.left_out["files of the system"] += len(names)
             return
-        images: list[str] = []
+        images: dict[str, tuple[str, str]] = {}
         for name in names:
             path = f"{below}/{name}" if below else name
             if is_system(name):
@@ -85,9 +98,10 @@ class Tree:
                 shown = os.fsencode(path).decode("utf-8", "backslashreplace")
                 self.rejects.append((shown, NOT_UTF8))
                 continue
-            suffix = os.path.splitext(name)[1].lower()
+            stem, suffix = os.path.splitext(name)
+            suffix = suffix.lower()
             if suffix in SUFFIXES:
-                images.append(name)
+                images[name] = stem, suffix
                 continue
             if suffix in containers:
                 self.containers.append(path)
@@ -97,19 +111,22 @@ class Tree:
                 self.others.append(path)
             self.left_out[f"{suffix} files" if suffix else "files without a suffix"] += 1
         if kept := self._without_masks(images):
-            self.images[below] = kept
+            self.images[below] = _Names(kept)
 
-    def _without_masks(self, names: list[str]) -> list[str]:
-        """Leave out masks and second copies of the images in one folder: x_mask.png and x.png beside x.jpg."""
-        stems = dict(zip(names, (os.path.splitext(name) for name in names), strict=True))
+    def _without_masks(self, stems: Mapping[str, tuple[str, str]]) -> list[str]:
+        """Leave out masks and second copies of the images in one folder: x_mask.png and x.png beside x.jpg.
+
+        Args:
+            stems: (stem, suffix in lower case) of each name.
+        """
         masks = masks_beside([stem for stem, _ in stems.values()])
-        photos = {stem for stem, suffix in stems.values() if suffix.lower() in PHOTO_SUFFIXES}
-        same = [name for name, (stem, suffix) in stems.items() if suffix.lower() in MASK_SUFFIXES and stem in photos]
-        lossless = sum(suffix.lower() in MASK_SUFFIXES and stem not in masks for stem, suffix in stems.values())
+        photos = {stem for stem, suffix in stems.values() if suffix in PHOTO_SUFFIXES}
+        same = [name for name, (stem, suffix) in stems.items() if suffix in MASK_SUFFIXES and stem in photos]
+        lossless = sum(suffix in MASK_SUFFIXES and stem not in masks for stem, suffix in stems.values())
         second = set(same) if len(same) == lossless > 1 else set()
-        kept = [name for name in names if stems[name][0] not in masks and name not in second]
-        if len(kept) < len(names):
-            self.left_out["masks beside images"] += len(names) - len(kept)
+        kept = [name for name, (stem, _) in stems.items() if stem not in masks and name not in second]
+        if len(kept) < len(stems):
+            self.left_out["masks beside images"] += len(stems) - len(kept)
         return kept
 
     def drop(self, kinds: Mapping[str, str]) -> None:
@@ -122,7 +139,7 @@ class Tree:
                 self._dropped.add(below)
         self._children = None
 
-    def take(self, below: str) -> list[str]:
+    def take(self, below: str) -> _Names:
         """Take the images of a folder out of the tree without counting them as left out."""
         self._children = None
         return self.images.pop(below)

@@ -89,8 +89,8 @@ def make_units(plan: ImagePlan, rows_per_shard: int) -> list[Unit]:
 
 def _digest(inputs: pa.Table) -> str:
     digest = hashlib.sha256()
-    for column in inputs.columns:
-        digest.update(json.dumps(column.to_pylist()).encode())
+    for name, column in zip(inputs.column_names, inputs.columns, strict=True):
+        digest.update(json.dumps(column.to_pylist()).encode() if name == "path" else column.to_numpy().tobytes())
     return digest.hexdigest()
 
 

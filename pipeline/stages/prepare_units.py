@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
-from pipeline.images.plan import ImagePlan
+from pipeline.images.plan import SCHEMA, ImagePlan
 from pipeline.runtime.stage_folder import StageFolder
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import REJECTED, SPLITS, make_manifest
@@ -26,8 +26,7 @@ def write_plan(folder: Folder, plan: ImagePlan, units: Sequence[Unit]) -> None:
     """Write all inputs as one file, one row group per unit, so that a task is told only its row group."""
     with scratch(folder) as room:
         file = room / f".{PLAN}.tmp"
-        schema = next(inputs.schema for inputs in plan.splits.values() if len(inputs))
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
             for unit in units:
                 rows = plan.splits[unit.split].slice(unit.start, unit.inputs)
                 writer.write_table(rows, row_group_size=unit.inputs)

@@ -15,7 +15,7 @@ from pipeline.config.places import printable
 from pipeline.errors import SettingError
 from pipeline.images.decode import SUFFIXES
 from pipeline.images.names import NOT_UTF8
-from pipeline.images.plan import SCHEMA, ImagePlan, Origin
+from pipeline.images.plan import NO_SPLIT, ImagePlan, Origin, PlanOptions, SourceInputs, make_plan
 from pipeline.images.sources import plan_source
 from pipeline.storage.object_stores import is_remote
 
@@ -32,7 +32,7 @@ class Source:
     @property
     def rows(self) -> pa.Table:
         """One row per image, as in `ImagePlan.splits`."""
-        return self.plan.splits["train"]
+        return self.plan.splits["train"].slice()
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def _singles(files: Sequence[str]) -> list[Source]:
         return []
     rejects = [(printable(name), NOT_UTF8) for name in files if printable(name) != name]
     files = [name for name in files if printable(name) == name]
-    count = len(files)
-    none, nowhere = np.full(count, -1, np.int32), np.full(count, -1, np.int64)
-    rows = pa.table([np.arange(count), list(files), none, none, nowhere, nowhere], schema=SCHEMA)
-    plan = ImagePlan(
-        "files", None, Origin("files", os.getcwd()), {"train": rows, "val": SCHEMA.empty_table()}, rejects, 0
+    paths = pa.chunked_array([list(files)], pa.large_string())
+    inputs = SourceInputs(
+        paths, np.full(len(files), -1, np.int32), np.full(len(files), NO_SPLIT, np.int8), rejects=rejects
     )
+    options = PlanOptions("", val_share=None, seed=0)
+    plan = make_plan(inputs, None, Origin("files", os.getcwd()), "files", options)
     return [Source("", plan)]
 
 

@@ -106,7 +106,7 @@ def test_usual_names_of_columns_are_recognised(tmp_path, names):
     """As in metadata.csv of Hugging Face's image folders, and in lists of Kaggle. `path` comes before the others."""
     lines = "".join(f"{i}.jpg,{'ab'[i % 2]},x\n" for i in range(8))
     plan = plan_of(write_csv(tmp_path / "l.csv", f"{','.join(names)},file\n{lines}"), val_share=None)
-    assert plan.classes == ["a", "b"] and plan.splits["train"].column("path").to_pylist()[:2] == ["0.jpg", "1.jpg"]
+    assert plan.classes == ["a", "b"] and plan.splits["train"]["path"].to_pylist()[:2] == ["0.jpg", "1.jpg"]
     plan = plan_of(tmp_path / "l.csv", val_share=None, label_column=names[1], image_column=names[0])
     assert plan.classes == ["a", "b"]
 
@@ -192,7 +192,7 @@ def test_paths_that_windows_wrote_and_file_urls_name_the_same_files(tmp_path):
     url = (tmp_path / "a b" / "1 %.png").as_uri()
     (tmp_path / "list.csv").write_text(f"path\na b\\0.png\nreal\\name.png\n{url}\n")
     plan = plan_source(str(tmp_path / "list.csv"), val_share=None, seed=0)
-    found = [content for _, content in fetch(plan.origin, plan.splits["train"])]
+    found = [content for _, content in fetch(plan.origin, plan.splits["train"].slice())]
     assert found == [b"a b/0.png", b"real\\name.png", b"a b/1 %.png"]
     (tmp_path / "list.csv").write_text("path\nC:\\photos\\0.png\n")
     with pytest.raises(SettingError, match=r"paths of Windows, such as 'C:/photos/0\.png'"):
@@ -203,7 +203,7 @@ def test_spaces_around_paths_are_none_of_theirs_unless_a_file_has_them(tmp_path)
     for name in ("0.png", " 1.png"):
         (tmp_path / name).write_bytes(name.encode())
     plan = plan_source(str(write_csv(tmp_path / "l.csv", "label, path\na, 0.png\nb, 1.png\n")), val_share=None, seed=0)
-    assert [content for _, content in fetch(plan.origin, plan.splits["train"])] == [b"0.png", b" 1.png"]
+    assert [content for _, content in fetch(plan.origin, plan.splits["train"].slice())] == [b"0.png", b" 1.png"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from tiny_sources import (
 
 from pipeline.errors import SettingError
 from pipeline.images import files as source_fetch
+from pipeline.images.plan import SourceInputs, SplitRows
 from pipeline.images.sources import check_source
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError
@@ -311,3 +312,18 @@ def test_a_million_is_planned_in_arrow(tmp_path):
     plan = plan_of(tmp_path / "list.csv", val_share=0.1)
     assert counts(plan) == {"train": 90_000, "val": 10_000}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # KiB
+
+
+def test_rows_of_a_split_are_made_part_by_part():
+    """Against the whole table. Would catch: another order, positions that begin anew, places that are lost."""
+    names = pa.chunked_array([["c", "a"], ["b"]], pa.large_string())
+    inputs = SourceInputs(names, np.array([2, 0, 1], np.int32), np.zeros(3, np.int8), first=np.array([30, 10, 20]))
+    rows = SplitRows(inputs.compact(), np.array([1, 2, 0]))
+    whole = [
+        {"row": row, "path": path, "label": row, "container": -1, "first": 10 * (row + 1), "second": -1}
+        for row, path in enumerate("abc")
+    ]
+    assert rows.slice().to_pylist() == whole and rows.slice(1, 1).to_pylist() == whole[1:2]
+    assert rows.slice(2, 9).to_pylist() == whole[2:] and rows.slice(3).to_pylist() == [] and len(rows) == 3
+    assert rows["path"].to_pylist() == ["a", "b", "c"] and rows["second"].to_pylist() == [-1] * 3
+    assert rows == SplitRows(inputs, np.array([1, 2, 0])) and rows != SplitRows(inputs, np.array([1, 2]))

@@ -13,12 +13,18 @@ from pipeline.shards.batches import Batch, chosen_evenly, positions_of_part, seq
 from pipeline.shards.errors import ShardError
 from pipeline.shards.layout import Layout, PyramidEncoder
 from pipeline.shards.reader import Reader
-from pipeline.shards.row_groups import read_group
+from pipeline.shards.row_groups import RowGroups, read_group
 from pipeline.shards.shard_set import ShardSet
 from wavemim.inputs import Inputs
 from wavemim.targets import Statistics
 
 IMAGES = photos(61)  # 41 rows for train, 20 for val
+# Rows of the batches of epoch 2 from batch 1 on, by the reader of November 2026: batches of 12 in 3 streams, seed 5.
+RECORDED = [
+    [27, 81, 23, 21, 33, 71, 35, 31, 17, 57, 9, 11],
+    [61, 67, 37, 63, 29, 69, 73, 75, 7, 5, 45, 51],
+    [65, 65, 65, 65, 15, 13, 13, 13, 49, 47, 47, 47],
+]
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +327,19 @@ def test_a_part_of_a_split_is_from_all_over_it(tmp_path):
     assert np.flatnonzero(chosen).tolist() == [0, 3, 5, 8]
     assert (np.flatnonzero(chosen) * 4 // 10).tolist() == [0, 1, 2, 3]
     assert chosen_evenly(np.arange(3), 5, 3).all()
+
+
+def test_the_order_is_that_of_earlier_versions(shards):
+    """Old checkpoints resume with the same data. Would catch: another draw, another division into streams or mixes."""
+    found = [batch.rows.tolist() for batch in reader(shards, 12, streams=3, seed=5).epoch(2, start=1)]
+    assert found == RECORDED
+
+
+def test_row_groups_are_those_of_the_files(tmp_path, shards):
+    """By plain loops. Would catch: a file with a short last group, the first group of a file, an index too far."""
+    files = [{"name": name, "rows": rows} for name, rows in (("a", 9), ("b", 8), ("c", 1))]
+    manifest = {**shards.manifest, "rows_per_group": 4, "splits": {"train": {"files": files}, "val": {"files": []}}}
+    groups = RowGroups(ShardSet(shards.folder, manifest, shards.layout), "train")
+    expected = [("a", 0, 4), ("a", 1, 4), ("a", 2, 1), ("b", 0, 4), ("b", 1, 4), ("c", 0, 1)]
+    assert list(groups) == expected == groups[:] and groups[1::2] == expected[1::2] and len(groups) == 6
+    assert list(RowGroups(ShardSet(shards.folder, manifest, shards.layout), "val")) == []
