@@ -7,7 +7,9 @@ checked against it.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,6 +102,24 @@ def memory_bytes() -> int:
     from ray._common.utils import get_system_memory
 
     return int(get_system_memory())
+
+
+def may_grow() -> bool:
+    """Whether the cluster has an autoscaler that could start more nodes; True where that is not known.
+
+    `ray start` alone runs an autoscaler too, which only reports the nodes that are there, each as a type of its own.
+    """
+    from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if state.get_cluster_config() is not None:
+        return True
+    status = _internal_kv_get(b"__autoscaling_status")
+    if not status:
+        return True
+    report = json.loads(status).get("autoscaler_report") or {}
+    types = [*(report.get("active_nodes") or {}), *(report.get("idle_nodes") or {})]
+    return not types or not all(re.fullmatch("node_[0-9a-f]{56}", name) for name in types)
 
 
 def silence_data_progress() -> None:

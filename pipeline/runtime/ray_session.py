@@ -212,32 +212,6 @@ def uses_gpu(recipe: Recipe, session: SessionInfo) -> bool:
     return session.gpus > 0 if recipe.cluster.gpus is None else recipe.cluster.gpus
 
 
-def check_room(recipe: Recipe, session: SessionInfo, workers: int, section: str = "train") -> None:
-    """Check that a private Ray has the CPUs and GPUs for so many workers; a cluster may still grow.
-
-    Args:
-        recipe: The settings, with each worker's CPUs and whether they use GPUs.
-        session: The Ray.
-        workers: Number of workers at a time.
-        section: Of the setting that gives the number of workers, for the message.
-
-    Raises:
-        SettingError: This machine can never hold so many workers.
-    """
-    needed = workers * recipe.cluster.cpus_per_worker
-    if session.private and needed > session.cpus:
-        raise SettingError(
-            f"{workers} worker(s) with cluster.cpus_per_worker={recipe.cluster.cpus_per_worker:g} need {needed:g} CPUs, "
-            f"this machine has {session.cpus:g}; use fewer with {section}.workers={max(1, int(session.cpus))}, "
-            "or a smaller cluster.cpus_per_worker"
-        )
-    if session.private and uses_gpu(recipe, session) and workers > session.gpus:
-        raise SettingError(
-            f"{workers} worker(s) need a GPU each (cluster.gpus={recipe.cluster.gpus}), this machine has {session.gpus:g}; "
-            f"use fewer with {section}.workers=, or none with cluster.gpus=false"
-        )
-
-
 def root_cause(error: BaseException) -> str:
     """The last line of the error that a worker raised, without Ray's wrapping and stack traces."""
     failures = getattr(error, "worker_failures", None)

@@ -23,7 +23,8 @@ from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.subjects import TITLES, titles_of
 from pipeline.evaluation.tables import evaluation_tables, write_tables
 from pipeline.models.encoder_source import EncoderSource, find_encoder
-from pipeline.runtime.ray_session import SessionInfo, check_room, root_cause, uses_gpu
+from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
+from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
 from pipeline.shards.batches import positions_of_part, split_bytes

@@ -15,7 +15,8 @@ from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.encoder_source import EncoderSource, build_classifier, find_encoder, finetune_size
 from pipeline.runtime.progress import following, images_of_run
-from pipeline.runtime.ray_session import SessionInfo, check_room
+from pipeline.runtime.ray_session import SessionInfo
+from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet

@@ -14,7 +14,8 @@ from pipeline.errors import StageError
 from pipeline.models.build import build_inputs, check_model, check_shards, model_of_checkpoint
 from pipeline.runtime.formatting import duration, scaled
 from pipeline.runtime.progress import following, images_of_run
-from pipeline.runtime.ray_session import SessionInfo, check_room
+from pipeline.runtime.ray_session import SessionInfo
+from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet

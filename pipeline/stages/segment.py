@@ -40,7 +40,8 @@ from pipeline.evaluation.segmentation import (
 from pipeline.evaluation.subjects import titles_of
 from pipeline.images.pairs import Pair, read_pair
 from pipeline.runtime.formatting import table
-from pipeline.runtime.ray_session import SessionInfo, check_room, quiet_ray_data, root_cause, uses_gpu
+from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data, root_cause, uses_gpu
+from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
 from pipeline.tracking.tracker import Tracker

@@ -23,7 +23,8 @@ from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.build import check_model, check_shards
 from pipeline.runtime.formatting import table
-from pipeline.runtime.ray_session import SessionInfo, check_room, uses_gpu
+from pipeline.runtime.ray_session import SessionInfo, uses_gpu
+from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.shard_set import ShardSet

@@ -18,7 +18,7 @@ from tiny_images import images_of
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError
 from pipeline.models.build import build_model, model_of_checkpoint
-from pipeline.runtime.ray_session import check_room
+from pipeline.runtime.room import check_room
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages import evaluate, export, prepare, pretrain, tune
 from pipeline.stages.tune_trial import PROBE, RANK
