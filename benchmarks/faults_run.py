@@ -53,12 +53,14 @@ class Run:
         self.process: subprocess.Popen[str] | None = None
         self._readers: list[threading.Thread] = []
 
-    def start(self, *settings: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *settings: str, environment: dict[str, str] | None = None, stage: str = "pretrain"
+    ) -> subprocess.Popen[str]:
         """Call the command as a user does, in a new process group."""
         path = self.folder / "fault.yaml"
         path.write_text(yaml.safe_dump(self.recipe))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", "pretrain", "--quiet", "-r", str(path), *settings],
+            [sys.executable, "-m", "pipeline.cli", stage, "--quiet", "-r", str(path), *settings],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env={**os.environ, **(environment or {})},
         )  # fmt: skip

@@ -13,7 +13,7 @@ from pipeline.runtime.ray_session import SessionInfo, uses_gpu
 
 _log = logging.getLogger(__name__)
 
-PATIENCE = 20.0  # seconds for nodes that are about to join
+PATIENCE = 15.0  # seconds for nodes that are about to join
 _POLL = 1.0
 
 
@@ -59,8 +59,7 @@ def _check_cluster(bundle: Mapping[str, float], workers: int, section: str) -> N
     """Raise SettingError where the nodes of a cluster are too few or too small and no autoscaler can start others."""
     ends = time.monotonic() + PATIENCE
     while (room := room_for(bundle, nodes := _nodes())) < workers:
-        each = " and ".join(f"{count:g} {name}{'s' if count != 1 else ''}" for name, count in bundle.items())
-        there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes[:4])
+        each, there = _shown(bundle), "; ".join(_shown({"CPU": 0, **node}) for node in nodes[:4])
         more = f" and {len(nodes) - 4} more nodes" if len(nodes) > 4 else ""
         said = f"{workers} worker(s) need {each} each on a node, and the cluster has room for {room} of them (nodes: {there}{more})"
         if ray_internals.may_grow():
@@ -82,6 +81,12 @@ def room_for(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) 
         nodes: The resources of each node.
     """
     return sum(min(int(node.get(name, 0) // count) for name, count in bundle.items() if count) for node in nodes)
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    """CPUs and GPUs in words."""
+    found = {name: resources[name] for name in ("CPU", "GPU") if name in resources}
+    return " and ".join(f"{count:g} {name}{'s' if count != 1 else ''}" for name, count in found.items())
 
 
 def _nodes() -> list[dict[str, float]]:

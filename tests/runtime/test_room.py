@@ -48,7 +48,7 @@ def test_a_stage_that_can_never_be_placed_says_what_it_needs_and_what_there_is(c
         room.check_room(load("small", ["cluster.gpus=true", "cluster.cpus_per_worker=2"]), session, 8)
     text = str(error.value)
     assert "8 worker(s) need 2 CPUs and 1 GPU each on a node, and the cluster has room for 4 of them" in text
-    assert "16 CPUs and 0 GPUs; 8 CPUs and 4 GPUs" in text and "train.workers=4" in text and "no autoscaler" in text
+    assert "(nodes: 16 CPUs; 8 CPUs and 4 GPUs)" in text and "train.workers=4" in text and "no autoscaler" in text
 
 
 def test_nodes_that_join_in_time_are_waited_for(cluster):
