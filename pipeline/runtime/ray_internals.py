@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.places import printable
 
+_log = logging.getLogger(__name__)
+
 WRITTEN_FOR = "2.60"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the environment of a job's command
 
 
 def node_is_leaving() -> bool:
@@ -86,3 +90,31 @@ def memory_bytes() -> int:
 def silence_data_progress() -> None:
     """Ray Data warns that its own progress bars are off."""
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def in_uploaded_folder(path: str) -> bool:
+    """Whether an absolute path lies in a folder that Ray has unpacked from a job's upload."""
+    return "/runtime_resources/working_dir_files/" in f"{os.path.realpath(path)}/"
+
+
+def set_stop_wait(submission_id: str, seconds: int) -> None:
+    """Have the actor that supervises a job wait so long before it kills the stopped job.
+
+    It reads RAY_JOB_STOP_WAIT_TIME_S from its own environment when the job is stopped; a value that is set there stays.
+
+    Args:
+        submission_id: The job's ID.
+        seconds: The time.
+    """
+    import ray
+    from ray.dashboard.modules.job.common import JOB_ACTOR_NAME_TEMPLATE, SUPERVISOR_ACTOR_RAY_NAMESPACE
+
+    try:
+        supervisor: Any = ray.get_actor(
+            JOB_ACTOR_NAME_TEMPLATE.format(job_id=submission_id), namespace=SUPERVISOR_ACTOR_RAY_NAMESPACE
+        )
+        # The name of a local function cannot be imported, so the function itself is sent.
+        call = supervisor.__ray_call__.remote(lambda _: os.environ.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(seconds)))
+        ray.get(call, timeout=10)
+    except Exception as error:  # whatever a cluster of another kind lacks: the job then has Ray's 3 seconds
+        _log.warning("ray job stop will not wait for a checkpoint: %s", str(error).partition("\n")[0])

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError, StageError
-from pipeline.runtime import interrupts, machine, ray_internals
+from pipeline.runtime import interrupts, machine, ray_internals, ray_job
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +109,8 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             except Exception as error:  # Ray raises a bare Exception if starting takes too long
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
+            if not private:
+                ray_job.wait_for_checkpoint_on_stop()
             yield _info(private)
         finally:
             if not interrupts.interrupted():  # an orderly end takes seconds, and waits for those who use it

@@ -36,6 +36,7 @@ from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import MANIFEST, REJECTED, ShardSet
 from pipeline.stages.prepare_task import UNITS, Task, Unit, make_shard, make_units
 from pipeline.stages.prepare_units import finish_set, finished_reports, write_plan
+from pipeline.stages.sequence import local
 from pipeline.storage.folder import Folder
 from pipeline.tracking.tracker import Tracker
 
@@ -45,6 +46,13 @@ FOUND = "found.json"  # beside the manifest: how the images were understood
 OnUnit = Callable[[dict[str, Any]], None]  # called with the progress after every shard
 
 
+def check_given(recipe: Recipe) -> None:
+    """Raise SettingError where `images=` is not set."""
+    if recipe.images is None:
+        check_source(None)
+
+
+@local
 def check_images(recipe: Recipe) -> None:
     """Raise SettingError where `images=` names nothing that can be read."""
     check_source(recipe.images)
@@ -72,7 +80,7 @@ def check_places(recipe: Recipe) -> None:
             )
 
 
-CHECKS = (check_images, check_layout, check_places)
+CHECKS = (check_given, check_images, check_layout, check_places)
 
 
 @dataclass(frozen=True)
