@@ -78,6 +78,7 @@ TOOLS = {
     "embed": Entry("pipeline.tools.embed", "Write features of images to a Parquet file."),
     "import": Entry("pipeline.tools.import_weights", "Convert published ViT weights (MAE, DeiT) to a timm folder."),
     "submit": Entry("pipeline.tools.submit", "Run a stage as a job of a Ray cluster, and show its log."),
+    "status": Entry("pipeline.tools.status", "Show running stages of a Ray cluster with progress, rate and time left."),
     "logs": Entry("pipeline.tools.jobs:logs", "Show the log of a job of a Ray cluster."),
     "stop": Entry("pipeline.tools.jobs:stop", "Stop a job of a Ray cluster; training saves a checkpoint first."),
 }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.places import printable
@@ -59,6 +61,22 @@ def printable_command() -> Iterator[None]:
         yield
     finally:
         utils.get_entrypoint_name = before
+
+
+@contextlib.contextmanager
+def no_credentials_in_trials() -> Iterator[None]:
+    """Within the block, Ray Tune does not copy AWS_* variables to its trials: Ray logs them, in files all users can read.
+
+    Trials then have the credentials of their node, as the workers of all other stages.
+    """
+    from ray.tune.execution import class_cache
+
+    before = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in before if not name.startswith("AWS_")}
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE = before
 
 
 @contextlib.contextmanager
@@ -118,3 +136,27 @@ def set_stop_wait(submission_id: str, seconds: int) -> None:
         ray.get(call, timeout=10)
     except Exception as error:  # whatever a cluster of another kind lacks: the job then has Ray's 3 seconds
         _log.warning("ray job stop will not wait for a checkpoint: %s", str(error).partition("\n")[0])
+
+
+def log_folder() -> Path:
+    """Where Ray keeps the logs of this machine, for the cluster that this process is connected to."""
+    from ray._private import worker
+
+    node: Any = worker.global_worker.node
+    return Path(node.get_logs_dir_path())
+
+
+def read_log(client: Any, node: str, name: str) -> str | None:
+    """A file of a node's log folder.
+
+    Args:
+        client: Ray's `JobSubmissionClient`.
+        node: The node's IP address.
+        name: The file.
+
+    Returns:
+        Its text; None if there is no such file.
+    """
+    query = urllib.parse.urlencode({"node_ip": node, "filename": name, "lines": -1, "timeout": 10})
+    answer = client._do_request("GET", f"/api/v0/logs/file?{query}")
+    return str(answer.text) if answer.status_code == 200 else None

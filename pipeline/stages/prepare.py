@@ -28,6 +28,7 @@ from pipeline.images.describe import found_in, without_images, without_val
 from pipeline.images.observed import cropped_share, narrow_values
 from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
+from pipeline.runtime import observability
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
 from pipeline.runtime.stage_folder import StageFolder, as_json, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -309,13 +310,10 @@ class _Progress:
         self._done_units = len(finished)
         self._rejected = len(plan.rejects) + sum(len(report["rejects"]) for report in finished.values())
         self._first: list[tuple[str, str]] = []  # rejects of this call
-        self._bar = tqdm(
-            total=sum(unit.inputs for unit in units),
-            initial=sum(report["inputs"] for report in finished.values()),
-            unit="image",
-            desc="prepare",
-            disable=not show,
-        )
+        self._total = sum(unit.inputs for unit in units)
+        self._seen = sum(report["inputs"] for report in finished.values())
+        observability.publish(recipe.name, "prepare", self._seen, self._total, "images")
+        self._bar = tqdm(total=self._total, initial=self._seen, unit="image", desc="prepare", disable=not show)
 
     def __enter__(self) -> _Progress:
         return self
@@ -333,6 +331,9 @@ class _Progress:
             self._on_unit({**about, "rejected": rejected, "done": self._done_units, "total": self._units})
         self._rejected += len(report["rejects"])
         self._first = (self._first + report["rejects"])[:10]
+        self._seen += report["inputs"]
+        numbers = {"wavemim_rejected_images": float(self._rejected)}
+        observability.publish(self._recipe.name, "prepare", self._seen, self._total, "images", numbers)
         check_rejects(self._recipe, self._rejected, self._first, self._inputs)
 
 
