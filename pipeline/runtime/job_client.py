@@ -107,18 +107,25 @@ def follow(client: Any, job: str, write: Callable[[str], object]) -> int:
         StageError: The cluster does not answer for `SILENCE` seconds.
     """
     shown, lost = 0, None
+    broken: list[OSError] = []  # of `write`
     while True:
         seen = 0
 
         def take(text: str) -> None:
             nonlocal seen, shown
             if new := text[max(0, shown - seen) :]:
-                write(new)
+                try:
+                    write(new)
+                except OSError as error:
+                    broken.append(error)
+                    raise
             seen += len(text)
             shown = max(shown, seen)
 
         with contextlib.suppress(Exception):  # of aiohttp, whatever cut the connection; the status below decides
             asyncio.run(_tail(client, job, take))
+        if broken:
+            raise broken[0]
         try:
             with answered(client.get_address()):
                 info = client.get_job_info(job)

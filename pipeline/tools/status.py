@@ -11,6 +11,7 @@ import click
 
 from pipeline.config.places import printable
 from pipeline.runtime.formatting import duration
+from pipeline.tracking.store_uris import without_password
 
 _SHOWN = 10  # jobs that have ended
 _ENTRYPOINT = 100  # characters
@@ -80,5 +81,5 @@ def _parsed(text: str | None) -> Mapping[str, Any] | None:
 
 
 def _shortened(entrypoint: str) -> str:
-    text = printable(" ".join(entrypoint.split()))
+    text = printable(without_password(" ".join(entrypoint.split())))
     return text if len(text) <= _ENTRYPOINT else f"{text[: _ENTRYPOINT - 1]}…"

@@ -132,6 +132,8 @@ def test_the_line_of_a_running_stage_and_of_other_work():
     )
     assert line(job, {**about, "numbers": numbers}, 1170.0).endswith("1 min left, no update for 1 min 10 s")
     assert line(job, None, 1060.0) == "raysubmit_1  running for 1 min  python x.py"
+    job.entrypoint = "wavemim run tracking.uri=http://me:secret@mlflow:5000 out=/mnt/out"
+    assert "secret" not in line(job, None, 1060.0) and line(job, None, 1060.0).endswith(":***@mlflow:5000 out=/mnt/out")
     job.submission_id = None  # a command on a machine of the cluster
     trials = {"wavemim_progress": 0.5, "wavemim_trials.running": 2.0, "wavemim_trials.failed": 0.0}
     shown = line(job, {**about, "unit": "trials", "stage": "tune", "done": 3, "total": 6, "numbers": trials}, 1100.0)

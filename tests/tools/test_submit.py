@@ -184,6 +184,14 @@ def test_a_log_whose_connection_is_cut_is_shown_once(monkeypatch):
     assert "".join(shown) == "one\ntwo\nthree\n" and client.tails == 3
 
 
+def test_a_reader_of_the_log_that_is_gone_ends_the_command():
+    def closed(text):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        job_client.follow(Client(), "j", closed)
+
+
 def test_a_cluster_that_falls_silent_ends_the_command(monkeypatch):
     monkeypatch.setattr(job_client, "_PAUSE", 0)
     monkeypatch.setattr(job_client, "SILENCE", 0.01)
