@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A command: the module it lives in, and its description."""
+    """A command: the module it lives in (MODULE, or MODULE:NAME where it is not named `command`), and its description."""
 
     module: str
     about: str
@@ -76,7 +77,12 @@ TOOLS = {
     "compare": Entry("pipeline.tools.compare", "Compare runs: settings that differ, metrics, cost; with a plot."),
     "embed": Entry("pipeline.tools.embed", "Write features of images to a Parquet file."),
     "import": Entry("pipeline.tools.import_weights", "Convert published ViT weights (MAE, DeiT) to a timm folder."),
+    "submit": Entry("pipeline.tools.submit", "Run a stage as a job of a Ray cluster, and show its log."),
+    "status": Entry("pipeline.tools.status", "Show running stages of a Ray cluster with progress, rate and time left."),
+    "logs": Entry("pipeline.tools.jobs:logs", "Show the log of a job of a Ray cluster."),
+    "stop": Entry("pipeline.tools.jobs:stop", "Stop a job of a Ray cluster; training saves a checkpoint first."),
 }
+_WITH_SETTINGS = ("compare", "sync", "submit")  # tools that take settings, and say themselves which
 
 _SPACE = {"--space NAME|FILE.yaml": "the search space, the setting tune.space; repeated, spaces are joined"}
 OPTIONS = {  # of single stages, with their descriptions
@@ -95,7 +101,8 @@ def main() -> None:
     try:
         with interrupts.raised():
             try:
-                _group(standalone_mode=False)
+                if code := _group(standalone_mode=False):  # that of click.exceptions.Exit
+                    sys.exit(code)
             except click.Abort:  # what click makes of KeyboardInterrupt
                 raise KeyboardInterrupt from None
     except click.exceptions.Exit as ended:
@@ -122,7 +129,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context | None, cmd_name: str) -> click.Command | None:
         """The command of this name, or None."""
         if cmd_name in TOOLS:
-            tool: click.Command = copy.copy(importlib.import_module(TOOLS[cmd_name].module).command)
+            module, _, name = TOOLS[cmd_name].module.partition(":")
+            tool: click.Command = copy.copy(getattr(importlib.import_module(module), name or "command"))
             if tool.callback is not None:
                 tool.callback = interrupts.during(cmd_name)(tool.callback)
             return tool
@@ -137,15 +145,40 @@ class _Commands(click.Group):
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"; did you mean '{near[0]}'?" if near else f"; commands are {', '.join(known)}"
             raise SettingError(f"no command '{name}'{meant}")
-        if name in TOOLS and name not in ("compare", "sync"):  # which take tracking.uri=, and say so themselves
+        if name in TOOLS and name not in _WITH_SETTINGS:
             for argument in args[1:]:
                 if re.match(r"[a-z_.]+=", argument) and not os.path.exists(argument):
                     raise SettingError(
                         f"'{argument}': {name} takes paths and --options, not settings; wavemim {name} --help lists them"
                     )
-        if name in TOOLS:
+        if name in TOOLS and name != "submit":
             args = [name, *(_place(name, argument) for argument in args[1:])]
         return super().resolve_command(ctx, args)
+
+    def checked_for_submission(
+        self, ctx: click.Context | None, stage: str, arguments: list[str]
+    ) -> tuple[dict[str, Any], Recipe]:
+        """The parameters and the settings of a stage that is to run elsewhere, after all checks that need no data.
+
+        Args:
+            ctx: The context of this group.
+            stage: The stage.
+            arguments: Its arguments.
+
+        Returns:
+            The parameters as click parsed them, and the settings.
+
+        Raises:
+            SettingError: The settings cannot be used.
+        """
+        if stage not in SEQUENCES | STAGES:
+            raise SettingError(f"submit {stage}: not a stage; stages are {', '.join(SEQUENCES | STAGES)}")
+        command = _stage_command(stage)
+        parameters = command.make_context(stage, arguments, parent=ctx).params
+        recipes: list[Recipe] = []
+        command.callback(**parameters, then=recipes.append)  # type: ignore[misc]
+        _check(stage, recipes[0])
+        return parameters, recipes[0]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing any."""
@@ -192,9 +225,12 @@ def _stage_command(stage: str) -> click.Command:
         settings: tuple[str, ...],
         space: tuple[str, ...] = (),
         dry_run: bool = False,
+        then: Callable[[Recipe], object] | None = None,
     ) -> None:
         chosen = load(recipe, _with_spaces(settings, space), data_only=stage == "prepare")
-        if show_help:
+        if then is not None:
+            then(chosen)
+        elif show_help:
             click.echo(_help(stage, chosen, recipe))
         elif dry_run:
             importlib.import_module(_DRY_RUNS[stage]).dry_run(chosen, click.echo)
@@ -218,7 +254,30 @@ def _with_spaces(settings: tuple[str, ...], spaces: tuple[str, ...]) -> tuple[st
     return (*settings, f"tune.space={json.dumps(spaces)}")
 
 
+def _check(stage: str, recipe: Recipe) -> None:
+    """Check the settings of a stage for a cluster, whose files this machine does not see. Raises SettingError."""
+    from pipeline.runtime.ray_job import check_absolute
+    from pipeline.stages.sequence import check_settings
+
+    check_absolute(recipe)
+    if recipe.cluster.address is not None:
+        raise SettingError("cluster.address: a job runs on the cluster that it is submitted to; leave it out")
+    given = recipe.encoder.pretrained
+    if isinstance(given, str) and not os.path.exists(given):  # a place on the cluster
+        recipe = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
+    if stage == "demo" and recipe.images is None:  # it generates them
+        recipe = recipe.model_copy(update={"images": os.path.join(recipe.out, "images")})
+    if stage in SEQUENCES:
+        stages: Any = importlib.import_module("pipeline.stages.run").STAGES.values()
+    else:
+        stages = [importlib.import_module(STAGES[stage].module)]
+    check_settings(stages, recipe, elsewhere=True)
+
+
 def _run(stage: str, recipe: Recipe, *, progress: bool) -> None:
+    from pipeline.runtime.ray_job import check_places
+
+    check_places(recipe)
     if stage in SEQUENCES:
         from pipeline.stages.run import demo, run
 

@@ -64,6 +64,9 @@ def test_every_wavemim_command_is_valid(words, files_in_docs):
     command = _group.get_command(None, stage)
     assert command is not None, stage
     context = command.make_context(stage, rest)
+    if stage == "submit":  # the options and settings of another command
+        stage, rest = context.params["stage"], list(context.params["arguments"])
+        context = _group.get_command(None, stage).make_context(stage, rest)
     if "recipe" in context.params:
         load(context.params["recipe"], context.params["settings"], data_only=stage == "prepare")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -137,12 +138,82 @@ def test_ignored_data_is_not_uploaded(head: Head, checkout: Path) -> None:
     assert "working_dir_files" in done.stdout.split("code of", 1)[1]
 
 
-def test_a_mistake_in_the_settings_fails_the_job_with_its_line(head: Head, checkout: Path, tmp_path: Path) -> None:
-    done = submit(head, checkout, "wavemim", "prepare", "data.imagesize=64", f"out={tmp_path / 'out'}")
+def wavemim_on(head: Head, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`wavemim submit` and its like, as typed in a folder; the address and the token come from the environment."""
+    environment = {**head.environment, "RAY_ADDRESS": head.url, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "wavemim", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_submit_runs_the_code_of_this_command_and_returns_the_exit_code_of_the_stage(
+    head: Head, photo_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("base: mid.yaml\n")
+    (tmp_path / "mid.yaml").write_text("base: small\ndata: {rows_per_shard: 16}\n")
+    out = tmp_path / "out"
+    call = ("submit", "prepare", "-r", "mine.yaml", "--quiet", f"out={out}")
+    done = wavemim_on(head, tmp_path, *call, f"images={photo_folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "prepare: 120 images" in done.stdout and "succeeded" in done.stderr
+    assert len(list((out / "shards").glob("train-*.parquet"))) >= 6
+    job = done.stderr.split("submitted job ")[1].split(";")[0]
+    # What only the cluster can know is said by the job, with the exit code of a mistake.
+    other = wavemim_on(head, tmp_path, *call, "images=/nowhere/photos", "restart=true")
+    assert other.returncode == 2, other.stdout + other.stderr
+    assert "wavemim: images=/nowhere/photos: no such folder" in other.stdout
+    assert "failed with exit code 2" in other.stderr
+    listed = wavemim_on(head, tmp_path, "status")
+    assert "nothing is running" in listed.stdout and f"job {job} succeeded  python -m wavemim prepare" in listed.stdout
+
+
+def test_results_are_not_lost_in_the_folder_of_a_job(head: Head, checkout: Path, photo_folder: Path) -> None:
+    done = submit(head, checkout, "wavemim", "prepare", f"images={photo_folder}")
     assert done.returncode != 0
-    assert "unknown setting 'data.imagesize'; did you mean 'data.image_size'?" in done.stdout + done.stderr
+    assert "wavemim: out=wavemim-out: in a Ray job this path is in the job's own folder" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout
-    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(800)
+def test_stopping_a_job_saves_a_checkpoint_from_which_the_next_job_resumes(
+    head: Head, photo_folder: Path, tmp_path: Path
+) -> None:
+    """Also with `ray job stop` and a job that was submitted without `wavemim submit`: nothing has to be set for it."""
+    settings = ["-r", "small32", f"out={tmp_path / 'out'}", "data.image_size=32", "data.levels=3", "train.workers=1"]
+    settings += ["train.epochs=100000", "train.checkpoint_minutes=null", "train.checkpoint_every=100000"]
+    assert wavemim_on(head, tmp_path, "submit", "prepare", *settings, f"images={photo_folder}").returncode == 0
+    folder = tmp_path / "out" / "runs" / "small32" / "pretrain"
+    images = []
+    for submitted in ("ray", "wavemim"):
+        if submitted == "ray":
+            command = [
+                "job",
+                "submit",
+                "--no-wait",
+                "--address",
+                head.url,
+                "--working-dir",
+                str(ROOT / "tests" / "runtime"),
+            ]
+            command += ["--", "env", f"PYTHONPATH={ROOT}", "python", "-m", "wavemim", "pretrain", *settings]
+            done = subprocess.run([str(BIN / "ray"), *command], env=head.environment, capture_output=True, text=True)
+        else:
+            done = wavemim_on(head, tmp_path, "submit", "--detach", "pretrain", *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        job = re.search(r"raysubmit_\w+", done.stdout + done.stderr)[0]
+        until = time.monotonic() + 300
+        while "pretrain of small32" not in (shown := wavemim_on(head, tmp_path, "status").stdout):
+            assert time.monotonic() < until, shown
+            time.sleep(1)
+        assert job in shown and "images/s" in shown and "left" in shown
+        stop = [str(BIN / "ray"), "job", "stop", "--address", head.url, job]
+        subprocess.run(stop, env=head.environment, check=True, capture_output=True, timeout=180)
+        assert wavemim_on(head, tmp_path, "logs", "--follow", job).returncode == 143
+        images.append(max(int(path.name.partition("-")[2]) for path in folder.glob("images-*")))
+        assert job not in wavemim_on(head, tmp_path, "status").stdout.partition("nothing is running")[0]
+    assert 0 < images[0] < images[1]
+    unknown = wavemim_on(head, tmp_path, "stop", "raysubmit_unknown")
+    assert unknown.returncode == 2 and "no such job" in unknown.stderr
 
 
 def test_a_wrong_token_is_refused(head: Head, checkout: Path, tmp_path: Path) -> None:

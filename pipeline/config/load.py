@@ -47,6 +47,7 @@ __all__ = [
 DEFAULT_RECIPE = "small"
 # Settings that are, or may be, paths.
 _PLACES = (*(key for key, behaviour in BEHAVIOURS.items() if behaviour.place), "segment.classes", "tune.space")
+_CREDENTIALS = re.compile(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|passw|pwd|key)[^=]*=)", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
@@ -70,6 +71,7 @@ def load(recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = (), *, data_on
     for override in overrides:
         given.add(_apply(settings, override))
     settings = _with_local_places(settings)
+    _check_no_password(settings.get("tracking"))
     encoder = settings.get("encoder")
     if isinstance(encoder, dict) and isinstance(encoder.get("pretrained"), str):  # workers run in other folders
         encoder["pretrained"] = str(Path(encoder["pretrained"]).expanduser().absolute())
@@ -114,7 +116,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
         check_together(recipe)
     for key, place in _places(recipe):
         check_place(f"{key}={place}", place)
-        if re.match(r"[^:/]+://([^?]*:[^?]*@|.*[?&][^=]*(secret|token|password|key)[^=]*=)", place):
+        if _CREDENTIALS.match(place):
             raise SettingError(
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
@@ -135,6 +137,17 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
                 f"train.checkpoints_at={copies}: not a folder; give one, or a URL such as s3://BUCKET/RUNS"
             )
     return recipe
+
+
+def _check_no_password(tracking: Any) -> None:
+    """Raise SettingError where tracking.uri contains a password: settings are kept with every run and checkpoint."""
+    uri = tracking.get("uri") if isinstance(tracking, Mapping) else None
+    if isinstance(uri, str) and not uri.startswith("sqlite") and _CREDENTIALS.match(uri):
+        raise SettingError(
+            "tracking.uri: a URI with a password would end up in logs and records; set it as MLFLOW_TRACKING_URI in the "
+            "environment instead, or give it without the password and set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:

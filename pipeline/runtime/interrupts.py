@@ -57,6 +57,11 @@ LEFT = {
     "compare": "the runs were not changed, and {same} begins again",
     "embed": "no features were written, and {same} begins again",
     "import": "nothing was written, and {same} begins again",
+    "submit": "no job was submitted, and {same} begins again",
+    "status": "nothing was changed, and {same} begins again",
+    "job": "it goes on, and {same} would submit another; wavemim logs shows its log, wavemim stop ends it",
+    "logs": "the job goes on, and {same} shows its log again",
+    "stop": "a job that was told to stop still does, and {same} waits for it again",
 }
 
 

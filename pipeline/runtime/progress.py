@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import statistics
 import sys
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.periodic import Periodic
+from pipeline.runtime import observability
 from pipeline.runtime.formatting import duration
 from pipeline.storage.jsonl import JsonLines
 
@@ -87,6 +89,7 @@ class Follower:
         total: int,
         seen: int = 0,
         name: str = "pretrain",
+        run: str = "",
         seconds: float = 30.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -97,6 +100,7 @@ class Follower:
             total: Images of the whole run.
             seen: Images that an earlier call has done.
             name: Of the stage.
+            run: Its name, for what is published.
             seconds: Between two lines if `stream` is not a terminal.
             stream: Where to write; stderr if not given.
             clock: Seconds.
@@ -104,7 +108,8 @@ class Follower:
         self.lines = JsonLines(path)
         self.position = self.lines.size()
         self.pace = Pace(total, seen)
-        self.name, self.seconds, self.clock = name, seconds, clock
+        self.name, self.run, self.seconds, self.clock = name, run, seconds, clock
+        self.began = time.time()
         self.stream = stream if stream is not None else sys.stderr
         self.metrics: dict[str, Any] = {}
         self.shown = self.clock()
@@ -136,6 +141,22 @@ class Follower:
             self.bar.set_postfix_str(self.words(now), refresh=True)
         elif self.metrics and now - self.shown >= self.seconds:
             self.say(now)
+        if observability.active() and self.metrics:
+            observability.publish(self.run, self.name, self.pace.images, self.pace.total, "images", self.published(now))
+
+    def published(self, now: float) -> dict[str, float]:
+        """What is published beside the images seen, as far as it is known."""
+        saved = (folder.stat().st_mtime for folder in self.lines.path.parent.glob("images-*"))
+        values = {
+            "wavemim_images_per_second": self.pace.rate(now),
+            "wavemim_loss": number(self.metrics["train/loss"]),
+            "wavemim_checkpoint_age_seconds": time.time() - max([self.began, *saved]),
+        }
+        if (left := self.pace.left(now)) is not None:
+            values["wavemim_seconds_left"] = left
+        if "perf/data_wait_share" in self.metrics:
+            values["wavemim_data_wait_share"] = number(self.metrics["perf/data_wait_share"])
+        return values
 
     def say(self, now: float) -> None:
         """Write a line, unless it is the same as the last one."""
@@ -177,13 +198,21 @@ class Follower:
 
 @contextlib.contextmanager
 def following(
-    path: Path, *, total: int, seen: int = 0, name: str = "pretrain", seconds: float = 30.0, enabled: bool = True
+    path: Path,
+    *,
+    total: int,
+    seen: int = 0,
+    name: str = "pretrain",
+    run: str = "",
+    seconds: float = 30.0,
+    enabled: bool = True,
 ) -> Iterator[None]:
     """Show the progress of training while the block runs, with the arguments of `Follower`. Its errors are ignored."""
-    if not enabled:
+    if not enabled and not observability.active():
         yield
         return
-    follower = Follower(path, total=total, seen=seen, name=name, seconds=seconds)
+    nowhere = None if enabled else io.StringIO()
+    follower = Follower(path, total=total, seen=seen, name=name, run=run, seconds=seconds, stream=nowhere)
 
     def showing(show: Callable[[], None]) -> bool:
         try:

@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
+import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.places import printable
 
+_log = logging.getLogger(__name__)
+
 WRITTEN_FOR = "2.60"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the environment of a job's command
 
 
 def node_is_leaving() -> bool:
@@ -79,6 +85,22 @@ def printable_command() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_credentials_in_trials() -> Iterator[None]:
+    """Within the block, Ray Tune does not copy AWS_* variables to its trials: Ray logs them, in files all users can read.
+
+    Trials then have the credentials of their node, as the workers of all other stages.
+    """
+    from ray.tune.execution import class_cache
+
+    before = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in before if not name.startswith("AWS_")}
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE = before
+
+
+@contextlib.contextmanager
 def _changed(name: str, value: Any) -> Iterator[None]:
     from ray._private import ray_constants
 
@@ -125,3 +147,55 @@ def may_grow() -> bool:
 def silence_data_progress() -> None:
     """Ray Data warns that its own progress bars are off."""
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def in_uploaded_folder(path: str) -> bool:
+    """Whether an absolute path lies in a folder that Ray has unpacked from a job's upload."""
+    return "/runtime_resources/working_dir_files/" in f"{os.path.realpath(path)}/"
+
+
+def set_stop_wait(submission_id: str, seconds: int) -> None:
+    """Have the actor that supervises a job wait so long before it kills the stopped job.
+
+    It reads RAY_JOB_STOP_WAIT_TIME_S from its own environment when the job is stopped; a value that is set there stays.
+
+    Args:
+        submission_id: The job's ID.
+        seconds: The time.
+    """
+    import ray
+    from ray.dashboard.modules.job.common import JOB_ACTOR_NAME_TEMPLATE, SUPERVISOR_ACTOR_RAY_NAMESPACE
+
+    try:
+        supervisor: Any = ray.get_actor(
+            JOB_ACTOR_NAME_TEMPLATE.format(job_id=submission_id), namespace=SUPERVISOR_ACTOR_RAY_NAMESPACE
+        )
+        # The name of a local function cannot be imported, so the function itself is sent.
+        call = supervisor.__ray_call__.remote(lambda _: os.environ.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(seconds)))
+        ray.get(call, timeout=10)
+    except Exception as error:  # whatever a cluster of another kind lacks: the job then has Ray's 3 seconds
+        _log.warning("ray job stop will not wait for a checkpoint: %s", str(error).partition("\n")[0])
+
+
+def log_folder() -> Path:
+    """Where Ray keeps the logs of this machine, for the cluster that this process is connected to."""
+    from ray._private import worker
+
+    node: Any = worker.global_worker.node
+    return Path(node.get_logs_dir_path())
+
+
+def read_log(client: Any, node: str, name: str) -> str | None:
+    """A file of a node's log folder.
+
+    Args:
+        client: Ray's `JobSubmissionClient`.
+        node: The node's IP address.
+        name: The file.
+
+    Returns:
+        Its text; None if there is no such file.
+    """
+    query = urllib.parse.urlencode({"node_ip": node, "filename": name, "lines": -1, "timeout": 10})
+    answer = client._do_request("GET", f"/api/v0/logs/file?{query}")
+    return str(answer.text) if answer.status_code == 200 else None

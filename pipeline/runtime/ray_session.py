@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe
 from pipeline.config.settings import Cluster
 from pipeline.errors import SettingError, StageError
-from pipeline.runtime import interrupts, machine, ray_internals
+from pipeline.runtime import interrupts, machine, observability, ray_internals, ray_job
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +110,12 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
             except Exception as error:  # Ray raises a bare Exception if starting takes too long
                 done = "start Ray on this machine" if private else f"connect to the Ray cluster at {address}"
                 raise StageError(f"could not {done}: {_first_line(error)}") from error
-            yield _info(private)
+            if private:
+                yield _info(private)
+            else:
+                ray_job.wait_for_checkpoint_on_stop()
+                with _published():
+                    yield _info(private)
         finally:
             if not interrupts.interrupted():  # an orderly end takes seconds, and waits for those who use it
                 ray.shutdown()
@@ -175,6 +180,14 @@ def _info(private: bool) -> SessionInfo:
         address=ray.get_runtime_context().gcs_address,
         private=private,
     )
+
+
+def _published() -> contextlib.AbstractContextManager[None]:
+    import ray
+    from ray.util.metrics import Gauge
+
+    file = ray_internals.log_folder() / observability.file_of(ray.get_runtime_context().get_job_id())
+    return observability.publishing(file, Gauge)
 
 
 def _check_reachable(address: str) -> None:

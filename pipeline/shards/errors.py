@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.errors import StageError
+from pipeline.errors import SettingError, StageError
 
 
 class ShardError(StageError):
     """A shard set is missing, damaged or of another format."""
+
+
+class NoFolderError(ShardError, SettingError):
+    """The folder that `shards` or `out` names does not exist: a mistake in the settings."""
 
 
 class UnreadableError(ShardError):

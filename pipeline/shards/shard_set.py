@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.shards.errors import ShardError
+from pipeline.shards.errors import NoFolderError, ShardError
 from pipeline.shards.layout import Layout
 from pipeline.storage.folder import Folder
 from wavemim.wavelets import bands_of
@@ -235,7 +235,8 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
         hint = "prepare was interrupted there; run it again" if unfinished else "wavemim prepare makes one"
         if folder.sub("shards").size(MANIFEST) is not None:  # an out folder
             hint = f"{folder.sub('shards')} is one"
-        raise ShardError(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
+        kind = NoFolderError if folder.local is not None and not folder.local.exists() else ShardError
+        raise kind(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
     try:
         manifest = json.loads(folder.read(MANIFEST))
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.subjects import TITLES, titles_of
 from pipeline.evaluation.tables import evaluation_tables, write_tables
 from pipeline.models.encoder_source import EncoderSource, find_encoder
+from pipeline.runtime import observability
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
 from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import stage_folder
@@ -192,9 +193,11 @@ class _Tasks:
         matrices: dict[str, dict[str, np.ndarray]] = {}
         pending = [*reading, *evaluating]
         with tqdm(total=len(pending), desc="evaluate", unit=" task", disable=not progress) as bar:
+            total = len(pending)
             while pending:
                 (ready,), pending = ray.wait(pending, fetch_local=False)
                 bar.update()
+                observability.publish(self.recipe.name, "evaluate", total - len(pending), total, "tasks")
                 if ready not in evaluating:
                     continue  # errors of reading are raised by the tasks that take its features
                 which, protocol = evaluating[ready]

@@ -16,6 +16,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_blank_model
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.stages.model_card import evaluation_of, model_card
+from pipeline.stages.sequence import local
 from pipeline.tracking import errors, store_uris
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.journal import SendOffset
@@ -29,6 +30,7 @@ from wavemim.weights.timm_folder import export_timm
 ENCODER, ONNX = "encoder", "onnx"  # folders of the stage
 
 
+@local
 def check_packages(recipe: Recipe) -> None:
     """Raise SettingError where packages that `export.onnx` or `export.registry` need are not installed."""
     asked = {

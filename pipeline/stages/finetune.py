@@ -97,6 +97,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                 total=images_of_run(schedule.total_steps, schedule.batches_per_epoch, schedule.batch, rows),
                 seen=int(state.get("images", 0)),
                 name="finetune",
+                run=recipe.name,
                 seconds=recipe.train.progress_seconds,
                 enabled=progress,
             ):

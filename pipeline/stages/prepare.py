@@ -28,6 +28,7 @@ from pipeline.images.describe import found_in, without_images, without_val
 from pipeline.images.observed import cropped_share, narrow_values
 from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
+from pipeline.runtime import observability
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
 from pipeline.runtime.stage_folder import StageFolder, as_json, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -36,6 +37,7 @@ from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import MANIFEST, REJECTED, ShardSet
 from pipeline.stages.prepare_task import UNITS, Task, Unit, make_shard, make_units
 from pipeline.stages.prepare_units import finish_set, finished_reports, write_plan
+from pipeline.stages.sequence import local
 from pipeline.storage.folder import Folder
 from pipeline.tracking.tracker import Tracker
 
@@ -45,6 +47,13 @@ FOUND = "found.json"  # beside the manifest: how the images were understood
 OnUnit = Callable[[dict[str, Any]], None]  # called with the progress after every shard
 
 
+def check_given(recipe: Recipe) -> None:
+    """Raise SettingError where `images=` is not set."""
+    if recipe.images is None:
+        check_source(None)
+
+
+@local
 def check_images(recipe: Recipe) -> None:
     """Raise SettingError where `images=` names nothing that can be read."""
     check_source(recipe.images)
@@ -72,7 +81,7 @@ def check_places(recipe: Recipe) -> None:
             )
 
 
-CHECKS = (check_images, check_layout, check_places)
+CHECKS = (check_given, check_images, check_layout, check_places)
 
 
 @dataclass(frozen=True)
@@ -301,13 +310,10 @@ class _Progress:
         self._done_units = len(finished)
         self._rejected = len(plan.rejects) + sum(len(report["rejects"]) for report in finished.values())
         self._first: list[tuple[str, str]] = []  # rejects of this call
-        self._bar = tqdm(
-            total=sum(unit.inputs for unit in units),
-            initial=sum(report["inputs"] for report in finished.values()),
-            unit="image",
-            desc="prepare",
-            disable=not show,
-        )
+        self._total = sum(unit.inputs for unit in units)
+        self._seen = sum(report["inputs"] for report in finished.values())
+        observability.publish(recipe.name, "prepare", self._seen, self._total, "images")
+        self._bar = tqdm(total=self._total, initial=self._seen, unit="image", desc="prepare", disable=not show)
 
     def __enter__(self) -> _Progress:
         return self
@@ -325,6 +331,9 @@ class _Progress:
             self._on_unit({**about, "rejected": rejected, "done": self._done_units, "total": self._units})
         self._rejected += len(report["rejects"])
         self._first = (self._first + report["rejects"])[:10]
+        self._seen += report["inputs"]
+        numbers = {"wavemim_rejected_images": float(self._rejected)}
+        observability.publish(self._recipe.name, "prepare", self._seen, self._total, "images", numbers)
         check_rejects(self._recipe, self._rejected, self._first, self._inputs)
 
 

@@ -127,6 +127,7 @@ def _following(
             folder / METRICS,
             total=images_of_run(schedule.total_steps, schedule.batches_per_epoch, schedule.batch, rows),
             seen=int(state.get("images", 0)),
+            run=recipe.name,
             seconds=recipe.train.progress_seconds,
             enabled=progress,
         ),

@@ -39,6 +39,7 @@ from pipeline.evaluation.segmentation import (
 )
 from pipeline.evaluation.subjects import titles_of
 from pipeline.images.pairs import Pair, read_pair
+from pipeline.runtime import observability
 from pipeline.runtime.formatting import table
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data, root_cause, uses_gpu
 from pipeline.runtime.room import check_room
@@ -208,7 +209,8 @@ def _encode(
     rejects = list(plan.pairs.rejects)
     found: dict[int, tuple[Row, Counter[int], float]] = {}
     with tqdm(total=len(order), desc="tokens", unit=" image", disable=not progress) as bar:
-        for result in _results(recipe, plan, session, tokens, order, meter):
+        for done, result in enumerate(_results(recipe, plan, session, tokens, order, meter), start=1):
+            observability.publish(recipe.name, "segment", done, len(order), "images")
             number = int(result["row"])
             if result["reason"]:
                 rejects.append((order[number][1].image, str(result["reason"])))

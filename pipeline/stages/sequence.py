@@ -16,13 +16,15 @@ from pipeline.runtime.ray_session import ray_session
 
 WITHOUT_RAY = frozenset({"export"})
 _SLOW = "pipeline.tracking.mlflow_client"  # MLflow, which every stage needs as soon as Ray has started
+Check = Callable[[Recipe], object]
+_LOCAL: set[Check] = set()
 
 
 class Stage(Protocol):
     """What the module of a stage offers."""
 
     @property
-    def CHECKS(self) -> Sequence[Callable[[Recipe], object]]:
+    def CHECKS(self) -> Sequence[Check]:
         """Checks of the settings only; each raises SettingError."""
 
     def check(self, recipe: Recipe) -> Any:
@@ -43,18 +45,26 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)  # "start" is the start of Ray
 
 
-def check_settings(stages: Iterable[Stage], recipe: Recipe) -> None:
+def local(check: Check) -> Check:
+    """Mark a check that looks at this machine: it says nothing about a stage that is to run on another one."""
+    _LOCAL.add(check)
+    return check
+
+
+def check_settings(stages: Iterable[Stage], recipe: Recipe, *, elsewhere: bool = False) -> None:
     """Call every check that one of the stages names, once each.
 
     Args:
         stages: The stages that are going to run.
         recipe: The settings.
+        elsewhere: Whether they are going to run on other machines.
 
     Raises:
         SettingError: The settings cannot be used.
     """
     for check in dict.fromkeys(check for stage in stages for check in stage.CHECKS):
-        check(recipe)
+        if not elsewhere or check not in _LOCAL:
+            check(recipe)
 
 
 def run_stages(

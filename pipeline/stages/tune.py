@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.build import check_model, check_shards
+from pipeline.runtime import observability
 from pipeline.runtime.formatting import table
 from pipeline.runtime.ray_session import SessionInfo, uses_gpu
 from pipeline.runtime.room import check_room
@@ -205,8 +207,15 @@ def _run(
         total=plan.total, initial=len(plan.ledger.ended), desc="tune", unit=" trial", disable=not progress
     ) as bar:
 
+        def publish() -> None:
+            ended = Counter(end.state for end in plan.ledger.ended.values())
+            numbers = {f"wavemim_trials.{state}": float(count) for state, count in ended.items()}
+            numbers["wavemim_trials.running"] = float(len(plan.ledger.begun) - len(plan.ledger.ended))
+            observability.publish(recipe.name, "tune", len(plan.ledger.ended), plan.total, "trials", numbers)
+
         def on_end(ended: Ended) -> None:
             bar.update()
+            publish()
             values = [trial.value for trial in plan.ledger.trials() if trial.value is not None]
             if values:
                 bar.set_postfix(best=f"{max(values):.2f}")
@@ -223,6 +232,7 @@ def _run(
         def on_stop(number: int) -> None:
             (folder_of(folder.path / TRIALS, number) / STOPPED).touch()
 
+        publish()
         try:
             run_plan(
                 plan,

@@ -19,6 +19,7 @@ import ray.exceptions
 import ray.tune
 from ray.tune.search import Searcher
 
+from pipeline.runtime import ray_internals
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG, RungScheduler
 from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.plan import Plan
@@ -82,7 +83,8 @@ def run_plan(
     )
     for name in _SILENT:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    tuner.fit()
+    with ray_internals.no_credentials_in_trials():
+        tuner.fit()
     if not plan.done:
         raise KeyboardInterrupt  # which Ray Tune may catch, and return as if it had finished
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ _LEFT_OUT = (
     *("checkpoint", "restart", "force", "cluster"),
     *("train.reader_threads", "finetune.reader_threads", "tune.concurrent"),
 )
-_SECRET = re.compile(r"[?&;][^=&;]*(key|secret|token|sig|passw|credential|pwd)[^=&;]*=", re.IGNORECASE)
 
 
 def best_recipe(recipe: Recipe, point: Mapping[str, Any], comments: Sequence[str] = ()) -> str:
@@ -47,7 +45,7 @@ def best_recipe(recipe: Recipe, point: Mapping[str, Any], comments: Sequence[str
     lines = list(comments)
     uri = recipe.tracking.uri
     if uri is not None:
-        secret = without_password(uri) != uri or _SECRET.search(uri)
+        secret = without_password(uri) != uri
         settings["tracking"]["uri"] = None if secret else absolute_uri(uri)
         if secret:
             lines.append("tracking.uri is left out, since it contains a password: set MLFLOW_TRACKING_URI.")

@@ -206,6 +206,6 @@ def stored_uri(folder: Path, outbox: JsonLines) -> str:
         from_outside = store_uris.absolute_uri(from_outside)
         if not address or store_uris.without_password(from_outside) == address:
             return from_outside
-    if not address or ":***@" in address:
+    if not address or "***" in address:
         raise SettingError(f"{folder} lacks the address of MLflow, or its password; give tracking.uri=")
     return address

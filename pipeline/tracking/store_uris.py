@@ -47,5 +47,8 @@ def artifacts_beside(path: Path | None) -> str | None:
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be shown and stored, with the password masked."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    """The URI, or a text with URIs, as it may be shown and stored, with passwords masked."""
+    text = re.sub(r"(://[^/@:\s]*):(?!\d+(?:[/?\s]|$))[^\s'\"]*@", r"\1:***@", uri)
+    return re.sub(
+        r"(?i)([?&;][^=&;\s]*(?:secret|token|passw|pwd|key|sig|credential)[^=&;\s]*=)[^&;\s'\"]+", r"\1***", text
+    )

@@ -72,6 +72,9 @@ class RunHandle:
     run_id: str
     log_file: str
 
+    def __repr__(self) -> str:  # Ray logs what it hands to workers
+        return f"RunHandle({store_uris.without_password(self.uri)!r}, {self.run_id!r}, {self.log_file!r})"
+
 
 class Tracker:
     """One run: all that is logged goes to the journal in its folder, and from there to MLflow.

@@ -167,7 +167,7 @@ def test_a_program_that_calls_the_command_gets_its_own_handlers_back():
 
 
 def test_every_stage_and_tool_says_what_it_leaves():
-    assert set(interrupts.LEFT) == {*cli.STAGES, *cli.TOOLS, "images", "report"}
+    assert set(interrupts.LEFT) == {*cli.STAGES, *cli.TOOLS, "images", "report", "job"}
     for text in interrupts.LEFT.values():
         assert text.count("{same}") == 1 and "\n" not in text
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_shards import LAYOUT, LEVELS, SIDE, photos, write_set
 
+from pipeline.errors import SettingError
 from pipeline.shards.errors import ShardError
 from pipeline.shards.layout import Layout, PyramidEncoder
 from pipeline.shards.row_groups import read_group
@@ -212,6 +213,8 @@ def test_another_version_is_refused_with_both_versions(tmp_path):
 
 def test_what_is_no_shard_set_is_said(tmp_path):
     with pytest.raises(ShardError, match=r"no manifest\.json: wavemim prepare"):
+        ShardSet.open(tmp_path / "nowhere")
+    with pytest.raises(SettingError):  # exit code 2: a mistake in a path, as in images=
         ShardSet.open(tmp_path / "nowhere")
     (tmp_path / "settings.json").write_text("{}")
     with pytest.raises(ShardError, match="was interrupted"):

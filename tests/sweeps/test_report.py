@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_sweeps import OBJECTIVE, RECIPE, peaked, simulate
 
 from pipeline.config.load import load, with_overrides
+from pipeline.errors import SettingError
 from pipeline.sweeps import write
 from pipeline.sweeps.answer import answer
 from pipeline.sweeps.best import best_recipe
@@ -169,7 +170,9 @@ def test_the_recommended_recipe_works_from_any_folder(tmp_path, monkeypatch):
     "uri", ["postgresql://me:hunter2@db/mlflow", "https://u:hunter2@host", "mysql://db/x?user=me&password=hunter2"]
 )
 def test_no_password_is_in_the_recommended_recipe(uri):
-    text = best_recipe(load("small", [f"tracking.uri={uri}"]), {"mask.ratio": 0.5})
+    with pytest.raises(SettingError, match="MLFLOW_TRACKING_URI"):  # already refused when it is given
+        load("small", [f"tracking.uri={uri}"])
+    text = best_recipe(with_overrides(load("small"), {"tracking.uri": uri}), {"mask.ratio": 0.5})
     assert "hunter2" not in text and text.startswith("# tracking.uri is left out")
     assert yaml.safe_load(text)["tracking"]["uri"] is None
     assert (
