@@ -178,7 +178,11 @@ def grow_for_ray_data(cluster: PaperCluster, arguments: dict[str, Any], *, waiti
         rounds: Times that Ray Data asks.
     """
     coordinator = _Coordinator(cluster)
-    task = {"CPU": arguments.get("num_cpus", 0), "GPU": arguments.get("num_gpus", 0), "memory": arguments.get("memory", 0)}
+    task = {
+        "CPU": arguments.get("num_cpus", 0),
+        "GPU": arguments.get("num_gpus", 0),
+        "memory": arguments.get("memory", 0),
+    }
     data = RateBasedClusterAutoscaler(
         [_Operator(arguments)],
         "data",
