@@ -18,9 +18,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 _INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
+def busy(error: Exception) -> bool:
+    """Whether all connections of the server to its database are in use, which MLflow reports as a bad request."""
+    return "QueuePool limit" in str(error)
+
+
 def refused(error: Exception) -> bool:
     """Whether the store answered that it rejects the data."""
-    if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
+    if any(isinstance(link, OSError) for link in _chain(error)) or busy(error):  # time-outs, lost connections
         return False
     code = getattr(error, "error_code", "")
     return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
@@ -28,7 +33,7 @@ def refused(error: Exception) -> bool:
 
 def invalid(error: Exception) -> bool:
     """Whether the data can never be stored; a missing permission, for example, may still be granted."""
-    return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
+    return isinstance(error, ValueError) or (getattr(error, "error_code", "") in _INVALID and not busy(error))
 
 
 def unreachable(error: Exception) -> bool:
