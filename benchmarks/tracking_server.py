@@ -85,7 +85,7 @@ def trial(recipe: Recipe, parent: RunHandle, folder: Path, number: int, lines: i
         for line in range(1, lines + 1):
             time.sleep(max(0.0, started + seconds * line / lines - time.monotonic()))
             before = time.monotonic()
-            tracker.log({name: number + line / lines for name in NAMES}, 64 * line)
+            tracker.log(dict.fromkeys(NAMES, number + line / lines), 64 * line)
             longest = max(longest, time.monotonic() - before)
         tracker.artifact(place / PICTURE)
         tracker.description(f"trial {number}", [PICTURE])

@@ -18,6 +18,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 _INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
+def answered(error: Exception) -> bool:
+    """Whether the error is what the store answered, and not one of this machine, a time-out or a lost connection."""
+    return not any(isinstance(link, OSError) for link in _chain(error))
+
+
 def busy(error: Exception) -> bool:
     """Whether all connections of the server to its database are in use, which MLflow reports as a bad request."""
     return "QueuePool limit" in str(error)
@@ -25,7 +30,7 @@ def busy(error: Exception) -> bool:
 
 def refused(error: Exception) -> bool:
     """Whether the store answered that it rejects the data."""
-    if any(isinstance(link, OSError) for link in _chain(error)) or busy(error):  # time-outs, lost connections
+    if not answered(error) or busy(error):
         return False
     code = getattr(error, "error_code", "")
     return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")

@@ -334,16 +334,16 @@ class Sender:
     def _call(self, call: Callable[[MlflowClient], T], limit: float | None = None) -> T:
         """The answer of MLflow. Raises its errors, and TimeoutError after `limit` seconds."""
         store.import_mlflow()
-        began, silent = time.monotonic(), False
+        began, answered = time.monotonic(), True
         try:
             return store.within(
                 limit or self._limit or (CALL_LIMIT if self._client else START_LIMIT), lambda: call(self._connected())
             )
         except Exception as error:
-            silent = errors.unreachable(error)
+            answered = errors.answered(error)
             raise
         finally:
-            if not silent:
+            if answered:
                 self.answered = time.monotonic()
                 self.slowest = max(self.slowest, self.answered - began)
 

@@ -34,8 +34,8 @@ from pipeline.tracking.tags import tags_of
 
 _log = logging.getLogger(__name__)
 
-# Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end: one that was down
-# before, or is interrupted, shorter; one that answers, but slowly, _MOST_AT_END in all.
+# Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end: one that did not
+# accept the last batch shorter, one that answers, but slowly, up to _MOST_AT_END.
 _START_LIMIT, _END_LIMIT, _KILLED_LIMIT, _MOST_AT_END = 120.0, 20.0, 3.0, 300.0
 
 
@@ -90,7 +90,7 @@ class Tracker:
             self._folder, handle.uri, run_id=handle.run_id, create=create, metrics=self._metrics, outbox=self._outbox
         )
         self._thread = SendingThread(self._send, self._alive_until)
-        self._refused = self._down = False  # what MLflow did in the last round
+        self._refused, self._accepted = False, False  # what MLflow did in the last round
         self._probe: _SystemProbe | None = None
         self._stamp = 0  # time of the last line, ms
         self._warned = False
@@ -230,8 +230,8 @@ class Tracker:
     def end(self, status: str | None = "FINISHED") -> None:
         """End the run; an attached tracker only sends what is missing. A second call does nothing.
 
-        Waits for MLflow until it has not answered for a minute, for 5 min in all; if it was down before, for 20 s; if the run is
-        KILLED, for 3 s. What is not sent by then is sent later.
+        Waits for MLflow until it has not answered for a minute, for 5 min in all; if it was down before, for 20 s; if the run
+        is KILLED, for 3 s. What is not sent by then is sent later.
 
         Args:
             status: FINISHED, FAILED or KILLED; None: the run stays RUNNING, and a later `start` goes on with it.
@@ -246,7 +246,7 @@ class Tracker:
         if status == "KILLED":
             sent = self.flush(_KILLED_LIMIT)
         else:
-            sent = self.flush(_END_LIMIT if self._down else CALL_LIMIT, _MOST_AT_END)
+            sent = self.flush(CALL_LIMIT if self._accepted else _END_LIMIT, _MOST_AT_END)
         self._thread.close()
         if not sent and not self._warned:
             self._warn("does not accept everything in time")
@@ -278,11 +278,11 @@ class Tracker:
         except Busy:
             return None
         except Exception as error:
-            self._refused, self._down = errors.refused(error), errors.unreachable(error)
+            self._refused, self._accepted = errors.refused(error), False
             if not errors.busy(error):  # what it does not take until the end, is said then
                 self._warn(f"{'refuses' if self._refused else 'does not answer'} ({errors.reason(error)})")
             return False
-        self._refused = self._down = False
+        self._refused, self._accepted = False, True
         return True
 
     def _alive_until(self) -> float:
