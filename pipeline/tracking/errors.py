@@ -49,6 +49,14 @@ def unreachable(error: Exception) -> bool:
     return any(isinstance(link, none) for link in _chain(error))
 
 
+def no_connection(error: Exception) -> bool:
+    """Whether there was no connection: the server is not running, or ended in the middle of an answer."""
+    import requests
+
+    late = any(isinstance(link, TimeoutError | requests.Timeout) for link in _chain(error))
+    return unreachable(error) and not late
+
+
 def reason(error: Exception) -> str:
     """The innermost system error, else the first line of the error itself, without a password."""
     words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]

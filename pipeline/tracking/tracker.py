@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 # Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end: one that did not
 # accept the last batch shorter, one that answers, but slowly, up to _MOST_AT_END.
 _START_LIMIT, _END_LIMIT, _KILLED_LIMIT, _MOST_AT_END = 120.0, 20.0, 3.0, 300.0
+_AWAY_LIMIT = 8.0  # that connections may fail of a server that has just answered
 
 
 def store_uri(recipe: Recipe) -> str:
@@ -90,7 +91,7 @@ class Tracker:
             self._folder, handle.uri, run_id=handle.run_id, create=create, metrics=self._metrics, outbox=self._outbox
         )
         self._thread = SendingThread(self._send, self._alive_until)
-        self._refused, self._accepted = False, False  # what MLflow did in the last round
+        self._refused = self._away = self._accepted = False  # what MLflow did in the last round
         self._probe: _SystemProbe | None = None
         self._stamp = 0  # time of the last line, ms
         self._warned = False
@@ -278,16 +279,18 @@ class Tracker:
         except Busy:
             return None
         except Exception as error:
-            self._refused, self._accepted = errors.refused(error), False
+            self._refused, self._away, self._accepted = errors.refused(error), errors.no_connection(error), False
             if not errors.busy(error):  # what it does not take until the end, is said then
                 self._warn(f"{'refuses' if self._refused else 'does not answer'} ({errors.reason(error)})")
             return False
-        self._refused, self._accepted = False, True
+        self._refused, self._away, self._accepted = False, False, True
         return True
 
     def _alive_until(self) -> float:
-        """Until when MLflow counts as alive; a refusal does not pass with time."""
-        return -math.inf if self._refused else self._sender.answered + max(CALL_LIMIT, 2 * self._sender.slowest)
+        """Until when MLflow counts as alive; a refusal does not pass with time, and a lost connection rarely."""
+        if self._refused:
+            return -math.inf
+        return self._sender.answered + (_AWAY_LIMIT if self._away else max(CALL_LIMIT, 2 * self._sender.slowest))
 
     def _warn(self, what: str) -> None:
         with self._warning:
