@@ -42,6 +42,9 @@ from pipeline.storage.folder import Folder
 from pipeline.tracking.tracker import Tracker
 
 ALWAYS_ALLOWED_REJECTS = 10
+# Bytes that a task asks of Ray: far less than it uses, since every machine offers more. Only nodes that are not to decode
+# images offer less, such as those with GPUs in cluster.yaml: the autoscaler then never starts one for `prepare`.
+TASK_MEMORY = 2**20
 FOUND = "found.json"  # beside the manifest: how the images were understood
 
 OnUnit = Callable[[dict[str, Any]], None]  # called with the progress after every shard
@@ -281,7 +284,7 @@ def _run_tasks(todo: list[Unit], task: Task) -> Iterator[dict[str, Any]]:
     items = [{"unit": json.dumps(vars(unit))} for unit in todo]
     # One block per unit: a task is one unit, and its report arrives when it is done.
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1)
+    shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1, memory=TASK_MEMORY)
     try:
         for row in shards.iter_rows():
             if row["error"]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
 import threading
 import time
 from collections.abc import Callable
 
 # Seconds. After a failure MLflow is left alone for FIRST_PAUSE, and twice as long after each further one, so that a server
-# that is away costs nothing.
+# that is away costs nothing. These vary by half, so that trials that failed together do not try again together.
 FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 600.0
 _BETWEEN = 1.0  # between two rounds while all goes well
+# A round that took long is followed by a pause this many times as long, up to FIRST_PAUSE: a server that many trials keep
+# busy gets fewer and larger batches from each.
+_REST = 2.0
+_AGAIN = (1.0, 4.0)  # seconds to the next try of a caller that waits for a server that answers
 
 
 class SendingThread:
@@ -18,13 +24,16 @@ class SendingThread:
     It starts with the first line. A daemon thread: if a call hangs, neither `flush` nor the end of the process waits for it.
     """
 
-    def __init__(self, send: Callable[[bool], bool | None]) -> None:
+    def __init__(
+        self, send: Callable[[bool], bool | None], alive_until: Callable[[], float] = lambda: -math.inf
+    ) -> None:
         """
         Args:
             send: Does one round; its argument says whether a caller waits for it. Returns whether everything was sent; None
                 if another process is sending, so that it should be tried again soon.
+            alive_until: Until when MLflow counts as alive without another answer, by `time.monotonic`.
         """
-        self._send = send
+        self._send, self._alive_until = send, alive_until
         self._turn = threading.Condition()  # guards all that follows
         self._asked = 0  # lines that were logged
         self._done = 0  # of these, lines that were sent
@@ -48,16 +57,34 @@ class SendingThread:
         with self._turn:
             self._not_before = time.monotonic() + FIRST_PAUSE
 
-    def flush(self, seconds: float) -> bool:
-        """Send at once. Returns whether all that was logged before the call was sent within so many seconds."""
-        until = time.monotonic() + seconds
+    def flush(self, seconds: float, most: float | None = None) -> bool:
+        """Send at once, and wait for it.
+
+        Args:
+            seconds: To wait.
+            most: To wait while MLflow is alive, but slow; then what fails is tried again. None: `seconds`.
+
+        Returns:
+            Whether all that was logged before the call was sent.
+        """
+        began = time.monotonic()
         with self._turn:
             wanted, self._failed = self._asked, -1
             self._urgent = True
             self._turn.notify_all()
             # A round in progress may have begun before the last line was logged: then the next one counts.
-            while self._done < wanted and self._failed < wanted and time.monotonic() < until:
-                self._turn.wait(until - time.monotonic())
+            while self._done < wanted:
+                alive_until = min(self._alive_until(), began + (most or seconds))
+                left = max(began + seconds, alive_until) - time.monotonic()
+                failed = self._failed >= wanted
+                if left <= 0 or (failed and alive_until <= time.monotonic()):
+                    break
+                if failed:
+                    self._turn.wait_for(lambda: self._done >= wanted, min(left, random.uniform(*_AGAIN)))
+                    self._failed, self._urgent = -1, True
+                    self._turn.notify_all()
+                else:
+                    self._turn.wait(min(left, 1.0))  # meanwhile MLflow may answer
             return self._done >= wanted
 
     def close(self) -> None:
@@ -76,16 +103,17 @@ class SendingThread:
                     self._turn.wait(left if self._done < self._asked and left > 0 else None)
                 target, urgent = self._asked, self._urgent
                 self._urgent = False
+            began = time.monotonic()
             sent = self._send(urgent)
             with self._turn:
-                pause = _BETWEEN
+                pause = min(FIRST_PAUSE, max(_BETWEEN, _REST * (time.monotonic() - began)))
                 if sent:
                     self._done, self._pause = target, FIRST_PAUSE
                 else:
                     self._failed = target
                     self._urgent = self._urgent and target < self._asked
                 if sent is False:
-                    pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+                    pause, self._pause = self._pause * random.uniform(0.5, 1.5), min(2 * self._pause, _LONGEST_PAUSE)
                 self._not_before = time.monotonic() + pause
                 self._turn.notify_all()
 

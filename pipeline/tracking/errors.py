@@ -18,9 +18,19 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 _INVALID = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
+def answered(error: Exception) -> bool:
+    """Whether the error is what the store answered, and not one of this machine, a time-out or a lost connection."""
+    return not any(isinstance(link, OSError) for link in _chain(error))
+
+
+def busy(error: Exception) -> bool:
+    """Whether all connections of the server to its database are in use, which MLflow reports as a bad request."""
+    return "QueuePool limit" in str(error)
+
+
 def refused(error: Exception) -> bool:
     """Whether the store answered that it rejects the data."""
-    if any(isinstance(link, OSError) for link in _chain(error)):  # includes time-outs and lost connections
+    if not answered(error) or busy(error):
         return False
     code = getattr(error, "error_code", "")
     return isinstance(error, ValueError) or code not in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
@@ -28,7 +38,7 @@ def refused(error: Exception) -> bool:
 
 def invalid(error: Exception) -> bool:
     """Whether the data can never be stored; a missing permission, for example, may still be granted."""
-    return isinstance(error, ValueError) or getattr(error, "error_code", "") in _INVALID
+    return isinstance(error, ValueError) or (getattr(error, "error_code", "") in _INVALID and not busy(error))
 
 
 def unreachable(error: Exception) -> bool:
@@ -37,6 +47,14 @@ def unreachable(error: Exception) -> bool:
 
     none = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
     return any(isinstance(link, none) for link in _chain(error))
+
+
+def no_connection(error: Exception) -> bool:
+    """Whether there was no connection: the server is not running, or ended in the middle of an answer."""
+    import requests
+
+    late = any(isinstance(link, TimeoutError | requests.Timeout) for link in _chain(error))
+    return unreachable(error) and not late
 
 
 def reason(error: Exception) -> str:

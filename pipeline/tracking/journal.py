@@ -41,6 +41,9 @@ What happens when
     MLflow is down
         One warning. Sending is tried again after 30 s, then after twice as long each time, up to 10 min. At its end the
         stage waits for at most 20 s.
+    MLflow is slow, because many trials log at once
+        The longer a round took, the longer is the pause to the next one. At its end a stage waits until MLflow has not
+        answered for a minute, and tries again what failed, for at most 5 min.
     a call hangs
         It runs in a thread of its own, which is abandoned when its time is up, and counts as MLflow being down.
     MLflow refuses a metric

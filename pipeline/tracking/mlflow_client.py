@@ -69,9 +69,10 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def import_mlflow() -> None:
-    """Import MLflow with short time-outs and without its messages. Apart from the calls, whose time is limited."""
+    """Import MLflow without its messages and long retries. Apart from the calls, whose time is limited."""
     for key, value in {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        # A request that is given up early is stored all the same, and its repetition keeps a slow server even busier.
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

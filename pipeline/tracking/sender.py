@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,8 +40,8 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # Seconds that a call may take. Creating a SQLite store takes 2 to 3, but its many small transactions are slow on network
-# file systems.
-START_LIMIT, CALL_LIMIT, ARTIFACT_LIMIT = 120.0, 20.0, 120.0
+# file systems; a server to which many trials log at once takes half a minute to store a batch.
+START_LIMIT, CALL_LIMIT, ARTIFACT_LIMIT = 120.0, 60.0, 120.0
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Sender:
     Attributes:
         tally: What was sent since the sender was made.
         trouble: Why MLflow did not accept the last file that failed.
+        answered: When MLflow last answered, by `time.monotonic`; minus infinity before the first answer.
+        slowest: Seconds that its slowest answer took.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Sender:
         self.outbox = outbox or JsonLines(folder / OUTBOX)
         self.tally = Tally()
         self.trouble = ""
+        self.answered, self.slowest = -math.inf, 0.0
         self._known_run = run_id
         self._limit = limit
         self._create = create
@@ -329,9 +334,18 @@ class Sender:
     def _call(self, call: Callable[[MlflowClient], T], limit: float | None = None) -> T:
         """The answer of MLflow. Raises its errors, and TimeoutError after `limit` seconds."""
         store.import_mlflow()
-        return store.within(
-            limit or self._limit or (CALL_LIMIT if self._client else START_LIMIT), lambda: call(self._connected())
-        )
+        began, answered = time.monotonic(), True
+        try:
+            return store.within(
+                limit or self._limit or (CALL_LIMIT if self._client else START_LIMIT), lambda: call(self._connected())
+            )
+        except Exception as error:
+            answered = errors.answered(error)
+            raise
+        finally:
+            if answered:
+                self.answered = time.monotonic()
+                self.slowest = max(self.slowest, self.answered - began)
 
     def _connected(self) -> MlflowClient:
         if self._client is None:

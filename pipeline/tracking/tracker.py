@@ -29,13 +29,15 @@ from pipeline.tracking import errors, store_uris
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.background import SendingThread
 from pipeline.tracking.journal import METRICS, OUTBOX, RUN_ID, Busy, SendOffset, unfinished_key
-from pipeline.tracking.sender import Sender
+from pipeline.tracking.sender import CALL_LIMIT, Sender
 from pipeline.tracking.tags import tags_of
 
 _log = logging.getLogger(__name__)
 
-# Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end.
-_START_LIMIT, _END_LIMIT, _KILLED_LIMIT = 120.0, 20.0, 3.0
+# Seconds that a stage waits for MLflow at its start, where a store may have to be created, and at its end: one that did not
+# accept the last batch shorter, one that answers, but slowly, up to _MOST_AT_END.
+_START_LIMIT, _END_LIMIT, _KILLED_LIMIT, _MOST_AT_END = 120.0, 20.0, 3.0, 300.0
+_AWAY_LIMIT = 8.0  # that connections may fail of a server that has just answered
 
 
 def store_uri(recipe: Recipe) -> str:
@@ -91,7 +93,8 @@ class Tracker:
         self._sender = Sender(
             self._folder, handle.uri, run_id=handle.run_id, create=create, metrics=self._metrics, outbox=self._outbox
         )
-        self._thread = SendingThread(self._send)
+        self._thread = SendingThread(self._send, self._alive_until)
+        self._refused = self._away = self._accepted = False  # what MLflow did in the last round
         self._probe: _SystemProbe | None = None
         self._stamp = 0  # time of the last line, ms
         self._warned = False
@@ -231,7 +234,8 @@ class Tracker:
     def end(self, status: str | None = "FINISHED") -> None:
         """End the run; an attached tracker only sends what is missing. A second call does nothing.
 
-        Waits for MLflow for 20 s at most, 3 s if the run is KILLED; what is not sent by then is sent later.
+        Waits for MLflow until it has not answered for a minute, for 5 min in all; if it was down before, for 20 s; if the run
+        is KILLED, for 3 s. What is not sent by then is sent later.
 
         Args:
             status: FINISHED, FAILED or KILLED; None: the run stays RUNNING, and a later `start` goes on with it.
@@ -243,14 +247,17 @@ class Tracker:
             self._probe.stop()
         if self._owner and status is not None:
             self._note("end", at=self._metrics.size(), status=status, time=int(time.time() * 1000), force=True)
-        sent = self.flush(_KILLED_LIMIT if status == "KILLED" else _END_LIMIT)
+        if status == "KILLED":
+            sent = self.flush(_KILLED_LIMIT)
+        else:
+            sent = self.flush(CALL_LIMIT if self._accepted else _END_LIMIT, _MOST_AT_END)
         self._thread.close()
         if not sent and not self._warned:
             self._warn("does not accept everything in time")
 
-    def flush(self, seconds: float) -> bool:
-        """Send at once. Returns whether all that was logged has been sent within so many seconds."""
-        return self._thread.flush(seconds)
+    def flush(self, seconds: float, most: float | None = None) -> bool:
+        """Send at once. Returns whether all that was logged was sent; the arguments are those of `SendingThread.flush`."""
+        return self._thread.flush(seconds, most)
 
     def __enter__(self) -> Tracker:
         return self
@@ -275,9 +282,18 @@ class Tracker:
         except Busy:
             return None
         except Exception as error:
-            self._warn(f"{'refuses' if errors.refused(error) else 'does not answer'} ({errors.reason(error)})")
+            self._refused, self._away, self._accepted = errors.refused(error), errors.no_connection(error), False
+            if not errors.busy(error):  # what it does not take until the end, is said then
+                self._warn(f"{'refuses' if self._refused else 'does not answer'} ({errors.reason(error)})")
             return False
+        self._refused, self._away, self._accepted = False, False, True
         return True
+
+    def _alive_until(self) -> float:
+        """Until when MLflow counts as alive; a refusal does not pass with time, and a lost connection rarely."""
+        if self._refused:
+            return -math.inf
+        return self._sender.answered + (_AWAY_LIMIT if self._away else max(CALL_LIMIT, 2 * self._sender.slowest))
 
     def _warn(self, what: str) -> None:
         with self._warning:

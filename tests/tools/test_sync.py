@@ -424,6 +424,7 @@ def test_a_slow_server_holds_up_no_step_and_the_end_not_long(
 def test_a_server_that_is_away_is_asked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending_thread, "FIRST_PAUSE", 0.2)
     monkeypatch.setattr(sending_thread, "_LONGEST_PAUSE", 0.8)
+    monkeypatch.setattr(sending_thread.random, "uniform", lambda low, high: 1.0)
     tries: list[float] = []
 
     def send(urgent: bool) -> bool:
