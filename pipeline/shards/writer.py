@@ -63,11 +63,13 @@ class ShardWriter:
             image: Its pixels (C, H, W), uint8.
         """
         image = np.ascontiguousarray(image)
-        found = self._encoder.analyse(image)
-        if not self.layout.windows:
-            self.moments.add_found(found, image)
         place = len(self._rows)
-        self._encoder.quantise(found, {level: values[place] for level, values in self._group.items()})
+        if self.layout.windows:
+            self._encoder.add(image, self._group, place)
+        else:
+            found = self._encoder.analyse(image)
+            self.moments.add_found(found, image)
+            self._encoder.quantise(found, {level: values[place] for level, values in self._group.items()})
         self._rows.append((row, path, label, xxhash.xxh3_128_digest(image.data)))
         self.rows += 1
         if len(self._rows) == len(self._group[1]):
@@ -76,6 +78,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
+        self._encoder.finish()
         if self.layout.windows:
             self.moments.add_stored({level: values[: len(self._rows)] for level, values in self._group.items()})
         schema = self.layout.schema()
