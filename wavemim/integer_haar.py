@@ -45,14 +45,13 @@ class HaarSums:
         self.levels, self.first = levels, first
         self._even: list[np.ndarray] = []
         self._odd: list[np.ndarray] = []
-        self._sum: list[np.ndarray] = []
         self._difference: list[np.ndarray] = []
         self._a: list[np.ndarray] = []
         self._out: dict[int, np.ndarray] = {}
         for level in range(first, levels + 1):
             side = size >> level
             kind = sums_dtype(level)
-            for part in (self._even, self._odd, self._sum, self._difference):
+            for part in (self._even, self._odd, self._difference):
                 part.append(np.empty((channels, 2 * side, side), kind))
             bands = 4 if level == levels else 3
             self._out[level] = np.empty((channels, bands, side, side), kind)
@@ -83,8 +82,8 @@ class HaarSums:
             else:
                 even[...] = finer[..., 0::2]
                 odd[...] = finer[..., 1::2]
-            total = np.add(even, odd, out=self._sum[number])
             difference = np.subtract(even, odd, out=self._difference[number])
+            total = np.add(even, odd, out=even)
             details = self._out[level][:, -3:]
             np.subtract(total[:, 0::2], total[:, 1::2], out=details[:, 0])
             np.add(difference[:, 0::2], difference[:, 1::2], out=details[:, 1])

@@ -5,7 +5,7 @@ Dimensions: n images, C channels, H × W pixels, K bands (H, V, D; at the coarse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from wavemim.integer_haar import HaarSums, sums_dtype
 from wavemim.wavelets import BANDS, MODE, bands_of, coefficient_bound, is_haar
 
 DIGEST_BYTES = 16  # xxh3_128
-# Of the forward transform: more bytes of pixels than these leave no room for a second image in the cache, and of what is
-# smaller so many are transformed together, where the time of a call would otherwise be that of NumPy itself.
-_LARGE, _TOGETHER = 2**17, 8
+# The forward Haar of more bytes of pixels than these fills the cache. Of what is smaller so many are transformed together,
+# where else NumPy's calls would take most of the time.
+_LARGE, TOGETHER = 2**17, 8
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Layout:
 class PyramidEncoder:
     """Turns pixels into stored integers.
 
-    Haar works on sums, which are integers and 2^level times the coefficients: level 1 of large images as they come, which
-    fits in the cache, all that is smaller for several images in one call. Other wavelets work on float32 coefficients.
+    Haar works on sums, which are integers and 2^level times the coefficients: level 1 of a large image by itself, which
+    fills the cache, all that is smaller for several images in one call. Other wavelets work on float32 coefficients.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -134,46 +134,51 @@ class PyramidEncoder:
         # coefficient = result of the transform / scale; stored integer = coefficient / step, rounded
         self.scale = {level: 2**level if layout.windows else 1 for level in layout.steps}
         self._scratch: dict[tuple[int, ...], np.ndarray] = {}
-        self._waiting, self._end = 0, 0
-        self._out: Mapping[int, np.ndarray] = {}
         if not layout.windows:
             return
         channels, size, levels = layout.channels, layout.image_size, layout.levels
         large = channels * size**2 > _LARGE and levels > 1
         self._finest = HaarSums(channels, size, 1) if large else None
-        first, side = (2, size // 2) if large else (1, size)
-        self._others = HaarSums(_TOGETHER * channels, size, levels, first=first)
-        self._inputs = np.zeros((_TOGETHER, channels, side, side), sums_dtype(1) if large else np.uint8)
+        self._others = HaarSums(TOGETHER * channels, size, levels, first=2 if large else 1)
+        side = size // 2 if large else size
+        self._inputs = np.zeros((TOGETHER, channels, side, side), sums_dtype(1) if large else np.uint8)
 
-    def add(self, image: np.ndarray, out: Mapping[int, np.ndarray], place: int) -> None:
-        """Encode an image with Haar. Its row is complete after `finish`, or after some more images.
+    def encode(
+        self, images: Sequence[np.ndarray], out: Mapping[int, np.ndarray] | None = None
+    ) -> dict[int, np.ndarray]:
+        """Encode n images (C, H, W), uint8; Haar is fastest for a multiple of `TOGETHER`.
 
         Args:
-            image: Its pixels (C, H, W), uint8, contiguous.
-            out: Where to write the integers (n, C, K, h, w) of each level. The same until `finish`.
-            place: Its row in `out`, one more than that of the image before, if there was one since `finish`.
-        """
-        source = image
-        if self._finest is not None:
-            sums = self._finest(image)[1]
-            self._divide(1, sums[:, 1:], out[1][place])
-            source = sums[:, 0]
-        self._inputs[self._waiting] = source
-        self._waiting += 1
-        self._out, self._end = out, place + 1
-        if self._waiting == _TOGETHER:
-            self.finish()
+            images: Their pixels.
+            out: Where to write the integers; None: new arrays.
 
-    def finish(self) -> None:
-        """Complete the rows of all images that were added."""
-        if not self._waiting:
-            return
-        _, channels, *size = self._inputs.shape
-        rows = slice(self._end - self._waiting, self._end)
-        for level, sums in self._others(self._inputs.reshape(-1, *size)).items():
-            several = sums.reshape(_TOGETHER, channels, *sums.shape[1:])[: self._waiting]
-            self._divide(level, several, self._out[level][rows])
-        self._waiting = 0
+        Returns:
+            The integers (n, C, K, h, w) of each level.
+        """
+        out = dict(out) if out is not None else self.layout.empty(len(images))
+        for first in range(0, len(images), TOGETHER):
+            some = images[first : first + TOGETHER]
+            rows = {level: values[first : first + len(some)] for level, values in out.items()}
+            if self.layout.windows:
+                self._encode_haar(some, rows)
+                continue
+            for number, image in enumerate(some):
+                self.quantise(self.analyse(image), {level: values[number] for level, values in rows.items()})
+        return out
+
+    def _encode_haar(self, images: Sequence[np.ndarray], out: Mapping[int, np.ndarray]) -> None:
+        """Encode up to `TOGETHER` images."""
+        for number, image in enumerate(images):
+            assert image.dtype == np.uint8, image.dtype
+            if self._finest is None:
+                self._inputs[number] = image
+                continue
+            sums = self._finest(np.ascontiguousarray(image))[1]
+            self._divide(1, sums[:, 1:], out[1][number])
+            self._inputs[number] = sums[:, 0]
+        for level, sums in self._others(self._inputs.reshape(-1, *self._inputs.shape[2:])).items():
+            several = sums.reshape(TOGETHER, self.layout.channels, *sums.shape[1:])[: len(images)]
+            self._divide(level, several, out[level])
 
     def analyse(self, image: np.ndarray) -> dict[int, np.ndarray]:
         """Transform an image (C, H, W), uint8, with another wavelet than Haar.
@@ -192,17 +197,6 @@ class PyramidEncoder:
         """Write the integers of what `analyse` found to `out`: (C, K, h, w) for each level."""
         for level in self.layout.steps:
             self._divide(level, found[level][:, -len(bands_of(level, self.layout.levels)) :], out[level])
-
-    def encode(self, images: np.ndarray) -> dict[int, np.ndarray]:
-        """Encode images (n, C, H, W), uint8: the integers (n, C, K, h, w) of each level."""
-        out = self.layout.empty(len(images))
-        for number, image in enumerate(images):
-            if self.layout.windows:
-                self.add(np.ascontiguousarray(image), out, number)
-            else:
-                self.quantise(self.analyse(image), {level: values[number] for level, values in out.items()})
-        self.finish()
-        return out
 
     def _divide(self, level: int, values: np.ndarray, out: np.ndarray) -> None:
         """Write round(coefficient / step), with halves towards zero, to `out`."""
