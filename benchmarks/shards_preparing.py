@@ -62,6 +62,8 @@ class PrepareRuns:
             from pipeline.stages import prepare
         except ImportError as error:
             raise Missing(str(error)) from None
+        # Ray's workers run at niceness 15: beside other processes they would get less of a core than the other contenders.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         self._session = self._stack.enter_context(ray_session(load(RECIPE).cluster))
         self._load, self._prepare, self._ready = load, prepare, True
 

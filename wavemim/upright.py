@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import numpy as np
@@ -43,17 +44,21 @@ def resized_middle(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     if not hasattr(_own, "resizer"):
         _own.resizer = resizer.Resizer()
-    left, top, right, bottom = box
     colour = image.mode == "RGB" if isinstance(image, Image.Image) else image.ndim == 3
     kind = resizer.PixelType.U8x3 if colour else resizer.PixelType.U8
     source, target = resizer.ImageData(width, height, kind, image.tobytes()), resizer.ImageData(size, size, kind)
-    options = resizer.ResizeOptions(
+    _own.resizer.resize(source, target, _options(box))
+    shape = (size, size, 3) if colour else (size, size)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape)
+
+
+@functools.lru_cache(maxsize=256)  # most photos of a set have one of a few sizes
+def _options(box: tuple[float, float, float, float]) -> resizer.ResizeOptions:
+    left, top, right, bottom = box
+    return resizer.ResizeOptions(
         resize_alg=resizer.ResizeAlg.convolution(resizer.FilterType.catmull_rom),
         crop_box=resizer.CropBox(left, top, right - left, bottom - top),
     )
-    _own.resizer.resize(source, target, options)
-    shape = (size, size, 3) if colour else (size, size)
-    return np.frombuffer(target.get_buffer(), np.uint8).reshape(shape)
 
 
 def turned_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
