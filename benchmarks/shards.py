@@ -246,6 +246,16 @@ def measure_prepare(bench: Bench) -> None:
             for number, other in PREPARE.items():
                 bench.numbers[number] = stage.ratio("prepare_stage", (other,))
                 bench.numbers[f"{number}_whole_call"] = stage.ratio("prepare", (other,))
+            bench.numbers["prepare_ms"] = _prepare_parts(bench, workers)
+
+
+def _prepare_parts(bench: Bench, workers: int) -> dict[str, float]:
+    """What the stage does for an image, in ms on one core; what its tasks do not account for is Ray and waiting."""
+    folders = {"images": str(bench.work / "copies"), "work": str(bench.work)}
+    ms = in_child("shards_preparing:task_parts", cores=1, **folders)
+    whole = workers * 1000 / bench.medians["prepare_stage"]
+    ms = {**ms, "Ray, other processes, cores that wait": whole - ms["task"], "prepare stage": whole}
+    return {**ms, "its decoder alone": workers * 1000 / bench.medians["decode"]}
 
 
 def measure_plan(bench: Bench) -> None:
@@ -330,6 +340,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"{name:44} {value:12.3f} {goal}".rstrip())
         elif isinstance(value, str):
             lines.append(f"{name:44} {value}")
+    lines += [f"prepare: {name:35} {ms:12.3f} ms/image" for name, ms in result["numbers"].get("prepare_ms", {}).items()]
     for name, made in result["numbers"].get("variants", {}).items():
         speed = f"{made['images_per_second'] or 0:.0f}, finest=2 {made['images_per_second_finest2'] or 0:.0f} images/s"
         lines.append(f"variant {name:36} {made['bytes_per_image']:12.0f} B, {made['psnr_db']:.2f} dB, {speed}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
 import os
 import resource
 import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from measure import BenchmarkError, Missing
 
@@ -59,6 +62,8 @@ class PrepareRuns:
             from pipeline.stages import prepare
         except ImportError as error:
             raise Missing(str(error)) from None
+        # Ray's workers run at niceness 15: beside other processes they would get less of a core than the other contenders.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         self._session = self._stack.enter_context(ray_session(load(RECIPE).cluster))
         self._load, self._prepare, self._ready = load, prepare, True
 
@@ -77,6 +82,121 @@ class PrepareRuns:
         self.seconds.append(summary["seconds"])
         shutil.rmtree(out, ignore_errors=True)
         return float(sum(summary["rows"].values()) / self.wall[-1])
+
+
+class Stopwatch:
+    """CPU seconds of this thread inside wrapped functions, by part; a function that another one calls counts to that."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self._running = False
+
+    def wrapped(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with its time counted to `part`."""
+
+        def timed(*args: Any, **options: Any) -> Any:
+            if self._running:
+                return function(*args, **options)
+            self._running, began = True, time.thread_time()
+            try:
+                return function(*args, **options)
+            finally:
+                self.seconds[part] += time.thread_time() - began
+                self._running = False
+
+        return timed
+
+    def items(self, part: str, function: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+        """The generator function `function`, with the time until each item counted to `part`."""
+
+        def timed(*args: Any) -> Iterator[Any]:
+            following = self.wrapped(part, iter(function(*args)).__next__)
+            with contextlib.suppress(StopIteration):
+                while True:
+                    yield following()
+
+        return timed
+
+
+@contextlib.contextmanager
+def _timed_parts(watch: Stopwatch) -> Iterator[None]:
+    """Count the parts of a task of the prepare stage while the block runs."""
+    import pyarrow.parquet as pq
+    import xxhash
+
+    from pipeline.images.observed import Observed
+    from pipeline.shards import writer
+    from pipeline.shards.layout import PyramidEncoder
+    from pipeline.shards.statistics import Moments
+    from pipeline.stages import prepare_task
+
+    parts: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("decode and resize", prepare_task, ("decode_image",)),
+        ("range of values", Observed, ("add",)),
+        ("transform and round", PyramidEncoder, ("encode",)),
+        ("statistics", Moments, ("add_stored",)),
+        ("digest of pixels", xxhash, ("xxh3_128_digest",)),
+        ("Parquet", pq.ParquetWriter, ("write_table", "close")),
+        ("SHA-256 of the file", writer, ("file_entry",)),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(prepare_task, "fetch", watch.items("read files", prepare_task.fetch)))
+        for part, owner, names in parts:
+            for name in names:
+                timed = watch.wrapped(part, getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, timed))
+        yield
+
+
+def task_parts(images: str, work: str, repeats: int = 3) -> dict[str, float]:
+    """CPU time of each part of a task of the prepare stage, in ms an image on one core.
+
+    Args:
+        images: Folder of photos, of which one shard is made.
+        work: For temporary files.
+        repeats: Number of measurements, of which the median of each part is taken. Parts then may not add up to the total
+            exactly; "the rest" is what is left of it.
+
+    Returns:
+        Milliseconds of each part, in the order of the work, and "task", their sum.
+    """
+    from pipeline.config.load import load
+    from pipeline.images.arrays import Pixels
+    from pipeline.shards import writer
+    from pipeline.shards.layout import Layout
+    from pipeline.stages import prepare, prepare_task, prepare_units
+    from pipeline.storage.folder import Folder
+
+    recipe = load(RECIPE, [f"images={images}", "data.max_rejected=1"])
+    data, found = recipe.data, prepare.check(recipe).plan
+    assert found is not None, images
+    unit = next(unit for unit in prepare_task.make_units(found, data.rows_per_shard) if unit.split == "train")
+    layout = Layout(data.image_size, data.channels, recipe.steps_by_level(), data.wavelet)
+    measured: dict[str, list[float]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        pixels = Pixels(data.image_size, data.channels, data.max_pixels, data.min_side)
+        task = prepare_task.Task(Folder.at(out), found.origin, layout, pixels, data.rows_per_group, data.compression)
+        prepare_units.write_plan(task.folder, found, [unit])
+
+        def run() -> dict[str, float]:
+            watch, began = Stopwatch(), time.thread_time()
+            task.folder.remove(f"{prepare_task.UNITS}/{unit.name}.tries")
+            with _timed_parts(watch):
+                made = prepare_task.make_shard({"unit": json.dumps(vars(unit))}, task)
+            if made["error"]:
+                raise BenchmarkError(made["error"])
+            return {**watch.seconds, "task": time.thread_time() - began}
+
+        run()  # imports, and files into the page cache
+        for _ in range(repeats):
+            for part, seconds in run().items():
+                measured[part].append(seconds)
+            with mock.patch.object(writer, "codecs", return_value={"compression": "none"}):
+                measured["uncompressed"].append(run()["Parquet"])
+    ms = {part: statistics.median(seconds) / unit.inputs * 1000 for part, seconds in measured.items()}
+    plain, total = ms.pop("uncompressed"), ms.pop("task")
+    ms["Parquet: encoding, checksums, file"], ms["Parquet: compression"] = plain, ms.pop("Parquet") - plain
+    return {**ms, "the rest, mostly Python": total - sum(ms.values()), "task": total}
 
 
 def plan(count: int, kind: str, work: str) -> dict[str, float]:

@@ -21,32 +21,37 @@ _LAST_LEVEL_OF_16_BITS = 3
 _LARGEST_FRACTION_16, _LARGEST_FRACTION_32 = 6, 20
 
 
+def sums_dtype(level: int) -> Any:
+    """The integer type of the sums at a level."""
+    return np.int16 if level <= _LAST_LEVEL_OF_16_BITS else np.int32
+
+
 class HaarSums:
     """The forward transform: unscaled sums as of `wavemim.wavelets.haar_sums`, coefficient = sum / 2^level."""
 
-    def __init__(self, channels: int, size: int, levels: int) -> None:
+    def __init__(self, channels: int, size: int, levels: int, *, first: int = 1) -> None:
         """Allocate the arrays.
 
         Args:
-            channels: C.
-            size: H = W, in pixels.
+            channels: C; of several images together, if they are transformed in one call.
+            size: H = W of the image, in pixels.
             levels: Levels of the pyramid.
+            first: The finest level to compute. Above 1 the transform goes on from the sums A of the level before.
 
         Raises:
             ValueError: If `size` is not a multiple of 2^levels.
         """
         check_levels(size, size, levels)
-        self.levels = levels
+        self.levels, self.first = levels, first
         self._even: list[np.ndarray] = []
         self._odd: list[np.ndarray] = []
-        self._sum: list[np.ndarray] = []
         self._difference: list[np.ndarray] = []
         self._a: list[np.ndarray] = []
         self._out: dict[int, np.ndarray] = {}
-        for level in range(1, levels + 1):
+        for level in range(first, levels + 1):
             side = size >> level
-            kind = np.int16 if level <= _LAST_LEVEL_OF_16_BITS else np.int32
-            for part in (self._even, self._odd, self._sum, self._difference):
+            kind = sums_dtype(level)
+            for part in (self._even, self._odd, self._difference):
                 part.append(np.empty((channels, 2 * side, side), kind))
             bands = 4 if level == levels else 3
             self._out[level] = np.empty((channels, bands, side, side), kind)
@@ -56,32 +61,34 @@ class HaarSums:
         """Transform an image.
 
         Args:
-            image: uint8 (C, H, W), contiguous.
+            image: uint8 (C, H, W), contiguous; with `first` above 1, A of the level before, of `sums_dtype`.
 
         Returns:
-            Sums {level: (C, K, h, w)}, int16 up to level 3 and int32 above. Valid until the next call.
+            Sums {level: (C, K, h, w)} from `first`, of `sums_dtype`. Valid until the next call.
         """
-        assert image.dtype == np.uint8 and image.flags.c_contiguous, (image.dtype, image.strides)
-        for level in range(1, self.levels + 1):
-            even, odd = self._even[level - 1], self._odd[level - 1]
+        assert image.dtype == (np.uint8 if self.first == 1 else sums_dtype(self.first - 1)), image.dtype
+        assert image.flags.c_contiguous, image.strides
+        finer = image
+        for number, level in enumerate(range(self.first, self.levels + 1)):
+            even, odd, coarser = self._even[number], self._odd[number], self._a[number]
             if level == 1:  # two pixels form a 16-bit word; splitting words is faster than strided bytes
-                words: Any = image.view("<u2")
+                words: Any = finer.view("<u2")
                 np.bitwise_and(words, 255, out=even.view(np.uint16))
                 np.right_shift(words, 8, out=odd.view(np.uint16))
             elif even.dtype == np.int16:
-                words = self._a[level - 2].view("<i4")
+                words = finer.view("<i4")
                 np.copyto(even, words, casting="unsafe")  # the low half
                 np.copyto(odd, words >> 16, casting="unsafe")
             else:
-                even[...] = self._a[level - 2][..., 0::2]
-                odd[...] = self._a[level - 2][..., 1::2]
-            total = np.add(even, odd, out=self._sum[level - 1])
-            difference = np.subtract(even, odd, out=self._difference[level - 1])
+                even[...] = finer[..., 0::2]
+                odd[...] = finer[..., 1::2]
+            difference = np.subtract(even, odd, out=self._difference[number])
+            total = np.add(even, odd, out=even)
             details = self._out[level][:, -3:]
             np.subtract(total[:, 0::2], total[:, 1::2], out=details[:, 0])
             np.add(difference[:, 0::2], difference[:, 1::2], out=details[:, 1])
             np.subtract(difference[:, 0::2], difference[:, 1::2], out=details[:, 2])
-            np.add(total[:, 0::2], total[:, 1::2], out=self._a[level - 1])
+            finer = np.add(total[:, 0::2], total[:, 1::2], out=coarser)
         return self._out
 
 

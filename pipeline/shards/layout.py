@@ -5,7 +5,7 @@ Dimensions: n images, C channels, H × W pixels, K bands (H, V, D; at the coarse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ import pyarrow as pa
 import pywt
 
 from pipeline.shards.errors import ShardError
-from wavemim.integer_haar import HaarSums
+from wavemim.integer_haar import HaarSums, sums_dtype
 from wavemim.wavelets import BANDS, MODE, bands_of, coefficient_bound, is_haar
 
 DIGEST_BYTES = 16  # xxh3_128
+# The forward Haar of more bytes of pixels than these fills the cache. Of what is smaller so many are transformed together,
+# where else NumPy's calls would take most of the time.
+_LARGE, TOGETHER = 2**17, 8
 
 
 @dataclass(frozen=True)
@@ -120,27 +123,69 @@ class Layout:
 
 
 class PyramidEncoder:
-    """Turns pixels into stored integers, one image at a time. Results are valid until the next call.
+    """Turns pixels into stored integers.
 
-    Haar works on sums, which are integers and 2^level times the coefficients; other wavelets work on float32
-    coefficients.
+    Haar works on sums, which are integers and 2^level times the coefficients: level 1 of a large image by itself, which
+    fills the cache, all that is smaller for several images in one call. Other wavelets work on float32 coefficients.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._haar = HaarSums(layout.channels, layout.image_size, layout.levels) if layout.windows else None
-        # coefficient = result of `analyse` / scale; stored integer = coefficient / step, rounded
+        # coefficient = result of the transform / scale; stored integer = coefficient / step, rounded
         self.scale = {level: 2**level if layout.windows else 1 for level in layout.steps}
-        self._scratch: dict[int, list[np.ndarray]] = {}
+        self._scratch: dict[tuple[int, ...], np.ndarray] = {}
+        if not layout.windows:
+            return
+        channels, size, levels = layout.channels, layout.image_size, layout.levels
+        large = channels * size**2 > _LARGE and levels > 1
+        self._finest = HaarSums(channels, size, 1) if large else None
+        self._others = HaarSums(TOGETHER * channels, size, levels, first=2 if large else 1)
+        side = size // 2 if large else size
+        self._inputs = np.zeros((TOGETHER, channels, side, side), sums_dtype(1) if large else np.uint8)
 
-    def analyse(self, image: np.ndarray) -> dict[int, np.ndarray]:
-        """The wavelet transform of an image (C, H, W), uint8.
+    def encode(
+        self, images: Sequence[np.ndarray], out: Mapping[int, np.ndarray] | None = None
+    ) -> dict[int, np.ndarray]:
+        """Encode n images (C, H, W), uint8; Haar is fastest for a multiple of `TOGETHER`.
+
+        Args:
+            images: Their pixels.
+            out: Where to write the integers; None: new arrays.
 
         Returns:
-            Per level: Haar sums (C, K, h, w), int; for other wavelets float32 coefficients with K = A, H, V, D always.
+            The integers (n, C, K, h, w) of each level.
         """
-        if self._haar is not None:
-            return self._haar(image)
+        out = dict(out) if out is not None else self.layout.empty(len(images))
+        for first in range(0, len(images), TOGETHER):
+            some = images[first : first + TOGETHER]
+            rows = {level: values[first : first + len(some)] for level, values in out.items()}
+            if self.layout.windows:
+                self._encode_haar(some, rows)
+                continue
+            for number, image in enumerate(some):
+                self.quantise(self.analyse(image), {level: values[number] for level, values in rows.items()})
+        return out
+
+    def _encode_haar(self, images: Sequence[np.ndarray], out: Mapping[int, np.ndarray]) -> None:
+        """Encode up to `TOGETHER` images."""
+        for number, image in enumerate(images):
+            assert image.dtype == np.uint8, image.dtype
+            if self._finest is None:
+                self._inputs[number] = image
+                continue
+            sums = self._finest(np.ascontiguousarray(image))[1]
+            self._divide(1, sums[:, 1:], out[1][number])
+            self._inputs[number] = sums[:, 0]
+        for level, sums in self._others(self._inputs.reshape(-1, *self._inputs.shape[2:])).items():
+            several = sums.reshape(TOGETHER, self.layout.channels, *sums.shape[1:])[: len(images)]
+            self._divide(level, several, out[level])
+
+    def analyse(self, image: np.ndarray) -> dict[int, np.ndarray]:
+        """Transform an image (C, H, W), uint8, with another wavelet than Haar.
+
+        Returns:
+            Per level: float32 coefficients (C, K, h, w) with K = A, H, V, D always.
+        """
         found = {}
         approximation = image.astype(np.float32)
         for level in range(1, self.layout.levels + 1):
@@ -149,19 +194,13 @@ class PyramidEncoder:
         return found
 
     def quantise(self, found: Mapping[int, np.ndarray], out: Mapping[int, np.ndarray]) -> None:
-        """Write round(coefficient / step), with halves towards zero, to `out`: (C, K, h, w) for each level."""
-        for level, step in self.layout.steps.items():
-            values = found[level][:, -len(bands_of(level, self.layout.levels)) :]
-            self._divide(level, values, self.scale[level] * step, out[level])
+        """Write the integers of what `analyse` found to `out`: (C, K, h, w) for each level."""
+        for level in self.layout.steps:
+            self._divide(level, found[level][:, -len(bands_of(level, self.layout.levels)) :], out[level])
 
-    def encode(self, images: np.ndarray) -> dict[int, np.ndarray]:
-        """Encode images (n, C, H, W), uint8: the integers (n, C, K, h, w) of each level."""
-        out = self.layout.empty(len(images))
-        for number, image in enumerate(images):
-            self.quantise(self.analyse(np.ascontiguousarray(image)), {level: out[level][number] for level in out})
-        return out
-
-    def _divide(self, level: int, values: np.ndarray, divisor: float, out: np.ndarray) -> None:
+    def _divide(self, level: int, values: np.ndarray, out: np.ndarray) -> None:
+        """Write round(coefficient / step), with halves towards zero, to `out`."""
+        divisor = self.scale[level] * self.layout.steps[level]
         if divisor == 1 and values.dtype.kind == "i":
             np.copyto(out, values, casting="unsafe")
             return
@@ -169,12 +208,14 @@ class PyramidEncoder:
         room = values.dtype.kind == "i" and 255 * 4**level + whole // 2 <= np.iinfo(values.dtype).max
         if room and divisor == whole and whole & (whole - 1) == 0:
             # By shifting, twice as fast as floats: for d = 2h, floor((s + h - 1) / d), and floor((s + h) / d) if s < 0.
-            rounded = self._scratch.setdefault(level, [np.empty(values.shape, values.dtype)])[0]
+            key = level, *values.shape
+            if key not in self._scratch:
+                self._scratch[key] = np.empty(values.shape, values.dtype)
+            rounded = self._scratch[key]
             np.right_shift(values, 8 * values.itemsize - 1, out=rounded)
             np.subtract(values, rounded, out=rounded)
             rounded += whole // 2 - 1
-            rounded >>= whole.bit_length() - 1
-            np.copyto(out, rounded, casting="unsafe")
+            np.right_shift(rounded, whole.bit_length() - 1, out=out, casting="unsafe")
             return
         scaled = values.astype(np.float64)
         scaled /= divisor
@@ -183,5 +224,5 @@ class PyramidEncoder:
 
 
 def band_names(layout: Layout, level: int) -> str:
-    """Names of the bands along axis K of `PyramidEncoder.analyse` at a level."""
+    """Names of the bands along axis K at a level: of stored integers for Haar, else of `PyramidEncoder.analyse`."""
     return bands_of(level, layout.levels) if layout.windows else BANDS

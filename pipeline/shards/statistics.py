@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.shards.layout import Layout, band_names
 
 _EXACT_IN_FLOAT32 = 2**24
+_AT_ONCE = 2**17  # integers whose sums are computed in one go: more would not fit in the cache
 
 
 class Moments:
@@ -35,8 +36,9 @@ class Moments:
         """Add n images by their stored integers (n, C, K, h, w) of each level; Haar only."""
         self.images += len(stored[1])
         for level, images in stored.items():
-            for values in images:  # one at a time, which fits in the cache
-                total, squares = _exact_sums(values)
+            count = max(1, _AT_ONCE // images[0].size)
+            for first in range(0, len(images), count):
+                total, squares = _exact_sums(images[first : first + count])
                 self._sums[level] += total
                 self._squares[level] += squares
 
@@ -111,23 +113,23 @@ class Moments:
 
 
 def _exact_sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact sums and sums of squares (C, K), int64, of integers (C, K, h, w).
+    """Exact sums and sums of squares (C, K), int64, of integers (n, C, K, h, w).
 
     Computed by products of float32 blocks, so short that all sums are exact in float32. This is several times faster
     than integer arithmetic in NumPy.
     """
-    shape, cells = values.shape[:2], values.shape[-2] * values.shape[-1]
+    shape, cells = values.shape[:3], values.shape[-2] * values.shape[-1]
     block = cells
     if values.dtype.itemsize == 1:
         while block % 2 == 0 and block * 128**2 > _EXACT_IN_FLOAT32:
             block //= 2
     if values.dtype.itemsize > 1 or block * 128**2 > _EXACT_IN_FLOAT32:  # float64 is exact for any whole image
-        blocks: Any = values.reshape(shape[0] * shape[1], 1, cells).astype(np.float64)
+        blocks: Any = values.reshape(-1, cells).astype(np.float64)
     else:
-        blocks = values.reshape(shape[0] * shape[1], -1, block).astype(np.float32)
+        blocks = values.reshape(-1, block).astype(np.float32)
     squares = np.vecdot(blocks, blocks)
     totals = blocks @ np.ones(blocks.shape[-1], blocks.dtype)
-    found = [part.sum(1, dtype=np.float64).astype(np.int64).reshape(shape) for part in (totals, squares)]
+    found = [part.astype(np.int64).reshape(*shape, -1).sum((0, 3)) for part in (totals, squares)]
     return found[0], found[1]
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.shards.layout import DIGEST_BYTES, Layout, PyramidEncoder
+from pipeline.shards.layout import DIGEST_BYTES, TOGETHER, Layout, PyramidEncoder
 from pipeline.shards.shard_set import FAST, SMALL
 from pipeline.shards.statistics import Moments
 
@@ -50,6 +50,7 @@ class ShardWriter:
         self._encoder = PyramidEncoder(layout)
         self._group = layout.empty(rows_per_group)
         self._rows: list[tuple[int, str, int, bytes]] = []
+        self._waiting: list[np.ndarray] = []  # the last images of the group, which are not encoded yet
         self._file = folder / f".{uuid.uuid4().hex}.tmp"
         self._writer: pq.ParquetWriter | None = None
 
@@ -60,24 +61,34 @@ class ShardWriter:
             row: Its number, unique in the split.
             path: Its path, relative to the source.
             label: Its class index, -1 for none.
-            image: Its pixels (C, H, W), uint8.
+            image: Its pixels (C, H, W), uint8. They must not change any more: some images are encoded together.
         """
         image = np.ascontiguousarray(image)
-        found = self._encoder.analyse(image)
-        if not self.layout.windows:
-            self.moments.add_found(found, image)
-        place = len(self._rows)
-        self._encoder.quantise(found, {level: values[place] for level, values in self._group.items()})
         self._rows.append((row, path, label, xxhash.xxh3_128_digest(image.data)))
         self.rows += 1
+        if self.layout.windows:
+            self._waiting.append(image)
+        else:
+            found = self._encoder.analyse(image)
+            self.moments.add_found(found, image)
+            place = len(self._rows) - 1
+            self._encoder.quantise(found, {level: values[place] for level, values in self._group.items()})
+        if len(self._waiting) == TOGETHER:
+            self._encode()
         if len(self._rows) == len(self._group[1]):
             self._flush()
+
+    def _encode(self) -> None:
+        end = len(self._rows)
+        rows = {level: values[end - len(self._waiting) : end] for level, values in self._group.items()}
+        self.moments.add_stored(self._encoder.encode(self._waiting, rows))
+        self._waiting = []
 
     def _flush(self) -> None:
         if not self._rows:
             return
-        if self.layout.windows:
-            self.moments.add_stored({level: values[: len(self._rows)] for level, values in self._group.items()})
+        if self._waiting:
+            self._encode()
         schema = self.layout.schema()
         if self._writer is None:
             self._writer = pq.ParquetWriter(

@@ -63,6 +63,16 @@ def test_public_loaders(pixels, tmp_path, stored):
         assert shards_public.read_rate(library, stored, folder, SIDE, WINDOW, 4, 0) > 0
 
 
+def test_the_parts_of_a_task_add_up(photo_folder, tmp_path):
+    """Fails where a part has another name in the code, or is counted twice: then the rest is negative."""
+    parts = shards_preparing.task_parts(str(photo_folder), str(tmp_path), repeats=1)
+    total = parts.pop("task")
+    assert sum(parts.values()) == pytest.approx(total)
+    measured = {name: ms for name, ms in parts.items() if name != "Parquet: compression"}  # too little to measure here
+    assert len(measured) == 9 and min(measured.values()) > 0, parts
+    assert not list(tmp_path.iterdir())
+
+
 def test_interleaved_and_ratios():
     order = []
 

@@ -899,6 +899,59 @@ def test_damage_raises_nothing_else(kind: str) -> None:
     assert slowest < 1
 
 
+def by_pillow(data: bytes, wanted: Pixels, monkeypatch: pytest.MonkeyPatch) -> np.ndarray | str:
+    """What Pillow alone makes of a JPEG: pixels, or the reason why not."""
+    with monkeypatch.context() as only_pillow:
+        only_pillow.setattr("pipeline.images.decode._whole_jpeg", lambda *_: None)
+        return pixels_or_reason(data, wanted)
+
+
+def pixels_or_reason(data: bytes, wanted: Pixels) -> np.ndarray | str:
+    try:
+        return decode_image(data, "a.jpg", wanted)
+    except RejectedImage as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_jpegs_in_full_size_have_pillows_pixels(
+    subsampling: str, progressive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where imagecodecs is not used, or decodes, upsamples or converts colours in another way."""
+    decoded = []
+    monkeypatch.setattr(
+        imagecodecs, "jpeg8_decode", lambda data, decode=imagecodecs.jpeg8_decode: decoded.append(1) or decode(data)
+    )
+    options = {"subsampling": subsampling, "progressive": progressive}
+    for quality, (width, height), exif in ((40, (97, 71), 6), (90, (64, 85), 1), (100, (127, 90), 3)):
+        about = Image.Exif()
+        about[0x0112] = exif
+        data = saved(photo(width, height), "JPEG", quality=quality, exif=about, restart_marker_blocks=3, **options)
+        for given in (data, data + b"anything after its end"):
+            np.testing.assert_array_equal(
+                decode_image(given, "", Pixels(48)), by_pillow(given, Pixels(48), monkeypatch)
+            )
+    assert len(decoded) == 6
+
+
+def test_damaged_jpegs_are_what_pillow_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where libjpeg reads beyond the end of a file, and makes up the rest of the image without a word."""
+    rng, wanted = random.Random(0), Pixels(24)
+    for progressive in (False, True):
+        whole = saved(photo(40, 40), "JPEG", quality=60, progressive=progressive)
+        ends = range(len(whole) - 2, 2, -7)
+        changed = []
+        for _ in range(100):
+            data = bytearray(whole)
+            for _ in range(rng.choice((1, 3))):
+                data[rng.randrange(2, len(data))] = rng.randrange(256)
+            changed.append(bytes(data))
+        for data in [*(whole[:end] for end in ends), *(whole[:end] + b"\xff\xd9" for end in ends), *changed]:
+            found, wants = pixels_or_reason(data, wanted), by_pillow(data, wanted, monkeypatch)
+            assert isinstance(found, str) == isinstance(wants, str) and np.array_equal(found, wants), (found, wants)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interruption_goes_through(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:

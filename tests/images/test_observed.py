@@ -50,6 +50,13 @@ def test_values_that_fill_little_of_their_range_are_said_with_the_setting():
     assert narrow_values([seen(dim, value_range=(0, 4095))]) == []
 
 
+def test_one_pixel_is_enough_to_fill_the_range():
+    """Fails where only some of the pixels are looked at."""
+    image = values(0, 9, "u1")
+    image[7, 17] = 200
+    assert narrow_values([seen(png(image))]) == []
+
+
 def test_the_share_of_pixels_outside_the_square_is_counted():
     state = seen(png(values(0, 255, "u1")), png(values(0, 255, "u1")[:, :16]))
     assert cropped_share([state, state]) == pytest.approx(1 - 512 / 768)

@@ -91,6 +91,19 @@ def assert_within_half_a_step(layout: Layout, images: np.ndarray) -> None:
         assert error <= layout.steps[level] / 2 + rounding
 
 
+@pytest.mark.parametrize("size", [32, 224])
+def test_images_that_are_encoded_together_are_so_as_they_would_be_alone(size):
+    """Of 32 px all levels together, of 224 px all but the finest; 11 fill one group and a part of the next."""
+    layout = Layout(size, 3, {1: 4, 2: 4, 3: 8, 4: 8, 5: 0.3})
+    images = np.random.default_rng(0).integers(0, 256, (11, 3, size, size), np.uint8)
+    together = PyramidEncoder(layout).encode(images)
+    for number in range(len(images)):
+        alone = PyramidEncoder(layout).encode(images[number : number + 1])
+        for level, values in alone.items():
+            np.testing.assert_array_equal(together[level][number], values[0])
+    assert_within_half_a_step(layout, images)
+
+
 def test_a_mirrored_image_is_the_mirrored_row():
     images = np.concatenate([photos(4), extremes()])
     stored, mirrored = PyramidEncoder(LAYOUT).encode(images), PyramidEncoder(LAYOUT).encode(images[..., ::-1])
@@ -134,8 +147,8 @@ def test_statistics_are_those_of_pywavelets_at_every_level(tmp_path, wavelet, ch
 def test_sums_are_exact_and_merge_in_any_order(images):
     stored = PyramidEncoder(LAYOUT).encode(images)
     parts = [Moments(LAYOUT), Moments(LAYOUT)]
-    for i in range(len(images)):
-        parts[i % 2].add_stored({level: values[i : i + 1] for level, values in stored.items()})
+    for i in range(0, len(images), 5):
+        parts[i % 2].add_stored({level: values[i : i + 5] for level, values in stored.items()})
     merged = Moments(LAYOUT)
     for part in reversed(parts):
         merged.merge(json.loads(json.dumps(part.state())))
