@@ -175,8 +175,8 @@ def _whole_jpeg(image: Image.Image, data: bytes, wanted: Pixels) -> np.ndarray |
     """Pixels (H, W, 3) of a colour JPEG that is decoded in full size, straight into an array; None for Pillow's way.
 
     Both use libjpeg-turbo with the same settings and give the same pixels, but Pillow decodes into its own memory with four
-    bytes a pixel, which is then copied: in all, 15 % of the time of decoding and resizing. Pillow keeps grey and CMYK, and
-    whatever may be damaged, for which it has the reasons.
+    bytes a pixel, which is then copied: a tenth of the time of decoding and resizing. Pillow keeps grey and CMYK, and what is
+    damaged, for which it has the reasons.
     """
     width, height = image.size
     scaled = min(width, height) >= 2 * wanted.size  # by `draft`

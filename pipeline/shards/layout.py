@@ -18,9 +18,9 @@ from wavemim.integer_haar import HaarSums, sums_dtype
 from wavemim.wavelets import BANDS, MODE, bands_of, coefficient_bound, is_haar
 
 DIGEST_BYTES = 16  # xxh3_128
-# The forward Haar of more bytes of pixels than these fills the cache. Of what is smaller so many are transformed together,
-# where else NumPy's calls would take most of the time.
-_LARGE, TOGETHER = 2**17, 8
+# The forward Haar of more bytes of pixels than _LARGE fills the cache. Of what is smaller, up to _TOGETHER images of in all
+# _AT_ONCE values are transformed in one call, where else NumPy's calls would take most of the time.
+_LARGE, _TOGETHER, _AT_ONCE = 2**17, 8, 2**19
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,9 @@ class PyramidEncoder:
 
     Haar works on sums, which are integers and 2^level times the coefficients: level 1 of a large image by itself, which
     fills the cache, all that is smaller for several images in one call. Other wavelets work on float32 coefficients.
+
+    Attributes:
+        together: Images that are encoded in one call of the transform.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -134,19 +137,21 @@ class PyramidEncoder:
         # coefficient = result of the transform / scale; stored integer = coefficient / step, rounded
         self.scale = {level: 2**level if layout.windows else 1 for level in layout.steps}
         self._scratch: dict[tuple[int, ...], np.ndarray] = {}
+        self.together = 1
         if not layout.windows:
             return
         channels, size, levels = layout.channels, layout.image_size, layout.levels
         large = channels * size**2 > _LARGE and levels > 1
         self._finest = HaarSums(channels, size, 1) if large else None
-        self._others = HaarSums(TOGETHER * channels, size, levels, first=2 if large else 1)
         side = size // 2 if large else size
-        self._inputs = np.zeros((TOGETHER, channels, side, side), sums_dtype(1) if large else np.uint8)
+        self.together = max(1, min(_TOGETHER, _AT_ONCE // (channels * side**2)))
+        self._others = HaarSums(self.together * channels, size, levels, first=2 if large else 1)
+        self._inputs = np.zeros((self.together, channels, side, side), sums_dtype(1) if large else np.uint8)
 
     def encode(
         self, images: Sequence[np.ndarray], out: Mapping[int, np.ndarray] | None = None
     ) -> dict[int, np.ndarray]:
-        """Encode n images (C, H, W), uint8; Haar is fastest for a multiple of `TOGETHER`.
+        """Encode n images (C, H, W), uint8; Haar is fastest for a multiple of `together`.
 
         Args:
             images: Their pixels.
@@ -156,8 +161,8 @@ class PyramidEncoder:
             The integers (n, C, K, h, w) of each level.
         """
         out = dict(out) if out is not None else self.layout.empty(len(images))
-        for first in range(0, len(images), TOGETHER):
-            some = images[first : first + TOGETHER]
+        for first in range(0, len(images), self.together):
+            some = images[first : first + self.together]
             rows = {level: values[first : first + len(some)] for level, values in out.items()}
             if self.layout.windows:
                 self._encode_haar(some, rows)
@@ -167,7 +172,7 @@ class PyramidEncoder:
         return out
 
     def _encode_haar(self, images: Sequence[np.ndarray], out: Mapping[int, np.ndarray]) -> None:
-        """Encode up to `TOGETHER` images."""
+        """Encode up to `together` images."""
         for number, image in enumerate(images):
             assert image.dtype == np.uint8, image.dtype
             if self._finest is None:
@@ -177,7 +182,7 @@ class PyramidEncoder:
             self._divide(1, sums[:, 1:], out[1][number])
             self._inputs[number] = sums[:, 0]
         for level, sums in self._others(self._inputs.reshape(-1, *self._inputs.shape[2:])).items():
-            several = sums.reshape(TOGETHER, self.layout.channels, *sums.shape[1:])[: len(images)]
+            several = sums.reshape(self.together, self.layout.channels, *sums.shape[1:])[: len(images)]
             self._divide(level, several, out[level])
 
     def analyse(self, image: np.ndarray) -> dict[int, np.ndarray]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from pipeline.shards.layout import DIGEST_BYTES, TOGETHER, Layout, PyramidEncoder
+from pipeline.shards.layout import DIGEST_BYTES, Layout, PyramidEncoder
 from pipeline.shards.shard_set import FAST, SMALL
 from pipeline.shards.statistics import Moments
 
@@ -73,7 +73,7 @@ class ShardWriter:
             self.moments.add_found(found, image)
             place = len(self._rows) - 1
             self._encoder.quantise(found, {level: values[place] for level, values in self._group.items()})
-        if len(self._waiting) == TOGETHER:
+        if len(self._waiting) == self._encoder.together:
             self._encode()
         if len(self._rows) == len(self._group[1]):
             self._flush()

@@ -91,12 +91,14 @@ def assert_within_half_a_step(layout: Layout, images: np.ndarray) -> None:
         assert error <= layout.steps[level] / 2 + rounding
 
 
-@pytest.mark.parametrize("size", [32, 224])
-def test_images_that_are_encoded_together_are_so_as_they_would_be_alone(size):
-    """Of 32 px all levels together, of 224 px all but the finest; 11 fill one group and a part of the next."""
+@pytest.mark.parametrize(("size", "at_once"), [(32, 8), (224, 8), (448, 3)])
+def test_images_that_are_encoded_together_are_so_as_they_would_be_alone(size, at_once):
+    """Of 32 px all levels together, of larger ones all but the finest; a group, and three images of the next."""
     layout = Layout(size, 3, {1: 4, 2: 4, 3: 8, 4: 8, 5: 0.3})
-    images = np.random.default_rng(0).integers(0, 256, (11, 3, size, size), np.uint8)
-    together = PyramidEncoder(layout).encode(images)
+    images = np.random.default_rng(0).integers(0, 256, (at_once + 3, 3, size, size), np.uint8)
+    encoder = PyramidEncoder(layout)
+    assert encoder.together == at_once
+    together = encoder.encode(images)
     for number in range(len(images)):
         alone = PyramidEncoder(layout).encode(images[number : number + 1])
         for level, values in alone.items():
