@@ -176,7 +176,7 @@ def test_results_are_not_lost_in_the_folder_of_a_job(head: Head, checkout: Path,
 @pytest.mark.faults
 @pytest.mark.timeout(800)
 def test_stopping_a_job_saves_a_checkpoint_from_which_the_next_job_resumes(
-    head: Head, photo_folder: Path, tmp_path: Path
+    head: Head, checkout: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     """Also with `ray job stop` and a job that was submitted without `wavemim submit`: nothing has to be set for it."""
     settings = ["-r", "small32", f"out={tmp_path / 'out'}", "data.image_size=32", "data.levels=3", "train.workers=1"]
@@ -186,16 +186,8 @@ def test_stopping_a_job_saves_a_checkpoint_from_which_the_next_job_resumes(
     images = []
     for submitted in ("ray", "wavemim"):
         if submitted == "ray":
-            command = [
-                "job",
-                "submit",
-                "--no-wait",
-                "--address",
-                head.url,
-                "--working-dir",
-                str(ROOT / "tests" / "runtime"),
-            ]
-            command += ["--", "env", f"PYTHONPATH={ROOT}", "python", "-m", "wavemim", "pretrain", *settings]
+            command = ["job", "submit", "--no-wait", "--address", head.url, "--working-dir", str(checkout)]
+            command += ["--", "wavemim", "pretrain", *settings]
             done = subprocess.run([str(BIN / "ray"), *command], env=head.environment, capture_output=True, text=True)
         else:
             done = wavemim_on(head, tmp_path, "submit", "--detach", "pretrain", *settings)
