@@ -173,39 +173,43 @@ def test_results_are_not_lost_in_the_folder_of_a_job(head: Head, checkout: Path,
     assert "Traceback" not in done.stdout
 
 
+def losses(folder: Path) -> int:
+    """Lines of a run's metrics that training has written."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("train/loss") if metrics.exists() else 0
+
+
 @pytest.mark.faults
-@pytest.mark.timeout(800)
+@pytest.mark.timeout(1000)
 def test_stopping_a_job_saves_a_checkpoint_from_which_the_next_job_resumes(
-    head: Head, photo_folder: Path, tmp_path: Path
+    head: Head, checkout: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     """Also with `ray job stop` and a job that was submitted without `wavemim submit`: nothing has to be set for it."""
     settings = ["-r", "small32", f"out={tmp_path / 'out'}", "data.image_size=32", "data.levels=3", "train.workers=1"]
-    settings += ["train.epochs=100000", "train.checkpoint_minutes=null", "train.checkpoint_every=100000"]
+    settings += [
+        "train.log_every=2",
+        "train.epochs=100000",
+        "train.checkpoint_minutes=null",
+        "train.checkpoint_every=100000",
+    ]
     assert wavemim_on(head, tmp_path, "submit", "prepare", *settings, f"images={photo_folder}").returncode == 0
     folder = tmp_path / "out" / "runs" / "small32" / "pretrain"
     images = []
     for submitted in ("ray", "wavemim"):
         if submitted == "ray":
-            command = [
-                "job",
-                "submit",
-                "--no-wait",
-                "--address",
-                head.url,
-                "--working-dir",
-                str(ROOT / "tests" / "runtime"),
-            ]
-            command += ["--", "env", f"PYTHONPATH={ROOT}", "python", "-m", "wavemim", "pretrain", *settings]
+            command = ["job", "submit", "--no-wait", "--address", head.url, "--working-dir", str(checkout)]
+            command += ["--", "wavemim", "pretrain", *settings]
             done = subprocess.run([str(BIN / "ray"), *command], env=head.environment, capture_output=True, text=True)
         else:
             done = wavemim_on(head, tmp_path, "submit", "--detach", "pretrain", *settings)
         assert done.returncode == 0, done.stdout + done.stderr
         job = re.search(r"raysubmit_\w+", done.stdout + done.stderr)[0]
-        until = time.monotonic() + 300
-        while "pretrain of small32" not in (shown := wavemim_on(head, tmp_path, "status").stdout):
-            assert time.monotonic() < until, shown
+        until, trained = time.monotonic() + 400, losses(folder)
+        while losses(folder) == trained:
+            assert time.monotonic() < until, wavemim_on(head, tmp_path, "logs", job).stdout
             time.sleep(1)
-        assert job in shown and "images/s" in shown and "left" in shown
+        shown = wavemim_on(head, tmp_path, "status").stdout
+        assert f"{job}  pretrain of small32" in shown and "images/s" in shown and "left" in shown
         stop = [str(BIN / "ray"), "job", "stop", "--address", head.url, job]
         subprocess.run(stop, env=head.environment, check=True, capture_output=True, timeout=180)
         assert wavemim_on(head, tmp_path, "logs", "--follow", job).returncode == 143

@@ -80,6 +80,8 @@ def answered(address: str) -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:  # of what reads the output
+        raise
     except AuthenticationError:
         raise SettingError(
             f"{address}: the cluster did not accept the authentication token; set RAY_AUTH_MODE=token, and "

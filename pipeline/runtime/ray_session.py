@@ -246,6 +246,7 @@ def quiet_ray_data(*, in_order: bool = False) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []  # prepare asks for less memory than it uses, to keep off GPU machines
     context.execution_options.preserve_order = in_order
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray_internals.silence_data_progress()

@@ -99,8 +99,9 @@ def prepare(folder: Path, stage: str, given: dict[str, Any], recipe: Recipe, inc
     command = ["python", "-m", "wavemim", stage, "--recipe", _send_recipe(folder, given["recipe"])]
     command += [option for option in ("--quiet", "--dry-run") if given.get(option[2:].replace("-", "_"))]
     command += given["settings"]
-    if any(_is_local_file(space) for space in recipe.tune.space):
-        names = [_send(folder, space) if _is_local_file(space) else space for space in recipe.tune.space]
+    spaces = (recipe.tune.space,) if isinstance(recipe.tune.space, str) else recipe.tune.space
+    if any(_is_local_file(space) for space in spaces):
+        names = [_send(folder, space) if _is_local_file(space) else space for space in spaces]
         command.append(f"tune.space={yaml.safe_dump(names, default_flow_style=True).strip()}")
     else:
         command += [argument for space in given.get("space", ()) for argument in ("--space", space)]

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
-from pipeline.runtime import interrupts
+from pipeline.runtime import interrupts, ray_job
 from pipeline.runtime.ray_internals import torch_trainer
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
 from pipeline.shards.shard_set import ShardSet
@@ -109,7 +109,8 @@ def _stop(fitting: Future[Any], recipe: Recipe, folder: Path, what: str) -> None
     if interrupts.interrupted() and recipe.train.hang_timeout is not None and not started(folder):
         return  # they would first come up, which takes long
     (folder / STOP).touch()
-    with interrupts.saving(lambda: any(folder.glob(f".images-*{PARTIAL}"))):
+    in_job = ray_job.submission_id() is not None  # nobody waits at a terminal: a step under way may take its time
+    with interrupts.saving(lambda: in_job or any(folder.glob(f".images-*{PARTIAL}"))):
         _ended(fitting, folder, what)
 
 

@@ -103,6 +103,18 @@ def test_files_that_settings_name_are_sent_and_named_as_in_the_job(monkeypatch, 
     assert there.given >= recipe.given
 
 
+def test_a_single_space_of_ones_own_is_sent_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ratios.yaml").write_text("mask.ratio: {values: [0.5]}\n")
+    settings = (*ON_CLUSTER, "tune.space=ratios.yaml")
+    folder = tmp_path / "job"
+    folder.mkdir()
+    command = unpacked(
+        submit.prepare(folder, "tune", {"recipe": "small", "settings": settings}, load("small", settings))
+    )
+    assert yaml.safe_load(command[-1].partition("=")[2]) == ["ratios.yaml"] and (folder / "ratios.yaml").is_file()
+
+
 MISTAKES = [
     (["prepare", "images=/mnt/photos"], "out=wavemim-out: in a Ray job"),
     (["prepare", "images=photos", "out=/mnt/out"], "images=photos: in a Ray job"),
