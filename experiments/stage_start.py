@@ -1,0 +1,42 @@
+"""Table: "What a stage costs beside its work" in benchmarks/RESULTS.md: seconds of a stage that are not training, by part.
+
+    python experiments/stage_start.py --shards SHARDS
+
+SHARDS: a shard set of 32-px or 64-px images; published for CIFAR-10 at 32 px. Published on two cores of an AMD EPYC (24 GiB),
+beside one test, 2026-11-29, commit 21a013e, medians of three runs. About 3 minutes there, and one with --quick. Seconds are
+shown and not checked, as they depend on the machine.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from harness import Call, Expected, Experiment, benchmark, main
+
+
+def commands(call: Call) -> list[list[str]]:
+    """One call of the benchmark."""
+    repeats = call.either(("--repeats", 3), ("--repeats", 1))
+    return [benchmark("start", "--shards", call.shards, "--json", call.out / "result.json", *repeats)]
+
+
+EXPERIMENT = Experiment(
+    tables=(("What a stage costs beside its work: `benchmarks/start.py`", "name"),),
+    inputs=("shards",),
+    commands=commands,
+    expected=(
+        Expected("stage_overhead_s", 27.1, ("stage_overhead_s",)),
+        Expected("imports and checks, s", 5.1, ("parts", "imports and checks")),
+        Expected("the start of Ray, s", 3.9, ("parts", "Ray")),
+        Expected("MLflow's store, s", 3.6, ("parts", "MLflow")),
+        Expected("Ray Train's controller, s", 4.5, ("parts", "controller")),
+        Expected("the worker, s", 4.1, ("parts", "worker")),
+        Expected("the end, s", 5.5, ("parts", "end")),
+        Expected("CPU seconds until training", 22.5, ("stage_cpu_s",)),
+        Expected("help_s", 0.07, ("help_s",)),
+        Expected("cli_start_s", 0.23, ("cli_start_s",)),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(EXPERIMENT, __doc__))
