@@ -130,21 +130,30 @@ class Paths:
 
     def __init__(self) -> None:
         self._chunks: list[pa.Array] = []
+        self._text, self._lengths = bytearray(), list[np.ndarray]()  # of the next chunk, which grows in place
         self._open: list[str] = []
 
     def add(self, names: Iterable[str]) -> None:
         """Append names. Raises UnicodeEncodeError if one is not valid UTF-8."""
         self._open += names
         if len(self._open) >= _CHUNK:
-            self._close()
+            self._encode()
 
-    def _close(self) -> None:
-        self._chunks.append(pa.array(self._open, pa.large_string()))
+    def _encode(self) -> None:
+        encoded = [name.encode() for name in self._open]
+        self._text += b"".join(encoded)
+        self._lengths.append(np.fromiter(map(len, encoded), np.int32, len(encoded)))
         self._open = []
 
     def column(self) -> pa.ChunkedArray:
         """All names, in the order in which they were added."""
-        self._close()
+        self._encode()
+        if count := sum(map(len, self._lengths)):
+            ends = np.zeros(count + 1, np.int64)
+            np.cumsum(np.concatenate(self._lengths), out=ends[1:])
+            buffers = [None, pa.py_buffer(ends), pa.py_buffer(self._text)]
+            self._chunks.append(pa.Array.from_buffers(pa.large_string(), count, buffers))
+            self._text, self._lengths = bytearray(), []
         return pa.chunked_array(self._chunks, pa.large_string())
 
 
