@@ -73,9 +73,11 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     shards, workers = checked.shards, recipe.train.workers
     check_room(recipe, session, least_workers(recipe, workers))
     same = _identity(recipe, shards)
-    place = recipe.stage_dir("pretrain")
+    place, home = recipe.stage_dir("pretrain"), recipe.stage_home("pretrain")
     with (
-        stage_folder(place, same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force) as folder,
+        stage_folder(
+            place, same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force, home=home
+        ) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:
@@ -170,9 +172,10 @@ def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Trac
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What pretraining wrote, and where."""
     folder = recipe.stage_dir("pretrain")
+    last, picture = (recipe.place_of(folder / result[name]) for name in ("checkpoint", "reconstruction"))
     return (
-        f"pretrain: {result['images_seen']:,} images seen → {folder / result['checkpoint']} ({result['state']}); "
-        f"picture: {folder / result['reconstruction']}{_parts(result.get('parts', []))}"
+        f"pretrain: {result['images_seen']:,} images seen → {last} ({result['state']}); "
+        f"picture: {picture}{_parts(result.get('parts', []))}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from pipeline.config.recipe import Recipe
 from pipeline.runtime import interrupts
+from pipeline.runtime.out_folder import check_nodes, prepare_out
 from pipeline.runtime.ray_session import ray_session
 
 WITHOUT_RAY = frozenset({"export"})
@@ -75,6 +76,7 @@ def run_stages(
         StageError: A stage could not finish.
     """
     check_settings(stages.values(), recipe)
+    prepare_out(recipe, say)
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         session = None
@@ -88,6 +90,7 @@ def run_stages(
                     session = None
                 elif session is None:
                     session = stack.enter_context(ray_session(recipe.cluster))
+                    check_nodes(recipe, session)
                     outcome.seconds["start"] = time.perf_counter() - starting
                     began += outcome.seconds["start"]
                 with interrupts.handlers_kept():

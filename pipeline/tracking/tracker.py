@@ -44,7 +44,7 @@ def store_uri(recipe: Recipe) -> str:
     return (
         store_uris.absolute_uri(uri)
         if uri
-        else store_uris.sqlite_uri(Path(recipe.out).expanduser().absolute() / "mlflow.db")
+        else store_uris.sqlite_uri(recipe.local_out.expanduser().absolute() / "mlflow.db")
     )
 
 

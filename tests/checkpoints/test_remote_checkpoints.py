@@ -49,7 +49,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(locks, "PAUSE", 0.05)
     monkeypatch.setattr(locks, "RENEW", 0.1)
     monkeypatch.setattr(locks, "STALE", 2.0)
-    monkeypatch.setattr(uploader, "_LOOK", 0.3)
+    monkeypatch.setattr(locks, "_LOOK", 0.3)
     monkeypatch.setattr(uploader, "_RETRIES", (0.01, 0.01))
 
 
