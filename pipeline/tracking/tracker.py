@@ -63,7 +63,7 @@ class RunHandle:
     """What another process needs to log to a run. Plain strings, so that it can be pickled.
 
     Attributes:
-        uri: Of the store.
+        uri: Of the store; "" where another process sends what is logged.
         run_id: MLflow's id; "" while MLflow does not know the run.
         log_file: The journal's metrics.jsonl; the rest of the journal is in the same folder.
     """
@@ -245,6 +245,10 @@ class Tracker:
         if not sent and not self._warned:
             self._warn("does not accept everything in time")
 
+    def wake(self) -> None:
+        """Send what others have written to the journal; returns immediately."""
+        self._thread.wake()
+
     def flush(self, seconds: float) -> bool:
         """Send at once. Returns whether all that was logged has been sent within so many seconds."""
         return self._thread.flush(seconds)
@@ -267,6 +271,8 @@ class Tracker:
 
     def _send(self, urgent: bool) -> bool | None:
         """Send what there is. Returns whether that succeeded; None if another process is sending."""
+        if not self._handle.uri:
+            return True
         try:
             self._sender.send(wait=_END_LIMIT if urgent else 0.0, files=urgent)
         except Busy:

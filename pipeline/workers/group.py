@@ -23,8 +23,9 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.tracker import RunHandle
 from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of, started
 from pipeline.workers.log_forwarding import showing
+from pipeline.workers.relay import STOP, receiving
 from pipeline.workers.unreadable import forget
-from pipeline.workers.worker import STOP, Loop, train_worker
+from pipeline.workers.worker import Loop, train_worker
 from wavemim.atomic import PARTIAL
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def train_on_workers(
         loop: Function of a module, which the workers import.
         recipe: The settings.
         session: The running Ray.
-        folder: The stage's folder, which all nodes share.
+        folder: The stage's folder, which all nodes share unless the out folder is in an object store.
         shards: The shard set.
         handle: MLflow run that rank 0 logs to.
         store: Second place for the checkpoints.
@@ -72,21 +73,29 @@ def train_on_workers(
         KeyboardInterrupt: Training was stopped.
     """
     forget(folder)
-    config = {
-        **more,
-        "loop": loop,
-        "recipe": recipe.dump(),
-        "folder": str(folder.absolute()),
-        "shards": shards.folder.url,
-        "handle": handle,
-        "store": store,
-        "reader_threads": reader_threads,
-    }
-    trainer = _trainer(config, recipe, session, folder, workers)
-    with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), showing(folder):
-        ended = _fit(trainer, recipe, folder, what)
+    with (
+        receiving(folder, handle, needed=recipe.home is not None and not session.private) as relay,
+        ending_hung_workers(folder, recipe.train.hang_timeout, end_process),
+        showing(folder),
+    ):
+        config = {
+            **more,
+            "loop": loop,
+            "recipe": recipe.dump(),
+            "folder": str(folder.absolute()),
+            "shards": shards.folder.url,
+            "handle": handle,
+            "relay": relay,
+            "store": store,
+            "reader_threads": reader_threads,
+        }
+        ended = _fit(_trainer(config, recipe, session, folder, workers), recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
+    if store is not None and recipe.home is not None:
+        if ended.get("uncopied"):
+            raise StageError(f"{ended['uncopied']}; the same command copies it")
+        store.restore(folder, best=recipe.train.keep_best is not None)  # where rank 0 was on another node
     return ended.get("value")
 
 
@@ -95,7 +104,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, recipe: Recipe, folder: Path, wh
     (folder / STOP).unlink(missing_ok=True)
     fitting = interrupts.beside_main(trainer.fit)
     try:
-        return _ended(fitting, folder, what)
+        return _ended(fitting, recipe.place_of(folder), what, warn=recipe.home is None)
     except KeyboardInterrupt:
         _stop(fitting, recipe, folder, what)
         raise
@@ -108,20 +117,21 @@ def _stop(fitting: Future[Any], recipe: Recipe, folder: Path, what: str) -> None
     if interrupts.interrupted() and recipe.train.hang_timeout is not None and not started(folder):
         return  # they would first come up, which takes long
     (folder / STOP).touch()
-    with interrupts.saving(lambda: any(folder.glob(f".images-*{PARTIAL}"))):
-        _ended(fitting, folder, what)
+    home = recipe.home is not None  # the checkpoint has to reach it, perhaps from another node
+    with interrupts.saving(lambda: home or any(folder.glob(f".images-*{PARTIAL}"))):
+        _ended(fitting, recipe.place_of(folder), what, warn=True)
 
 
-def _ended(fitting: Future[Any], folder: Path, what: str) -> dict[str, Any]:
+def _ended(fitting: Future[Any], kept: str, what: str, *, warn: bool) -> dict[str, Any]:
     """What `train_worker` returned on rank 0, once Ray Train ends. Raises StageError if training has failed."""
     try:
         ended: dict[str, Any] = fitting.result().return_value or {}  # of Train V2
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {folder}") from error
-    if ended.get("uncopied"):
+        raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {kept}") from error
+    if warn and ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
-        raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {folder}")
+        raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {kept}")
     return ended
 
 
