@@ -100,7 +100,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.place}
         with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             images = subject.images_seen or 0
-            with measuring_tasks(folder.path, tracker.log, images) as meter:
+            with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:
                 measured, matrices = _Tasks(recipe, checked, uses_gpu(recipe, session), meter).run(progress)
             for which, values in measured.items():
                 ending = "" if which == "trained" else f"_{which}"

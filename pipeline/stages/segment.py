@@ -126,7 +126,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress:
         ) as tracker:
             tokens.mkdir()
             images = plan.subject.images_seen or 0
-            with measuring_tasks(folder.path, tracker.log, images) as meter:
+            with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:
                 try:
                     encoded = _encode(recipe, plan, session, tokens, meter, progress)
                     classes = _classes(recipe, plan, encoded)

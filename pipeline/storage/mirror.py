@@ -44,7 +44,20 @@ LAST = (
 _CHECKPOINT, _BEST = "images-", "best.json"  # directly in the folder: copied by others
 # Of use to the processes of this machine only.
 _LOCAL = frozenset(
-    {OWNER, WRITER, _BEST, ".beats", ".mlflow.lock", ".ray", ".stop", ".store.json", ".tokens", "ray", "trials"}
+    {
+        OWNER,
+        WRITER,
+        _BEST,
+        ".beats",
+        ".mlflow.lock",
+        ".costs",
+        ".ray",
+        ".stop",
+        ".store.json",
+        ".tokens",
+        "ray",
+        "trials",
+    }
 )
 _LARGE = 64 << 20  # bytes from which a file is mapped instead of read: those do not change once they are written
 # Seconds: between two copies, also after a failure; bytes per second that copies may take on average.
@@ -65,6 +78,7 @@ class Mirror:
             owner: Id of the mark with which this process owns `home`; "" if nobody else writes there.
         """
         self.home, self.local, self.owner = home, local, owner
+        self.id = ""  # of the local copy, in its WRITER
         self._known: dict[str, Stamp] = {}  # files that the store has, as they were when they were copied
         self._turn = threading.Lock()
         self._next, self._woken, self._failures = 0.0, False, 0
@@ -79,7 +93,7 @@ class Mirror:
         """
         mine, known = self._read_writer()
         if mine and mine == _parsed(self._theirs()).get("id"):
-            self._known = known
+            self.id, self._known = mine, known
             return
         self.local.mkdir(parents=True, exist_ok=True)
         Folder.at(self.local).clear()
@@ -183,13 +197,13 @@ class Mirror:
 
     def _claim(self) -> None:
         """Make this copy the one that is written to the store from now on."""
-        self._id = uuid.uuid4().hex
+        self.id = uuid.uuid4().hex
         self._save()
-        self.home.write(WRITER, json.dumps({"id": self._id}).encode())
+        self.home.write(WRITER, json.dumps({"id": self.id}).encode())
 
     def _save(self) -> None:
         with contextlib.suppress(OSError), new_file(self.local / WRITER) as partial:
-            partial.write_text(json.dumps({"id": self._id, "files": self._known}))
+            partial.write_text(json.dumps({"id": self.id, "files": self._known}))
 
     def _theirs(self) -> bytes:
         with contextlib.suppress(FileNotFoundError):
@@ -199,8 +213,7 @@ class Mirror:
     def _read_writer(self) -> tuple[str, dict[str, Stamp]]:
         try:
             found = _parsed((self.local / WRITER).read_bytes())
-            self._id = str(found["id"])
-            return self._id, {name: (int(size), int(at)) for name, (size, at) in found["files"].items()}
+            return str(found["id"]), {name: (int(size), int(at)) for name, (size, at) in found["files"].items()}
         except (OSError, KeyError, TypeError, ValueError):
             return "", {}
 
@@ -226,11 +239,12 @@ def mirrored(home: Folder, local: Path, what: str = "a stage") -> Iterator[Mirro
         mirror.pull()
         with pushing(mirror):
             yield mirror
+        mirror.finish()
 
 
 @contextlib.contextmanager
 def pushing(mirror: Mirror) -> Iterator[None]:
-    """Copy what changes while the block runs. Raises StageError at its end if something could not be copied."""
+    """Copy what changes while the block runs, and once more if it raises; at its end `Mirror.finish` is to be called."""
     with Periodic(mirror.attempt, 1.0, name="mirror", join=0.1):
         try:
             yield
@@ -240,7 +254,13 @@ def pushing(mirror: Mirror) -> Iterator[None]:
             except (StageError, SettingError, OSError) as error:
                 log.warning("%s; what is missing there is in %s, and the same command copies it", error, mirror.local)
             raise
-    mirror.finish()
+
+
+def copy_id(local: Path) -> str:
+    """Id of the local copy of a folder in a store, by which a process sees whether it is on the same machine; "" for none."""
+    with contextlib.suppress(OSError):
+        return str(_parsed((local / WRITER).read_bytes()).get("id", ""))
+    return ""
 
 
 def _is_left_out(name: str) -> bool:
