@@ -36,7 +36,7 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 # so that at most two Rays run at a time. They come first, as they take longest.
 _WITH_RAY = (
     ("test_pretrain.py", "test_finetune_faults.py"),
-    ("test_interrupts_faults.py",),
+    ("test_interrupts_faults.py", "test_home_faults.py"),
     ("test_stages.py", "test_specimens.py", "test_tune_search.py", "test_tune_engine.py", "test_tune_faults.py"),
     (
         "test_prepare.py",

@@ -127,8 +127,24 @@ class Copier:
     again with the next checkpoint, and by `finish`.
     """
 
-    def __init__(self, store: CheckpointStore, local: Path, *, keep: int, best: bool) -> None:
-        self.store, self.local, self.keep, self.best = store, local, keep, best
+    def __init__(
+        self,
+        store: CheckpointStore,
+        local: Path,
+        *,
+        keep: int,
+        best: bool,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            store: The second place.
+            local: The folder with the checkpoints.
+            keep: How many of the last ones stay in the store.
+            best: Whether the best one stays there too.
+            before: Called before a copied checkpoint becomes complete, to copy what was logged up to it.
+        """
+        self.store, self.local, self.keep, self.best, self._before = store, local, keep, best, before
         self.failures, self.error = 0, ""  # attempts in a row that failed, and why the last one did
         self.lock = threading.Lock()
         self.holding: frozenset[str] = frozenset()  # what is being copied and must stay; changed under the lock
@@ -240,6 +256,7 @@ class Copier:
             with open(self.local / name / file, "rb") as source:
                 mapped: Any = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
                 folder.write(f"{name}/{file}", mapped)
+        self._before()
         folder.write(mark, state)
 
     def _remove(self, images: int, best: str | None) -> None:

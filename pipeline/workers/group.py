@@ -86,6 +86,7 @@ def train_on_workers(
             "shards": shards.folder.url,
             "handle": handle,
             "relay": relay,
+            "home": recipe.stage_home(folder.name),
             "store": store,
             "reader_threads": reader_threads,
         }

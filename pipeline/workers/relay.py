@@ -15,8 +15,9 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.config.places import CACHE
 from pipeline.periodic import Periodic
 from pipeline.retry import attempts
 from pipeline.runtime.usage import Spent, spent_in
+from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking.sender import METRICS
 from pipeline.tracking.tracker import RunHandle, Tracker
@@ -46,7 +48,7 @@ _PREFIX = "wavemim-worker-"  # of the folders of workers
 
 @dataclass(frozen=True)
 class Relay:
-    """Where a worker finds the actor. Small, and can be pickled."""
+    """Where a worker of a run in a store finds the actor. Small, and can be pickled."""
 
     node: str  # id of the driver's node
     actor: str  # name of the actor
@@ -67,6 +69,7 @@ class Place:
     handle: RunHandle
     spent: Spent
     elsewhere: bool = False
+    copy_journal: Callable[[], object] = lambda: None  # to the store, before a checkpoint there is complete
 
 
 class Receiver:
@@ -84,6 +87,10 @@ class Receiver:
         with contextlib.suppress(OSError):
             note = (self._folder / unreadable.NOTE).read_bytes()
         return note, spent_in(self._folder)
+
+    def copy_journal(self, home: Folder) -> None:
+        """Copy the metrics to the store."""
+        copy_journal(self._folder, home)
 
     def take(self, sender: str, lines: dict[str, tuple[int, bytes]], files: dict[str, bytes | None]) -> bool:
         """Write what a worker has sent.
@@ -113,6 +120,12 @@ class Receiver:
             self._tracker = self._tracker or Tracker.attach(self._handle)
             self._tracker.wake()
         return (self._folder / STOP).exists()
+
+
+def copy_journal(folder: Path, home: Folder) -> None:
+    """Copy the metrics in a stage's folder to the store, ahead of what the driver does every few seconds."""
+    with contextlib.suppress(FileNotFoundError):
+        home.write(METRICS, (folder / METRICS).read_bytes())
 
 
 class _Sending:
@@ -153,6 +166,12 @@ class _Sending:
             (self._folder / STOP).touch() if stops else (self._folder / STOP).unlink(missing_ok=True)
         return True
 
+    def copy_journal(self, home: Folder) -> None:
+        """Send what is new, and have the metrics copied to the store."""
+        self.send()
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver does it some seconds later
+            ray.get(self._actor.copy_journal.remote(home), timeout=3 * _PATIENCE)
+
     def finish(self) -> None:
         """Send the rest."""
         any(self.send() for _ in attempts(_RETRIES))
@@ -191,19 +210,21 @@ def receiving(folder: Path, handle: RunHandle, *, needed: bool) -> Iterator[Rela
 
 
 @contextlib.contextmanager
-def working(folder: Path, handle: RunHandle, relay: Relay | None) -> Iterator[Place]:
+def working(folder: Path, handle: RunHandle, relay: Relay | None, home: str | None) -> Iterator[Place]:
     """In a worker: where it works while the block runs.
 
     Args:
         folder: The stage's folder on the driver's node.
         handle: Of the driver's tracker.
-        relay: Where the actor is; None if all nodes share the folder.
+        relay: Where the actor is; None if there is none, because all nodes share the folder or there is one node.
+        home: URL of the stage's folder in a store, if it is in one.
 
     Yields:
         The place. A folder of its own is removed at the end, unless the file `KEPT` is in it.
     """
     if relay is None or relay.node == ray.get_runtime_context().get_node_id():
-        yield Place(folder, handle, spent_in(folder))
+        here = Place(folder, handle, spent_in(folder))
+        yield here if home is None else replace(here, copy_journal=partial(copy_journal, folder, Folder.at(home)))
         return
     actor: Any = ray.get_actor(relay.actor)
     begun: tuple[bytes | None, Spent] = ray.get(actor.begin.remote(), timeout=3 * _PATIENCE)
@@ -214,7 +235,9 @@ def working(folder: Path, handle: RunHandle, relay: Relay | None) -> Iterator[Pl
     try:
         with Periodic(sending.send, _EVERY, name="relay", join=_PATIENCE):
             # Without an address it sends nothing to MLflow: the driver's node does.
-            yield Place(own, replace(handle, uri="", log_file=str(own / METRICS)), spent, elsewhere=True)
+            handle = replace(handle, uri="", log_file=str(own / METRICS))
+            copy = partial(sending.copy_journal, Folder.at(home or ""))
+            yield Place(own, handle, spent, elsewhere=True, copy_journal=copy)
     finally:
         sending.finish()
         if not (own / KEPT).exists():

@@ -65,7 +65,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     rank = ray.train.get_context().get_world_rank()
     with (
-        working(Path(config["folder"]), config["handle"], config["relay"]) as place,
+        working(Path(config["folder"]), config["handle"], config["relay"], config["home"]) as place,
         _reporting(place.folder, rank, config["recipe"]["train"]["hang_timeout"]) as heartbeat,
     ):
         lost = still_unreadable(place.folder, config["shards"]) if rank == 0 else ""
@@ -134,7 +134,9 @@ class _Saving:
         self._keeper: Keeper | None = None
         if rank == 0:
             keep, best = recipe.train.keep_checkpoints, recipe.train.keep_best
-            uploader = Copier(store, folder, keep=keep, best=best is not None) if store is not None else None
+            uploader = None
+            if store is not None:
+                uploader = Copier(store, folder, keep=keep, best=best is not None, before=place.copy_journal)
             self._tracker = Tracker.attach(place.handle)
             self._keeper = Keeper(folder, keep=keep, best=best, uploader=uploader)
 
