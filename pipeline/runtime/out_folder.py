@@ -34,13 +34,11 @@ def prepare_out(recipe: Recipe, say: Callable[[str], object] = print) -> None:
     check_scheme(recipe.home)
     home = Folder.at(recipe.home)
     home.kind()
-    uri = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
-    runs = (
-        ""
-        if uri
-        else "; MLflow's runs are only in mlflow.db there (tracking.uri= names a server), and wavemim sync copies them"
-    )
-    say(f"out={home}: this machine's copy is {recipe.local_out}{runs}")
+    copy = f"out={home}: this machine's copy is {recipe.local_out}"
+    if recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip():
+        say(copy)
+    else:
+        say(f"{copy}, with MLflow's mlflow.db; wavemim sync {home} tracking.uri=URI sends its runs to a server")
 
 
 def check_nodes(recipe: Recipe, session: SessionInfo) -> None:

@@ -23,7 +23,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,8 @@ class Mirror:
             return
         self.local.mkdir(parents=True, exist_ok=True)
         Folder.at(self.local).clear()
-        for folder, names in list(self.home.tree(hidden=True)):
-            for name in (f"{folder}/{name}" if folder else name for name in names):
-                if _is_left_out(name):
-                    continue
-                with new_file(self.local / name) as partial:
-                    self.home.get(name, partial)
-                self._known[name] = _stamp(self.local / name)
+        names = fetch_all(self.home, self.local, lambda name: not _is_left_out(name))
+        self._known = {name: _stamp(self.local / name) for name in names}
         self._claim()
 
     def clear(self) -> None:
@@ -254,6 +249,29 @@ def pushing(mirror: Mirror) -> Iterator[None]:
             except (StageError, SettingError, OSError) as error:
                 log.warning("%s; what is missing there is in %s, and the same command copies it", error, mirror.local)
             raise
+
+
+def fetch_all(home: Folder, local: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """Copy the files below a folder in a store, also hidden ones, to a local one; returns their names.
+
+    Args:
+        home: The folder in the store.
+        local: The local folder.
+        wanted: Whether a file is copied, by its path relative to the folder.
+
+    Raises:
+        StorageError: The store does not answer, or failed.
+        SettingError: It denies access.
+        OSError: The local disk cannot be written.
+    """
+    found = []
+    for folder, names in list(home.tree(hidden=True)):
+        for name in (f"{folder}/{name}" if folder else name for name in names):
+            if wanted(name):
+                with contextlib.suppress(FileNotFoundError), new_file(local / name) as partial:  # removed meanwhile
+                    home.get(name, partial)
+                    found.append(name)
+    return found
 
 
 def copy_id(local: Path) -> str:
