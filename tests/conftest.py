@@ -45,6 +45,7 @@ _WITH_RAY = (
         "test_segmentation.py",
         "test_job_submit.py",
         "test_ray_session.py",
+        "test_out_folder.py",
         "test_evaluate_pools.py",
         "test_benchmark_sweep.py",
         "test_unusual_machine.py",

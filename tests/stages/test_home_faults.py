@@ -33,7 +33,7 @@ TINY = [
         "train.workers=1",
     ),
     *("train.checkpoint_every=3", "train.log_every=7", "tracking.system_metrics=false", "name=run"),
-    *("evaluate.protocols=[linear, rank]", "evaluate.probe_strengths=[0.1]"),
+    *("evaluate.protocols=[rank]"),
     *(
         "tune.space=mask_ratio",
         "tune.trials=1",
@@ -45,12 +45,12 @@ TINY = [
 ]
 
 
-def wait_for(condition, process, seconds=400):
+def wait_for(condition, process, seconds=600):
     ends = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < ends, "not in time"
-        time.sleep(0.2)
+        time.sleep(1)
 
 
 def kill_all(process):
@@ -62,19 +62,19 @@ def kill_all(process):
     process.communicate(timeout=60)
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2000)
 def test_a_run_whose_machine_is_lost_goes_on_elsewhere_as_if_undisturbed(photo_folder, tmp_path, monkeypatch):
     """kill -9 of everything during pretraining, and the local copy is gone: the same losses and weights, bit for bit."""
     with s3_server() as endpoint:
         home = new_bucket(endpoint).sub("out")
-        recipe = load("small", [*TINY, f"out={home.url}", f"images={photo_folder}"])
+        recipe = load("small", [*TINY, f"out={home.url}", f"images={photo_folder / 'bark'}"])
         file = tmp_path / "run.yaml"
         file.write_text(yaml.safe_dump(recipe.dump()))
         pretrain = home.sub("runs/run/pretrain")
 
         monkeypatch.setenv(CACHE, str(tmp_path / "first"))
         process = start("run", file)
-        wait_for(lambda: seen(pretrain) and seen(pretrain)[0][0] >= 1000, process)
+        wait_for(lambda: seen(pretrain) and seen(pretrain)[0][0] >= 400, process)
         kill_all(process)
         reached = seen(pretrain)[0][0]
         assert pretrain.size("result.json") is None
@@ -83,10 +83,10 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_as_if_undisturbed(photo_f
         monkeypatch.setenv(CACHE, str(tmp_path / "second"))
         began = time.monotonic()
         process = start("run", file)
-        output, errors = process.communicate(timeout=900)
+        output, errors = process.communicate(timeout=1200)
         assert process.returncode == 0, errors
         assert time.monotonic() - began > STALE - 30  # the lost machine might have been alive
-        assert f"(continued from images-{reached:012d})" in output and "prepare: 120 images" in output
+        assert f"(continued from images-{reached:012d})" in output and "prepare: 40 images" in output
         check_everything_is_there(home, recipe, output)
 
 
