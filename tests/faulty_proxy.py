@@ -8,6 +8,7 @@ import socketserver
 import threading
 from collections.abc import Iterator
 
+_CUT = 5000  # bytes after which a connection is cut: in the middle of an upload
 _ANSWER = (
     "HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
 )
@@ -30,7 +31,7 @@ class FaultyProxy(socketserver.ThreadingTCPServer):
 
     Attributes:
         fault: What happens to requests from now on: "" for none; "503" and "expired" are answers instead of the server's;
-            "cut" breaks the connection in the middle of a large upload; "silent" never answers.
+            "cut" breaks the connection in the middle of an upload; "silent" never answers.
         faults: How many requests have failed.
     """
 
@@ -58,7 +59,7 @@ class _Connection(socketserver.BaseRequestHandler):
             passed = 0
             while data := self.request.recv(4096):
                 fault = self.server.fault
-                if fault and (fault != "cut" or (passed := passed + len(data)) > 50_000):
+                if fault and (fault != "cut" or (passed := passed + len(data)) > _CUT):
                     self._fail(fault)
                     return
                 there.sendall(data)

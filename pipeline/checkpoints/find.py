@@ -22,7 +22,6 @@ from wavemim.weights import checkpoint
 log = logging.getLogger(__name__)
 
 BEST = "best.json"  # which checkpoint was best, and its value
-_NOTHING = "neither a checkpoint nor a folder with one in it"
 FETCHED = "fetched"  # in the out folder: copies of checkpoints that were given by URL
 _NAME = re.compile(r"images-(\d+)")
 
@@ -135,7 +134,7 @@ def fetched(where: str, out: str | Path, *, near: Path | None = None) -> tuple[P
                 damaged = damaged or error
     if damaged is not None:
         raise damaged
-    raise SettingError(f"{masked(where)}: {_NOTHING}")
+    raise SettingError(f"checkpoint={masked(where)}: neither a checkpoint nor a folder with one in it")
 
 
 def _best_name(parent: Folder) -> str:
@@ -181,7 +180,7 @@ def located(recipe: Recipe) -> tuple[Path, str]:
                 return fetched(recipe.checkpoint, recipe.local_out, near=recipe.stage_dir("pretrain"))
             return found_at(Path(recipe.checkpoint)), ""
         except SettingError as error:
-            raise SettingError(f"checkpoint={error}") from None
+            raise SettingError(f"checkpoint={str(error).removeprefix('checkpoint=')}") from None
     missing = (
         f"{recipe.place_of(recipe.stage_dir('pretrain'))} has no checkpoint; run wavemim pretrain with the same name= "
     )
@@ -192,7 +191,7 @@ def located(recipe: Recipe) -> tuple[Path, str]:
         try:
             return fetched(home, recipe.local_out, near=recipe.stage_dir("pretrain"))
         except SettingError as error:
-            raise StageError(missing if str(error).endswith(_NOTHING) else str(error)) from None
+            raise StageError(missing if str(error).endswith("with one in it") else str(error)) from None
     found = checkpoint.latest(recipe.stage_dir("pretrain"))
     if found is None:
         raise StageError(missing)

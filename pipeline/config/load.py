@@ -124,6 +124,11 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
     if recipe.home is None and Path(recipe.out).is_file():
         raise SettingError(f"out={recipe.out}: a file, not a folder")
     copies = recipe.train.checkpoints_at
+    if copies is not None and "://" not in copies and recipe.home is not None:
+        raise SettingError(
+            f"train.checkpoints_at={copies}: with out={recipe.home} other nodes do not see a local folder; leave it out, then "
+            "checkpoints are in the out folder, or give a URL"
+        )
     if copies is not None and "://" not in copies:
         if Path(copies).expanduser().resolve() == recipe.run_dir.parent.resolve():
             raise SettingError(f"train.checkpoints_at={copies}: this is the run's own folder; give another one")

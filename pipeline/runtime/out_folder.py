@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 
+from pipeline.config.places import CACHE
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.retry import attempts
@@ -34,6 +35,13 @@ def prepare_out(recipe: Recipe, say: Callable[[str], object] = print) -> None:
     check_scheme(recipe.home)
     home = Folder.at(recipe.home)
     home.kind()
+    try:
+        recipe.local_out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"{recipe.local_out}: this machine's copy of out={home} cannot be written ({error.strerror or error}); name another "
+            f"folder in the environment variable {CACHE}"
+        ) from None
     copy = f"out={home}: this machine's copy is {recipe.local_out}"
     if recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         say(copy)

@@ -155,7 +155,7 @@ class Mirror:
         self._woken = False
         try:
             copied = self.push()
-        except (StageError, SettingError, OSError) as error:
+        except Exception as error:  # of the store or the disk: the stage continues whatever it is
             self._failures += 1
             self._next = time.monotonic() + min(EVERY * 2 ** (self._failures - 1), LONGEST)
             if self._failures in (1, 4):

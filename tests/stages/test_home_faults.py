@@ -33,7 +33,7 @@ TINY = [
         "train.workers=1",
     ),
     *("train.checkpoint_every=3", "train.log_every=7", "tracking.system_metrics=false", "name=run"),
-    *("evaluate.protocols=[rank]"),
+    "evaluate.protocols=[rank]",
     *(
         "tune.space=mask_ratio",
         "tune.trials=1",
