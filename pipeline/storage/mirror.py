@@ -23,7 +23,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,13 @@ class Mirror:
         mine, known = self._read_writer()
         if mine and mine == _parsed(self._theirs()).get("id"):
             self.id, self._known = mine, known
+            # Whatever has removed them (a cleaner of caches): only what is removed under these eyes is removed in the store.
+            lost = [name for name in known if name not in LAST and not (self.local / name).exists()]
+            self._known |= {name: _stamp(self.local / name) for name in fetch(self.home, self.local, lost)}
             return
         self.local.mkdir(parents=True, exist_ok=True)
         Folder.at(self.local).clear()
-        names = fetch_all(self.home, self.local, lambda name: not _is_left_out(name))
+        names = fetch(self.home, self.local, [name for name in names_in(self.home) if not _is_left_out(name)])
         self._known = {name: _stamp(self.local / name) for name in names}
         self._claim()
 
@@ -251,13 +254,13 @@ def pushing(mirror: Mirror) -> Iterator[None]:
             raise
 
 
-def fetch_all(home: Folder, local: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """Copy the files below a folder in a store, also hidden ones, to a local one; returns their names.
+def names_in(home: Folder) -> list[str]:
+    """Paths of all files below a folder in a store, relative to it, also of hidden ones. Raises StorageError, SettingError."""
+    return [f"{folder}/{name}" if folder else name for folder, names in home.tree(hidden=True) for name in names]
 
-    Args:
-        home: The folder in the store.
-        local: The local folder.
-        wanted: Whether a file is copied, by its path relative to the folder.
+
+def fetch(home: Folder, local: Path, names: Iterable[str]) -> list[str]:
+    """Copy files of a folder in a store to a local one; returns the names of those that were there.
 
     Raises:
         StorageError: The store does not answer, or failed.
@@ -265,12 +268,10 @@ def fetch_all(home: Folder, local: Path, wanted: Callable[[str], bool] = lambda 
         OSError: The local disk cannot be written.
     """
     found = []
-    for folder, names in list(home.tree(hidden=True)):
-        for name in (f"{folder}/{name}" if folder else name for name in names):
-            if wanted(name):
-                with contextlib.suppress(FileNotFoundError), new_file(local / name) as partial:  # removed meanwhile
-                    home.get(name, partial)
-                    found.append(name)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError), new_file(local / name) as partial:  # removed meanwhile
+            home.get(name, partial)
+            found.append(name)
     return found
 
 

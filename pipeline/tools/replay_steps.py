@@ -20,7 +20,7 @@ from pipeline.shards.reader import Reader
 from pipeline.shards.row_groups import read_columns
 from pipeline.shards.shard_set import ShardSet
 from pipeline.storage.folder import Folder
-from pipeline.storage.mirror import fetch_all
+from pipeline.storage.mirror import fetch, names_in
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS
 from pipeline.training.schedule import Phase, TrainSchedule, TrainState, phases_of
 from pipeline.training.setup import precision_of, reader_of, views_of
@@ -88,7 +88,7 @@ def _find(where: str) -> Path:
         if folder.kind(STEPS) == "file":
             local = folder.local or cache_of(folder.url)
             if folder.local is None:
-                fetch_all(folder, local)
+                fetch(folder, local, names_in(folder))
             return local
     raise SettingError(
         f"{where}: nothing to replay; give the folder {FOLDER} of a run that ended with non-finite gradients, or that of the "

@@ -16,7 +16,7 @@ from pipeline.config.places import is_url
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
-from pipeline.storage.mirror import fetch_all
+from pipeline.storage.mirror import fetch, names_in
 from pipeline.storage.object_stores import Address
 from pipeline.tools.arguments import tracking_uri
 from pipeline.tracking import errors, store_uris
@@ -81,7 +81,7 @@ def _copy(home: Folder) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="wavemim-") as room:
         local = Path(room) / Address.of(home.url).path.rpartition("/")[2]
         local.mkdir()
-        names = fetch_all(home, local, _is_journal)
+        names = fetch(home, local, [name for name in names_in(home) if _is_journal(name)])
         before = {name: (local / name).read_bytes() for name in names if name.endswith((OUTBOX, SENT))}
         try:
             yield local

@@ -111,7 +111,7 @@ def _train(config: Mapping[str, Any], place: Place, heartbeat: ReportActivity) -
     except TrainingEndedError as error:
         failed = _diverged_at_home(str(error), place, store) if rank == 0 else str(error)
     finally:
-        saving.wait(heartbeat)
+        saving.wait(heartbeat, copied=place.elsewhere)  # the only copy would be lost with the worker
     ended_early = result is None or result.stopped
     unsaved = saving.finish(heartbeat, ended_early=ended_early)
     if place.elsewhere and (unsaved or saving.uncopied):
@@ -163,10 +163,12 @@ class _Saving:
         """Whether training has to stop: as the driver asks, or since no checkpoint can be written."""
         return bool(self._keeper and self._keeper.given_up) or _asked_to_stop(self._folder)
 
-    def wait(self, heartbeat: ReportActivity) -> None:
-        """Wait for the checkpoint that is being written."""
+    def wait(self, heartbeat: ReportActivity, *, copied: bool) -> None:
+        """Wait for the checkpoint that is being written, and until it is copied if `copied`."""
         if self._keeper is not None:
             self._keeper.wait(lambda: heartbeat(CHECKPOINT))
+            if copied and self._keeper.uploader is not None:
+                self._keeper.uploader.finish(lambda: heartbeat(CHECKPOINT))
 
     def finish(self, heartbeat: ReportActivity, *, ended_early: bool) -> str:
         """Wait for the last checkpoint and its copy. Returns why training has failed for it, or nothing.

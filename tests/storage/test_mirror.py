@@ -78,13 +78,16 @@ def test_another_machine_gets_everything_and_the_first_one_then_what_that_has_ch
 def test_the_machine_that_wrote_last_keeps_what_it_could_not_send(bucket, tmp_path):
     home, here = bucket.sub("runs/a/tune"), tmp_path / "here"
     copy = opened(home, here)
-    write(here, ledger="1\n", result_json="old", left="1")
+    write(here, ledger="1\n", result_json="old", lost="1")
     copy.push()
     write(here, ledger="1\n2\n")
     (here / "result.json").unlink()
-    (here / "left").unlink()
+    (here / "lost").unlink()
     copy = opened(home, here)  # after a kill
-    assert contents(here) == {"ledger": "1\n2\n"}
+    assert contents(here) == {"ledger": "1\n2\n", "lost": "1"}  # a deleted cache deletes nothing in the store
+    copy.push()
+    assert contents(home.url) == contents(here)  # but what was finished no longer is
+    (here / "lost").unlink()
     copy.push()
     assert contents(home.url) == {"ledger": "1\n2\n"}
     copy.clear()
