@@ -78,26 +78,22 @@ def train_on_workers(
         ending_hung_workers(folder, recipe.train.hang_timeout, end_process),
         showing(folder),
     ):
-        config = {
-            **more,
-            "loop": loop,
-            "recipe": recipe.dump(),
-            "folder": str(folder.absolute()),
-            "shards": shards.folder.url,
-            "handle": handle,
-            "relay": relay,
-            "home": recipe.stage_home(folder.name),
-            "store": store,
-            "reader_threads": reader_threads,
-        }
+        config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute()), "handle": handle}
+        config |= {"shards": shards.folder.url, "store": store, "reader_threads": reader_threads}
+        config |= {"relay": relay, "home": recipe.stage_home(folder.name)}
         ended = _fit(_trainer(config, recipe, session, folder, workers), recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     if store is not None and recipe.home is not None:
-        if ended.get("uncopied"):
-            raise StageError(f"{ended['uncopied']}; the same command copies it")
-        store.restore(folder, best=recipe.train.keep_best is not None)  # where rank 0 was on another node
+        _take_home(recipe, store, folder, str(ended.get("uncopied", "")))
     return ended.get("value")
+
+
+def _take_home(recipe: Recipe, store: CheckpointStore, folder: Path, uncopied: str) -> None:
+    """At the end, where the out folder is in a store: the last checkpoint must be there, and be in the driver's copy too."""
+    if uncopied:
+        raise StageError(f"{uncopied}; the same command copies it")
+    store.restore(folder, best=recipe.train.keep_best is not None)  # where rank 0 was on another node
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, recipe: Recipe, folder: Path, what: str) -> dict[str, Any]:
