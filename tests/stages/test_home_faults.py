@@ -1,5 +1,6 @@
 """A run whose out folder is in an object store, and whose machine is lost: the same command elsewhere goes on."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import psutil
 import pytest
 import torch
 import yaml
+from ray.cluster_utils import Cluster
 from real_commands import start
 from s3_server import new_bucket, s3_server
+from tiny_shards import photos, write_set
 
 from pipeline.checkpoints.find import seen
 from pipeline.config.load import load
@@ -90,30 +93,34 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere_as_if_undisturbed(photo_f
         check_everything_is_there(home, recipe, output)
 
 
-def check_everything_is_there(home, recipe, output):
-    logged = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the worker: sums in another order are other sums
-    shards = ShardSet.open(recipe.shards_at)
-    undisturbed = train(
-        recipe,
-        shards,
-        device=torch.device("cpu"),
-        on_log=lambda metrics, images: logged.append((images, metrics.get("train/loss"))),
-    )
-    torch.set_num_threads(threads)
-    pretrain = home.sub("runs/run/pretrain")
-    result = json.loads(pretrain.read("result.json"))
-    assert result["history"] == undisturbed.position.history
-    lines = [json.loads(line) for line in pretrain.read("metrics.jsonl").splitlines()]
-    losses = {line["step"]: line["metrics"]["train/loss"] for line in lines if "train/loss" in line["metrics"]}
-    assert losses == {images: loss for images, loss in logged if loss is not None}  # also those from before
-    model = build_model(recipe, shards)
-    local = recipe.stage_dir("pretrain")
-    checkpoint.load_model(local / result["checkpoint"], model)
-    for name, value in undisturbed.model.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
+@pytest.mark.timeout(1500)
+def test_a_killed_worker_on_another_node_costs_what_came_after_its_last_checkpoint(tmp_path, monkeypatch):
+    """Rank 0 is on another node than the driver: it has no file of the driver's, and the driver has none of it."""
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    cluster = Cluster()
+    cluster.add_node(num_cpus=0, object_store_memory=150 * 2**20)
+    cluster.add_node(num_cpus=2, object_store_memory=150 * 2**20)
+    with contextlib.ExitStack() as stack:
+        stack.callback(cluster.shutdown)
+        home = new_bucket(stack.enter_context(s3_server())).sub("out")
+        shards = write_set(tmp_path / "shards", photos(60))
+        recipe = load("small", [*TINY, f"out={home.url}", f"shards={shards.url}", f"cluster.address={cluster.address}"])
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(recipe.dump()))
+        pretrain, beats = home.sub("runs/run/pretrain"), recipe.stage_dir("pretrain") / ".beats"
+        process = start("pretrain", file)
+        wait_for(lambda: seen(pretrain) and seen(pretrain)[0][0] >= 400, process)
+        worker = json.loads((beats / "rank-00000.json").read_text())
+        assert not list(beats.parent.glob("images-*"))
+        psutil.Process(worker["pid"]).kill()
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
+        check_training(pretrain, recipe)
+        assert not list((tmp_path / "cache").glob("wavemim-worker-*"))
 
+
+def check_everything_is_there(home, recipe, output):
+    check_training(home.sub("runs/run/pretrain"), recipe)
     for stage in ("pretrain", "evaluate", "tune", "export"):
         assert home.size(f"runs/run/{stage}/result.json"), stage
         assert home.kind(f"runs/run/{stage}/.owner.json") is None
@@ -127,3 +134,28 @@ def check_everything_is_there(home, recipe, output):
     assert not [trial for trial in trials if "checkpoints" in trial]
     assert not list((recipe.stage_dir("tune") / "trials").glob("*/metrics.jsonl"))
     assert os.path.exists(recipe.local_out / "mlflow.db")
+
+
+def check_training(pretrain, recipe):
+    """Losses, weights and everything that was logged are those of a run without interruption."""
+    logged = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the worker: sums in another order are other sums
+    shards = ShardSet.open(recipe.shards_at)
+    undisturbed = train(
+        recipe,
+        shards,
+        device=torch.device("cpu"),
+        on_log=lambda metrics, images: logged.append((images, metrics.get("train/loss"))),
+    )
+    torch.set_num_threads(threads)
+    result = json.loads(pretrain.read("result.json"))
+    assert result["history"] == undisturbed.position.history
+    lines = [json.loads(line) for line in pretrain.read("metrics.jsonl").splitlines()]
+    losses = {line["step"]: line["metrics"]["train/loss"] for line in lines if "train/loss" in line["metrics"]}
+    assert losses == {images: loss for images, loss in logged if loss is not None}  # also those from before
+    model = build_model(recipe, shards)
+    local = recipe.stage_dir("pretrain")
+    checkpoint.load_model(local / result["checkpoint"], model)
+    for name, value in undisturbed.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
