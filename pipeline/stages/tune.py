@@ -48,8 +48,9 @@ from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
 from pipeline.tracking import store_uris
 from pipeline.tracking.tracker import Tracker, end_trials, store_uri
 
-LEDGER = "trials.jsonl"  # in the stage's folder: every trial as it begins and ends
 log = logging.getLogger(__name__)
+
+LEDGER = "trials.jsonl"  # in the stage's folder: every trial as it begins and ends
 RETRIES = 3  # of a trial whose process or node was lost
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial's run in MLflow
 PROBE_SHARE = 0.2  # of a trial's time that probes are to take at most
@@ -105,11 +106,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     use_gpu = uses_gpu(recipe, session)
     check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
-    if recipe.home is not None and session.nodes > 1 and store_uris.sqlite_path(store_uri(recipe)) is not None:
-        log.warning(
-            "MLflow's store is a file on this machine, which trials on other nodes do not see; wavemim sync %s sends what they "
-            "log, or set tracking.uri= to a server", recipe.home,
-        )  # fmt: skip
+    _check_tracking(recipe, session)
     place, home = recipe.stage_dir("tune"), recipe.stage_home("tune")
     with stage_folder(place, _identity(recipe, checked), restart=recipe.restart, home=home) as folder:
         meter = Meter(before=spent_in(folder.path))
@@ -147,6 +144,15 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             folder.finish(result)
         state = f"continued, {kept} trials were done" if kept else folder.state
         return {**result, "state": "new" if state == "unfinished" else state}
+
+
+def _check_tracking(recipe: Recipe, session: SessionInfo) -> None:
+    """Warn where trials on other nodes do not reach MLflow."""
+    if recipe.home is not None and session.nodes > 1 and store_uris.sqlite_path(store_uri(recipe)) is not None:
+        log.warning(
+            "MLflow's store is a file on this machine, which trials on other nodes do not see; wavemim sync %s sends what they "
+            "log, or set tracking.uri= to a server", recipe.home,
+        )  # fmt: skip
 
 
 def _identity(recipe: Recipe, checked: Checked) -> dict[str, Any]:
