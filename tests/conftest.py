@@ -36,7 +36,9 @@ _session = contextlib.ExitStack()  # the Ray of `ray_local`
 # so that at most two Rays run at a time. They come first, as they take longest.
 _WITH_RAY = (
     ("test_pretrain.py", "test_finetune_faults.py"),
-    ("test_interrupts_faults.py", "test_secrets_faults.py"),
+    ("test_interrupts_faults.py",),
+    ("test_home_faults.py",),
+    ("test_secrets_faults.py",),
     ("test_stages.py", "test_specimens.py", "test_tune_search.py", "test_tune_engine.py", "test_tune_faults.py"),
     (
         "test_prepare.py",
@@ -45,6 +47,7 @@ _WITH_RAY = (
         "test_segmentation.py",
         "test_job_submit.py",
         "test_ray_session.py",
+        "test_out_folder.py",
         "test_evaluate_pools.py",
         "test_benchmark_sweep.py",
         "test_unusual_machine.py",

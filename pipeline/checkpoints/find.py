@@ -10,10 +10,12 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock
+
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
-from pipeline.storage.object_stores import Address, is_remote, masked, reaching
+from pipeline.storage.object_stores import Address, is_remote, masked
 from wavemim.atomic import new_folder
 from wavemim.weights import checkpoint
 
@@ -22,7 +24,6 @@ log = logging.getLogger(__name__)
 BEST = "best.json"  # which checkpoint was best, and its value
 FETCHED = "fetched"  # in the out folder: copies of checkpoints that were given by URL
 _NAME = re.compile(r"images-(\d+)")
-_PIECE = 64 << 20  # bytes that are downloaded at a time
 
 
 def name_of(images: int) -> str:
@@ -70,7 +71,7 @@ def fetch(source: Folder, target: Path) -> None:
             content = source.read(name)
             for name in _files(source, content):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                _download(source, name, partial / name)
+                source.get(name, partial / name)
         except FileNotFoundError:
             raise checkpoint.CheckpointError(f"{source} lacks {name}") from None
         (partial / checkpoint.STATE).write_bytes(content)
@@ -93,45 +94,41 @@ def _files(source: Folder, content: bytes) -> list[str]:
     return names
 
 
-def _download(source: Folder, name: str, target: Path) -> None:
-    # Not by pyarrow's copy_files, which does not tell an error of the store from one of the local disk.
-    with source.open(name) as remote, open(target, "xb") as file:
-        while True:
-            with reaching(source.shown(name)):
-                piece = remote.read(_PIECE)
-            if not piece:
-                return
-            file.write(piece)
-
-
 def local_copy(where: str, out: str | Path) -> Path:
     """The local path of `checkpoint=`: a path unchanged; for a URL, a verified copy in OUT/fetched.
 
+    Args and errors are those of `fetched`.
+    """
+    return fetched(where, out)[0] if is_remote(where) else Path(where)
+
+
+def fetched(where: str, out: str | Path, *, near: Path | None = None) -> tuple[Path, str]:
+    """A verified local copy of a checkpoint in a store, in OUT/fetched, and its URL.
+
     Args:
-        where: Path or URL of a checkpoint, of a run in a store (or its `pretrain`), whose newest complete checkpoint is
-            used, or of its best.json.
-        out: The out folder. A copy that is there already is not downloaded again.
+        where: URL of a checkpoint, of a run (or its `pretrain`), whose newest complete checkpoint is used, or of its
+            best.json.
+        out: The local out folder. A copy that is there already is not downloaded again.
+        near: A local folder that may hold the same checkpoints.
 
     Raises:
         SettingError: There is no checkpoint.
         StorageError: The store does not answer, or failed.
         CheckpointError: All checkpoints there are damaged.
     """
-    if not is_remote(where):
-        return Path(where)
     folder = Folder.at(where)
     address = Address.of(folder.url)
     above, _, last = address.path.rpartition("/")
     if last == BEST:
         parent = Folder(address.at(above))
-        return _cached(parent, _best_name(parent), Path(out))
+        return _cached(parent, _best_name(parent), Path(out), near)
     if above and folder.kind(checkpoint.STATE) == "file":
-        return _cached(Folder(address.at(above)), last, Path(out))
+        return _cached(Folder(address.at(above)), last, Path(out), near)
     damaged: checkpoint.CheckpointError | None = None
     for place in (folder, folder.sub("pretrain")):
         for _, name in seen(place):
             try:
-                return _cached(place, name, Path(out))
+                return _cached(place, name, Path(out), near)
             except checkpoint.CheckpointError as error:
                 log.warning("%s is skipped, the checkpoint before it is tried: %s", place.shown(name), error)
                 damaged = damaged or error
@@ -145,21 +142,24 @@ def _best_name(parent: Folder) -> str:
         return str(json.loads(parent.read(BEST))["checkpoint"])
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         raise SettingError(
-            f"checkpoint={parent.shown(BEST)}: no such file, or not one that pretraining wrote (train.keep_best)"
+            f"{parent.shown(BEST)}: no such file, or not one that pretraining wrote (train.keep_best)"
         ) from None
 
 
-def _cached(parent: Folder, name: str, out: Path) -> Path:
+def _cached(parent: Folder, name: str, out: Path, near: Path | None) -> tuple[Path, str]:
     target = out / FETCHED / hashlib.sha256(parent.url.encode()).hexdigest()[:12] / name
-    with contextlib.suppress(OSError, checkpoint.CheckpointError):
-        checkpoint.read_state(target)
-        if (target / checkpoint.STATE).read_bytes() == parent.read(f"{name}/{checkpoint.STATE}"):
-            return target
     try:
-        fetch(parent.sub(name), target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{name}.lock"):  # other processes may want the same one
+            for place in (target, *([near / name] if near is not None else [])):
+                with contextlib.suppress(OSError, checkpoint.CheckpointError):
+                    checkpoint.read_state(place)
+                    if (place / checkpoint.STATE).read_bytes() == parent.read(f"{name}/{checkpoint.STATE}"):
+                        return place, parent.place(name)
+            fetch(parent.sub(name), target)
     except OSError as error:
         raise StageError(f"{parent.shown(name)} cannot be downloaded to {target}: {error}") from None
-    return target
+    return target, parent.place(name)
 
 
 def checkpoint_of(recipe: Recipe) -> Path:
@@ -169,17 +169,33 @@ def checkpoint_of(recipe: Recipe) -> Path:
         SettingError: checkpoint= names none.
         StageError: The run has none, or the store does not answer.
     """
+    return located(recipe)[0]
+
+
+def located(recipe: Recipe) -> tuple[Path, str]:
+    """As `checkpoint_of`, and the URL from which other nodes fetch it; "" where it is not in a store."""
     if recipe.checkpoint:
         try:
-            return found_at(local_copy(recipe.checkpoint, recipe.out))
+            if is_remote(recipe.checkpoint):
+                return fetched(recipe.checkpoint, recipe.local_out, near=recipe.stage_dir("pretrain"))
+            return found_at(Path(recipe.checkpoint)), ""
         except SettingError as error:
-            raise SettingError(f"checkpoint={error}") from None
+            raise SettingError(f"checkpoint={str(error).removeprefix('checkpoint=')}") from None
+    missing = (
+        f"{recipe.place_of(recipe.stage_dir('pretrain'))} has no checkpoint; run wavemim pretrain with the same name= "
+    )
+    missing += "and out= first"
+    if (home := recipe.stage_home("pretrain")) is not None:
+        where = recipe.train.checkpoints_at
+        home = home if where is None else Folder.at(where).sub(f"{recipe.name}/pretrain").url
+        try:
+            return fetched(home, recipe.local_out, near=recipe.stage_dir("pretrain"))
+        except SettingError as error:
+            raise StageError(missing if str(error).endswith("with one in it") else str(error)) from None
     found = checkpoint.latest(recipe.stage_dir("pretrain"))
     if found is None:
-        raise StageError(
-            f"{recipe.stage_dir('pretrain')} has no checkpoint; run wavemim pretrain with the same name= and out= first"
-        )
-    return found
+        raise StageError(missing)
+    return found, ""
 
 
 def find(path: Path) -> Path | None:

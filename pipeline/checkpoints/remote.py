@@ -1,6 +1,7 @@
-"""A second place for a run's checkpoints (`train.checkpoints_at`): an object store or another folder.
+"""A second place for a run's checkpoints: an object store or another folder.
 
-For a stage it is URL/NAME/STAGE. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
+It is `train.checkpoints_at`; where that is not set and the out folder is in a store, it is OUT/runs. For a stage it is
+URL/NAME/STAGE. It holds ``settings.json`` (what its checkpoints were trained with), checkpoints as in the
 stage's folder, and ``best.json``. A checkpoint's ``state.json`` is uploaded last and names the other files with their
 SHA-256: a folder without it, or with files of other checksums, is half-written or damaged, and is skipped.
 
@@ -22,7 +23,7 @@ from pipeline.checkpoints.find import BEST, fetch, folders, images_of, seen
 from pipeline.config.recipe import CHANGEABLE, Recipe, differences
 from pipeline.errors import SettingError
 from pipeline.runtime.stage_folder import SETTINGS
-from pipeline.storage.folder import OWNER, Folder
+from pipeline.storage.folder import Folder
 from wavemim.weights import checkpoint
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,15 @@ class CheckpointStore:
 
     folder: Folder
     owner: str = ""  # id of the mark with which this run owns it; "" for a local folder, which has a lock
+    is_home: bool = False  # whether it is the stage's own folder, which is owned and mirrored as a whole
 
     @classmethod
     def of(cls, recipe: Recipe, stage: str = "pretrain") -> CheckpointStore | None:
-        """That of train.checkpoints_at for a stage; None if it is not set. Raises SettingError if the URL is malformed."""
-        where = recipe.train.checkpoints_at
-        return None if where is None else cls(Folder.at(where).sub(f"{recipe.name}/{stage}"))
+        """That of a stage; None if there is none. Raises SettingError if the URL is malformed."""
+        if (where := recipe.train.checkpoints_at) is not None:
+            return cls(Folder.at(where).sub(f"{recipe.name}/{stage}"))
+        home = recipe.stage_home(stage)
+        return None if home is None else cls(Folder.at(home), is_home=True)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -67,7 +71,7 @@ class CheckpointStore:
             content = b""
         if restart or not (content or folders(self.folder)):
             return []
-        other = "give another name= or train.checkpoints_at="
+        other = f"give another name= or {'out=' if self.is_home else 'train.checkpoints_at='}"
         try:
             known = dict(json.loads(content))
         except (ValueError, TypeError):
@@ -138,11 +142,3 @@ class CheckpointStore:
             log.warning("%s: the best checkpoint is not downloaded: %s", self, error)
             return
         Folder.at(local).write(BEST, content)
-
-
-def lease_mark(folder: Folder) -> str | None:
-    """Id in the lock of the store's owner; None if there is no lock, or it cannot be parsed."""
-    try:
-        return str(json.loads(folder.read(OWNER))["id"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-        return None

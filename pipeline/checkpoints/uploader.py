@@ -6,27 +6,22 @@ import contextlib
 import json
 import mmap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.find import BEST, best_of, folders, images_of, seen
-from pipeline.checkpoints.remote import CheckpointStore, lease_mark, log
+from pipeline.checkpoints.remote import CheckpointStore, log
 from pipeline.checkpoints.writer import FAILURES
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.retry import attempts
 from pipeline.runtime.stage_folder import SETTINGS, StageFolder, as_json
-from pipeline.storage import locks
-from pipeline.storage.folder import OWNER, Folder
-from pipeline.storage.locks import owned
-from pipeline.storage.object_stores import StorageError
+from pipeline.storage.locks import claimed, lease_mark
 from wavemim.weights import checkpoint
 
 _LEASE = ".store.json"  # in the stage's folder: the mark with which it owned the store
-_LOOK = 5.0  # seconds between looks at another owner's mark
 _RETRIES = (2.0, 10.0, 30.0)  # seconds before further attempts to copy the last checkpoint of a run
 
 
@@ -70,14 +65,14 @@ def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Itera
         return
     best = recipe.train.keep_best is not None
     if stage.finished:
-        _catch_up(store, recipe, same, stage.path)
+        _catch_up(store, recipe, same, stage)
         yield None
         return
-    with _claimed(store, stage.path) as store:
+    with _owned_home(store, stage) if store.is_home else _claimed(store, stage.path) as store:
         changed = store.check(same, restart=recipe.restart, force=recipe.force)
         if changed:
             log.warning("%s: resuming with changed settings: %s", store, "; ".join(changed))
-        if recipe.restart:
+        if recipe.restart and not store.is_home:
             store.folder.clear()
         store.folder.write(SETTINGS, as_json(same))
         try:
@@ -87,8 +82,16 @@ def opened(recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> Itera
         yield store
 
 
-def _catch_up(store: CheckpointStore, recipe: Recipe, same: Mapping[str, Any], local: Path) -> None:
+@contextlib.contextmanager
+def _owned_home(store: CheckpointStore, stage: StageFolder) -> Iterator[CheckpointStore]:
+    """The store that is the stage's own folder, which this process owns already."""
+    assert stage.mirror is not None, stage.folder
+    yield replace(store, owner=stage.mirror.owner)
+
+
+def _catch_up(store: CheckpointStore, recipe: Recipe, same: Mapping[str, Any], stage: StageFolder) -> None:
     """Copy the last checkpoint of a finished run to the store if the store lacks it. A failure is only a warning."""
+    local = stage.path
     last = checkpoint.latest(local)
     if last is None:
         return
@@ -97,7 +100,7 @@ def _catch_up(store: CheckpointStore, recipe: Recipe, same: Mapping[str, Any], l
         with contextlib.suppress(FileNotFoundError):
             if store.folder.read(f"{last.name}/{checkpoint.STATE}") == (last / checkpoint.STATE).read_bytes():
                 return
-        with _claimed(store, local) as store:
+        with _owned_home(store, stage) if store.is_home else _claimed(store, local) as store:
             store.folder.write(SETTINGS, as_json(same))
             best = recipe.train.keep_best is not None
             missing = Copier(store, local, keep=recipe.train.keep_checkpoints, best=best).finish()
@@ -112,45 +115,9 @@ def _claimed(store: CheckpointStore, local: Path) -> Iterator[CheckpointStore]:
     """Own the store for the folder `local`, which this process owns already. Raises StageError if another run owns it.
 
     A mark that was made for the same folder belongs to a process that has ended, since its lock on the folder is free.
-    Whether another mark is still renewed takes up to a minute and a half to see.
     """
-    folder, lease = store.folder, local / _LEASE
-    with contextlib.suppress(OSError, ValueError):
-        if folder.local is None and lease_mark(folder) == json.loads(lease.read_bytes())["id"]:
-            folder.remove(OWNER)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(owned(folder, "pretraining"))
-        except StorageError:
-            raise
-        except StageError as taken:
-            if folder.local is not None or not _given_up(folder):
-                raise StageError(
-                    f"{folder} is being written by another run; wait for it, or give another name= or "
-                    f"train.checkpoints_at= ({str(taken).partition(';')[0]})"
-                ) from None
-            stack.enter_context(owned(folder, "pretraining"))
-        if folder.local is None:
-            store = replace(store, owner=lease_mark(folder) or "")
-            lease.write_text(json.dumps({"id": store.owner}) + "\n")
-        yield store
-
-
-def _given_up(folder: Folder) -> bool:
-    """Wait until the owner of a store renews its mark, so that it is running, or the mark is too old to count.
-
-    Returns:
-        Whether the store is free.
-    """
-    log.warning("%s: another run owned it a moment ago; waiting to see whether it still does", folder)
-    seen = folder.modified(OWNER)
-    ends = time.monotonic() + locks.STALE + 1
-    while time.monotonic() < ends:
-        time.sleep(_LOOK)
-        renewed = folder.modified(OWNER)
-        if renewed != seen:
-            return renewed is None  # its owner has ended and removed it
-    return True
+    with claimed(store.folder, "pretraining", lease=local / _LEASE, other="train.checkpoints_at=") as owner:
+        yield replace(store, owner=owner)
 
 
 class Copier:
@@ -160,8 +127,24 @@ class Copier:
     again with the next checkpoint, and by `finish`.
     """
 
-    def __init__(self, store: CheckpointStore, local: Path, *, keep: int, best: bool) -> None:
-        self.store, self.local, self.keep, self.best = store, local, keep, best
+    def __init__(
+        self,
+        store: CheckpointStore,
+        local: Path,
+        *,
+        keep: int,
+        best: bool,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            store: The second place.
+            local: The folder with the checkpoints.
+            keep: How many of the last ones stay in the store.
+            best: Whether the best one stays there too.
+            before: Called before a copied checkpoint becomes complete, to copy what was logged up to it.
+        """
+        self.store, self.local, self.keep, self.best, self._before = store, local, keep, best, before
         self.failures, self.error = 0, ""  # attempts in a row that failed, and why the last one did
         self.lock = threading.Lock()
         self.holding: frozenset[str] = frozenset()  # what is being copied and must stay; changed under the lock
@@ -273,6 +256,7 @@ class Copier:
             with open(self.local / name / file, "rb") as source:
                 mapped: Any = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
                 folder.write(f"{name}/{file}", mapped)
+        self._before()
         folder.write(mark, state)
 
     def _remove(self, images: int, best: str | None) -> None:

@@ -121,14 +121,16 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
             )
-    if "://" in recipe.out:
-        raise SettingError(
-            f"out={recipe.out}: must be a folder that all nodes see, not a URL; images= and shards= may be in an "
-            "object store, and so may copies of checkpoints (train.checkpoints_at=)"
-        )
-    if Path(recipe.out).is_file():
+    if re.match("https?://", recipe.out, re.IGNORECASE):
+        raise SettingError(f"out={recipe.out}: nothing can be written there; give a folder, or s3://BUCKET/FOLDER")
+    if recipe.home is None and Path(recipe.out).is_file():
         raise SettingError(f"out={recipe.out}: a file, not a folder")
     copies = recipe.train.checkpoints_at
+    if copies is not None and "://" not in copies and recipe.home is not None:
+        raise SettingError(
+            f"train.checkpoints_at={copies}: with out={recipe.home} other nodes do not see a local folder; leave it out, then "
+            "checkpoints are in the out folder, or give a URL"
+        )
     if copies is not None and "://" not in copies:
         if Path(copies).expanduser().resolve() == recipe.run_dir.parent.resolve():
             raise SettingError(f"train.checkpoints_at={copies}: this is the run's own folder; give another one")

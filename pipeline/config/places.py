@@ -6,14 +6,18 @@ is refused before anything starts.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import urllib.parse
+from pathlib import Path
 
 from pipeline.errors import SettingError
 
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, on Linux
 _ROOM = 300  # bytes that files in a place may add to its path
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+CACHE = "WAVEMIM_CACHE"  # environment variable: where this machine keeps copies of out folders in object stores
 
 
 def local_place(place: str) -> str:
@@ -32,6 +36,28 @@ def local_place(place: str) -> str:
     if host not in ("", "localhost"):
         raise SettingError(f"'{printable(place)}' names the machine '{host}'; a local file is file:///PATH")
     return urllib.parse.unquote(slash + path, errors="surrogateescape")
+
+
+def is_url(place: str) -> bool:
+    """Whether a place, whose ``file://`` is decoded, is in an object store."""
+    return _URL.match(place) is not None
+
+
+def below(place: str, name: str) -> str:
+    """The path or URL of `name` in a folder; the options of a URL stay at its end."""
+    if not is_url(place):
+        return str(Path(place) / name)
+    folder, mark, options = place.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+def cache_of(url: str) -> Path:
+    """Where this machine keeps its copy of a folder in an object store; it may be deleted while nothing uses it."""
+    folder, _, options = url.partition("?")
+    root = os.environ.get(CACHE) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wavemim")
+    words = re.sub("[^A-Za-z0-9._-]+", "-", folder.partition("://")[2]).strip("-._")[-80:]
+    digest = hashlib.sha256(f"{folder.rstrip('/')}?{options}".encode()).hexdigest()[:12]
+    return Path(root).expanduser().absolute() / f"{words}-{digest}"
 
 
 def check_text(what: str, text: str) -> None:
@@ -62,7 +88,7 @@ def check_place(what: str, place: str) -> None:
 
 def check_length(what: str, place: str) -> None:
     """Raise SettingError where a path, or a name in it, is longer than file systems allow."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
+    if is_url(place):
         return
     longest = max((len(os.fsencode(part)) for part in place.split("/")), default=0)
     if longest > LONGEST_NAME:

@@ -12,6 +12,7 @@ from pydantic import PrivateAttr
 from pipeline.config.behaviour import STAGES, Behaviour, behaviours, section, section_behaviours, setting, values_of
 from pipeline.config.downstream import Evaluate, Export, Finetune, Segment, Tune
 from pipeline.config.model_settings import Decoder, Encoder, Mask, Target
+from pipeline.config.places import below, cache_of, is_url
 from pipeline.config.settings import Cluster, Data, Section, Tracking, Train
 
 _MODEL: dict[str, Any] = {"stages": ("pretrain", "tune", "run"), "searchable": True, "in_card": True}
@@ -37,7 +38,7 @@ class Recipe(Section):
     )
     out: str = setting(
         "wavemim-out",
-        "Folder that everything is written to.",
+        "Folder, or URL such as s3://BUCKET/RUNS, that everything is written to.",
         operational=True,
         compared=False,
         place=True,
@@ -103,16 +104,36 @@ class Recipe(Section):
     @property
     def shards_at(self) -> str:
         """The shard set: a folder or a URL."""
-        return self.shards or str(Path(self.out) / "shards")
+        return self.shards or below(self.out, "shards")
+
+    @property
+    def home(self) -> str | None:
+        """URL of the out folder if it is in an object store; None if it is a local folder, shared by all nodes."""
+        return self.out if is_url(self.out) else None
+
+    @property
+    def local_out(self) -> Path:
+        """The out folder itself, or this machine's copy of one in an object store."""
+        return Path(self.out) if self.home is None else cache_of(self.home)
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this run, with a folder for each stage."""
-        return Path(self.out) / "runs" / self.name
+        """Folder of this run in `local_out`, with a folder for each stage."""
+        return self.local_out / "runs" / self.name
 
     def stage_dir(self, stage: str) -> Path:
-        """Folder of one stage of this run."""
+        """Folder of one stage of this run, in `local_out`."""
         return self.run_dir / stage
+
+    def stage_home(self, stage: str) -> str | None:
+        """URL of which `stage_dir` is a copy; None if the out folder is a local one."""
+        return None if self.home is None else below(self.home, f"runs/{self.name}/{stage}")
+
+    def place_of(self, path: str | Path) -> str:
+        """A file in `local_out` as it is shown: by its URL, if the out folder is in an object store."""
+        if self.home is None or not Path(path).is_relative_to(self.local_out):
+            return str(path)
+        return below(self.home, Path(path).relative_to(self.local_out).as_posix())
 
     def dump(self) -> dict[str, Any]:
         """All settings as plain JSON values."""

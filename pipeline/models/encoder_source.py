@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -13,15 +14,17 @@ import timm
 import torch
 from torch import nn
 
-from pipeline.checkpoints.find import checkpoint_of
+from pipeline.checkpoints.find import fetched, located
 from pipeline.config.checks import named
 from pipeline.config.downstream import Finetune
 from pipeline.config.load import validate
+from pipeline.config.places import cache_of
 from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_blank_model, build_encoder, statistics_of
 from pipeline.models.timm_config import TIMM, create_arguments, fitting_size, pixel_statistics, read_config, timm_config
 from pipeline.shards.shard_set import ShardSet
+from pipeline.storage.object_stores import masked
 from wavemim.encoders.pretrained import CONFIG, one_line
 from wavemim.finetune import freeze_encoder, make_classifier, resize_input
 from wavemim.inputs import Inputs
@@ -47,6 +50,7 @@ class EncoderSource:
         images_seen: Images seen in pretraining; None if unknown.
         recipe: Settings it was pretrained with, for checkpoints; otherwise None.
         value_range: data.value_range of pretraining, for folders that this project exported; otherwise None.
+        url: Of a checkpoint in a store: where another node than that of `source` fetches it; otherwise "".
     """
 
     source: str
@@ -59,6 +63,7 @@ class EncoderSource:
     images_seen: int | None
     recipe: dict[str, Any] | None
     value_range: tuple[float, float] | None = None
+    url: str = ""
 
     def __post_init__(self) -> None:
         # A constant channel is divided by the same floor as in pretraining.
@@ -88,6 +93,11 @@ class EncoderSource:
             return timm.create_model(name.removeprefix(TIMM), pretrained=trained, **given)
 
     @property
+    def place(self) -> str:
+        """Where it is for people, on whatever machine: the URL, the absolute folder, or "timm:NAME"."""
+        return masked(self.url) or self.source
+
+    @property
     def starts_pretrained(self) -> bool:
         """Whether pretraining started from the weights that its recipe names."""
         return self.recipe is not None and bool(self.recipe["encoder"]["pretrained"])
@@ -110,7 +120,7 @@ class EncoderSource:
         recipe = validate(self.recipe)
         if trained:
             whole = build_blank_model(recipe)
-            checkpoint.load_trained(Path(self.source), whole)
+            checkpoint.load_trained(self._here(), whole)
             encoder = whole.encoder
         else:
             encoder = build_encoder(recipe)
@@ -129,6 +139,16 @@ class EncoderSource:
         }
         given = {**encoder.arguments, **arguments}
         return timm.create_model(encoder.name, pretrained=True, pretrained_cfg_overlay=weights, **given)
+
+    def _here(self) -> Path:
+        """The checkpoint's folder on this node."""
+        path = Path(self.source)
+        if not self.url:
+            return path
+        with contextlib.suppress(OSError, checkpoint.CheckpointError):
+            if _fingerprint(checkpoint.read_state(path, verify=False)["files"]) == self.fingerprint:
+                return path
+        return fetched(self.url, cache_of(self.url))[0]
 
     def _config(self) -> Mapping[str, Any]:
         """timm's description of the pretrained weights."""
@@ -159,22 +179,28 @@ def find_encoder(recipe: Recipe, shards: ShardSet | None) -> EncoderSource:
     folder = Path(named).expanduser()
     if named and (folder / CONFIG).is_file() and not (folder / checkpoint.STATE).is_file():
         return _from_folder(folder.absolute(), shards)
-    return _from_checkpoint(checkpoint_of(recipe).absolute(), shards)
+    path, url = located(recipe)
+    return _from_checkpoint(path.absolute(), shards, url)
 
 
-def _from_checkpoint(path: Path, shards: ShardSet | None) -> EncoderSource:
+def _fingerprint(files: Mapping[str, str]) -> str:
+    return files.get(checkpoint.AVERAGED, files[checkpoint.MODEL])
+
+
+def _from_checkpoint(path: Path, shards: ShardSet | None, url: str = "") -> EncoderSource:
     state = checkpoint.read_state(path)
     files, recipe = state["files"], validate(state["recipe"])
     origin = EncoderSource(
         source=str(path),
         kind="checkpoint",
-        fingerprint=files.get(checkpoint.AVERAGED, files[checkpoint.MODEL]),
+        fingerprint=_fingerprint(files),
         image_size=recipe.encoder.image_size,
         channels=recipe.data.channels,
         pixel_mean=tuple(state["pixel_mean"]),
         pixel_std=tuple(state["pixel_std"]),
         images_seen=int(state["images"]),
         recipe=recipe.dump(),
+        url=url,
     )
     if shards is not None:
         _check_fits(origin, shards)

@@ -12,14 +12,15 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipe import differences
+from pipeline.config.recipe import Recipe, differences
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.folder import Folder
-from pipeline.storage.locks import owned
+from pipeline.storage.locks import claimed, owned
+from pipeline.storage.mirror import Mirror, mirrored
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class StageFolder:
     folder: Folder
     mark: str  # name of the finishing mark
     state: str  # how it was found: "new", "unfinished" or "finished"
+    mirror: Mirror | None = None  # of the folder in a store of which it is a copy
 
     @property
     def path(self) -> Path:
@@ -55,6 +57,11 @@ class StageFolder:
         """Write the finishing mark."""
         self.folder.write(self.mark, as_json(result))
 
+    def changed(self) -> None:
+        """Report that something was written that must not be lost: it is copied to the store at once, if there is one."""
+        if self.mirror is not None:
+            self.mirror.wake()
+
     def result(self) -> dict[str, Any]:
         """Content of the finishing mark."""
         return _read(self.folder, self.mark)
@@ -69,12 +76,16 @@ def stage_folder(
     mark: str = "result.json",
     changeable: Set[str] = frozenset(),
     force: bool = False,
+    home: str | None = None,
+    lease: Path | None = None,
 ) -> Iterator[StageFolder]:
     """Own a stage's folder while the block runs.
 
     Args:
         where: A path or URL.
         identity: The settings that decide the folder's content.
+        home: URL of the folder in a store of which `where`, a path, is this machine's copy (`pipeline.storage.mirror`).
+        lease: For a URL: a local file that only this process uses, to recognise the mark of an earlier process.
         restart: Whether to empty a folder that holds something.
         mark: Name of the finishing mark.
         changeable: Names of settings that may change on resume.
@@ -86,11 +97,30 @@ def stage_folder(
 
     Raises:
         SettingError: The folder holds work of other settings, or was not made by this stage.
-        StageError: Another process owns it, or a store does not answer.
+        StageError: Another process owns it, a store does not answer, or it lacks something at the end.
     """
     folder = Folder.at(where)
-    with owned(folder, "a stage"):
-        yield _open(folder, identity, restart, mark, changeable, force)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(folder, "a stage", lease=lease) if lease is not None else owned(folder, "a stage"))
+        mirror = None
+        if home is not None and folder.local is not None:
+            mirror = stack.enter_context(mirrored(Folder.at(home), folder.local))
+        opened = replace(_open(folder, identity, restart, mark, changeable, force), mirror=mirror)
+        if mirror is not None and restart:
+            mirror.clear()
+        opened.changed()
+        yield opened
+
+
+@contextlib.contextmanager
+def journal_at_home(recipe: Recipe, stage: str) -> Iterator[None]:
+    """Own and mirror the folder of a stage whose results are elsewhere, while the block runs; a local one is left as it is."""
+    if (home := recipe.stage_home(stage)) is None:
+        yield
+        return
+    local = recipe.stage_dir(stage)
+    with owned(Folder.at(local), "a stage"), mirrored(Folder.at(home), local):
+        yield
 
 
 def _open(

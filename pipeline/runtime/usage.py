@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from pipeline.errors import SettingError, StageError
 from pipeline.periodic import Periodic
 from pipeline.runtime.formatting import duration, scaled
 from pipeline.storage.jsonl import JsonLines
+from pipeline.storage.mirror import Mirror, copy_id
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +37,7 @@ PREFIX = "cost/"
 _FRACTIONS = ("wall_clock_s", "worker_hours", "gpu_hours")
 _PEAKS = ("peak_memory_bytes", "gpu_peak_memory_bytes")
 _METRICS, _TASKS = "metrics.jsonl", ".costs.jsonl"  # in a stage's folder
+_OTHERS = ".costs"  # in a stage's folder in a store: a file for each task on another machine
 _EVERY = 30.0  # seconds between records
 _TAIL = 1 << 20  # bytes at the end of a metrics file that are searched before all of it
 
@@ -203,12 +208,18 @@ class Meter:
 
 
 class TaskMeter(Meter):
-    """Measures a stage whose work is done by tasks. Each task appends what it spent to a file in the stage's folder."""
+    """Measures a stage whose work is done by tasks. Each task appends what it spent to a file in the stage's folder.
 
-    def __init__(self, folder: Path, *, before: Spent | None = None) -> None:
+    Where that is a copy of a folder in a store, tasks on other machines write files there.
+    """
+
+    def __init__(self, folder: Path, *, before: Spent | None = None, mirror: Mirror | None = None) -> None:
         super().__init__(before=before)
         self._file = folder.absolute() / _TASKS
         self._begin = JsonLines(self._file).size()
+        self._id = "" if mirror is None else mirror.id
+        self._others = None if mirror is None else mirror.home.sub(_OTHERS)
+        self._taken = dict.fromkeys(() if self._others is None else self._others.names(), Spent())
 
     def around(self, task: Callable[..., T], *, cores: float = 1.0, gpus: float = 0.0) -> Callable[..., T]:
         """Wrap the function of a task so that its time and memory are counted.
@@ -221,7 +232,7 @@ class TaskMeter(Meter):
         Returns:
             A function with the same arguments and result.
         """
-        path = self._file  # all that is pickled with the task
+        path, others, copy = self._file, self._others, self._id  # all that is pickled with the task
 
         @functools.wraps(task)
         def measured(*arguments: Any, **named: Any) -> T:
@@ -229,18 +240,28 @@ class TaskMeter(Meter):
             try:
                 return task(*arguments, **named)
             finally:
-                if path.parent.is_dir():  # a node may not see the folder
+                if others is not None and copy_id(path.parent) != copy:
+                    with contextlib.suppress(StageError, SettingError):
+                        others.write(f"{uuid.uuid4().hex}.json", json.dumps(meter.read().record()).encode())
+                elif path.parent.is_dir():  # a node may not see the folder
                     JsonLines(path).append(meter.read().record())
 
         return measured
 
     def read(self, parts: Iterable[Spent] = ()) -> Spent:
         """The cost so far."""
-        return super().read([*parts, *(Spent.of(line) for line, _ in JsonLines(self._file).read(self._begin))])
+        if self._others is not None:
+            with contextlib.suppress(StageError, SettingError):
+                for name in set(self._others.names()) - set(self._taken):
+                    self._taken[name] = Spent.of(json.loads(self._others.read(name)))
+        lines = (Spent.of(line) for line, _ in JsonLines(self._file).read(self._begin))
+        return super().read([*parts, *lines, *self._taken.values()])
 
 
 @contextlib.contextmanager
-def measuring_tasks(folder: Path, log: Callable[[dict[str, float], int], None], images: int) -> Iterator[TaskMeter]:
+def measuring_tasks(
+    folder: Path, log: Callable[[dict[str, float], int], None], images: int, mirror: Mirror | None = None
+) -> Iterator[TaskMeter]:
     """Measure a stage's tasks while the block runs, on top of what earlier attempts spent.
 
     The cost is logged at the end, and every half minute so that no more is lost when the stage is killed.
@@ -249,11 +270,12 @@ def measuring_tasks(folder: Path, log: Callable[[dict[str, float], int], None], 
         folder: The stage's.
         log: Takes metrics and a step.
         images: The step.
+        mirror: Of the folder in a store of which the stage's is a copy.
 
     Yields:
         The meter.
     """
-    meter = TaskMeter(folder, before=spent_in(folder))
+    meter = TaskMeter(folder, before=spent_in(folder), mirror=mirror)
 
     def record() -> None:
         log(meter.read().metrics(), images)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pipeline.checkpoints.find import checkpoint_of
+from pipeline.checkpoints.find import located
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.subjects import TITLES, titles_of
@@ -65,7 +65,8 @@ def check(recipe: Recipe) -> Checked:
         StageError: There is no checkpoint or no shard set, or timm's weights cannot be downloaded.
     """
     if recipe.checkpoint is None:  # a missing checkpoint is reported first
-        recipe = recipe.model_copy(update={"checkpoint": str(checkpoint_of(recipe))})
+        path, url = located(recipe)
+        recipe = recipe.model_copy(update={"checkpoint": url or str(path)})
     shards = ShardSet.open(recipe.shards_at)
     subject = find_encoder(recipe, shards)
     labelled = shards.classes is not None and bool(shards.rows.get("val"))
@@ -94,13 +95,14 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     shards, subject = checked.shards, checked.subject
     check_room(recipe, session, 1)
     same = {**identity(recipe, "evaluate"), "checkpoint": subject.fingerprint, "shards": shards.fingerprint}
-    with stage_folder(recipe.stage_dir("evaluate"), same, restart=recipe.restart) as folder:
+    place, home = recipe.stage_dir("evaluate"), recipe.stage_home("evaluate")
+    with stage_folder(place, same, restart=recipe.restart, home=home) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
-        tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.source}
+        tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.place}
         with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             images = subject.images_seen or 0
-            with measuring_tasks(folder.path, tracker.log, images) as meter:
+            with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:
                 measured, matrices = _Tasks(recipe, checked, uses_gpu(recipe, session), meter).run(progress)
             for which, values in measured.items():
                 ending = "" if which == "trained" else f"_{which}"
@@ -110,7 +112,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             for path in files:
                 tracker.artifact(path)
             result = {
-                "checkpoint": subject.source,
+                "checkpoint": subject.place,
                 "images_seen": subject.images_seen,
                 "labelled": checked.labelled,
                 "classes": len(shards.classes or ()),
@@ -130,7 +132,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What evaluate measured, and its files."""
     files = ", ".join(["result.json", *result["files"]])
-    return f"{evaluation_tables(result)}\n\nevaluate: → {recipe.stage_dir('evaluate')}: {files} ({result['state']})"
+    folder = recipe.place_of(recipe.stage_dir("evaluate"))
+    return f"{evaluation_tables(result)}\n\nevaluate: → {folder}: {files} ({result['state']})"
 
 
 def _without_val(names: list[str], matrices: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:

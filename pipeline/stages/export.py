@@ -92,7 +92,8 @@ def run(recipe: Recipe, session: None, checked: Checked, *, progress: bool = Tru
     """
     path, trained, state = checked.path, checked.trained, checked.state
     same = {**identity(recipe, "export"), "checkpoint": state["files"][checkpoint.MODEL], "version": __version__}
-    with stage_folder(recipe.stage_dir("export"), same, restart=recipe.restart) as folder:
+    place, home = recipe.stage_dir("export"), recipe.stage_home("export")
+    with stage_folder(place, same, restart=recipe.restart, home=home) as folder:
         evaluation = evaluation_of(recipe, state)
         made = {"onnx": recipe.export.onnx or recipe.export.registry is not None, "evaluation": evaluation}
         before = folder.result() if folder.finished else {}

@@ -81,7 +81,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     check_room(recipe, session, least_workers(recipe, workers), "finetune")
     same = _identity(recipe, subject, shards)
     with (
-        stage_folder(recipe.stage_dir("finetune"), same, restart=recipe.restart) as folder,
+        stage_folder(
+            recipe.stage_dir("finetune"), same, restart=recipe.restart, home=recipe.stage_home("finetune")
+        ) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:
@@ -90,7 +92,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         state = checkpoint.read_state(last, verify=False) if last else {}
         rows = shards.rows["train"]
         schedule = TrainSchedule.of_finetuning(recipe, rows, state.get("streams"))
-        tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.source}
+        tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.place}
         with Tracker.start(recipe, "finetune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
             with following(
                 folder.path / METRICS,
@@ -149,7 +151,7 @@ def _result(
     for path, into in ((folder.path / CONFUSION, None), (folder.path / CLASSES, None), (target, MODEL)):
         tracker.artifact(path, into)
     return {
-        "encoder": subject.source,
+        "encoder": subject.place,
         "encoder_fingerprint": subject.fingerprint,
         "images_seen": state["images"],
         "history": state["history"],
@@ -158,7 +160,7 @@ def _result(
         "measured": accuracy.named(TOP1),
         "per_class": [{key: None if value != value else value for key, value in line.items()} for line in table],
         "confusion": CONFUSION,
-        "model": str(target),
+        "model": recipe.place_of(target),
         "load": f"timm.create_model('local-dir:{target}', pretrained=True)",
         "cost": spent_in(folder.path).record(),
         "mlflow_run": tracker.handle.run_id,
@@ -203,8 +205,9 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     values = result["measured"]
     named = [values[f"eval/finetune_top1{end}"] for end in ("", "_low", "_high")]
     top1, low, high = (f"{value:.1f}" for value in named)
+    folder = recipe.place_of(recipe.stage_dir("finetune"))
     return (
         f"finetune: top-1 {top1} % ({low} to {high}, {result['val_images']:,} val images, {result['classes']} classes) of "
-        f"{result['encoder']}\nfinetune: → {recipe.stage_dir('finetune')}: result.json, classes.csv, confusion.csv; "
+        f"{result['encoder']}\nfinetune: → {folder}: result.json, classes.csv, confusion.csv; "
         f"classifier for timm in {result['model']} ({result['state']})"
     )

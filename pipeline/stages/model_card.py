@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.config.behaviour import values_of
 from pipeline.config.recipe import BEHAVIOURS, Recipe
+from pipeline.storage.folder import Folder
 from wavemim import __version__
 
 _NO_RESULTS = ("_low", "_high", "_n", "_converged", "_strength", "_lr", "_images", "_labels", "_std")
@@ -93,16 +94,16 @@ def model_card(trained: Recipe, state: Mapping[str, Any], evaluation: Mapping[st
 
 def evaluation_of(recipe: Recipe, state: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the run's `evaluate` measured of the checkpoint with this state; None if it has not evaluated this one."""
-    folder = recipe.stage_dir("evaluate")
-    settings, result = _json(folder / "settings.json"), _json(folder / "result.json")
+    folder = Folder.at(recipe.stage_home("evaluate") or recipe.stage_dir("evaluate"))
+    settings, result = _json(folder, "settings.json"), _json(folder, "result.json")
     if result is None or settings is None or settings.get("checkpoint") not in state["files"].values():
         return None
     return result if isinstance(result.get("measured"), dict) else None
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(folder.read(name))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

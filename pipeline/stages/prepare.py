@@ -30,7 +30,7 @@ from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime import observability
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
-from pipeline.runtime.stage_folder import StageFolder, as_json, stage_folder
+from pipeline.runtime.stage_folder import StageFolder, as_json, journal_at_home, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.errors import ShardError
 from pipeline.shards.layout import Layout
@@ -45,6 +45,7 @@ ALWAYS_ALLOWED_REJECTS = 10
 # Bytes that a task asks of Ray: far less than it uses, since every machine offers more. Only nodes that are not to decode
 # images offer less, such as those with GPUs in cluster.yaml: the autoscaler then never starts one for `prepare`.
 TASK_MEMORY = 2**20
+_INSIDE = "lies inside images={}, so its files would be read as images; use a folder outside of it"
 FOUND = "found.json"  # beside the manifest: how the images were understood
 
 OnUnit = Callable[[dict[str, Any]], None]  # called with the progress after every shard
@@ -78,10 +79,9 @@ def check_places(recipe: Recipe) -> None:
     for key, place in (("out", recipe.out), ("shards", recipe.shards_at)):
         written = Folder.at(place).local
         if images is not None and written is not None and images.resolve() in written.resolve().parents:
-            raise SettingError(
-                f"{key}={place}: lies inside images={recipe.images}, so its files would be read as images; "
-                "use a folder outside of it"
-            )
+            raise SettingError(f"{key}={place}: {_INSIDE.format(recipe.images)}")
+        if written is None and recipe.images and place.startswith(recipe.images.rstrip("/") + "/"):
+            raise SettingError(f"{key}={place}: {_INSIDE.format(recipe.images)}")
 
 
 CHECKS = (check_given, check_images, check_layout, check_places)
@@ -131,7 +131,13 @@ def run(
         SettingError: The folder holds a set of other settings.
         StageError: Too many inputs are rejected, or a shard could not be written.
     """
-    with stage_folder(recipe.shards_at, identity(recipe, "prepare"), restart=recipe.restart, mark=MANIFEST) as folder:
+    same, lease = identity(recipe, "prepare"), None
+    if recipe.home is not None:
+        lease = recipe.run_dir / ".shards.lease.json"
+    with (
+        journal_at_home(recipe, "prepare"),
+        stage_folder(recipe.shards_at, same, restart=recipe.restart, mark=MANIFEST, lease=lease) as folder,
+    ):
         if folder.finished:
             cost = spent_in(recipe.stage_dir("prepare")).record()
             return _result(folder.folder, "finished already", {"cost": cost, **_found(folder.folder)})

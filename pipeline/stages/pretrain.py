@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import CHANGEABLE, Recipe, identity
 from pipeline.errors import StageError
@@ -21,7 +24,7 @@ from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.sender import METRICS
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.online_eval import draw_val, monitoring
+from pipeline.training.online_eval import draw_val, monitoring, newest_of
 from pipeline.training.pretrain_loop import train
 from pipeline.training.schedule import TrainSchedule
 from pipeline.workers.group import least_workers, train_on_workers
@@ -74,9 +77,11 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     shards, workers = checked.shards, recipe.train.workers
     check_room(recipe, session, least_workers(recipe, workers))
     same = _identity(recipe, shards)
-    place = recipe.stage_dir("pretrain")
+    place, home = recipe.stage_dir("pretrain"), recipe.stage_home("pretrain")
     with (
-        stage_folder(place, same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force) as folder,
+        stage_folder(
+            place, same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force, home=home
+        ) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:
@@ -84,7 +89,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
         with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
-            with _following(recipe, shards, folder.path, last, tracker, progress=progress):
+            remote = store if recipe.home is not None and not session.private else None
+            with _following(recipe, shards, folder.path, last, tracker, remote, progress=progress):
                 train_on_workers(
                     _loop,
                     recipe,
@@ -115,9 +121,19 @@ def _loop(recipe: Recipe, harness: Harness, config: Mapping[str, Any]) -> LoopRe
 
 @contextlib.contextmanager
 def _following(
-    recipe: Recipe, shards: ShardSet, folder: Path, last: Path | None, tracker: Tracker, *, progress: bool
+    recipe: Recipe,
+    shards: ShardSet,
+    folder: Path,
+    last: Path | None,
+    tracker: Tracker,
+    store: CheckpointStore | None,
+    *,
+    progress: bool,
 ) -> Iterator[None]:
-    """Progress, and from time to time a picture and a probe, while the workers train."""
+    """Progress, and from time to time a picture and a probe, while the workers train.
+
+    `store`: where the newest checkpoint is, if rank 0 may be on another node.
+    """
     rows = shards.rows["train"]
     state = checkpoint.read_state(last, verify=False) if last else {}
     schedule = TrainSchedule.of(recipe, rows, state.get("streams"))
@@ -138,9 +154,20 @@ def _following(
             log=tracker.log,
             artifact=tracker.artifact,
             minutes=recipe.train.monitor_minutes,
+            newest=None if store is None else partial(_newest, folder, store, []),
         ),
     ):
         yield
+
+
+def _newest(folder: Path, store: CheckpointStore, before: list[str]) -> Path | None:
+    """The newest checkpoint, downloaded if only the store has it, in place of the ones `before` that were downloaded."""
+    name = store.restore(folder)
+    if name is not None:
+        for old in before:
+            shutil.rmtree(folder / old, ignore_errors=True)
+        before[:] = [name]
+    return newest_of(folder)
 
 
 def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:
@@ -172,9 +199,10 @@ def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Trac
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What pretraining wrote, and where."""
     folder = recipe.stage_dir("pretrain")
+    last, picture = (recipe.place_of(folder / result[name]) for name in ("checkpoint", "reconstruction"))
     return (
-        f"pretrain: {result['images_seen']:,} images seen → {folder / result['checkpoint']} ({result['state']}); "
-        f"picture: {folder / result['reconstruction']}{_parts(result.get('parts', []))}"
+        f"pretrain: {result['images_seen']:,} images seen → {last} ({result['state']}); "
+        f"picture: {picture}{_parts(result.get('parts', []))}"
     )
 
 

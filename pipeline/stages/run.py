@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config.load import with_overrides
 from pipeline.config.recipe import Recipe
+from pipeline.errors import SettingError
 from pipeline.evaluation.tables import evaluation_tables, verdict
 from pipeline.images.demo import write_demo_images
 from pipeline.runtime import interrupts
@@ -15,6 +16,7 @@ from pipeline.runtime.formatting import table
 from pipeline.runtime.usage import Spent, together
 from pipeline.stages import evaluate, export, prepare, pretrain, tune
 from pipeline.stages.sequence import Stage, run_stages
+from pipeline.storage.folder import Folder
 from pipeline.tracking.tracker import ui_command
 
 STAGES: dict[str, Stage] = {
@@ -45,6 +47,10 @@ def run(recipe: Recipe, *, progress: bool = True, say: Callable[[str], object] =
 
 def demo(recipe: Recipe, *, progress: bool = True, say: Callable[[str], object] = print) -> None:
     """As `run`, on labelled images that are generated first unless the recipe names images."""
+    if recipe.home is not None:
+        raise SettingError(
+            f"out={recipe.home}: demo draws its images into a local folder; give one, or use wavemim run"
+        )
     if recipe.images is None:
         folder = Path(recipe.out) / "images"
         with interrupts.during("images"):
@@ -65,7 +71,7 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], secon
         The report, as Markdown.
     """
     prepared, pretrained, evaluated = results["prepare"], results["pretrain"], results["evaluate"]
-    folder, counts = recipe.run_dir, prepared["counts"]
+    folder, counts, place = recipe.run_dir, prepared["counts"], recipe.place_of
     parts = [f"# {recipe.name}: report", ""]
     parts.append(
         f"Images: {counts['kept']:,} of {counts['inputs']:,} kept, {counts['rejected']:,} rejected ({recipe.images})."
@@ -83,11 +89,11 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], secon
     parts += ["## Frozen features", "", evaluation_tables(evaluated), "", verdict(evaluated), ""]
     parts += ["## Sweep", "", tune.sweep_table(results["tune"]), ""]
     rows = [
-        ("reconstruction picture", folder / "pretrain" / pretrained["reconstruction"]),
-        ("sweep picture", results["tune"]["figure"]),
-        ("best settings as a recipe", results["tune"]["best_recipe"]),
-        ("exported weights", results["export"]["weights"]),
-        ("this report", folder / "report.md"),
+        ("reconstruction picture", place(folder / "pretrain" / pretrained["reconstruction"])),
+        ("sweep picture", place(results["tune"]["figure"])),
+        ("best settings as a recipe", place(results["tune"]["best_recipe"])),
+        ("exported weights", place(results["export"]["weights"])),
+        ("this report", place(folder / "report.md")),
     ]
     parts += ["## Files", "", table(("what", "where"), rows), ""]
     parts += ["In Python:", "", f"    import timm; encoder = {results['export']['load']}", ""]
@@ -96,8 +102,7 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], secon
     parts.append(_cost_line(results))
     parts.append(f"Seconds: {timing}; total {sum(seconds.values()):.0f}.")
     text = "\n".join(parts) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    Folder.at(place(folder)).write("report.md", text.encode())
     return text
 
 

@@ -20,7 +20,7 @@ import ray.data
 from tqdm import tqdm
 
 from pipeline.config.recipe import Recipe
-from pipeline.errors import StageError
+from pipeline.errors import SettingError, StageError
 from pipeline.evaluation.left_out import left_out, share_without
 from pipeline.evaluation.segmentation import (
     SUBJECTS,
@@ -111,18 +111,24 @@ def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress:
     """
     plan = checked
     check_room(recipe, session, 1)
-    with stage_folder(recipe.stage_dir("segment"), plan.identity(recipe), restart=recipe.restart) as folder:
+    if recipe.home is not None and session.nodes > 1:
+        raise SettingError(
+            f"out={recipe.home}: segment keeps patch tokens in files that all its tasks read, and this Ray has "
+            f"{session.nodes} nodes; give a folder that all of them share, or run it on one machine"
+        )
+    place, home = recipe.stage_dir("segment"), recipe.stage_home("segment")
+    with stage_folder(place, plan.identity(recipe), restart=recipe.restart, home=home) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         tokens = folder.path / TOKENS
         shutil.rmtree(tokens, ignore_errors=True)
         check_disk(plan, folder.path)
         with Tracker.start(
-            recipe, "segment", log_dir=folder.path, tags={"wavemim.weights.checkpoint": plan.subject.source}
+            recipe, "segment", log_dir=folder.path, tags={"wavemim.weights.checkpoint": plan.subject.place}
         ) as tracker:
             tokens.mkdir()
             images = plan.subject.images_seen or 0
-            with measuring_tasks(folder.path, tracker.log, images) as meter:
+            with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:
                 try:
                     encoded = _encode(recipe, plan, session, tokens, meter, progress)
                     classes = _classes(recipe, plan, encoded)
@@ -157,11 +163,11 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     unseen = result["classes_only_in_val"]
     lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, but counted." if unseen else ""
     lacking += left_out(result, recipe.segment.ignore)
+    folder = recipe.place_of(recipe.stage_dir("segment"))
     return (
         f"{shown}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and evaluated on "
         f"{result['val_images']:,} ({result['layout']}{rejected}{skipped}).{lacking}\n"
-        f"segment: → {recipe.stage_dir('segment')}: result.json, classes.csv, confusion.csv, segmentation.png "
-        f"({result['state']})"
+        f"segment: → {folder}: result.json, classes.csv, confusion.csv, segmentation.png ({result['state']})"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from pipeline.config.recipe import Recipe
 from pipeline.runtime import interrupts
+from pipeline.runtime.out_folder import check_nodes, prepare_out
 from pipeline.runtime.ray_session import ray_session
 
 WITHOUT_RAY = frozenset({"export"})
@@ -88,6 +89,7 @@ def run_stages(
         StageError: A stage could not finish.
     """
     check_settings(stages.values(), recipe)
+    prepare_out(recipe, say)
     outcome = Outcome()
     with contextlib.ExitStack() as stack:
         session = None
@@ -102,6 +104,7 @@ def run_stages(
                 elif session is None:
                     threading.Thread(target=_import_ahead, daemon=True).start()
                     session = stack.enter_context(ray_session(recipe.cluster))
+                    check_nodes(recipe, session)
                     outcome.seconds["start"] = time.perf_counter() - starting
                     began += outcome.seconds["start"]
                 with interrupts.handlers_kept():

@@ -7,12 +7,14 @@ untouched, for the final evaluation), or RankMe where there are no labels.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,7 +23,7 @@ import yaml
 from tqdm import tqdm
 
 from pipeline.config.recipe import Recipe, identity
-from pipeline.errors import StageError
+from pipeline.errors import SettingError, StageError
 from pipeline.models.build import check_model, check_shards
 from pipeline.runtime import observability
 from pipeline.runtime.formatting import table
@@ -33,10 +35,10 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import check_budget, check_gpu_hours, check_space, trials_of
 from pipeline.stages.tune_draws import draws_of
 from pipeline.stages.tune_engine import run_plan
-from pipeline.stages.tune_parts import CHECKPOINTS, KEPT, folder_of
+from pipeline.stages.tune_parts import KEPT, TRIALS, folder_of, home_of, note_stopped, remove_checkpoints
 from pipeline.stages.tune_perturb import perturbed
 from pipeline.stages.tune_plan import slots_of
-from pipeline.stages.tune_rungs import STOPPED, plan_rungs
+from pipeline.stages.tune_rungs import plan_rungs
 from pipeline.stages.tune_schedulers import scheduler_of
 from pipeline.stages.tune_space import Space, names_of_spaces, read_space
 from pipeline.stages.tune_trial import PROBE, RANK, TrialTask, run_trial
@@ -46,9 +48,11 @@ from pipeline.sweeps.plan import Budget, Plan
 from pipeline.sweeps.population import Population
 from pipeline.sweeps.trials import Sweep, own_point, relative_weights, short_value, trial_name
 from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
-from pipeline.tracking.tracker import Tracker, end_trials
+from pipeline.tracking import store_uris
+from pipeline.tracking.tracker import Tracker, end_trials, store_uri
 
-TRIALS = "trials"  # in the stage's folder: a folder per trial with what it logged
+log = logging.getLogger(__name__)
+
 LEDGER = "trials.jsonl"  # in the stage's folder: every trial as it begins and ends
 RETRIES = 3  # of a trial whose process or node was lost
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial's run in MLflow
@@ -73,6 +77,11 @@ def check(recipe: Recipe) -> Checked:
         SettingError: The recipe cannot be trained on the shard set.
         StageError: There is no shard set.
     """
+    if recipe.home is not None and recipe.tune.scheduler == "pbt":
+        raise SettingError(
+            f"out={recipe.home}: tune.scheduler=pbt copies checkpoints from trial to trial in a folder that all nodes share; "
+            "give such a folder, or set tune.scheduler=asha or none"
+        )
     shards = ShardSet.open(recipe.shards_at)
     check_shards(recipe, shards)
     check_budget(recipe, shards.rows["train"])
@@ -100,7 +109,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     use_gpu = uses_gpu(recipe, session)
     check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
-    with stage_folder(recipe.stage_dir("tune"), _identity(recipe, checked), restart=recipe.restart) as folder:
+    _check_tracking(recipe, session)
+    place, home = recipe.stage_dir("tune"), recipe.stage_home("tune")
+    with stage_folder(place, _identity(recipe, checked), restart=recipe.restart, home=home) as folder:
         meter = Meter(before=Spent(wall_clock_s=spent_in(folder.path).wall_clock_s))  # trials keep the rest themselves
         concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
         plan = _plan(recipe, checked, folder, meter, concurrent)
@@ -136,6 +147,15 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             folder.finish(result)
         state = f"continued, {kept} trials were done" if kept else folder.state
         return {**result, "state": "new" if state == "unfinished" else state}
+
+
+def _check_tracking(recipe: Recipe, session: SessionInfo) -> None:
+    """Warn where trials on other nodes do not reach MLflow."""
+    if recipe.home is not None and session.nodes > 1 and store_uris.sqlite_path(store_uri(recipe)) is not None:
+        log.warning(
+            "MLflow's store is a file on this machine, which trials on other nodes do not see; wavemim sync %s sends what they "
+            "log, or set tracking.uri= to a server", recipe.home,
+        )  # fmt: skip
 
 
 def _identity(recipe: Recipe, checked: Checked) -> dict[str, Any]:
@@ -174,7 +194,7 @@ def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, c
     if tune.scheduler == "pbt":
         population = Population(tune.rungs, tune.quantile, recipe.seed, partial(perturbed, space))
     return Plan(
-        Ledger(folder.path / LEDGER),
+        Ledger(folder.path / LEDGER, folder.changed),
         draws_of(recipe, space),
         budget,
         own=own_point(recipe, space.settings),
@@ -195,11 +215,11 @@ def _run(
     progress: bool,
 ) -> Spent:
     """Run the plan, with a progress bar and the cost so far in MLflow."""
-    objective = task.objective
+    objective, logs = task.objective, folder.path / TRIALS
     statuses: dict[str, str] = {}
 
     def record() -> Spent:
-        spent = meter.read(spent_in(trial) for trial in (folder.path / TRIALS).glob("*"))
+        spent = meter.read(_spent(plan.ledger, logs, number) for number in list(plan.ledger.begun))
         tracker.log(spent.metrics(), spent.images_seen)
         return spent
 
@@ -223,14 +243,14 @@ def _run(
             run = ended.metrics.get("mlflow_run") or trial_name(ended.number, point, task.searched)
             statuses[run] = STATUSES[ended.state]
             if ended.state != "failed":  # one that failed may begin again, in a later call
-                shutil.rmtree(folder_of(folder.path / TRIALS, ended.number) / CHECKPOINTS, ignore_errors=True)
+                remove_checkpoints(logs, ended.number, home_of(recipe, ended.number))
             if plan.search_ended:
-                for kept in (folder.path / TRIALS).glob(f"*/{KEPT}"):
+                for kept in logs.glob(f"*/{KEPT}"):
                     shutil.rmtree(kept, ignore_errors=True)
             record()
 
         def on_stop(number: int) -> None:
-            (folder_of(folder.path / TRIALS, number) / STOPPED).touch()
+            note_stopped(logs, number, home_of(recipe, number))
 
         publish()
         try:
@@ -249,6 +269,13 @@ def _run(
             end_trials(tracker.handle.uri, tracker.handle.run_id, statuses)
             spent = record()
     return spent
+
+
+def _spent(ledger: Ledger, logs: Path, number: int) -> Spent:
+    """What a trial has spent: by its folder, if this node has it, or else by what it reported at its end."""
+    spent = spent_in(folder_of(logs, number))
+    ended = ledger.ended.get(number)
+    return spent if spent.wall_clock_s or ended is None else Spent.of(ended.cost)
 
 
 def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
@@ -294,7 +321,7 @@ def _write(recipe: Recipe, folder: StageFolder, sweep: Sweep, tracker: Tracker) 
         tracker.artifact(path)
 
     def place(name: str) -> str:
-        return str(written.files.get(name, "not written"))
+        return recipe.place_of(written.files[name]) if name in written.files else "not written"
 
     pictures = [path.name for path in written.files.values() if path.suffix == ".png"]
     tracker.description(written.description, pictures)

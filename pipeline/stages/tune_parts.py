@@ -6,19 +6,26 @@ at this checkpoint, or at a copy of the one that another trial, the donor, keeps
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from pipeline.checkpoints.find import name_of
+from pipeline.config.recipe import Recipe
+from pipeline.errors import SettingError, StageError
+from pipeline.storage.folder import Folder
+from pipeline.storage.mirror import Mirror, pushing
 from pipeline.sweeps.trials import Fork, trial_name
 from wavemim.atomic import new_folder
 from wavemim.weights import checkpoint
 
+TRIALS = "trials"  # in the stage's folder: a folder per trial with what it logged
+STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
 CHECKPOINTS = "checkpoints"  # in a trial's folder until it is known how the trial ended
 KEPT = "rung_checkpoints"  # in a trial's folder, until the search has ended: its checkpoints at rungs
 
@@ -57,6 +64,75 @@ class Part:
 def folder_of(logs: Path, number: int) -> Path:
     """The folder of a trial."""
     return logs / f"{number:04d}"
+
+
+def home_of(recipe: Recipe, number: int) -> Folder | None:
+    """A trial's folder in the store, if the sweep's out folder is in one."""
+    home = recipe.stage_home("tune")
+    return None if home is None else Folder.at(home).sub(f"{TRIALS}/{number:04d}")
+
+
+@contextlib.contextmanager
+def trial_folder(recipe: Recipe, logs: Path, number: int) -> Iterator[Path]:
+    """The folder in which a trial works while the block runs.
+
+    Where the sweep's out folder is in a store, that is a copy on the trial's own node of the trial's folder in the store: it
+    is fetched first, copied there while the trial runs, and removed at its end.
+
+    Args:
+        recipe: That of the sweep.
+        logs: The folder of all trials, which all nodes share unless the out folder is in a store.
+        number: The trial's number.
+
+    Raises:
+        OSError: The store does not answer: the trial is to be begun again.
+    """
+    place = home_of(recipe, number)
+    if place is None:
+        yield folder_of(logs, number)
+        return
+    folder = folder_of(recipe.stage_dir("tune") / TRIALS, number)
+    mirror = Mirror(place, folder)
+    with _as_disk_errors():
+        mirror.pull()
+    with pushing(mirror):
+        yield folder
+    with _as_disk_errors():
+        mirror.finish()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _as_disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except (StageError, SettingError) as error:
+        raise OSError(str(error)) from None
+
+
+def was_stopped(folder: Path, place: Folder | None) -> bool:
+    """Whether the scheduler has stopped a trial, by its folder or by that in the store."""
+    with contextlib.suppress(StageError, SettingError):
+        return (folder / STOPPED).exists() or (place is not None and place.kind(STOPPED) is not None)
+    return False
+
+
+def note_stopped(logs: Path, number: int, place: Folder | None) -> None:
+    """Note that the scheduler stops a trial, before it does."""
+    folder = folder_of(logs, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOPPED).touch()
+    if place is not None:
+        with contextlib.suppress(StageError, SettingError):  # its run in MLflow then ends as KILLED with the sweep
+            place.write(STOPPED, b"")
+
+
+def remove_checkpoints(logs: Path, number: int, place: Folder | None) -> None:
+    """Remove the checkpoints of a trial that has ended."""
+    shutil.rmtree(folder_of(logs, number) / CHECKPOINTS, ignore_errors=True)
+    if place is not None:
+        with contextlib.suppress(StageError, SettingError):  # they are only in the way
+            place.drop(CHECKPOINTS)
 
 
 def starting_checkpoint(logs: Path, number: int, part: Part) -> Path | None:

@@ -20,14 +20,14 @@ from pipeline.models.build import build_blank_model
 from pipeline.runtime.usage import Spent
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import changes
-from pipeline.stages.tune_parts import CHECKPOINTS
+from pipeline.stages.tune_parts import CHECKPOINTS, was_stopped
+from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.sweeps.ledger import Measured
 from pipeline.tracking.tracker import Tracker
 from wavemim.flops import cost_of, forward_flops
 from wavemim.weights import checkpoint
 
-STOPPED = "stopped"  # file in a trial's folder: the scheduler has stopped it
 _FILE = "rungs.jsonl"
 # Of the FLOPs of training, how many may compute features for probes. Probes then take at most a fifth of a trial's time: on a
 # CPU, features and solvers were measured to run at 0.6 times the rate of training in bfloat16.
@@ -190,8 +190,8 @@ class Rungs:
 
 
 @contextlib.contextmanager
-def tracked(tracker: Tracker, folder: Path) -> Iterator[Tracker]:
-    """Track a trial. Where its thread is ended from outside, its MLflow run ends as KILLED if a scheduler stopped it; if the
+def tracked(tracker: Tracker, folder: Path, place: Folder | None = None) -> Iterator[Tracker]:
+    """Track a trial in its folder, whose place in a store may be given. Where its thread is ended from outside, its MLflow run ends as KILLED if a scheduler stopped it; if the
     sweep was interrupted, the run stays as it is and is gone on with later."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(tracker)
@@ -199,7 +199,7 @@ def tracked(tracker: Tracker, folder: Path) -> Iterator[Tracker]:
             yield tracker
         except SystemExit:
             stack.pop_all()
-            if (folder / STOPPED).exists():
+            if was_stopped(folder, place):
                 tracker.end("KILLED")
                 shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
             raise

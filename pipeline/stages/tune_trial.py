@@ -29,10 +29,11 @@ from pipeline.stages.tune_engine import CURVE, FAILED
 from pipeline.stages.tune_parts import (
     CHECKPOINTS,
     Part,
-    folder_of,
     forks_in_words,
+    home_of,
     keep_checkpoint,
     starting_checkpoint,
+    trial_folder,
 )
 from pipeline.stages.tune_rungs import Rungs, tracked
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
@@ -115,13 +116,15 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
         recipe, refused = base, error
     shards = ShardSet.open(task.shards)
     device = torch.device("cuda" if task.use_gpu else "cpu")
-    folder = folder_of(Path(task.logs), config[NUMBER])
-    part = Part.of(config)
-    with tracked(_start(recipe, config, part, folder, task, shards), folder) as tracker:
+    part, place = Part.of(config), home_of(base, config[NUMBER])
+    with (
+        trial_folder(base, Path(task.logs), config[NUMBER]) as folder,
+        tracked(_start(recipe, config, part, folder, task, shards), folder, place) as tracker,
+    ):
         try:
             if refused is not None:
                 raise refused
-            resume = starting_checkpoint(Path(task.logs), config[NUMBER], part)
+            resume = starting_checkpoint(folder.parent, config[NUMBER], part)
             rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task, resume, part)
             trained = None if rungs.paused else _train(recipe, shards, device, folder, tracker, task, rungs, resume)
             if trained is None or trained.stopped:

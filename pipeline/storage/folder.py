@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 OWNER = ".owner.json"  # in a remote folder: who owns it
 _PARALLEL = 8  # deletions at a time
+_PIECE = 64 << 20  # bytes that are downloaded at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,6 +134,24 @@ class Folder:
                 os.fsync(written.fileno())
         file.unlink()
 
+    def get(self, name: str, target: Path) -> None:
+        """Copy a file to a local path that does not exist, a piece at a time.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: The local file cannot be written.
+            StorageError: The store does not answer, or failed.
+            SettingError: It denies access, or has no such bucket.
+        """
+        # Not by pyarrow's copy_files, which does not tell an error of the store from one of the local disk.
+        with self.open(name) as source, open(target, "xb") as file:
+            while True:
+                with reaching(self.shown(name)):
+                    piece = source.read(_PIECE)
+                if not piece:
+                    return
+                file.write(piece)
+
     def _upload(self, name: str, content: pa.Buffer) -> None:
         files, path = self._reach(name)
         with reaching(self.shown(name)), files.open_output_stream(path) as stream:
@@ -186,13 +205,14 @@ class Folder:
         for folder, names in self.tree():
             yield from (f"{folder}/{name}" if folder else name for name in names)
 
-    def tree(self, below: str = "") -> Iterator[tuple[str, list[str]]]:
-        """List everything below it, folder by folder. Hidden files and folders are skipped.
+    def tree(self, below: str = "", *, hidden: bool = False) -> Iterator[tuple[str, list[str]]]:
+        """List everything below it, folder by folder. Hidden files and folders are skipped unless `hidden`.
 
         Local links to folders are followed, but not in circles, which pyarrow's and fsspec's listings do not notice.
 
         Args:
             below: Path of the folder to begin at, relative to this one.
+            hidden: Whether hidden files and folders are listed too.
 
         Yields:
             Path of a folder with files, relative to this one, and their names, sorted.
@@ -202,7 +222,7 @@ class Folder:
         """
         if self.local is not None:
             if os.path.isdir(self.place(below)):
-                yield from _local_tree(self.url, below, frozenset())
+                yield from _local_tree(self.url, below, frozenset(), hidden)
             return
         found: dict[str, list[str]] = {}
         start = len(self._reach()[1].lstrip("/")) + 1
@@ -210,7 +230,7 @@ class Folder:
         while infos:  # emptied while it is read: a million of them take much memory
             info = infos.pop()
             path = info.path.lstrip("/")[start:]
-            if info.type == pafs.FileType.File and not any(part.startswith(".") for part in path.split("/")):
+            if info.type == pafs.FileType.File and (hidden or not _is_hidden(path)):
                 folder, _, name = path.rpartition("/")
                 found.setdefault(folder, []).append(name)
         for folder in sorted(found):
@@ -263,7 +283,11 @@ class Folder:
         return client(address), place if address.scheme in ("http", "https") else address.path
 
 
-def _local_tree(root: str, below: str, above: frozenset[str]) -> Iterator[tuple[str, list[str]]]:
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _local_tree(root: str, below: str, above: frozenset[str], hidden: bool) -> Iterator[tuple[str, list[str]]]:
     place = os.path.join(root, below) if below else root
     real = os.path.realpath(place)
     if real in above:
@@ -272,11 +296,11 @@ def _local_tree(root: str, below: str, above: frozenset[str]) -> Iterator[tuple[
     folders: list[str] = []
     with os.scandir(place) as entries:
         for entry in entries:
-            if not entry.name.startswith("."):
+            if hidden or not entry.name.startswith("."):
                 (folders if entry.is_dir() else files).append(entry.name)
     if files:
         files.sort()
         yield below, files
     del files
     for name in sorted(folders):
-        yield from _local_tree(root, f"{below}/{name}" if below else name, above | {real})
+        yield from _local_tree(root, f"{below}/{name}" if below else name, above | {real}, hidden)

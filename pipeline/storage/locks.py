@@ -34,9 +34,11 @@ from pipeline.errors import SettingError, StageError
 from pipeline.periodic import Periodic
 from pipeline.storage.conditional import S3Object, UnsupportedError
 from pipeline.storage.folder import OWNER, Folder, log
+from pipeline.storage.object_stores import StorageError
 
 # Seconds: between two renewals of the mark; its age from which it no longer counts; before it is read back.
 RENEW, STALE, PAUSE = 20.0, 90.0, 1.0
+_LOOK = 5.0  # between looks at another owner's mark
 
 
 @contextlib.contextmanager
@@ -57,6 +59,71 @@ def owned(folder: Folder, what: str) -> Iterator[None]:
     """
     with _locked(folder.local) if folder.local is not None else _leased(folder, what):
         yield
+
+
+@contextlib.contextmanager
+def claimed(folder: Folder, what: str, *, lease: Path, other: str = "out=") -> Iterator[str]:
+    """As `owned`, but wait for an owner that seems to have ended: it was killed, or its machine is gone.
+
+    Whether a mark in a store is still renewed takes up to a minute and a half to see. A mark that was made with the same
+    `lease` is removed at once.
+
+    Args:
+        folder: The folder; it need not exist yet.
+        what: The work in a word or two, for the message to others.
+        lease: A local file that the caller alone uses, by a lock that ends with its process: it holds the mark.
+        other: The settings that name another folder, for the message.
+
+    Yields:
+        Id of the mark; "" for a local folder, which has a lock.
+
+    Raises:
+        StageError: Another process owns the folder, or the store does not answer.
+        SettingError: The store denies access, or has no such bucket.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if folder.local is None and lease_mark(folder) == json.loads(lease.read_bytes())["id"]:
+            folder.remove(OWNER)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(owned(folder, what))
+        except StorageError:
+            raise
+        except StageError as taken:
+            if folder.local is not None or not _given_up(folder):
+                raise StageError(
+                    f"{folder} is being written by another run; wait for it, or give another name= or {other} "
+                    f"({str(taken).partition(';')[0]})"
+                ) from None
+            stack.enter_context(owned(folder, what))
+        mark = (lease_mark(folder) or "") if folder.local is None else ""
+        if mark:
+            lease.parent.mkdir(parents=True, exist_ok=True)
+            lease.write_text(json.dumps({"id": mark}) + "\n")
+        yield mark
+
+
+def lease_mark(folder: Folder) -> str | None:
+    """Id in the mark of the owner of a folder in a store; None if there is no mark, or it cannot be parsed."""
+    found = _mark(folder)
+    return None if found is None else found.get("id")
+
+
+def _given_up(folder: Folder) -> bool:
+    """Wait until the owner of a folder in a store renews its mark, so that it is running, or the mark is too old to count.
+
+    Returns:
+        Whether the folder is free.
+    """
+    log.warning("%s: another run owned it a moment ago; waiting to see whether it still does", folder)
+    seen = folder.modified(OWNER)
+    ends = time.monotonic() + STALE + 1
+    while time.monotonic() < ends:
+        time.sleep(_LOOK)
+        renewed = folder.modified(OWNER)
+        if renewed != seen:
+            return renewed is None  # its owner has ended and removed it
+    return True
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,14 @@ _KINDS = {Begun: "begin", Measured: "rung", Ended: "end", Generation: "generatio
 class Ledger:
     """Trials by number, in memory and in a file to which lines are only added."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the file if there is one. A last line that was cut while it was written does not count."""
-        self.path = path
+    def __init__(self, path: Path, changed: Callable[[], None] = lambda: None) -> None:
+        """Read the file if there is one. A last line that was cut while it was written does not count.
+
+        Args:
+            path: The file.
+            changed: Called when a line has been written.
+        """
+        self.path, self._changed = path, changed
         self.begun: dict[int, Begun] = {}
         self.ended: dict[int, Ended] = {}
         self.measured: dict[tuple[int, int], Measured] = {}  # by trial and rung, in the order that they came in
@@ -115,6 +120,7 @@ class Ledger:
             os.fsync(file.fileno())
         self._torn = False
         self._remember(entry)
+        self._changed()
 
     def trials(self) -> list[Trial]:
         """The trials that ended, by number."""

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from pipeline.config.load import validate
+from pipeline.config.places import cache_of
 from pipeline.errors import SettingError
 from pipeline.models.build import build_model
 from pipeline.shards.batches import Batch
 from pipeline.shards.reader import Reader
 from pipeline.shards.row_groups import read_columns
 from pipeline.shards.shard_set import ShardSet
+from pipeline.storage.folder import Folder
+from pipeline.storage.mirror import fetch, names_in
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS
 from pipeline.training.schedule import Phase, TrainSchedule, TrainState, phases_of
 from pipeline.training.setup import precision_of, reader_of, views_of
@@ -44,7 +47,7 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     """Repeat the steps that ended a run. Nothing is trained.
 
     Args:
-        where: The folder ``blow-up``, or that of the stage or the run.
+        where: Path or URL of the folder ``blow-up``, or of that of the stage or the run.
         shards: Where the shard set is now; None: where it was.
         say: Called with a line per step, and with the conclusion.
 
@@ -55,7 +58,7 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
         SettingError: There is nothing to replay, or the shard set is another one.
         CheckpointError: The checkpoint is damaged.
     """
-    folder = _find(Path(where))
+    folder = _find(where)
     about = json.loads((folder / STEPS).read_bytes())
     if about.get("stage", "pretrain") != "pretrain":
         raise SettingError(f"{folder}: steps of {about['stage']}; only those of pretraining can be replayed")
@@ -78,10 +81,15 @@ def replay(where: str, *, shards: str | None = None, say: Callable[[str], None] 
     return found
 
 
-def _find(where: Path) -> Path:
-    for folder in (where, where / FOLDER, where / "pretrain" / FOLDER):
-        if (folder / STEPS).is_file():
-            return folder
+def _find(where: str) -> Path:
+    """The folder blow-up; of one in a store, a copy."""
+    for below in ("", FOLDER, f"pretrain/{FOLDER}"):
+        folder = Folder.at(where).sub(below)
+        if folder.kind(STEPS) == "file":
+            local = folder.local or cache_of(folder.url)
+            if folder.local is None:
+                fetch(folder, local, names_in(folder))
+            return local
     raise SettingError(
         f"{where}: nothing to replay; give the folder {FOLDER} of a run that ended with non-finite gradients, or that of the "
         "run (OUT/runs/NAME)"

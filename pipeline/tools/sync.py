@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pipeline.config.places import is_url
 from pipeline.errors import SettingError, StageError
+from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
+from pipeline.storage.mirror import fetch, names_in
+from pipeline.storage.object_stores import Address
 from pipeline.tools.arguments import tracking_uri
 from pipeline.tracking import errors, store_uris
-from pipeline.tracking.journal import OUTBOX, Busy, SendOffset
+from pipeline.tracking.journal import OUTBOX, SENT, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
 from pipeline.tracking.runs import recorded_address, stored_uri
 from pipeline.tracking.sender import Sender
 
 # Seconds: to wait for a stage that is sending itself; for one request, since no training waits for it.
 _WAIT, _LIMIT = 30.0, 120.0
+_LARGE = ("shards", "fetched", "checkpoints", "rung_checkpoints", "blow-up")
 
 
 @click.command("sync")
@@ -29,8 +36,8 @@ _WAIT, _LIMIT = 30.0, 120.0
 def command(run: str, settings: tuple[str, ...]) -> None:
     """Send the metrics, files and run states that MLflow has not received; nothing is sent twice.
 
-    RUN is a run's folder (OUT/runs/NAME), the folder of a stage in it, or OUT for all runs. Exit code 1 if MLflow does
-    not answer.
+    RUN is a run's folder (OUT/runs/NAME), the folder of a stage in it, or OUT for all runs, local or in a store. Exit code
+    1 if MLflow does not answer.
     """
     sync(run, uri=tracking_uri(settings, "sync"), say=click.echo)
 
@@ -39,7 +46,7 @@ def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], obje
     """Send what has not been sent yet.
 
     Args:
-        where: An out folder, a run's folder (OUT/runs/NAME) or a stage's folder.
+        where: An out folder, a run's folder (OUT/runs/NAME) or a stage's folder: a path or URL.
         uri: MLflow's address; None: the one that the stages used.
         say: Called with a line for each stage.
 
@@ -47,7 +54,16 @@ def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], obje
         SettingError: No stage has logged anything there.
         StageError: MLflow does not answer, or refuses.
     """
-    root = Path(where).expanduser().absolute()
+    if is_url(str(where)):
+        with _copy(Folder.at(where)) as local:
+            if uri is not None:
+                _forget_others(local, store_uris.absolute_uri(uri))
+            _sync(local, where, uri, say)
+    else:
+        _sync(Path(where).expanduser().absolute(), where, uri, say)
+
+
+def _sync(root: Path, where: str | Path, uri: str | None, say: Callable[[str], object]) -> None:
     if not root.is_dir():
         raise SettingError(f"{where} is not a folder; give OUT, OUT/runs/NAME or the folder of a stage in it")
     below = root / "runs" if (root / "runs").is_dir() else root
@@ -57,6 +73,39 @@ def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], obje
     for folder in folders:
         name = folder.name if folder == below else str(folder.relative_to(below))
         say(f"{name}: {_send(folder, uri)}")
+
+
+@contextlib.contextmanager
+def _copy(home: Folder) -> Iterator[Path]:
+    """A local copy of a folder in a store, without checkpoints; what sending changes in it is copied back."""
+    with tempfile.TemporaryDirectory(prefix="wavemim-") as room:
+        local = Path(room) / Address.of(home.url).path.rpartition("/")[2]
+        local.mkdir()
+        names = fetch(home, local, [name for name in names_in(home) if _is_journal(name)])
+        before = {name: (local / name).read_bytes() for name in names if name.endswith((OUTBOX, SENT))}
+        try:
+            yield local
+        except StageError as error:
+            raise StageError(str(error).replace(str(local), str(home))) from None
+        finally:
+            for place in _folders(local):
+                for name in (str((place / file).relative_to(local)) for file in (OUTBOX, SENT)):
+                    with contextlib.suppress(FileNotFoundError):
+                        content = (local / name).read_bytes()
+                        if content != before.get(name):
+                            home.write(name, content)
+
+
+def _forget_others(local: Path, uri: str) -> None:
+    """Have everything sent that was sent to another server before: that may be a file on a machine that is gone."""
+    for folder in _folders(local):
+        if recorded_address(JsonLines(folder / OUTBOX)) != store_uris.without_password(uri):
+            (folder / SENT).unlink(missing_ok=True)
+
+
+def _is_journal(name: str) -> bool:
+    """Whether a file may belong to what is sent: not a checkpoint, nor a shard."""
+    return not any(part.startswith("images-") or part in _LARGE for part in name.split("/"))
 
 
 def _folders(below: Path) -> list[Path]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.places import is_url
 from pipeline.errors import SettingError, StageError
 from pipeline.storage.jsonl import JsonLines
+from pipeline.storage.object_stores import masked
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking import store_uris
 from pipeline.tracking.journal import OUTBOX, SendOffset
@@ -64,6 +66,11 @@ def find(names: Sequence[str], uri: str | None) -> list[Run]:
 
 def _folders(name: str) -> list[Path]:
     """The stages' folders, if `name` is the folder of a run or of a stage; none if it may be a name or an id."""
+    if is_url(name):
+        raise SettingError(
+            f"{masked(name)}: compare reads MLflow, not a store; give the run's name, and tracking.uri= of the server "
+            "(wavemim sync URL tracking.uri=URI sends a run there)"
+        )
     place = Path(name).expanduser()
     if not place.is_dir():
         if os.sep in name or name.startswith("~"):

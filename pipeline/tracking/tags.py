@@ -17,7 +17,7 @@ def tags_of(recipe: Recipe, stage: str) -> dict[str, str]:
         "wavemim.stage": stage,
         "wavemim.recipe": recipe.name,
         "wavemim.run": recipe.name,  # the same for all stages of a run, which are shown together
-        "wavemim.out": str(Path(recipe.out).expanduser().absolute()),
+        "wavemim.out": recipe.home or str(Path(recipe.out).expanduser().absolute()),
         "mlflow.source.name": f"wavemim {stage}",
         **_version_tags(),
     }

@@ -46,7 +46,7 @@ def store_uri(recipe: Recipe) -> str:
     return (
         store_uris.absolute_uri(uri)
         if uri
-        else store_uris.sqlite_uri(Path(recipe.out).expanduser().absolute() / "mlflow.db")
+        else store_uris.sqlite_uri(recipe.local_out.expanduser().absolute() / "mlflow.db")
     )
 
 
@@ -65,7 +65,7 @@ class RunHandle:
     """What another process needs to log to a run. Plain strings, so that it can be pickled.
 
     Attributes:
-        uri: Of the store.
+        uri: Of the store; "" where another process sends what is logged.
         run_id: MLflow's id; "" while MLflow does not know the run.
         log_file: The journal's metrics.jsonl; the rest of the journal is in the same folder.
     """
@@ -255,6 +255,10 @@ class Tracker:
         if not sent and not self._warned:
             self._warn("does not accept everything in time")
 
+    def wake(self) -> None:
+        """Send what others have written to the journal; returns immediately."""
+        self._thread.wake()
+
     def flush(self, seconds: float, most: float | None = None) -> bool:
         """Send at once. Returns whether all that was logged was sent; the arguments are those of `SendingThread.flush`."""
         return self._thread.flush(seconds, most)
@@ -277,6 +281,8 @@ class Tracker:
 
     def _send(self, urgent: bool) -> bool | None:
         """Send what there is. Returns whether that succeeded; None if another process is sending."""
+        if not self._handle.uri:
+            return True
         try:
             self._sender.send(wait=_END_LIMIT if urgent else 0.0, files=urgent)
         except Busy:

@@ -19,11 +19,12 @@ import torch.distributed as dist
 
 from pipeline.errors import TrainingEndedError
 from pipeline.runtime.stage_folder import write_json
+from pipeline.workers.harness import DIVERGED
 from wavemim.weights import checkpoint
 
 SPIKE = 6.0  # median absolute deviations above the median from which on a loss is a spike
 REMEMBERED = 200  # steps that the median is taken over
-FOLDER, CHECKPOINT, STEPS = "blow-up", "checkpoint", "steps.json"
+FOLDER, CHECKPOINT, STEPS = DIVERGED, "checkpoint", "steps.json"
 
 
 class DivergedError(TrainingEndedError):

@@ -24,8 +24,9 @@ from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.tracker import RunHandle
 from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of, started
 from pipeline.workers.log_forwarding import showing
+from pipeline.workers.relay import STOP, receiving
 from pipeline.workers.unreadable import forget
-from pipeline.workers.worker import CONFIG, STOP, Loop, train_worker
+from pipeline.workers.worker import CONFIG, Loop, train_worker
 from wavemim.atomic import PARTIAL
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def train_on_workers(
         loop: Function of a module, which the workers import.
         recipe: The settings.
         session: The running Ray.
-        folder: The stage's folder, which all nodes share.
+        folder: The stage's folder, which all nodes share unless the out folder is in an object store.
         shards: The shard set.
         handle: MLflow run that rank 0 logs to.
         store: Second place for the checkpoints.
@@ -73,22 +74,27 @@ def train_on_workers(
         KeyboardInterrupt: Training was stopped.
     """
     forget(folder)
-    config = {
-        **more,
-        "loop": loop,
-        "recipe": recipe.dump(),
-        "folder": str(folder.absolute()),
-        "shards": shards.folder.url,
-        "handle": handle,
-        "store": store,
-        "reader_threads": reader_threads,
-    }
-    trainer = _trainer(config, recipe, session, folder, workers)
-    with ending_hung_workers(folder, recipe.train.hang_timeout, end_process), showing(folder):
-        ended = _fit(trainer, recipe, folder, what)
+    with (
+        receiving(folder, handle, needed=recipe.home is not None and not session.private) as relay,
+        ending_hung_workers(folder, recipe.train.hang_timeout, end_process),
+        showing(folder),
+    ):
+        config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute()), "handle": handle}
+        config |= {"shards": shards.folder.url, "store": store, "reader_threads": reader_threads}
+        config |= {"relay": relay, "home": recipe.stage_home(folder.name)}
+        ended = _fit(_trainer(config, recipe, session, folder, workers), recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
+    if store is not None and recipe.home is not None:
+        _take_home(recipe, store, folder, str(ended.get("uncopied", "")))
     return ended.get("value")
+
+
+def _take_home(recipe: Recipe, store: CheckpointStore, folder: Path, uncopied: str) -> None:
+    """At the end, where the out folder is in a store: the last checkpoint must be there, and be in the driver's copy too."""
+    if uncopied:
+        raise StageError(f"{uncopied}; the same command copies it")
+    store.restore(folder, best=recipe.train.keep_best is not None)  # where rank 0 was on another node
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, recipe: Recipe, folder: Path, what: str) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, recipe: Recipe, folder: Path, wh
     (folder / STOP).unlink(missing_ok=True)
     fitting = interrupts.beside_main(trainer.fit)
     try:
-        return _ended(fitting, folder, what)
+        return _ended(fitting, recipe.place_of(folder), what, warn=recipe.home is None)
     except KeyboardInterrupt:
         _stop(fitting, recipe, folder, what)
         raise
@@ -109,21 +115,22 @@ def _stop(fitting: Future[Any], recipe: Recipe, folder: Path, what: str) -> None
     if interrupts.interrupted() and recipe.train.hang_timeout is not None and not started(folder):
         return  # they would first come up, which takes long
     (folder / STOP).touch()
-    in_job = ray_job.submission_id() is not None  # nobody waits at a terminal: a step under way may take its time
-    with interrupts.saving(lambda: in_job or any(folder.glob(f".images-*{PARTIAL}"))):
-        _ended(fitting, folder, what)
+    # The checkpoint has to reach a store, perhaps from another node; in a job nobody waits at a terminal.
+    patient = recipe.home is not None or ray_job.submission_id() is not None
+    with interrupts.saving(lambda: patient or any(folder.glob(f".images-*{PARTIAL}"))):
+        _ended(fitting, recipe.place_of(folder), what, warn=True)
 
 
-def _ended(fitting: Future[Any], folder: Path, what: str) -> dict[str, Any]:
+def _ended(fitting: Future[Any], kept: str, what: str, *, warn: bool) -> dict[str, Any]:
     """What `train_worker` returned on rank 0, once Ray Train ends. Raises StageError if training has failed."""
     try:
         ended: dict[str, Any] = fitting.result().return_value or {}  # of Train V2
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {folder}") from error
-    if ended.get("uncopied"):
+        raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {kept}") from error
+    if warn and ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
-        raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {folder}")
+        raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {kept}")
     return ended
 
 

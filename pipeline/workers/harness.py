@@ -15,6 +15,7 @@ from pipeline.workers.coordination import Coordinator
 from pipeline.workers.heartbeat import CHECKPOINT, ReportActivity
 from wavemim.weights import checkpoint
 
+DIVERGED = "blow-up"  # in the stage's folder: the model and the steps of a run that diverged
 LogHook = Callable[[dict[str, float], int], None]
 CheckpointHook = Callable[[checkpoint.Saver, dict[str, Any]], None]
 

@@ -16,6 +16,7 @@ import ray.train.collective
 import ray.train.torch
 import torch
 
+from pipeline.checkpoints.find import fetched
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.checkpoints.uploader import Copier
 from pipeline.checkpoints.writer import Keeper
@@ -24,13 +25,13 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError, StageError, TrainingEndedError
 from pipeline.runtime.ray_internals import node_is_leaving
 from pipeline.runtime.stage_folder import SETTINGS
-from pipeline.runtime.usage import spent_in
 from pipeline.shards.errors import UnreadableError
 from pipeline.tracking.tracker import Tracker
 from pipeline.workers.coordination import CheckpointTimer, Coordinator
-from pipeline.workers.harness import Harness
+from pipeline.workers.harness import DIVERGED, Harness
 from pipeline.workers.heartbeat import CHECKPOINT, Heartbeat, ReportActivity
 from pipeline.workers.log_forwarding import passing_on
+from pipeline.workers.relay import KEPT, STOP, Place, working
 from pipeline.workers.stragglers import KEEP_BUFFERS
 from pipeline.workers.unreadable import note, still_unreadable
 from wavemim.weights import checkpoint
@@ -38,7 +39,6 @@ from wavemim.weights import checkpoint
 log = logging.getLogger(__name__)
 
 CONFIG = "config"  # key of the reference to what a worker is given
-STOP = ".stop"  # in the stage's folder: asks the workers to save a checkpoint and stop
 _LEAVING = 10 / 60  # minutes between checkpoints once a node is known to be taken away
 
 
@@ -65,29 +65,32 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         the loop's. What it returns ends the run; an exception makes Ray restart the workers.
     """
     config = ray.get(config[CONFIG])
-    folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
-    with _reporting(folder, rank, config["recipe"]["train"]["hang_timeout"]) as heartbeat:
-        lost = still_unreadable(folder, config["shards"]) if rank == 0 else ""
+    rank = ray.train.get_context().get_world_rank()
+    with (
+        working(Path(config["folder"]), config["handle"], config["relay"], config["home"]) as place,
+        _reporting(place.folder, rank, config["recipe"]["train"]["hang_timeout"]) as heartbeat,
+    ):
+        lost = still_unreadable(place.folder, config["shards"]) if rank == 0 else ""
         if lost := ray.train.collective.broadcast_from_rank_zero(lost):
             return {"failed": lost}
         try:
-            return _train(config, heartbeat)
+            return _train(config, place, heartbeat)
         except UnreadableError as error:
-            note(folder, error)
+            note(place.folder, error)
             raise
 
 
-def _train(config: Mapping[str, Any], heartbeat: ReportActivity) -> dict[str, Any]:
+def _train(config: Mapping[str, Any], place: Place, heartbeat: ReportActivity) -> dict[str, Any]:
     """The loop, from the last whole checkpoint on, and the end of its checkpoints."""
-    recipe, folder = validate(config["recipe"]), Path(config["folder"])
+    recipe, folder = validate(config["recipe"]), place.folder
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
     store: CheckpointStore | None = config["store"]
-    resume = _resume_from(folder, rank, store)
-    saving = _Saving(recipe, folder, config, rank, store)
+    resume = _resume_from(recipe, place, rank, world, store)
+    saving = _Saving(recipe, place, rank, store)
     result: LoopResult | None = None
     failed = ""
     try:
@@ -103,16 +106,18 @@ def _train(config: Mapping[str, Any], heartbeat: ReportActivity) -> dict[str, An
             on_checkpoint=saving.on_checkpoint,
             coordinator=Coordinator(rank, world, stop=saving.asked_to_stop, save=saving.due),
             heartbeat=heartbeat,
-            spent=spent_in(folder),
+            spent=place.spent,
         )
         loop: Loop = config["loop"]
         result = loop(recipe, harness, config)
     except TrainingEndedError as error:
-        failed = str(error)
+        failed = _diverged_at_home(str(error), place, store) if rank == 0 else str(error)
     finally:
-        saving.wait(heartbeat)
+        saving.wait(heartbeat, copied=place.elsewhere)  # the only copy would be lost with the worker
     ended_early = result is None or result.stopped
     unsaved = saving.finish(heartbeat, ended_early=ended_early)
+    if place.elsewhere and (unsaved or saving.uncopied):
+        (folder / KEPT).touch()
     return {
         "failed": failed or unsaved,
         "stopped": result is not None and result.stopped,
@@ -124,17 +129,17 @@ def _train(config: Mapping[str, Any], heartbeat: ReportActivity) -> dict[str, An
 class _Saving:
     """What a worker writes while it trains: on rank 0 metrics and checkpoints; others take part in those."""
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, config: Mapping[str, Any], rank: int, store: CheckpointStore | None
-    ) -> None:
-        self._folder = folder
+    def __init__(self, recipe: Recipe, place: Place, rank: int, store: CheckpointStore | None) -> None:
+        self._folder = folder = place.folder
         self._timer, self._leaving = CheckpointTimer(recipe.train.checkpoint_minutes), CheckpointTimer(_LEAVING)
         self._tracker: Tracker | None = None
         self._keeper: Keeper | None = None
         if rank == 0:
             keep, best = recipe.train.keep_checkpoints, recipe.train.keep_best
-            uploader = Copier(store, folder, keep=keep, best=best is not None) if store is not None else None
-            self._tracker = Tracker.attach(config["handle"])
+            uploader = None
+            if store is not None:
+                uploader = Copier(store, folder, keep=keep, best=best is not None, before=place.copy_journal)
+            self._tracker = Tracker.attach(place.handle)
             self._keeper = Keeper(folder, keep=keep, best=best, uploader=uploader)
 
     def on_log(self, metrics: dict[str, float], images: int) -> None:
@@ -160,10 +165,12 @@ class _Saving:
         """Whether training has to stop: as the driver asks, or since no checkpoint can be written."""
         return bool(self._keeper and self._keeper.given_up) or _asked_to_stop(self._folder)
 
-    def wait(self, heartbeat: ReportActivity) -> None:
-        """Wait for the checkpoint that is being written."""
+    def wait(self, heartbeat: ReportActivity, *, copied: bool) -> None:
+        """Wait for the checkpoint that is being written, and until it is copied if `copied`."""
         if self._keeper is not None:
             self._keeper.wait(lambda: heartbeat(CHECKPOINT))
+            if copied and self._keeper.uploader is not None:
+                self._keeper.uploader.finish(lambda: heartbeat(CHECKPOINT))
 
     def finish(self, heartbeat: ReportActivity, *, ended_early: bool) -> str:
         """Wait for the last checkpoint and its copy. Returns why training has failed for it, or nothing.
@@ -199,18 +206,41 @@ def _data_parallel(model: torch.nn.Module) -> torch.nn.Module:
     return ray.train.torch.prepare_model(model, move_to_device=False, parallel_strategy_kwargs=KEEP_BUFFERS)
 
 
-def _resume_from(folder: Path, rank: int, store: CheckpointStore | None) -> Path | None:
+def _resume_from(recipe: Recipe, place: Place, rank: int, world: int, store: CheckpointStore | None) -> Path | None:
     """The last whole checkpoint, as rank 0 sees it: also after a crash, whatever Ray remembers."""
-    if not (folder / SETTINGS).is_file():
+    folder, keep, best = place.folder, recipe.train.keep_checkpoints, recipe.train.keep_best is not None
+    if not place.elsewhere and not (folder / SETTINGS).is_file():
         raise StageError(f"{folder} does not exist on a worker's node; out= has to be a folder that all nodes share")
     if rank == 0 and store is not None:
         try:  # the store may have a whole one where the last one in the folder is damaged
-            store.restore(folder)
+            store.restore(folder, best=best)
         except (StageError, SettingError, OSError) as error:
+            if place.elsewhere:  # its folder is empty, and the store may hold a checkpoint
+                raise
             log.warning("%s; training resumes from what is in %s", error, folder)
     found = checkpoint.latest(folder) if rank == 0 else None
+    shares = store is None or recipe.home is None
+    if found is not None and world > 1 and store is not None and not shares:  # workers on other nodes fetch it there
+        missing = Copier(store, folder, keep=keep, best=best).finish()
+        if missing:
+            log.warning("%s", missing)
     name = ray.train.collective.broadcast_from_rank_zero(found.name if found else None)
-    return folder / name if name else None
+    if not name or rank == 0 or store is None or shares:
+        return folder / name if name else None
+    return fetched(store.folder.place(name), recipe.local_out, near=None if place.elsewhere else folder)[0]
+
+
+def _diverged_at_home(failed: str, place: Place, store: CheckpointStore | None) -> str:
+    """On rank 0: copy the model that diverged to the store if it is on another node; the message, with its place there."""
+    if not place.elsewhere or store is None:
+        return failed
+    try:
+        for path in sorted((place.folder / DIVERGED).rglob("*")):
+            if path.is_file():
+                store.folder.write(path.relative_to(place.folder).as_posix(), path.read_bytes())
+    except (StageError, SettingError, OSError) as error:
+        return f"{failed} (it could not be copied: {error})"
+    return failed.replace(str(place.folder), str(store))
 
 
 def _asked_to_stop(folder: Path) -> bool:

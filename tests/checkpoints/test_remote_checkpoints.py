@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from faulty_proxy import faulty_proxy
 from tiny_shards import photos, write_set
 
 from pipeline.checkpoints import uploader
@@ -20,7 +21,7 @@ from pipeline.config.load import load, with_overrides
 from pipeline.config.recipe import CHANGEABLE, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime.stage_folder import SETTINGS, stage_folder
-from pipeline.storage import locks
+from pipeline.storage import locks, object_stores
 from pipeline.storage.folder import OWNER, Folder
 from pipeline.training.pretrain_loop import train
 from wavemim.weights import checkpoint
@@ -49,7 +50,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(locks, "PAUSE", 0.05)
     monkeypatch.setattr(locks, "RENEW", 0.1)
     monkeypatch.setattr(locks, "STALE", 2.0)
-    monkeypatch.setattr(uploader, "_LOOK", 0.3)
+    monkeypatch.setattr(locks, "_LOOK", 0.3)
     monkeypatch.setattr(uploader, "_RETRIES", (0.01, 0.01))
 
 
@@ -211,6 +212,27 @@ def test_a_store_that_is_away_ends_nothing_and_gets_the_last_one_later(tmp_path,
     shutil.rmtree(place)
     Keeper(here, keep=2, uploader=Copier(store, here, keep=2, best=False)).uploader.finish()  # a new process
     assert kept(store.folder) == [90]
+
+
+def test_a_checkpoint_whose_upload_is_cut_off_does_not_count_and_comes_later(s3, bucket, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(object_stores, "TRIES", 1)
+    with faulty_proxy(s3) as proxy:
+        where = f"{bucket.url.partition('?')[0]}/run?endpoint_override={proxy.endpoint}&scheme=http"
+        store, before = CheckpointStore(Folder.at(where)), []
+        uploader = Copier(store, tmp_path, keep=2, best=False, before=lambda: before.append(kept(store.folder)))
+        keeper = Keeper(tmp_path, keep=2, uploader=uploader)
+        save(keeper, 10)
+        assert keeper.finish() == keeper.uncopied == "" and before == [[]]  # what was logged is there before it
+        proxy.fault = "cut"
+        save(keeper, 20)
+        keeper.finish()
+        assert "the store does not answer" in keeper.uncopied and proxy.faults
+        assert kept(bucket.sub("run")) == [10]
+        assert store.restore(tmp_path / "new machine") == name_of(10)
+        proxy.fault = ""
+        save(keeper, 30)
+        assert keeper.finish() == keeper.uncopied == ""
+    assert kept(bucket.sub("run")) == [10, 30]
 
 
 def test_an_s3_endpoint_that_refuses_is_one_line(tmp_path, monkeypatch):
@@ -388,6 +410,11 @@ def test_mistakes_in_the_setting_are_refused(tmp_path):
     }.items():
         with pytest.raises(SettingError, match=rf"train\.checkpoints_at.*{message}"):
             with_overrides(load("small"), {"out": str(tmp_path / "out"), "train.checkpoints_at": value})
+    with pytest.raises(SettingError, match=r"train\.checkpoints_at=here: with out=s3://b/x other nodes do not see"):
+        load("small", ["name=a", "out=s3://b/x", "train.checkpoints_at=here"])
+    for where in ("s3://key:secret@b/x", "s3://b/x?secret_key=abc"):
+        with pytest.raises(SettingError, match="out: a URL with credentials"):
+            load("small", ["name=a", f"out={where}"])
     with pytest.raises(SettingError, match="checkpoint: a URL with credentials"):
         with_overrides(load("small"), {"checkpoint": "s3://key:secret@bucket/runs"})
     recipe = with_overrides(load("small"), {"train.checkpoints_at": str(tmp_path)})

@@ -55,7 +55,7 @@ MISTAKES = [
     ("data.wavelet=morl", "data.wavelet=morl: not a discrete wavelet of PyWavelets"),
     ("data.channels=17", "data.channels=17: input should be less than or equal to 16"),
     ("data.value_range=[1, 1]", "data.value_range=[1.0, 1.0]: the first value must be below the second"),
-    ("out=s3://bucket/x", "out=s3://bucket/x: must be a folder that all nodes see"),
+    ("out=https://host/x", "out=https://host/x: nothing can be written there"),
     (
         "target.kind=hogs",
         "target.kind=hogs: no target of this name; did you mean 'hog'?; allowed are wavelet, pixels, hog, fourier",

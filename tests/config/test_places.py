@@ -112,3 +112,26 @@ def test_what_was_written_is_never_proposed(tmp_path, monkeypatch, capsys):
     (tmp_path / "cafe\u0301").mkdir()  # as macOS writes é
     code, _, err = wavemim(monkeypatch, capsys, "prepare", f"images={tmp_path / 'café'}")
     assert code == 2 and "did you mean" not in err and "another Unicode form" in err
+
+
+def test_places_below_an_out_folder_keep_its_options_and_its_copy_has_one_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("WAVEMIM_CACHE", str(tmp_path))
+    plain, slashed = (load("small", ["name=a", f"out=s3://b/x{end}?scheme=http"]) for end in ("", "/"))
+    for recipe in (plain, slashed):
+        assert recipe.shards_at == "s3://b/x/shards?scheme=http"
+        assert recipe.stage_home("tune") == "s3://b/x/runs/a/tune?scheme=http"
+        assert recipe.place_of(recipe.run_dir / "report.md") == "s3://b/x/runs/a/report.md?scheme=http"
+        assert recipe.place_of("/elsewhere/report.md") == "/elsewhere/report.md"
+    assert plain.local_out == slashed.local_out and plain.local_out.parent == tmp_path
+    others = {
+        load("small", ["name=a", f"out={out}"]).local_out for out in ("s3://b/x", "s3://b/y", "gs://b/x", "s3://b-x")
+    }
+    assert len({*others, plain.local_out}) == 5
+    local = load("small", ["name=a", "out=here"])
+    assert (
+        local.home is None and local.stage_home("tune") is None and str(local.stage_dir("tune")) == "here/runs/a/tune"
+    )
+    assert (local.shards_at, local.place_of("here/x")) == ("here/shards", "here/x")
+    monkeypatch.delenv("WAVEMIM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert plain.local_out.parent == tmp_path / "cache/wavemim"

@@ -1,6 +1,7 @@
 """Encoders to evaluate: checkpoints, folders in timm's format, timm's own weights, and what is said of others."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_model
 from pipeline.models.encoder_source import EncoderSource, find_encoder
 from pipeline.stages import evaluate
+from pipeline.storage.folder import Folder
 from wavemim.weights import checkpoint
 from wavemim.weights.timm_folder import export_timm
 
@@ -243,3 +245,29 @@ def test_a_set_without_such_images_is_refused(ours, tmp_path):
     shards = write_set(tmp_path / "grey", photos(6)[:, :1], grey)
     with pytest.raises(SettingError, match=r"3 channels.*data\.channels=3"):
         find_encoder(recipe, shards)
+
+
+def test_another_node_fetches_the_checkpoint_and_not_another_one_of_the_same_name(ours, tmp_path, monkeypatch):
+    """`memory://` is a store of this process."""
+    _, shards, folder, expected = ours
+    home = Folder.at(f"memory://{tmp_path.name}/out")
+    monkeypatch.setenv("WAVEMIM_CACHE", str(tmp_path / "driver"))
+    recipe = load("small", [*TINY, f"out={home.url}", f"shards={shards.folder.url}", "name=tiny", "seed=3"])
+    with pytest.raises(StageError, match=r"memory://.*/out/runs/tiny/pretrain has no checkpoint; run wavemim pretrain"):
+        find_encoder(recipe, shards)
+    for path in folder.iterdir():
+        home.write(f"runs/tiny/pretrain/{folder.name}/{path.name}", path.read_bytes())
+    subject = find_encoder(recipe, shards)
+    assert subject.place == f"{home.url}/runs/tiny/pretrain/{folder.name}"
+    near = recipe.stage_dir("pretrain") / folder.name
+    shutil.copytree(folder, near)
+    shutil.rmtree(recipe.local_out / "fetched")
+    assert find_encoder(recipe, shards).source == str(near)  # not downloaded where the machine has it
+
+    (near / checkpoint.STATE).write_text((near / checkpoint.STATE).read_text().replace(subject.fingerprint, "0" * 64))
+    monkeypatch.setenv("WAVEMIM_CACHE", str(tmp_path / "node"))
+    for source in (str(tmp_path / "is not there"), str(near)):
+        there = EncoderSource(**{**vars(subject), "source": source}).model()
+        for name, value in expected.state_dict().items():
+            assert torch.equal(there.state_dict()[name], value), name
+    assert len(list((tmp_path / "node").rglob(checkpoint.MODEL))) == 1

@@ -15,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config.load import load, with_overrides
 from pipeline.runtime.usage import Meter, Spent, TaskMeter, measuring_tasks, spent_in
 from pipeline.shards.batches import split_bytes
+from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
+from pipeline.storage.mirror import Mirror
 from pipeline.training.pretrain_loop import train
 from wavemim.flops import cost_of, forward_flops
 from wavemim.weights import checkpoint
@@ -192,6 +194,28 @@ def test_tasks_leave_what_they_spent(tmp_path):
     assert spent.worker_hours == sum(line.worker_hours for line in lines) > 0
     assert spent.peak_memory_bytes == max(line.peak_memory_bytes for line in lines)
     assert TaskMeter(tmp_path).read().worker_hours == 0  # those of earlier attempts are in the metrics
+
+
+def test_tasks_on_other_machines_leave_what_they_spent_in_the_store(tmp_path):
+    home, here = Folder.at(tmp_path / "home"), tmp_path / "here"
+    mirror = Mirror(home, here)
+    mirror.pull()
+    home.write(".costs/of-an-earlier-attempt.json", json.dumps(Spent(images_seen=9).record()).encode())
+    meter = TaskMeter(here, mirror=mirror)
+    task = meter.around(divmod, cores=2.0)
+    task(7, 2)
+    assert home.sub(".costs").names() == ["of-an-earlier-attempt.json"]
+    one = meter.read().worker_hours
+    here.rename(tmp_path / "gone")  # as on another machine, where there is none, or one of an earlier run
+    task(7, 2)
+    (here / "x").mkdir(parents=True)
+    task(7, 2)
+    (here / "x").rmdir()
+    here.rmdir()
+    (tmp_path / "gone").rename(here)
+    assert len(home.sub(".costs").names()) == 3
+    assert meter.read().worker_hours > one > 0
+    assert meter.read().images_seen == 0 and meter.read().worker_hours == meter.read().worker_hours
 
 
 def test_a_stage_that_fails_has_logged_its_cost_and_goes_on_from_it(tmp_path):

@@ -11,6 +11,7 @@ from pipeline import cli
 from pipeline.config.load import load
 from pipeline.errors import SettingError
 from pipeline.models import build
+from pipeline.runtime.ray_session import SessionInfo
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages import evaluate, export, finetune, prepare, pretrain, run, segment, sequence, tune
@@ -50,7 +51,7 @@ def events(tmp_path, monkeypatch):
     @contextlib.contextmanager
     def fake_ray(cluster):
         happened.append("Ray starts")
-        yield object()
+        yield SessionInfo(2, 0, 1, "", private=True)
         happened.append("Ray ends")
 
     steps = dict.fromkeys((1, 2, 3), 1.0)

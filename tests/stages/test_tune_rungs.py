@@ -8,7 +8,8 @@ from torch import nn
 from pipeline.config.load import load
 from pipeline.evaluation.features import features_of
 from pipeline.models.build import build_blank_model, build_inputs, build_model
-from pipeline.stages.tune_rungs import FEWEST, FEWEST_AT_END, SHARE, STOPPED, Measuring, Rungs, plan_rungs, tracked
+from pipeline.stages.tune_parts import STOPPED
+from pipeline.stages.tune_rungs import FEWEST, FEWEST_AT_END, SHARE, Measuring, Rungs, plan_rungs, tracked
 from pipeline.training.pretrain_loop import train
 from wavemim.flops import cost_of, forward_flops
 from wavemim.weights.checkpoint import Saver
