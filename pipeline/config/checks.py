@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from pipeline.config.downstream import Finetune
 from pipeline.config.model_settings import Encoder, Target
@@ -355,3 +357,24 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "; --help lists th
     if not near:  # a right name at a wrong place: "epochs" for "train.epochs"
         near = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"; did you mean '{near[0]}'?" if near else otherwise
+
+
+def check_out(recipe: Recipe) -> None:
+    """Raise SettingError where results or copies of checkpoints cannot be written to where they are to go."""
+    if re.match("https?://", recipe.out, re.IGNORECASE):
+        raise SettingError(f"out={recipe.out}: nothing can be written there; give a folder, or s3://BUCKET/FOLDER")
+    if recipe.home is None and Path(recipe.out).is_file():
+        raise SettingError(f"out={recipe.out}: a file, not a folder")
+    copies = recipe.train.checkpoints_at
+    if copies is not None and "://" not in copies and recipe.home is not None:
+        raise SettingError(
+            f"train.checkpoints_at={copies}: with out={recipe.home} other nodes do not see a local folder; leave it out, then "
+            "checkpoints are in the out folder, or give a URL"
+        )
+    if copies is not None and "://" not in copies:
+        if Path(copies).expanduser().resolve() == recipe.run_dir.parent.resolve():
+            raise SettingError(f"train.checkpoints_at={copies}: this is the run's own folder; give another one")
+        if not copies or Path(copies).expanduser().is_file():
+            raise SettingError(
+                f"train.checkpoints_at={copies}: not a folder; give one, or a URL such as s3://BUCKET/RUNS"
+            )

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.behaviour import is_section
-from pipeline.config.checks import check_data, check_kind, check_together, nearest
+from pipeline.config.checks import check_data, check_kind, check_out, check_together, nearest
 from pipeline.config.follow import WARM_UPS, WEIGHTS, following
 from pipeline.config.places import check_place, check_text, local_place
 from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
@@ -121,23 +121,7 @@ def validate(settings: Mapping[str, Any], *, data_only: bool = False) -> Recipe:
                 f"{key}: a URL with credentials would end up in logs and records; give them in the environment "
                 "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
             )
-    if re.match("https?://", recipe.out, re.IGNORECASE):
-        raise SettingError(f"out={recipe.out}: nothing can be written there; give a folder, or s3://BUCKET/FOLDER")
-    if recipe.home is None and Path(recipe.out).is_file():
-        raise SettingError(f"out={recipe.out}: a file, not a folder")
-    copies = recipe.train.checkpoints_at
-    if copies is not None and "://" not in copies and recipe.home is not None:
-        raise SettingError(
-            f"train.checkpoints_at={copies}: with out={recipe.home} other nodes do not see a local folder; leave it out, then "
-            "checkpoints are in the out folder, or give a URL"
-        )
-    if copies is not None and "://" not in copies:
-        if Path(copies).expanduser().resolve() == recipe.run_dir.parent.resolve():
-            raise SettingError(f"train.checkpoints_at={copies}: this is the run's own folder; give another one")
-        if not copies or Path(copies).expanduser().is_file():
-            raise SettingError(
-                f"train.checkpoints_at={copies}: not a folder; give one, or a URL such as s3://BUCKET/RUNS"
-            )
+    check_out(recipe)
     return recipe
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import SettingError
+from pipeline.images.inputs import Paths, SourceInputs
 from pipeline.images.names import are_parts, class_name, is_date
 from pipeline.images.plan import (
     NO_LABELS,
@@ -19,9 +20,7 @@ from pipeline.images.plan import (
     VAL,
     ImagePlan,
     Origin,
-    Paths,
     PlanOptions,
-    SourceInputs,
     check_classes,
     make_plan,
     some_of,

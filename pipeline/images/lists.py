@@ -16,19 +16,9 @@ import pyarrow.csv as pacsv
 from pipeline.config.places import local_place
 from pipeline.errors import SettingError
 from pipeline.images.columns import LABEL_NAMES, PATH_NAMES, column_named, labels_of, splits_of
+from pipeline.images.inputs import SourceInputs, parts_of, without_duplicates
 from pipeline.images.parquet import opened_parquet
-from pipeline.images.plan import (
-    NO_LABELS,
-    NO_SPLIT,
-    ImagePlan,
-    Origin,
-    PlanOptions,
-    SourceInputs,
-    make_plan,
-    parts_of,
-    without_duplicates,
-    without_unlabelled_test,
-)
+from pipeline.images.plan import NO_LABELS, NO_SPLIT, ImagePlan, Origin, PlanOptions, make_plan, without_unlabelled_test
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import check_scheme, is_remote, reaching
 

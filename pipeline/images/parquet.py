@@ -17,13 +17,12 @@ import pyarrow.parquet as pq
 from pipeline.errors import SettingError
 from pipeline.images.columns import LABEL_NAMES, column_named, folded, labels_of, splits_of
 from pipeline.images.files import IN_FLIGHT, LARGEST, container_of, too_large
+from pipeline.images.inputs import Paths, SourceInputs
 from pipeline.images.plan import (
     NO_LABELS,
     ImagePlan,
     Origin,
-    Paths,
     PlanOptions,
-    SourceInputs,
     make_plan,
     split_codes,
     split_of_name,

@@ -22,18 +22,16 @@ import pyarrow as pa
 from pipeline.errors import SettingError
 from pipeline.images.columns import labels_of
 from pipeline.images.files import LARGEST, container_of, fetch_ahead, too_large
+from pipeline.images.inputs import Paths, SourceInputs, without_duplicates
 from pipeline.images.names import NOT_UTF8, TRAIN, split_of
 from pipeline.images.plan import (
     NO_LABELS,
     ImagePlan,
     Origin,
-    Paths,
     PlanOptions,
-    SourceInputs,
     make_plan,
     split_codes,
     split_of_name,
-    without_duplicates,
     without_unlabelled_test,
 )
 from pipeline.images.tar_samples import DOTS, Member, another, choose_image, json_label, shown_name

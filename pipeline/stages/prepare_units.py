@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
-from pipeline.images.plan import SCHEMA, ImagePlan
+from pipeline.images.inputs import SCHEMA
+from pipeline.images.plan import ImagePlan
 from pipeline.runtime.stage_folder import StageFolder
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import REJECTED, SPLITS, make_manifest

@@ -109,40 +109,38 @@ def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress:
         SettingError: The folder holds results of other settings.
         StageError: A task failed, the disk is too small, or the masks hold too few or too many classes.
     """
-    plan = checked
     check_room(recipe, session, 1)
     if recipe.home is not None and session.nodes > 1:
         raise SettingError(
-            f"out={recipe.home}: segment keeps patch tokens in files that all its tasks read, and this Ray has "
-            f"{session.nodes} nodes; give a folder that all of them share, or run it on one machine"
+            f"out={recipe.home}: segment's tasks share files, and this Ray has {session.nodes} nodes; give a shared folder"
         )
-    place, home = recipe.stage_dir("segment"), recipe.stage_home("segment")
-    with stage_folder(place, plan.identity(recipe), restart=recipe.restart, home=home) as folder:
+    place, same, home = recipe.stage_dir("segment"), checked.identity(recipe), recipe.stage_home("segment")
+    with stage_folder(place, same, restart=recipe.restart, home=home) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         tokens = folder.path / TOKENS
         shutil.rmtree(tokens, ignore_errors=True)
-        check_disk(plan, folder.path)
+        check_disk(checked, folder.path)
         with Tracker.start(
-            recipe, "segment", log_dir=folder.path, tags={"wavemim.weights.checkpoint": plan.subject.place}
+            recipe, "segment", log_dir=folder.path, tags={"wavemim.weights.checkpoint": checked.subject.place}
         ) as tracker:
             tokens.mkdir()
-            images = plan.subject.images_seen or 0
+            images = checked.subject.images_seen or 0
             with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:
                 try:
-                    encoded = _encode(recipe, plan, session, tokens, meter, progress)
-                    classes = _classes(recipe, plan, encoded)
-                    found = _fit_heads(recipe, plan, session, tokens, encoded, classes, meter, progress)
+                    encoded = _encode(recipe, checked, session, tokens, meter, progress)
+                    classes = _classes(recipe, checked, encoded)
+                    found = _fit_heads(recipe, checked, session, tokens, encoded, classes, meter, progress)
                 finally:
                     shutil.rmtree(tokens, ignore_errors=True)
             measured = {name: dict(measures(head.scores, recipe.seed)) for name, head in found.items()}
             tracker.log(measured["trained"], images)
             tracker.log({f"{name}_untrained": value for name, value in measured["untrained"].items()}, images)
             _write_tables(folder.path, recipe, encoded, classes, found)
-            _draw(folder.path / PICTURE, plan, encoded, classes, found)
+            _draw(folder.path / PICTURE, checked, encoded, classes, found)
             for name in (CLASSES, CONFUSION, REJECTED, PICTURE):
                 tracker.artifact(folder.path / name)
-            result = {**_result(plan, encoded, classes, found, measured), "cost": meter.read().record()}
+            result = {**_result(checked, encoded, classes, found, measured), "cost": meter.read().record()}
             folder.finish(result)
         return {**result, "state": folder.state}
 
@@ -163,11 +161,11 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     unseen = result["classes_only_in_val"]
     lacking = f" Train lacks {', '.join(unseen[:5])}: never predicted, but counted." if unseen else ""
     lacking += left_out(result, recipe.segment.ignore)
-    folder = recipe.place_of(recipe.stage_dir("segment"))
     return (
         f"{shown}\n\n{result['classes']} classes, heads fitted to {result['train_images']:,} images and evaluated on "
         f"{result['val_images']:,} ({result['layout']}{rejected}{skipped}).{lacking}\n"
-        f"segment: → {folder}: result.json, classes.csv, confusion.csv, segmentation.png ({result['state']})"
+        f"segment: → {recipe.place_of(recipe.stage_dir('segment'))}: result.json, classes.csv, confusion.csv, "
+        f"segmentation.png ({result['state']})"
     )
 
 

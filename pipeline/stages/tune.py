@@ -227,15 +227,9 @@ def _run(
         total=plan.total, initial=len(plan.ledger.ended), desc="tune", unit=" trial", disable=not progress
     ) as bar:
 
-        def publish() -> None:
-            ended = Counter(end.state for end in plan.ledger.ended.values())
-            numbers = {f"wavemim_trials.{state}": float(count) for state, count in ended.items()}
-            numbers["wavemim_trials.running"] = float(len(plan.ledger.begun) - len(plan.ledger.ended))
-            observability.publish(recipe.name, "tune", len(plan.ledger.ended), plan.total, "trials", numbers)
-
         def on_end(ended: Ended) -> None:
             bar.update()
-            publish()
+            _publish(recipe, plan)
             values = [trial.value for trial in plan.ledger.trials() if trial.value is not None]
             if values:
                 bar.set_postfix(best=f"{max(values):.2f}")
@@ -252,7 +246,7 @@ def _run(
         def on_stop(number: int) -> None:
             note_stopped(logs, number, home_of(recipe, number))
 
-        publish()
+        _publish(recipe, plan)
         try:
             run_plan(
                 plan,
@@ -269,6 +263,14 @@ def _run(
             end_trials(tracker.handle.uri, tracker.handle.run_id, statuses)
             spent = record()
     return spent
+
+
+def _publish(recipe: Recipe, plan: Plan) -> None:
+    """Publish how many trials are in which state."""
+    ended = Counter(end.state for end in plan.ledger.ended.values())
+    numbers = {f"wavemim_trials.{state}": float(count) for state, count in ended.items()}
+    numbers["wavemim_trials.running"] = float(len(plan.ledger.begun) - len(plan.ledger.ended))
+    observability.publish(recipe.name, "tune", len(plan.ledger.ended), plan.total, "trials", numbers)
 
 
 def _spent(ledger: Ledger, logs: Path, number: int) -> Spent:

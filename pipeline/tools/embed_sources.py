@@ -14,8 +14,9 @@ import pyarrow as pa
 from pipeline.config.places import printable
 from pipeline.errors import SettingError
 from pipeline.images.decode import SUFFIXES
+from pipeline.images.inputs import SourceInputs
 from pipeline.images.names import NOT_UTF8
-from pipeline.images.plan import NO_SPLIT, ImagePlan, Origin, PlanOptions, SourceInputs, make_plan
+from pipeline.images.plan import NO_SPLIT, ImagePlan, Origin, PlanOptions, make_plan
 from pipeline.images.sources import plan_source
 from pipeline.storage.object_stores import is_remote
 

@@ -135,7 +135,7 @@ def _ended(fitting: Future[Any], kept: str, what: str, *, warn: bool) -> dict[st
 
 
 def _trainer(
-    config: dict[str, Any], recipe: Recipe, session: SessionInfo, folder: Path, workers: int
+    config: ray.ObjectRef, recipe: Recipe, session: SessionInfo, folder: Path, workers: int
 ) -> ray.train.torch.TorchTrainer:
     use_gpu = uses_gpu(recipe, session)
     least = least_workers(recipe, workers)
@@ -143,7 +143,7 @@ def _trainer(
         private=session.private,
         train_loop_per_worker=train_worker,
         # By reference: the process that controls the workers would else import torch and all models to read it.
-        train_loop_config={CONFIG: ray.put(config)},
+        train_loop_config={CONFIG: config},
         scaling_config=ray.train.ScalingConfig(
             num_workers=(least, workers) if least != workers else workers,  # type: ignore[arg-type]  # of V2
             use_gpu=use_gpu,

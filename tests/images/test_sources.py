@@ -25,7 +25,7 @@ from tiny_sources import (
 
 from pipeline.errors import SettingError
 from pipeline.images import files as source_fetch
-from pipeline.images.plan import SourceInputs, SplitRows
+from pipeline.images.inputs import SourceInputs, SplitRows
 from pipeline.images.sources import check_source
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError

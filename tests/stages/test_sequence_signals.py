@@ -12,7 +12,7 @@ from pipeline.stages import sequence
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
 def test_handlers_that_a_stage_leaves_are_replaced_before_the_next_stage(monkeypatch, number, name):
-    monkeypatch.setattr(sequence, "ray_session", lambda cluster: contextlib.nullcontext("session"))
+    monkeypatch.setattr(sequence, "ray_session", lambda cluster: contextlib.nullcontext(SimpleNamespace(private=True)))
 
     def takes(recipe, session, checked, *, progress):
         signal.signal(number, lambda *_: None)
