@@ -82,7 +82,7 @@ def train_on_workers(
         config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute()), "handle": handle}
         config |= {"shards": shards.folder.url, "store": store, "reader_threads": reader_threads}
         config |= {"relay": relay, "home": recipe.stage_home(folder.name)}
-        ended = _fit(_trainer(config, recipe, session, folder, workers), recipe, folder, what)
+        ended = _fit(_trainer(ray.put(config), recipe, session, folder, workers), recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     if store is not None and recipe.home is not None:
