@@ -30,14 +30,10 @@ def commands_of(file: Path) -> list[list[str]]:
     return [shlex.split(command, comments=True) for command in found]
 
 
-def check_wavemim(words: list[str], tmp_path: Path) -> Recipe:
-    """Check a `wavemim STAGE --recipe NAME …` for a cluster as the command itself would; returns its settings.
-
-    Images and `out` have to be in a bucket; a bucket of a comment is not opened, so a local `out` stands in for it.
-    """
+def check_wavemim(words: list[str]) -> Recipe:
+    """Check a `wavemim STAGE --recipe NAME …` for a cluster as the command itself would; returns its settings."""
     assert words[0] == "wavemim" and words[2] == "--recipe"
-    settings = dict(word.split("=", 1) for word in words[4:])
-    assert settings["images"].startswith("s3://") and settings.pop("out").startswith("s3://")
-    recipe = load(words[3], [*(f"{key}={value}" for key, value in settings.items()), f"out={tmp_path}"])
+    recipe = load(words[3], words[4:])
+    assert recipe.images is not None and recipe.images.startswith("s3://") and recipe.home is not None
     assert recipe.cluster.gpus is True  # no GPU is there when the command starts
     return recipe

@@ -100,10 +100,10 @@ def test_a_broken_copy_is_refused(config: Config, damage: Callable[[Config], obj
         check(config)
 
 
-def test_the_commands_of_the_header_are_ones_that_exist(tmp_path: Path) -> None:
+def test_the_commands_of_the_header_are_ones_that_exist() -> None:
     commands = commands_of(CLUSTER_FILE)
     (submitted,) = [command for command in commands if command[:3] == ["ray", "job", "submit"]]
-    recipe = check_wavemim(submitted[submitted.index("--") + 1 :], tmp_path)
+    recipe = check_wavemim(submitted[submitted.index("--") + 1 :])
     assert recipe.train.workers <= read()["available_node_types"]["gpu_worker"]["max_workers"]
     used = {tuple(command[:3]) if command[0] == "aws" else tuple(command[:2]) for command in commands}
     assert {("ray", "up"), ("ray", "dashboard"), ("ray", "get-auth-token"), ("ray", "down")} <= used

@@ -126,19 +126,19 @@ def test_image_and_versions_are_those_of_the_lock(cluster: dict[str, Any]) -> No
     assert {f"!{path}" for path in copied} <= set(kept)
 
 
-def test_the_job_runs_on_that_cluster(cluster: dict[str, Any], tmp_path: Path) -> None:
+def test_the_job_runs_on_that_cluster(cluster: dict[str, Any]) -> None:
     job = _documents(JOB)["RayJob"]
     assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
-    recipe = check_wavemim(shlex.split(job["spec"]["entrypoint"]), tmp_path)
+    recipe = check_wavemim(shlex.split(job["spec"]["entrypoint"]))
     assert recipe.train.workers <= cluster["spec"]["workerGroupSpecs"][1]["maxReplicas"]
     (logs,) = [command for command in commands_of(JOB) if command[:2] == ["kubectl", "logs"]]
     assert logs[-1] == f"job/{job['metadata']['name']}"
 
 
-def test_the_commands_of_the_header_name_what_there_is(cluster: dict[str, Any], tmp_path: Path) -> None:
+def test_the_commands_of_the_header_name_what_there_is(cluster: dict[str, Any]) -> None:
     commands = commands_of(CLUSTER)
     (submitted,) = [command for command in commands if command[:3] == ["ray", "job", "submit"]]
-    check_wavemim(submitted[submitted.index("--") + 1 :], tmp_path)
+    check_wavemim(submitted[submitted.index("--") + 1 :])
     name = cluster["metadata"]["name"]
     forward = next(command for command in commands if "port-forward" in command)
     assert forward[2] == f"service/{name}-head-svc"  # as KubeRay names it
