@@ -97,6 +97,11 @@ class Heartbeat:
         self.activity = activity
         self.count += 1
         self.steps += activity == STEP
+        if (
+            activity == STEP and self.steps == 1
+        ):  # at once: an interrupt saves a checkpoint only if there has been a step
+            self.status = replace(self.status, count=self.count, steps=self.steps, activity=activity)
+            self._write()
 
     def __enter__(self) -> Heartbeat:
         self._write()

@@ -21,6 +21,7 @@ from pipeline.workers.heartbeat import (
     WorkerStatus,
     ending_hung_workers,
     start_time_of,
+    started,
 )
 
 LIMIT = 1.0  # seconds
@@ -226,3 +227,12 @@ def test_a_beat_says_where_its_thread_stands(tmp_path):
     assert said.where.startswith("tests/workers/test_heartbeat.py:") and said.where.endswith(
         "test_a_beat_says_where_its_thread_stands"
     )
+
+
+def test_the_first_step_is_reported_at_once(tmp_path):
+    """Would catch: an interrupt in the first seconds of training that saves no checkpoint, as if nothing had begun."""
+    with Heartbeat(tmp_path, 0, 600.0) as heartbeat:
+        heartbeat("the data")
+        assert not started(tmp_path)
+        heartbeat(STEP)
+        assert started(tmp_path)
