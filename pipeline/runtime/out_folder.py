@@ -121,4 +121,3 @@ def _problem(folder: Folder, token: str) -> str:
         return "not there"
     except (OSError, StageError, SettingError) as error:
         return str(error)
-    return ""

@@ -56,7 +56,9 @@ def torch_trainer(*, private: bool, **options: Any) -> Any:
 @contextlib.contextmanager
 def connecting_once() -> Iterator[None]:
     """Within the block, ray.init() tries once to reach a cluster instead of 20 times, which takes 40 seconds each."""
-    with _changed("NUM_REDIS_GET_RETRIES", 1):
+    from ray._private import ray_constants
+
+    with _changed(ray_constants, "NUM_REDIS_GET_RETRIES", 1):
         yield
 
 
@@ -67,7 +69,9 @@ def on_loopback() -> Iterator[None]:
     That is what RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 means; Ray reads it when it is imported, which may already have
     happened.
     """
-    with _changed("ENABLE_RAY_CLUSTER", False):
+    from ray._private import ray_constants
+
+    with _changed(ray_constants, "ENABLE_RAY_CLUSTER", False):
         yield
 
 
@@ -77,11 +81,8 @@ def printable_command() -> Iterator[None]:
     from ray._private import utils
 
     before = utils.get_entrypoint_name
-    utils.get_entrypoint_name = lambda: printable(before())
-    try:
+    with _changed(utils, "get_entrypoint_name", lambda: printable(before())):
         yield
-    finally:
-        utils.get_entrypoint_name = before
 
 
 @contextlib.contextmanager
@@ -92,24 +93,19 @@ def no_credentials_in_trials() -> Iterator[None]:
     """
     from ray.tune.execution import class_cache
 
-    before = class_cache.ENV_VARS_TO_PROPAGATE
-    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in before if not name.startswith("AWS_")}
-    try:
+    kept = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+    with _changed(class_cache, "ENV_VARS_TO_PROPAGATE", kept):
         yield
-    finally:
-        class_cache.ENV_VARS_TO_PROPAGATE = before
 
 
 @contextlib.contextmanager
-def _changed(name: str, value: Any) -> Iterator[None]:
-    from ray._private import ray_constants
-
-    before = getattr(ray_constants, name)
-    setattr(ray_constants, name, value)
+def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(ray_constants, name, before)
+        setattr(module, name, before)
 
 
 def cpu_count() -> int:

@@ -97,9 +97,7 @@ class Heartbeat:
         self.activity = activity
         self.count += 1
         self.steps += activity == STEP
-        if (
-            activity == STEP and self.steps == 1
-        ):  # at once: an interrupt saves a checkpoint only if there has been a step
+        if activity == STEP and self.steps == 1:  # reported at once: an interrupt saves only if there has been a step
             self.status = replace(self.status, count=self.count, steps=self.steps, activity=activity)
             self._write()
 
