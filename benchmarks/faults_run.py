@@ -25,6 +25,7 @@ RECIPE: dict[str, Any] = {
     "train": {"workers": 2, "batch": BATCH, "warmup_epochs": 0.01, "log_every": LOG_EVERY, "monitor_minutes": None},
     "tracking": {"system_metrics": False},
 }
+WORKERS = ("ray::RayTrainWo", "ray::train_alon")  # processes that train: of a group, and a single one
 PATIENCE = 900.0  # seconds to wait for anything
 
 
@@ -121,7 +122,7 @@ class Run:
         """The processes of the training workers."""
         assert self.process is not None
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.name().startswith("ray::RayTrainWo")]
+        return [child for child in children if child.name().startswith(WORKERS)]
 
     def result(self, since: float, until: Callable[[str], bool] | None = None) -> dict[str, Any]:
         """The report of a fault at time `since`; `until` recognises the message about it."""

@@ -12,6 +12,8 @@ import time
 
 import psutil
 
+WORKERS = ("ray::RayTrainWo", "ray::train_alon")  # processes that train: of a group, and a single one
+
 
 def start(stage, file, *more):
     """`wavemim STAGE` with a recipe file and further settings."""
@@ -36,7 +38,7 @@ def wait_for_images(folder, images, process, seconds=300):
 def workers_of(process):
     """The training workers of a command."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if child.name().startswith("ray::RayTrainWo")]
+    return [child for child in children if child.name().startswith(WORKERS)]
 
 
 class Interrupted:

@@ -27,10 +27,13 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the environment of a job's 
 def node_is_leaving() -> bool:
     """In a Ray Train worker: whether Ray knows that a node of this run is about to be taken away.
 
-    The public function asks all ranks; this one can be called by a single rank.
+    The public function asks all ranks; this one can be called by a single rank. No node leaves a worker in local mode.
     """
     from ray.train.v2._internal.execution.context import get_train_context
+    from ray.train.v2._internal.execution.train_fn_utils import get_train_fn_utils
 
+    if not get_train_fn_utils().is_distributed():
+        return False
     return get_train_context().preemption_context.preemption_info is not None
 
 

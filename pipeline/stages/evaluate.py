@@ -100,7 +100,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.place}
-        with Tracker.start(recipe, "evaluate", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
+        with Tracker.start(
+            recipe, "evaluate", log_dir=folder.path, tags=tags, dataset=shards.about, wait=False
+        ) as tracker:
             images = subject.images_seen or 0
             with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:
                 measured, matrices = _Tasks(recipe, checked, uses_gpu(recipe, session), meter).run(progress)

@@ -93,7 +93,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
         rows = shards.rows["train"]
         schedule = TrainSchedule.of_finetuning(recipe, rows, state.get("streams"))
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.place}
-        with Tracker.start(recipe, "finetune", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
+        with Tracker.start(
+            recipe, "finetune", log_dir=folder.path, tags=tags, dataset=shards.about, wait=False
+        ) as tracker:
             with following(
                 folder.path / METRICS,
                 total=images_of_run(schedule.total_steps, schedule.batches_per_epoch, schedule.batch, rows),
@@ -109,7 +111,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                     session,
                     folder.path,
                     shards=shards,
-                    handle=tracker.handle,
+                    tracker=tracker,
                     store=store,
                     workers=workers,
                     reader_threads=recipe.finetune.reader_threads,
@@ -163,7 +165,7 @@ def _result(
         "model": recipe.place_of(target),
         "load": f"timm.create_model('local-dir:{target}', pretrained=True)",
         "cost": spent_in(folder.path).record(),
-        "mlflow_run": tracker.handle.run_id,
+        "mlflow_run": tracker.run_id(),
         "shards": shards.fingerprint,
         "recipe": recipe.dump(),
     }

@@ -143,7 +143,7 @@ def run(
             return _result(folder.folder, "finished already", {"cost": cost, **_found(folder.folder)})
         # With restart=true an earlier call made another set, whose cost does not count.
         meter = Meter(before=spent_in(recipe.stage_dir("prepare")) if folder.state == "unfinished" else None)
-        with Tracker.start(recipe, "prepare", log_dir=recipe.stage_dir("prepare")) as tracker:
+        with Tracker.start(recipe, "prepare", log_dir=recipe.stage_dir("prepare"), wait=False) as tracker:
 
             def unit_done(about: dict[str, Any]) -> None:
                 meter.take(_spent(about))

@@ -88,7 +88,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             return {**folder.result(), "state": "finished already"}
         last = checkpoint.latest(folder.path)
         tags = {"wavemim.shards": shards.fingerprint}
-        with Tracker.start(recipe, "pretrain", log_dir=folder.path, tags=tags, dataset=shards.about) as tracker:
+        with Tracker.start(
+            recipe, "pretrain", log_dir=folder.path, tags=tags, dataset=shards.about, wait=False
+        ) as tracker:
             remote = store if recipe.home is not None and not session.private else None
             with _following(recipe, shards, folder.path, last, tracker, remote, progress=progress):
                 train_on_workers(
@@ -97,7 +99,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
                     session,
                     folder.path,
                     shards=shards,
-                    handle=tracker.handle,
+                    tracker=tracker,
                     store=store,
                     workers=workers,
                     reader_threads=recipe.train.reader_threads,
@@ -190,7 +192,7 @@ def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Trac
         "parts": state["parts"],
         "cost": spent_in(folder.path).record(),
         "reconstruction": picture.name,
-        "mlflow_run": tracker.handle.run_id,
+        "mlflow_run": tracker.run_id(),
         "shards": shards.fingerprint,
         "recipe": recipe.dump(),
     }

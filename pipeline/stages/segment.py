@@ -122,7 +122,11 @@ def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress:
         shutil.rmtree(tokens, ignore_errors=True)
         check_disk(checked, folder.path)
         with Tracker.start(
-            recipe, "segment", log_dir=folder.path, tags={"wavemim.weights.checkpoint": checked.subject.place}
+            recipe,
+            "segment",
+            log_dir=folder.path,
+            tags={"wavemim.weights.checkpoint": checked.subject.place},
+            wait=False,
         ) as tracker:
             tokens.mkdir()
             images = checked.subject.images_seen or 0

@@ -113,11 +113,12 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         dataset: Mapping[str, Any] | None = None,
         log_dir: Path,
+        wait: bool = True,
     ) -> Tracker:
         """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
 
         A run that the store has lost, or that was deleted there, is created anew with all its metrics. A SQLite store is
-        created if it does not exist. Waits for MLflow for 120 s at most, and continues without it.
+        created if it does not exist.
 
         Args:
             recipe: The settings, which become parameters and the artifact recipe.yaml.
@@ -128,6 +129,8 @@ class Tracker:
             tags: Further tags.
             dataset: What the stage reads: see `dataset`.
             log_dir: The stage's folder, for the journal.
+            wait: Whether to wait for MLflow, for 120 s at most, and to continue without it then. A new SQLite store takes
+                seconds, in which a stage can start its workers.
         """
         # A trial's working folder is not the driver's, so a relative URI is not resolved a second time.
         uri = parent.uri if parent is not None else store_uri(recipe)
@@ -157,7 +160,7 @@ class Tracker:
             tracker.dataset(dataset, stage)
         if unknown:
             tracker._thread.pause()
-        else:
+        elif wait:
             tracker.flush(_START_LIMIT)
         if recipe.tracking.system_metrics:
             tracker._probe = _SystemProbe(tracker)
@@ -172,6 +175,12 @@ class Tracker:
     def handle(self) -> RunHandle:
         """For other writers; its run id is empty while MLflow does not know the run."""
         return replace(self._handle, run_id=self._sender.run_id or self._handle.run_id)
+
+    def run_id(self) -> str:
+        """MLflow's id of the run; "" if MLflow does not know it. Waits for MLflow if `start` has not."""
+        if not self.handle.run_id:
+            self.flush(_START_LIMIT)
+        return self.handle.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics; returns immediately.

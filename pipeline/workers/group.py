@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import signal
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -17,20 +22,22 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
+from pipeline.periodic import Periodic
 from pipeline.runtime import interrupts, ray_job
 from pipeline.runtime.ray_internals import torch_trainer
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
 from pipeline.shards.shard_set import ShardSet
-from pipeline.tracking.tracker import RunHandle
+from pipeline.tracking.tracker import Tracker
 from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of, started
 from pipeline.workers.log_forwarding import showing
 from pipeline.workers.relay import STOP, receiving
 from pipeline.workers.unreadable import forget
-from pipeline.workers.worker import CONFIG, Loop, train_worker
+from pipeline.workers.worker import CONFIG, Loop, train_alone, train_worker
 from wavemim.atomic import PARTIAL
 
 log = logging.getLogger(__name__)
 
+_SEND_EVERY = 5.0  # seconds between two looks at what the workers have logged
 _PATIENCE = 60.0  # seconds for a task that ends a process
 
 
@@ -41,7 +48,7 @@ def train_on_workers(
     folder: Path,
     *,
     shards: ShardSet,
-    handle: RunHandle,
+    tracker: Tracker,
     store: CheckpointStore | None,
     workers: int,
     reader_threads: int | None,
@@ -59,7 +66,7 @@ def train_on_workers(
         session: The running Ray.
         folder: The stage's folder, which all nodes share unless the out folder is in an object store.
         shards: The shard set.
-        handle: MLflow run that rank 0 logs to.
+        tracker: Of the run that rank 0 logs to: it writes to the journal, which this process sends to MLflow.
         store: Second place for the checkpoints.
         workers: Their number.
         reader_threads: Threads that read in a worker; None: its share of the cores.
@@ -75,14 +82,21 @@ def train_on_workers(
     """
     forget(folder)
     with (
-        receiving(folder, handle, needed=recipe.home is not None and not session.private) as relay,
+        Periodic(tracker.wake, _SEND_EVERY, name="metrics of workers"),
+        receiving(folder, needed=recipe.home is not None and not session.private) as relay,
         ending_hung_workers(folder, recipe.train.hang_timeout, end_process),
         showing(folder),
     ):
-        config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute()), "handle": handle}
+        config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute())}
+        config |= {"handle": replace(tracker.handle, uri="")}  # without an address it sends nothing
         config |= {"shards": shards.folder.url, "store": store, "reader_threads": reader_threads}
         config |= {"relay": relay, "home": recipe.stage_home(folder.name)}
-        ended = _fit(_trainer(ray.put(config), recipe, session, folder, workers), recipe, folder, what)
+        reference = ray.put(config)
+        if workers == 1 and session.private:
+            train = functools.partial(_train_alone, reference, recipe, session)
+        else:
+            train = functools.partial(_train_in_group, reference, recipe, session, folder, workers)
+        ended = _fit(train, recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     if store is not None and recipe.home is not None:
@@ -97,10 +111,10 @@ def _take_home(recipe: Recipe, store: CheckpointStore, folder: Path, uncopied: s
     store.restore(folder, best=recipe.train.keep_best is not None)  # where rank 0 was on another node
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, recipe: Recipe, folder: Path, what: str) -> dict[str, Any]:
+def _fit(train: Callable[[], Any], recipe: Recipe, folder: Path, what: str) -> dict[str, Any]:
     """Train, and let the workers stop where that is interrupted; returns and raises as `_ended`."""
     (folder / STOP).unlink(missing_ok=True)
-    fitting = interrupts.beside_main(trainer.fit)
+    fitting = interrupts.beside_main(train)
     try:
         return _ended(fitting, recipe.place_of(folder), what, warn=recipe.home is None)
     except KeyboardInterrupt:
@@ -122,10 +136,10 @@ def _stop(fitting: Future[Any], recipe: Recipe, folder: Path, what: str) -> None
 
 
 def _ended(fitting: Future[Any], kept: str, what: str, *, warn: bool) -> dict[str, Any]:
-    """What `train_worker` returned on rank 0, once Ray Train ends. Raises StageError if training has failed."""
+    """What `train_worker` returned on rank 0, once training ends. Raises StageError if it has failed."""
     try:
-        ended: dict[str, Any] = fitting.result().return_value or {}  # of Train V2
-    except ray.train.TrainingFailedError as error:
+        ended: dict[str, Any] = fitting.result() or {}
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {kept}") from error
     if warn and ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
@@ -134,12 +148,32 @@ def _ended(fitting: Future[Any], kept: str, what: str, *, warn: bool) -> dict[st
     return ended
 
 
-def _trainer(
+def _train_alone(config: ray.ObjectRef, recipe: Recipe, session: SessionInfo) -> Any:
+    """Train on a single worker of a private Ray: a task, without the process that controls a group, which starts in 5 s.
+
+    It is restarted as often as a group would be. Not by Ray, which would count a process that ran out of memory as no failure.
+    """
+    alone = ray.remote(
+        num_cpus=recipe.cluster.cpus_per_worker,
+        num_gpus=1 if uses_gpu(recipe, session) else 0,
+        max_retries=0,
+        max_calls=1,  # each attempt has a process of its own
+    )(train_alone)
+    for failures in itertools.count():
+        try:
+            return ray.get(alone.remote({CONFIG: config}))
+        except ray.exceptions.RayError:
+            if failures == recipe.cluster.max_failures:  # -1: never
+                raise
+
+
+def _train_in_group(
     config: ray.ObjectRef, recipe: Recipe, session: SessionInfo, folder: Path, workers: int
-) -> ray.train.torch.TorchTrainer:
+) -> dict[str, Any] | None:
+    """Train on data-parallel workers, with Ray Train."""
     use_gpu = uses_gpu(recipe, session)
     least = least_workers(recipe, workers)
-    trainer: ray.train.torch.TorchTrainer = torch_trainer(
+    trainer = torch_trainer(
         private=session.private,
         train_loop_per_worker=train_worker,
         # By reference: the process that controls the workers would else import torch and all models to read it.
@@ -158,7 +192,8 @@ def _trainer(
             ),
         ),
     )
-    return trainer
+    ended: dict[str, Any] | None = trainer.fit().return_value  # of V2
+    return ended
 
 
 def least_workers(recipe: Recipe, workers: int) -> int:

@@ -198,9 +198,10 @@ class HangMonitor:
                 self._observed[rank] = _Observed(status, written)
             else:
                 observed.silent += passed
-        if not any(max(one.silent, one.status.stalled) >= self._allowed(one) for one in self._observed.values()):
+        allowed = self._allowed()
+        if not any(max(one.silent, one.status.stalled) >= allowed for one in self._observed.values()):
             return None
-        culprit, reason = self._culprit()
+        culprit, reason = self._culprit(allowed)
         status = culprit.status
         self._observed = {}
         was_there = self.end(status)  # if this fails, it is tried again after another `limit` seconds
@@ -213,17 +214,20 @@ class HangMonitor:
         )  # fmt: skip
         return status
 
-    def _allowed(self, observed: _Observed) -> float:
-        """Seconds without progress that are allowed; less than the limit by the time that it takes to notice."""
-        started = observed.status.steps > FIRST_STEPS
+    def _allowed(self) -> float:
+        """Seconds without progress that are allowed; less than the limit by the time that it takes to notice.
+
+        All workers of a group take their steps together, so one of them shows for all that training has started.
+        """
+        started = any(one.status.steps > FIRST_STEPS for one in self._observed.values())
         return (self.limit if started else max(STARTING * self.limit, LEAST_START)) - 2 * self.interval
 
-    def _culprit(self) -> tuple[_Observed, str]:
+    def _culprit(self, allowed: float) -> tuple[_Observed, str]:
         """The worker that the others wait for, and what is wrong with it.
 
         That is a worker whose process does not report, or else the one that has made the least progress.
         """
-        silent = [one for one in self._observed.values() if one.silent >= 0.5 * self._allowed(one)]
+        silent = [one for one in self._observed.values() if one.silent >= 0.5 * allowed]
         culprit = min(silent or self._observed.values(), key=lambda one: (one.status.count, one.status.rank))
         others = [one.status.count for one in self._observed.values() if one is not culprit]
         reason = "its process does not respond" if silent else "it makes no progress"

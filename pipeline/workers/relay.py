@@ -31,7 +31,7 @@ from pipeline.runtime.usage import Spent, spent_in
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.tracking.sender import METRICS
-from pipeline.tracking.tracker import RunHandle, Tracker
+from pipeline.tracking.tracker import RunHandle
 from pipeline.workers import heartbeat, log_forwarding, unreadable
 from wavemim.atomic import new_file
 
@@ -75,11 +75,10 @@ class Place:
 class Receiver:
     """The actor's class: writes what workers send into the stage's folder."""
 
-    def __init__(self, folder: Path, handle: RunHandle) -> None:
-        self._folder, self._handle = folder, handle
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._lines = {name: JsonLines(folder / name) for name in _LINES}
         self._taken: dict[tuple[str, str], int] = {}  # bytes of a file of a worker
-        self._tracker: Tracker | None = None
 
     def begin(self) -> tuple[bytes | None, Spent]:
         """What could not be read (`unreadable`), and what earlier attempts have spent."""
@@ -116,9 +115,6 @@ class Receiver:
                 else:
                     with new_file(self._folder / name) as partial:
                         partial.write_bytes(content)
-        if METRICS in lines:
-            self._tracker = self._tracker or Tracker.attach(self._handle)
-            self._tracker.wake()
         return (self._folder / STOP).exists()
 
 
@@ -185,7 +181,7 @@ class _Sending:
 
 
 @contextlib.contextmanager
-def receiving(folder: Path, handle: RunHandle, *, needed: bool) -> Iterator[Relay | None]:
+def receiving(folder: Path, *, needed: bool) -> Iterator[Relay | None]:
     """On the driver: an actor on this node that writes into the stage's `folder` while the block runs, if it is needed."""
     if not needed:
         yield None
@@ -201,7 +197,7 @@ def receiving(folder: Path, handle: RunHandle, *, needed: bool) -> Iterator[Rela
             max_task_retries=1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
         )
-        .remote(folder.absolute(), handle)
+        .remote(folder.absolute())
     )
     try:
         yield Relay(here, name)
@@ -234,8 +230,7 @@ def working(folder: Path, handle: RunHandle, relay: Relay | None, home: str | No
     sending = _Sending(own, actor)
     try:
         with Periodic(sending.send, _EVERY, name="relay", join=_PATIENCE):
-            # Without an address it sends nothing to MLflow: the driver's node does.
-            handle = replace(handle, uri="", log_file=str(own / METRICS))
+            handle = replace(handle, log_file=str(own / METRICS))
             copy = partial(sending.copy_journal, Folder.at(home or ""))
             yield Place(own, handle, spent, elsewhere=True, copy_journal=copy)
     finally:

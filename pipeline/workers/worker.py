@@ -80,6 +80,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             raise
 
 
+def train_alone(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The only worker, without a group around it: `train_worker` in this process, by Ray Train's local mode."""
+    alone = ray.train.torch.TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # it returns something
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(num_workers=0),
+    )
+    ended: dict[str, Any] | None = alone.fit().return_value  # type: ignore[attr-defined]  # of V2
+    return ended
+
+
 def _train(config: Mapping[str, Any], place: Place, heartbeat: ReportActivity) -> dict[str, Any]:
     """The loop, from the last whole checkpoint on, and the end of its checkpoints."""
     recipe, folder = validate(config["recipe"]), place.folder

@@ -44,6 +44,9 @@ def test_a_leaving_node_is_seen_by_a_worker(monkeypatch):
 
     assert "preemption_context" in {field.name for field in dataclasses.fields(context.TrainContext)}
     preemption = PreemptionContext()
+    from ray.train.v2._internal.execution import train_fn_utils
+
+    monkeypatch.setattr(train_fn_utils, "_train_fn_utils", train_fn_utils.DistributedTrainFnUtils())
     monkeypatch.setattr(context, "_train_context", None)
     context.set_train_context(SimpleNamespace(preemption_context=preemption))
     assert not ray_internals.node_is_leaving()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from real_commands import Interrupted
+from real_commands import WORKERS, Interrupted
 from tiny_finetune import coloured_set, recipe_for
 
 from pipeline.config.load import with_overrides
@@ -101,7 +101,7 @@ def test_prepare_before_and_while_ray_starts_and_while_it_works(folder, photo_fo
 def test_pretrain_saves_a_checkpoint_unless_it_is_to_end_at_once(folder):
     stage, recipe = folder / "out/runs/long/pretrain", ("-r", folder / "long.yaml")
     left = "during pretrain; its checkpoints are kept, and the same command resumes from the last one"
-    line = interrupted(Interrupted("pretrain", *recipe), runs("ray::RayTrainWo"))
+    line = interrupted(Interrupted("pretrain", *recipe), runs(WORKERS))
     assert line == f"wavemim: interrupted {left}" and not checkpoint.seen(stage)
     for number in CODES:
         reached = checkpoint.seen(stage)[0][0] if checkpoint.seen(stage) else 0

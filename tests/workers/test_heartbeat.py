@@ -136,6 +136,18 @@ def test_the_start_may_take_longer_and_a_machine_that_slept_ends_nobody(tmp_path
     assert [beat.pid for beat in ended] == [7, 8]
 
 
+def test_a_worker_that_stops_in_its_first_steps_does_not_respond_though_others_still_say_they_wait(tmp_path, caplog):
+    now, ended = [0.0], []
+    watcher = HangMonitor(tmp_path, 100.0, lambda beat: ended.append(beat) or True, clock=lambda: now[0])
+    write(tmp_path, 1, rank=1, pid=8, count=3, steps=1, activity=STEP)  # it reports its first step at once
+    with caplog.at_level(logging.WARNING):
+        for number in range(20):
+            write(tmp_path, number, rank=0, count=84, steps=25, activity=OTHERS, stalled=number * watcher.interval)
+            looks(watcher, now, 1, watcher.interval)
+    assert [beat.pid for beat in ended] == [8]
+    assert "its process does not respond" in caplog.text
+
+
 def test_a_worker_that_could_not_be_ended_is_tried_again(tmp_path):
     now, tries = [0.0], []
 

@@ -43,7 +43,7 @@ def both(tmp_path, monkeypatch):
     stage, own = tmp_path / "stage", tmp_path / "own"
     stage.mkdir()
     own.mkdir()
-    actor = Actor(Receiver(stage, RunHandle("", "", str(stage / "metrics.jsonl"))))
+    actor = Actor(Receiver(stage))
     return stage, own, actor, _Sending(own, actor)
 
 
