@@ -17,8 +17,6 @@ from wavemim.inputs import Crop
 from wavemim.integer_haar import HaarPixels
 from wavemim.wavelets import bands_of
 
-_TORCH_GRAIN = 32768  # elements from which torch divides an operation among threads
-
 
 class PixelWindows:
     """Reconstructs windows of rows as 8-bit pixels (Haar only). Each thread has a transform, which reuses memory."""
@@ -51,7 +49,7 @@ class PixelWindows:
                 cut[level] = pyramid[level][i, :, :, rows, columns]
             self._own.transform(cut, out=images[b])
             if mirrored[b]:
-                images[b] = images[b, ..., ::-1].copy()
+                reverse_columns(images[b].copy(), images[b])
         return torch.from_numpy(images)
 
 
@@ -67,7 +65,7 @@ def cut_windows(
 
     As `wavemim.wavelets.window`, but directly into the memory of the batch: mirroring reverses the columns and changes
     the signs of V and D. For wavelets that do not allow this, whole levels are returned, and the windows to be cut.
-    No piece is so large that torch would start its own threads in each thread of the reader.
+    Not with torch, which would start its own threads in each thread of the reader.
 
     Args:
         shards: The shard set.
@@ -91,8 +89,8 @@ def cut_windows(
             top, left = cells[b]
             cut = pyramid[level][i, :, :, top : top + side, left : left + side]
             if mirrored[b] and not whole:
-                np.copyto(values[b], cut)
-                _mirror(values[b])
+                reverse_columns(cut, values[b])
+                np.negative(values[b, :, -2:], out=values[b, :, -2:])
             else:
                 np.copyto(values[b], cut)
         out[level] = torch.from_numpy(values)
@@ -100,12 +98,16 @@ def cut_windows(
     return out, crop
 
 
-def _mirror(values: np.ndarray) -> None:
-    """Mirror coefficients (C, K, h, w) in place. With torch, since NumPy copies byte by byte in the reverse direction."""
-    rows = torch.from_numpy(values).flatten(0, 2)
-    for piece in rows.split(max(1, (_TORCH_GRAIN - 1) // rows.shape[1])):
-        piece.copy_(piece.flip(-1))
-    np.negative(values[:, -2:], out=values[:, -2:])
+def reverse_columns(values: np.ndarray, out: np.ndarray) -> None:
+    """Copy an array (..., w) with its columns reversed, bytes as whole words: NumPy reverses single ones at a third of the speed."""
+    width = values.shape[-1]
+    word = next((word for word in (np.uint64, np.uint32) if width % np.dtype(word).itemsize == 0), None)
+    if word is None or values.itemsize > 1:
+        np.copyto(out, values[..., ::-1])
+        return
+    words = out.view(word)
+    np.copyto(words, values.view(word)[..., ::-1])
+    words.byteswap(inplace=True)
 
 
 def checked_levels(shards: ShardSet, finest: int, window: int) -> list[int]:

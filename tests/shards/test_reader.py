@@ -15,6 +15,7 @@ from pipeline.shards.layout import Layout, PyramidEncoder
 from pipeline.shards.reader import Reader
 from pipeline.shards.row_groups import RowGroups, read_group
 from pipeline.shards.shard_set import ShardSet
+from pipeline.shards.windows import reverse_columns
 from wavemim.inputs import Inputs
 from wavemim.targets import Statistics
 
@@ -343,3 +344,14 @@ def test_row_groups_are_those_of_the_files(tmp_path, shards):
     expected = [("a", 0, 4), ("a", 1, 4), ("a", 2, 1), ("b", 0, 4), ("b", 1, 4), ("c", 0, 1)]
     assert list(groups) == expected == groups[:] and groups[1::2] == expected[1::2] and len(groups) == 6
     assert list(RowGroups(ShardSet(shards.folder, manifest, shards.layout), "val")) == []
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32"])
+@pytest.mark.parametrize("width", [1, 7, 12, 16, 112])
+def test_columns_are_reversed_whatever_their_size_and_alignment(dtype, width):
+    values = np.random.default_rng(width).integers(0, 100, (3, 2, 5, width + 9)).astype(dtype)
+    for left in (0, 3, 8):
+        cut = values[:, :, 1:4, left : left + width]
+        out = np.zeros(cut.shape, dtype)
+        reverse_columns(cut, out)
+        assert np.array_equal(out, cut[..., ::-1])
