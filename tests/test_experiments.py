@@ -127,13 +127,16 @@ def _variants_exist(given):
     assert set(given.variants or ()) <= {variant for name in given.compare or ["targets"] for variant in known[name]}
 
 
+def without_script(heading):
+    """Whether the index says why the numbers of a heading have no script."""
+    return heading.partition(":")[0] in INDEX.partition("## Numbers that cannot be reproduced")[2]
+
+
 def test_every_published_table_has_a_script_or_a_reason():
     made = {table for name in NAMES for table in experiment(name).tables}
     published = {(heading, first) for heading, text in sections().items() for first in tables_of(text)}
     assert len(published) > 10
-    reasons = INDEX.partition("## Numbers that are not reproducible")[2]
-    missing = {(heading, first) for heading, first in published - made if heading not in reasons}
-    assert not missing
+    assert not {(heading, first) for heading, first in published - made if not without_script(heading)}
     for heading, first in made:  # and none is made up; a heading without a table is numbers in its text
         assert (heading, first) in published or (first == "" and heading in sections())
 
@@ -143,6 +146,8 @@ def test_tables_are_counted_one_by_one():
     for heading, text in sections().items():
         for first in set(tables_of(text)):
             named = [name for name in NAMES if (heading, first) in experiment(name).tables]
+            if not named and without_script(heading):
+                continue
             assert len(named) == tables_of(text).count(first), (heading, first, named)
 
 
