@@ -14,6 +14,7 @@ from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.encoder_source import EncoderSource, build_classifier, find_encoder, finetune_size
+from pipeline.models.timm_config import load_call
 from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo
 from pipeline.runtime.room import check_room
@@ -161,7 +162,7 @@ def _result(
         "per_class": [{key: None if value != value else value for key, value in line.items()} for line in table],
         "confusion": CONFUSION,
         "model": recipe.place_of(target),
-        "load": f"timm.create_model('local-dir:{target}', pretrained=True)",
+        "load": load_call(recipe, target),
         "cost": spent_in(folder.path).record(),
         "mlflow_run": tracker.handle.run_id,
         "shards": shards.fingerprint,
@@ -185,7 +186,7 @@ def _export(
     model, name, arguments = build_classifier(recipe.finetune, subject, shards)
     checkpoint.load_trained(final, model)
     side, size = shards.image_size, finetune_size(recipe.finetune, subject)
-    about = {"version": __version__, "recipe": recipe.name, "shards": shards.fingerprint, "encoder": subject.source}
+    about = {"version": __version__, "recipe": recipe.name, "shards": shards.fingerprint, "encoder": subject.place}
     export_timm(
         target,
         model,
