@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoints.find import COPIED
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
@@ -81,10 +82,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     subject, shards, workers = checked.subject, checked.shards, recipe.finetune.workers
     check_room(recipe, session, least_workers(recipe, workers), "finetune")
     same = _identity(recipe, subject, shards)
+    place, home = recipe.stage_dir("finetune"), recipe.stage_home("finetune")
     with (
-        stage_folder(
-            recipe.stage_dir("finetune"), same, restart=recipe.restart, home=recipe.stage_home("finetune")
-        ) as folder,
+        stage_folder(place, same, restart=recipe.restart, home=home, left_out=COPIED) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:
