@@ -1,18 +1,14 @@
 """All stages for real, with planted secrets in the environment: none of them is in any file or in what is printed."""
 
-import contextlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from mlflow_server import mlflow_server
 
 PASSWORD, KEY, SECRET, TOKEN = "PLANTEDpassword", "PLANTEDkeyid", "PLANTEDsecret", "PLANTEDtoken"
 SETTINGS = [
@@ -37,29 +33,6 @@ SETTINGS = [
 ]
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(800)]
-
-
-@contextlib.contextmanager
-def mlflow_server(folder):
-    """The address of a real MLflow server on its own store; it takes any password."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/runs.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    try:
-        until = time.monotonic() + 180
-        while True:
-            assert process.poll() is None and time.monotonic() < until, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                break
-            time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
 
 
 def test_no_secret_is_in_any_file_or_message_of_a_whole_run(photo_folder, tmp_path):

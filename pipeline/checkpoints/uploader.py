@@ -21,7 +21,7 @@ from pipeline.runtime.stage_folder import SETTINGS, StageFolder, as_json
 from pipeline.storage.locks import claimed, lease_mark
 from wavemim.weights import checkpoint
 
-_LEASE = ".store.json"  # in the stage's folder: the mark with which it owned the store
+_LEASE = ".store-lease"  # in the stage's folder: the mark with which it owned the store
 _RETRIES = (2.0, 10.0, 30.0)  # seconds before further attempts to copy the last checkpoint of a run
 
 

@@ -20,7 +20,8 @@ from pipeline.errors import SettingError
 from wavemim.atomic import new_folder
 
 VERSION = 1
-MARK = "demo-images.json"
+MARK = ".demo-images.json"  # hidden: not one of the images
+_EARLIER_MARK = "demo-images.json"  # of folders that were written before that
 QUALITY = 92
 _SPLITS = ("train", "val")
 
@@ -161,7 +162,8 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int, bar
 
 
 def _settings_in(folder: Path) -> Any:
+    mark = folder / MARK
     try:
-        return json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return json.loads((mark if mark.exists() else folder / _EARLIER_MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

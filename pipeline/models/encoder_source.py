@@ -212,13 +212,13 @@ def _check_fits(origin: EncoderSource, shards: ShardSet) -> None:
     unit, size = 2**shards.levels, origin.image_size
     if size > shards.image_size or size % unit:
         raise SettingError(
-            f"checkpoint={origin.source} needs images of {size} pixels, but {shards.url} stores images of "
+            f"checkpoint={origin.place} needs images of {size} pixels, but {shards.url} stores images of "
             f"{shards.image_size} pixels in {shards.levels} levels, which allows multiples of {unit} up to "
             f"{shards.image_size}; prepare the images with data.image_size={size} and fewer data.levels"
         )
     if origin.channels != shards.channels:
         raise SettingError(
-            f"checkpoint={origin.source} needs images of {origin.channels} channels, but {shards.url} stores "
+            f"checkpoint={origin.place} needs images of {origin.channels} channels, but {shards.url} stores "
             f"{shards.channels}; prepare the images with data.channels={origin.channels}"
         )
 
@@ -257,7 +257,7 @@ def _check_builds(origin: EncoderSource) -> None:
         SettingError: If the model does not accept the images, or the weights do not fit it.
         StageError: If timm's weights cannot be downloaded.
     """
-    named = f"checkpoint={origin.source}"
+    named = f"checkpoint={origin.place}"
     try:
         model = origin.model(trained=False)
         with torch.inference_mode():
@@ -356,7 +356,7 @@ def build_classifier(
             head=finetune.head,
         )
     except ValueError as error:
-        raise SettingError(f"checkpoint={origin.source} cannot be fine-tuned: {error}") from None
+        raise SettingError(f"checkpoint={origin.place} cannot be fine-tuned: {error}") from None
     if size != origin.image_size:
         with named(f"finetune.image_size={size}"):
             arguments = resize_input(model, arguments, channels=origin.channels, size=size)

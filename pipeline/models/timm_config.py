@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 
+from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError
 from pipeline.shards.shard_set import ShardSet
 from wavemim.encoders.base import check_name
@@ -34,6 +35,15 @@ def timm_config(name: str) -> dict[str, Any]:
         hint = f"; available: {', '.join(tags[:4])}" if tags else ""
         raise SettingError(f"checkpoint={TIMM}{name}: timm has no weights with this name{hint}")
     return config.to_dict()
+
+
+def load_call(recipe: Recipe, folder: Path) -> str:
+    """The Python expression that loads a folder in timm's format that a stage wrote.
+
+    From an object store timm loads nothing: the folder is named as it is called once a user has copied it.
+    """
+    place = folder if recipe.home is None else folder.name
+    return f"timm.create_model('local-dir:{place}', pretrained=True)"
 
 
 def read_config(folder: Path) -> dict[str, Any]:

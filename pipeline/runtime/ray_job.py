@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
 
 from pipeline.config.recipe import BEHAVIOURS, Recipe
 from pipeline.errors import SettingError
@@ -24,7 +23,10 @@ def check_places(recipe: Recipe) -> None:
     Raises:
         SettingError: Naming the first such path.
     """
-    _refuse(recipe, lambda place: ray_internals.in_uploaded_folder(os.path.abspath(place)))
+    for key, place in _places(recipe).items():
+        check_kept(f"{key}={place}", place, url=key != "tracking.uri")
+    if not recipe.tracking.uri:
+        check_tracking("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", "").strip())
 
 
 def check_absolute(recipe: Recipe) -> None:
@@ -33,23 +35,56 @@ def check_absolute(recipe: Recipe) -> None:
     Raises:
         SettingError: Naming the first relative path.
     """
-    _refuse(recipe, lambda place: not os.path.isabs(place))
+    for key, place in _places(recipe).items():
+        if not os.path.isabs(place):
+            raise _lost(f"{key}={place}", url=key != "tracking.uri")
 
 
-def _refuse(recipe: Recipe, lost: Callable[[str], bool]) -> None:
+def check_kept(what: str, place: str, *, url: bool) -> None:
+    """In a Ray job with an uploaded folder, refuse a path that lies in it.
+
+    Args:
+        what: What the message begins with, such as ``out=…``.
+        place: The path or URL.
+        url: Whether it may be a URL.
+
+    Raises:
+        SettingError: Naming the path.
+    """
+    if not is_remote(place) and ray_internals.in_uploaded_folder(os.path.abspath(os.path.expanduser(place))):
+        raise _lost(what, url=url)
+
+
+def check_tracking(name: str, uri: str) -> None:
+    """As `check_kept`, for the URI of an MLflow store, which may be a file, under the name of its setting."""
+    if place := _store_path(uri):
+        check_kept(f"{name}={place}", place, url=False)
+
+
+def _lost(what: str, *, url: bool) -> SettingError:
+    return SettingError(
+        f"{what}: in a Ray job this path is in the job's own folder, which Ray deletes afterwards; give an "
+        "absolute path that all nodes of the cluster can access, such as /mnt/shared/NAME"
+        f"{', or a URL where the setting allows one' if url else ''}"
+    )
+
+
+def _places(recipe: Recipe) -> dict[str, str]:
+    """The local paths among the settings, with ~ expanded."""
     values = {key: _value(recipe, key) for key in _PLACES}
-    if uri := recipe.tracking.uri:  # a SQLite file is created where it does not exist
-        path = uri.partition(":///")[2] if uri.startswith("sqlite") else uri
-        values["tracking.uri"] = path if path not in ("", ":memory:") else None
-    for key, place in values.items():
-        if place is None or place.startswith(("timm:", "databricks")) or is_remote(place):
-            continue
-        if lost(place):
-            also = "" if key == "tracking.uri" else ", or a URL where the setting allows one"
-            raise SettingError(
-                f"{key}={place}: in a Ray job this path is in the job's own folder, which Ray deletes afterwards; give an "
-                f"absolute path that all nodes of the cluster can access, such as /mnt/shared/NAME{also}"
-            )
+    if recipe.tracking.uri:  # a SQLite file is created where it does not exist
+        values["tracking.uri"] = _store_path(recipe.tracking.uri)
+    return {
+        key: place
+        for key, place in values.items()
+        if place is not None and not place.startswith("timm:") and not is_remote(place)
+    }
+
+
+def _store_path(uri: str) -> str | None:
+    """The path of an MLflow store on a disk."""
+    path = uri.partition(":///")[2] if uri.startswith("sqlite") else uri
+    return None if path in ("", ":memory:") or path.startswith("databricks") or is_remote(path) else path
 
 
 def _value(recipe: Recipe, key: str) -> str | None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def stage_folder(
     force: bool = False,
     home: str | None = None,
     lease: Path | None = None,
+    left_out: Collection[str] = (),
 ) -> Iterator[StageFolder]:
     """Own a stage's folder while the block runs.
 
@@ -85,6 +86,7 @@ def stage_folder(
         where: A path or URL.
         identity: The settings that decide the folder's content.
         home: URL of the folder in a store of which `where`, a path, is this machine's copy (`pipeline.storage.mirror`).
+        left_out: Patterns of paths in the folder that are not copied to `home` with the others, as of `Mirror`.
         lease: For a URL: a local file that only this process uses, to recognise the mark of an earlier process.
         restart: Whether to empty a folder that holds something.
         mark: Name of the finishing mark.
@@ -104,7 +106,7 @@ def stage_folder(
         stack.enter_context(claimed(folder, "a stage", lease=lease) if lease is not None else owned(folder, "a stage"))
         mirror = None
         if home is not None and folder.local is not None:
-            mirror = stack.enter_context(mirrored(Folder.at(home), folder.local))
+            mirror = stack.enter_context(mirrored(Folder.at(home), folder.local, left_out=left_out))
         opened = replace(_open(folder, identity, restart, mark, changeable, force), mirror=mirror)
         if mirror is not None and restart:
             mirror.clear()

@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.shards.errors import NoFolderError, ShardError
 from pipeline.shards.layout import Layout
 from pipeline.storage.folder import Folder
+from pipeline.storage.object_stores import Address, is_remote
 from wavemim.wavelets import bands_of
 
 FORMAT_VERSION = 2
@@ -193,7 +194,7 @@ class ShardSet:
     @property
     def about(self) -> dict[str, Any]:
         """What a tracker shows of the set: its `name`, `digest`, `source`, `profile`, and `columns` with their types."""
-        place = Path(self.url)
+        place = Path(Address.of(self.url).path if is_remote(self.url) else self.url)
         # "shards" is the usual name, and says nothing.
         name = place.parent.name if place.name == "shards" and place.parent.name else place.name
         columns = {

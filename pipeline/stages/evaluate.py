@@ -153,9 +153,7 @@ def _pools(recipe: Recipe, subject: EncoderSource, model: nn.Module) -> tuple[st
     able = pools_of(model, torch.zeros(1, subject.channels, subject.image_size, subject.image_size))
     found = tuple(name for name in dict.fromkeys(asked) if name in able)
     if not found and "mean" not in asked:
-        raise SettingError(
-            f"evaluate.pool={list(asked)}: {subject.source} has no class token; set evaluate.pool=[mean]"
-        )
+        raise SettingError(f"evaluate.pool={list(asked)}: {subject.place} has no class token; set evaluate.pool=[mean]")
     return found
 
 
@@ -169,7 +167,7 @@ def _count_blocks(recipe: Recipe, subject: EncoderSource, model: nn.Module) -> i
     if not blocks:
         raise SettingError(
             f"evaluate.protocols={list(recipe.evaluate.protocols)}: timm offers no feature maps of the blocks of "
-            f"{subject.source}; remove {' and '.join(asked)}"
+            f"{subject.place}; remove {' and '.join(asked)}"
         )
     return len(blocks)
 

@@ -14,6 +14,7 @@ from pipeline.config.load import validate
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_blank_model
+from pipeline.models.timm_config import load_call
 from pipeline.runtime.stage_folder import StageFolder, stage_folder
 from pipeline.stages.model_card import evaluation_of, model_card
 from pipeline.stages.sequence import local
@@ -165,14 +166,15 @@ def _write(
         )
         tracker.artifact(target, ENCODER)
         result = {
-            "encoder": str(target),
-            "weights": str(target / checkpoint.MODEL),
+            "encoder": recipe.place_of(target),
+            "weights": recipe.place_of(target / checkpoint.MODEL),
             "sha256": config["sha256"],
-            "load": f"timm.create_model('local-dir:{target}', pretrained=True)",
+            "load": load_call(recipe, target),
             "made": dict(made),
         }
         if made["onnx"] and "onnx" not in kept:
-            result["onnx"] = _write_onnx(folder.path / ONNX, encoder, state, {**about, "sha256": config["sha256"]})
+            found = _write_onnx(folder.path / ONNX, encoder, state, {**about, "sha256": config["sha256"]})
+            result["onnx"] = {"path": recipe.place_of(folder.path / ONNX / FILE), **found}
             if recipe.export.registry is None:
                 tracker.artifact(folder.path / ONNX, ONNX)
         return result
@@ -180,7 +182,7 @@ def _write(
 
 def _write_onnx(target: Path, encoder: Encoder, state: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        found = export_onnx(
+        return export_onnx(
             target,
             encoder.model,
             image_size=encoder.image_size,
@@ -190,7 +192,6 @@ def _write_onnx(target: Path, encoder: Encoder, state: Mapping[str, Any], about:
         )
     except ValueError as error:
         raise StageError(f"export.onnx: {error}") from error
-    return {"path": str(target / FILE), **found}
 
 
 _LIMIT = 1800.0  # seconds: a large model over a slow network
@@ -204,7 +205,7 @@ def register(
     Args:
         recipe: The settings.
         folder: The folder of the export, whose MLflow run holds the files.
-        onnx: What `export_onnx` returned, with "path", the file.
+        onnx: What `export_onnx` returned.
         name: Name of the registered model.
         about: Tags of the version.
 
@@ -224,7 +225,7 @@ def register(
     def send() -> str:
         with tempfile.TemporaryDirectory(prefix="wavemim-") as room:
             model = Path(room) / "model"
-            store.save_onnx(Path(onnx["path"]), model, shape=onnx["input"], features=onnx["features"], about=about)
+            store.save_onnx(folder / ONNX / FILE, model, shape=onnx["input"], features=onnx["features"], about=about)
             return store.register_version(store.connect(uri, create=False), run_id, name, model, about)
 
     store.import_mlflow()

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoints.find import COPIED
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
 from pipeline.models.encoder_source import EncoderSource, build_classifier, find_encoder, finetune_size
+from pipeline.models.timm_config import load_call
 from pipeline.runtime.progress import following, images_of_run
 from pipeline.runtime.ray_session import SessionInfo
 from pipeline.runtime.room import check_room
@@ -80,10 +82,9 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     subject, shards, workers = checked.subject, checked.shards, recipe.finetune.workers
     check_room(recipe, session, least_workers(recipe, workers), "finetune")
     same = _identity(recipe, subject, shards)
+    place, home = recipe.stage_dir("finetune"), recipe.stage_home("finetune")
     with (
-        stage_folder(
-            recipe.stage_dir("finetune"), same, restart=recipe.restart, home=recipe.stage_home("finetune")
-        ) as folder,
+        stage_folder(place, same, restart=recipe.restart, home=home, left_out=COPIED) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:
@@ -163,7 +164,7 @@ def _result(
         "per_class": [{key: None if value != value else value for key, value in line.items()} for line in table],
         "confusion": CONFUSION,
         "model": recipe.place_of(target),
-        "load": f"timm.create_model('local-dir:{target}', pretrained=True)",
+        "load": load_call(recipe, target),
         "cost": spent_in(folder.path).record(),
         "mlflow_run": tracker.run_id(),
         "shards": shards.fingerprint,
@@ -187,7 +188,7 @@ def _export(
     model, name, arguments = build_classifier(recipe.finetune, subject, shards)
     checkpoint.load_trained(final, model)
     side, size = shards.image_size, finetune_size(recipe.finetune, subject)
-    about = {"version": __version__, "recipe": recipe.name, "shards": shards.fingerprint, "encoder": subject.source}
+    about = {"version": __version__, "recipe": recipe.name, "shards": shards.fingerprint, "encoder": subject.place}
     export_timm(
         target,
         model,

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoints.find import COPIED
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import CHANGEABLE, Recipe, identity
@@ -80,7 +81,13 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     place, home = recipe.stage_dir("pretrain"), recipe.stage_home("pretrain")
     with (
         stage_folder(
-            place, same, restart=recipe.restart, changeable=CHANGEABLE, force=recipe.force, home=home
+            place,
+            same,
+            restart=recipe.restart,
+            changeable=CHANGEABLE,
+            force=recipe.force,
+            home=home,
+            left_out=COPIED,
         ) as folder,
         opened(recipe, same, folder) as store,
     ):

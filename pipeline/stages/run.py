@@ -96,7 +96,8 @@ def write_report(recipe: Recipe, results: Mapping[str, Mapping[str, Any]], secon
         ("this report", place(folder / "report.md")),
     ]
     parts += ["## Files", "", table(("what", "where"), rows), ""]
-    parts += ["In Python:", "", f"    import timm; encoder = {results['export']['load']}", ""]
+    copied = "" if recipe.home is None else f", where {results['export']['encoder']} is copied to"
+    parts += [f"In Python{copied}:", "", f"    import timm; encoder = {results['export']['load']}", ""]
     parts += ["Everything in MLflow's UI:", "", f"    {ui_command(recipe)}", ""]
     timing = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     parts.append(_cost_line(results))

@@ -181,7 +181,7 @@ def _result(
     measured: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     return {
-        "encoder": plan.subject.source,
+        "encoder": plan.subject.place,
         "titles": titles_of(plan.subject),
         "images_seen": plan.subject.images_seen,
         "layout": plan.pairs.layout,

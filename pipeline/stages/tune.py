@@ -34,7 +34,7 @@ from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.tune_check import check_budget, check_gpu_hours, check_space, trials_of
 from pipeline.stages.tune_draws import draws_of
-from pipeline.stages.tune_engine import run_plan
+from pipeline.stages.tune_engine import RAY, run_plan
 from pipeline.stages.tune_parts import KEPT, TRIALS, folder_of, home_of, note_stopped, remove_checkpoints
 from pipeline.stages.tune_perturb import perturbed
 from pipeline.stages.tune_plan import slots_of
@@ -57,6 +57,10 @@ LEDGER = "trials.jsonl"  # in the stage's folder: every trial as it begins and e
 RETRIES = 3  # of a trial whose process or node was lost
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial's run in MLflow
 PROBE_SHARE = 0.2  # of a trial's time that probes are to take at most
+_LEFT_OUT = (
+    f"{TRIALS}/*",
+    f"{RAY}/*",
+)  # of a copy in a store: trials copy their own, and Ray's files are of no use there
 
 
 CHECKS = (check_model, check_space)
@@ -110,8 +114,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     check_gpu_hours(recipe, use_gpu)
     objective = PROBE if shards.classes is not None else RANK
     _check_tracking(recipe, session)
-    place, home = recipe.stage_dir("tune"), recipe.stage_home("tune")
-    with stage_folder(place, _identity(recipe, checked), restart=recipe.restart, home=home) as folder:
+    place, home, same = recipe.stage_dir("tune"), recipe.stage_home("tune"), _identity(recipe, checked)
+    with stage_folder(place, same, restart=recipe.restart, home=home, left_out=_LEFT_OUT) as folder:
         meter = Meter(before=Spent(wall_clock_s=spent_in(folder.path).wall_clock_s))  # trials keep the rest themselves
         concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
         plan = _plan(recipe, checked, folder, meter, concurrent)

@@ -26,6 +26,7 @@ from pipeline.sweeps.plan import Plan
 
 FAILED = "failed"  # in a trial's last result: why it failed, in one line
 CURVE = "curve"  # in a trial's last result: [(images, objective)]
+RAY = "ray"  # in the folder that is given to `run_plan`: Ray's own files
 _LOST = "its process or node was lost"
 # Their tracebacks and their advice to restore Ray's experiment are wrong here; what has happened is said by `_Retries`, the
 # results, and the command's last line.
@@ -74,7 +75,7 @@ def run_plan(
             reuse_actors=True,  # a new process takes many seconds to import what a trial needs
         ),
         run_config=ray.tune.RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=folder,
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=retries),

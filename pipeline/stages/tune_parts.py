@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -73,7 +73,7 @@ def home_of(recipe: Recipe, number: int) -> Folder | None:
 
 
 @contextlib.contextmanager
-def trial_folder(recipe: Recipe, logs: Path, number: int) -> Iterator[Path]:
+def trial_folder(recipe: Recipe, logs: Path, number: int) -> Iterator[tuple[Path, Callable[[], None]]]:
     """The folder in which a trial works while the block runs.
 
     Where the sweep's out folder is in a store, that is a copy on the trial's own node of the trial's folder in the store: it
@@ -84,19 +84,28 @@ def trial_folder(recipe: Recipe, logs: Path, number: int) -> Iterator[Path]:
         logs: The folder of all trials, which all nodes share unless the out folder is in a store.
         number: The trial's number.
 
+    Yields:
+        The folder, and a function that copies what is new in it to the store before it returns; a failure is only a warning.
+        To be called before each report: a scheduler may then end the trial's process at once.
+
     Raises:
         OSError: The store does not answer: the trial is to be begun again.
     """
     place = home_of(recipe, number)
     if place is None:
-        yield folder_of(logs, number)
+        yield folder_of(logs, number), lambda: None
         return
     folder = folder_of(recipe.stage_dir("tune") / TRIALS, number)
     mirror = Mirror(place, folder)
+
+    def save() -> None:
+        mirror.wake()
+        mirror.attempt()
+
     with _as_disk_errors():
         mirror.pull()
     with pushing(mirror):
-        yield folder
+        yield folder, save
     with _as_disk_errors():
         mirror.finish()
     shutil.rmtree(folder, ignore_errors=True)

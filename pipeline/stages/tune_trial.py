@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,14 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
     device = torch.device("cuda" if task.use_gpu else "cpu")
     part, place = Part.of(config), home_of(base, config[NUMBER])
     with (
-        trial_folder(base, Path(task.logs), config[NUMBER]) as folder,
+        trial_folder(base, Path(task.logs), config[NUMBER]) as (folder, save),
         tracked(_start(recipe, config, part, folder, task, shards), folder, place) as tracker,
     ):
         try:
             if refused is not None:
                 raise refused
             resume = starting_checkpoint(folder.parent, config[NUMBER], part)
-            rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task, resume, part)
+            rungs = _rungs(recipe, shards, device, folder, config[NUMBER], tracker, task, resume, part, save)
             trained = None if rungs.paused else _train(recipe, shards, device, folder, tracker, task, rungs, resume)
             if trained is None or trained.stopped:
                 assert part.pause is not None
@@ -219,6 +219,7 @@ def _rungs(
     task: TrialTask,
     resume: Path | None,
     part: Part,
+    save: Callable[[], None],
 ) -> Rungs:
     """Measurements during training: of the same images in all trials, with one strength of the probe."""
     before = Meter(cores=recipe.cluster.cpus_per_worker, gpus=task.gpu_share * task.use_gpu)
@@ -237,6 +238,7 @@ def _rungs(
         if spent is not None:  # not logged before an interruption
             tracker.log({"objective": measured.objective, **cost}, measured.images)
         if measured.rung != part.pause:  # that one is reported once its checkpoint is kept
+            save()
             ray.tune.report({**_at_rung(measured, tracker, task), **cost})
 
     state = None if resume is None else checkpoint.read_state(resume)

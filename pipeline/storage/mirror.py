@@ -9,8 +9,9 @@ disk, a cache, as it works in a local out folder:
   ends nothing: there is a warning, and another try after a longer pause.
 - At the end, what is still missing is copied, with several tries. If that fails, the stage fails, and says what is only here.
 
-Shard sets are written to the store by those who make them, and checkpoints by the process that writes them
-(`pipeline.checkpoints.uploader`): both are left out here. A file that names other files is copied after them.
+Two kinds of files are left out. Those of use to the processes of this machine only are recognised by their names: hidden
+and without an ending (``.NAME``), locks, and files that are being written. Those that others copy to the store, or nobody,
+are named by whoever opens the mirror. A file that names other files is copied after them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +43,6 @@ LAST = (
     ".mlflow-sent.json",
     "result.json",
 )  # read before, and written after all others, of which they say that they are there
-_CHECKPOINT, _BEST = "images-", "best.json"  # directly in the folder: copied by others
-# Of use to the processes of this machine only.
-_LOCAL = frozenset(
-    {
-        OWNER,
-        WRITER,
-        _BEST,
-        ".beats",
-        ".mlflow.lock",
-        ".costs",
-        ".ray",
-        ".stop",
-        ".store.json",
-        ".tokens",
-        "ray",
-        "trials",
-    }
-)
 _LARGE = 64 << 20  # bytes from which a file is mapped instead of read: those do not change once they are written
 # Seconds: between two copies, also after a failure; bytes per second that copies may take on average.
 EVERY, LONGEST, RATE = 10.0, 300.0, 16 << 20
@@ -70,14 +54,15 @@ Stamp = tuple[int, int]  # size and modification time in ns: whether a local fil
 class Mirror:
     """A local copy of a folder in a store, in which this process writes. Threads may share it."""
 
-    def __init__(self, home: Folder, local: Path, *, owner: str = "") -> None:
+    def __init__(self, home: Folder, local: Path, *, owner: str = "", left_out: Collection[str] = ()) -> None:
         """
         Args:
             home: The folder in the store.
             local: The local copy, which this process owns.
             owner: Id of the mark with which this process owns `home`; "" if nobody else writes there.
+            left_out: Patterns, as in a shell, of paths in the folder that are not copied; ``*`` matches ``/`` too.
         """
-        self.home, self.local, self.owner = home, local, owner
+        self.home, self.local, self.owner, self._left_out = home, local, owner, tuple(left_out)
         self.id = ""  # of the local copy, in its WRITER
         self._known: dict[str, Stamp] = {}  # files that the store has, as they were when they were copied
         self._turn = threading.Lock()
@@ -100,7 +85,7 @@ class Mirror:
             return
         self.local.mkdir(parents=True, exist_ok=True)
         Folder.at(self.local).clear()
-        names = fetch(self.home, self.local, [name for name in names_in(self.home) if not _is_left_out(name)])
+        names = fetch(self.home, self.local, [name for name in names_in(self.home) if not self._leaves_out(name)])
         self._known = {name: _stamp(self.local / name) for name in names}
         self._claim()
 
@@ -124,7 +109,7 @@ class Mirror:
         """
         with self._turn:
             last = {name: found for name in LAST if (found := _content(self.local, name)) is not None}
-            files = dict(_files(self.local))
+            files = dict(self._files())
             changed = [name for name in files if files[name] != self._known.get(name) and name not in LAST]
             changed += [name for name in last if name in files and last[name][0] != self._known.get(name)]
             gone = [name for name in self._known if name not in files]
@@ -182,6 +167,26 @@ class Mirror:
                         "same command copies them"
                     ) from None
 
+    def _leaves_out(self, name: str) -> bool:
+        first = name.partition("/")[0]
+        return (
+            first in (OWNER, WRITER)
+            or (first.startswith(".") and not Path(first).suffix)
+            or any(part.endswith((PARTIAL, ".tmp", ".lock")) for part in name.split("/"))
+            or any(fnmatchcase(name, pattern) for pattern in self._left_out)
+        )
+
+    def _files(self) -> Iterator[tuple[str, Stamp]]:
+        """The local files that belong into the store, with their stamps."""
+        for place, folders, names in os.walk(self.local):
+            below = os.path.relpath(place, self.local)
+            prefix = "" if below == "." else f"{below}/"
+            folders[:] = [name for name in folders if not self._leaves_out(f"{prefix}{name}/")]
+            for name in names:
+                if not self._leaves_out(f"{prefix}{name}"):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield f"{prefix}{name}", _stamp(Path(place, name))
+
     def _remove(self, names: list[str]) -> None:
         for name in names:
             self.home.remove(name)
@@ -217,13 +222,14 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def mirrored(home: Folder, local: Path, what: str = "a stage") -> Iterator[Mirror]:
+def mirrored(home: Folder, local: Path, what: str = "a stage", *, left_out: Collection[str] = ()) -> Iterator[Mirror]:
     """Own a folder in a store and keep a local copy of it while the block runs.
 
     Args:
         home: The folder in the store.
         local: The local copy, which the caller owns.
         what: The work in a word or two, for the message to others.
+        left_out: As of `Mirror`.
 
     Yields:
         The mirror.
@@ -233,7 +239,7 @@ def mirrored(home: Folder, local: Path, what: str = "a stage") -> Iterator[Mirro
         SettingError: The store denies access, or has no such bucket.
     """
     with claimed(home, what, lease=local.parent / f".{local.name}.lease.json") as owner:
-        mirror = Mirror(home, local, owner=owner)
+        mirror = Mirror(home, local, owner=owner, left_out=left_out)
         mirror.pull()
         with pushing(mirror):
             yield mirror
@@ -280,28 +286,6 @@ def copy_id(local: Path) -> str:
     with contextlib.suppress(OSError):
         return str(_parsed((local / WRITER).read_bytes()).get("id", ""))
     return ""
-
-
-def _is_left_out(name: str) -> bool:
-    first, _, below = name.partition("/")
-    return (
-        first in _LOCAL
-        or first.startswith(".clock-")
-        or (bool(below) and first.startswith(_CHECKPOINT))
-        or any(part.endswith((PARTIAL, ".tmp", ".lock")) for part in name.split("/"))
-    )
-
-
-def _files(local: Path) -> Iterator[tuple[str, Stamp]]:
-    """The files that belong into the store, with their stamps."""
-    for place, folders, names in os.walk(local):
-        below = os.path.relpath(place, local)
-        prefix = "" if below == "." else f"{below}/"
-        folders[:] = [name for name in folders if not _is_left_out(f"{prefix}{name}/")]
-        for name in names:
-            if not _is_left_out(f"{prefix}{name}"):
-                with contextlib.suppress(FileNotFoundError):
-                    yield f"{prefix}{name}", _stamp(Path(place, name))
 
 
 def _stamp(path: Path) -> Stamp:

@@ -1,14 +1,38 @@
-"""Arguments that several tools take: files that they write, and MLflow's address."""
+"""Arguments that several tools take: places that they write to, and MLflow's address."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import click
 
 from pipeline.errors import SettingError
+from pipeline.runtime import ray_job
 from pipeline.shards.shard_set import MANIFEST
 
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Output(click.ParamType):
+    """The type of every option and argument that names what a tool writes: refused where Ray would delete it."""
+
+    name = "path"
+
+    def __init__(self, *, url: bool = False) -> None:
+        """
+        Args:
+            url: Whether it may be a URL.
+        """
+        self._url = url
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value as it is, given or default. Raises SettingError."""
+        assert param is not None
+        shown = param.opts[-1] if isinstance(param, click.Option) else param.human_readable_name
+        ray_job.check_kept(f"{shown} {value}", value, url=self._url)
+        return value
 
 
 def check_output(path: Path, *, picture: bool) -> None:

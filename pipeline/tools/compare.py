@@ -15,7 +15,7 @@ from pipeline.config.recipe import STAGE_SECTIONS, behaviour_of
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime.formatting import duration, scaled, table
 from pipeline.runtime.usage import PREFIX, Spent
-from pipeline.tools.arguments import tracking_uri
+from pipeline.tools.arguments import Output, tracking_uri
 from pipeline.tracking import errors, store_uris
 from pipeline.tracking import mlflow_client as store
 from pipeline.tracking.runs import Run, find
@@ -46,8 +46,8 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # title and format
 
 @click.command("compare")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN... [tracking.uri=URI]")
-@click.option("--plot", default="compare.png", show_default=True, metavar="FILE.png", help="the plot")
-@click.option("--json", "numbers", metavar="FILE", help="write the numbers there too")
+@click.option("--plot", default="compare.png", show_default=True, type=Output(), metavar="FILE.png", help="the plot")
+@click.option("--json", "numbers", type=Output(), metavar="FILE", help="write the numbers there too")
 @click.option("--metric", multiple=True, metavar="NAME", help="metric to plot  [default: an accuracy and the loss]")
 def command(runs: tuple[str, ...], plot: str, numbers: str | None, metric: tuple[str, ...]) -> None:
     """Compare runs: the settings that differ, metrics with intervals, and cost; all read from MLflow.

@@ -18,6 +18,7 @@ from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime import interrupts
 from pipeline.runtime.ray_session import SessionInfo, ray_session
+from pipeline.tools.arguments import Output
 from pipeline.tools.embed_file import Writer, parent_of, rejected_of
 from pipeline.tools.embed_sources import Source, plan_images, units_of
 
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 @click.command("embed")
 @click.argument("checkpoint")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGES...")
-@click.option("--out", required=True, metavar="FILE.parquet", help="the file with the features, a path or URL")
+@click.option(
+    "--out",
+    required=True,
+    type=Output(url=True),
+    metavar="FILE.parquet",
+    help="the file with the features, a path or URL",
+)
 @click.option("--overwrite", is_flag=True, help="replace an existing file")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(min=1), help="images per forward pass")
 @click.option("--image-column", metavar="NAME", help="column of a list or of Parquet that names or holds the image")

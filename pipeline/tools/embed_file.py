@@ -109,6 +109,6 @@ class Writer:
 
     def _schema(self, width: int) -> pa.Schema:
         subject = self._subject
-        about = {"encoder": subject.source, **{key: getattr(subject, key) for key in _ABOUT}, "wavemim": __version__}
+        about = {"encoder": subject.place, **{key: getattr(subject, key) for key in _ABOUT}, "wavemim": __version__}
         texts = [(key, pa.string()) for key in ("source", "path", "label")]
         return pa.schema([*texts, ("embedding", pa.list_(pa.float32(), width))], {METADATA: json.dumps(about)})

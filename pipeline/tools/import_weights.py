@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from pipeline.errors import SettingError
+from pipeline.tools.arguments import Output
 
 
 @click.command("import")
 @click.argument("file")
-@click.argument("out")
+@click.argument("out", type=Output())
 @click.option("--heads", type=click.IntRange(min=1), help="attention heads  [default: as in the published sizes]")
 @click.option("--mean", metavar="M,M,M", help="mean of pixels in [0, 1], per channel  [default: ImageNet's]")
 @click.option("--std", metavar="S,S,S", help="standard deviation of the pixels, likewise")

@@ -24,7 +24,7 @@ from pipeline.shards.layout import DIGEST_BYTES
 from pipeline.shards.row_groups import read_columns, read_group
 from pipeline.shards.shard_set import SPLITS, ShardSet
 from pipeline.shards.verify import label_problem, opened, read_rows, rejected_rows
-from pipeline.tools.arguments import check_output
+from pipeline.tools.arguments import Output, check_output
 from wavemim.wavelets import bands_of, reconstruct
 
 EXAMPLES = 3
@@ -32,9 +32,11 @@ EXAMPLES = 3
 
 @click.command("inspect")
 @click.argument("shards")
-@click.option("--picture", default="inspect.png", show_default=True, metavar="FILE.png", help="the picture")
+@click.option(
+    "--picture", default="inspect.png", show_default=True, type=Output(), metavar="FILE.png", help="the picture"
+)
 @click.option("--images", default=4, show_default=True, type=click.IntRange(1, 8), help="images in the picture")
-@click.option("--json", "numbers", metavar="FILE", help="write the numbers there too")
+@click.option("--json", "numbers", type=Output(), metavar="FILE", help="write the numbers there too")
 @click.option("--quiet", "-q", is_flag=True, help="no progress bar")
 def command(shards: str, picture: str, images: int, numbers: str | None, quiet: bool) -> None:
     """Describe a shard set (folder or URL): classes, bytes, statistics, rejects, duplicates; and draw some images."""

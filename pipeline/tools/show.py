@@ -15,7 +15,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import SettingError
 from pipeline.images.arrays import Pixels, RejectedImage
 from pipeline.images.decode import decode_image
-from pipeline.tools.arguments import check_output
+from pipeline.tools.arguments import Output, check_output
 
 MOST = 16  # images of one figure
 
@@ -23,7 +23,7 @@ MOST = 16  # images of one figure
 @click.command("show")
 @click.argument("checkpoint")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--out", default="show.png", show_default=True, metavar="FILE.png", help="the figure")
+@click.option("--out", default="show.png", show_default=True, type=Output(), metavar="FILE.png", help="the figure")
 @click.option(
     "--mask-ratio",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

@@ -14,11 +14,12 @@ import click
 
 from pipeline.config.places import is_url
 from pipeline.errors import SettingError, StageError
+from pipeline.runtime import ray_job
 from pipeline.storage.folder import Folder
 from pipeline.storage.jsonl import JsonLines
 from pipeline.storage.mirror import fetch, names_in
 from pipeline.storage.object_stores import Address
-from pipeline.tools.arguments import tracking_uri
+from pipeline.tools.arguments import Output, tracking_uri
 from pipeline.tracking import errors, store_uris
 from pipeline.tracking.journal import OUTBOX, SENT, Busy, SendOffset
 from pipeline.tracking.mlflow_client import RunGone
@@ -31,7 +32,7 @@ _LARGE = ("shards", "fetched", "checkpoints", "rung_checkpoints", "blow-up")
 
 
 @click.command("sync")
-@click.argument("run")
+@click.argument("run", type=Output(url=True))  # notes in it what it has sent
 @click.argument("settings", nargs=-1, metavar="[tracking.uri=URI]")
 def command(run: str, settings: tuple[str, ...]) -> None:
     """Send the metrics, files and run states that MLflow has not received; nothing is sent twice.
@@ -39,7 +40,9 @@ def command(run: str, settings: tuple[str, ...]) -> None:
     RUN is a run's folder (OUT/runs/NAME), the folder of a stage in it, or OUT for all runs, local or in a store. Exit code
     1 if MLflow does not answer.
     """
-    sync(run, uri=tracking_uri(settings, "sync"), say=click.echo)
+    uri = tracking_uri(settings, "sync")
+    ray_job.check_tracking("tracking.uri", uri or "")
+    sync(run, uri=uri, say=click.echo)
 
 
 def sync(where: str | Path, *, uri: str | None = None, say: Callable[[str], object] = print) -> None:

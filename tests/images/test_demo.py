@@ -7,8 +7,10 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tiny_sources import plan_of
 
 from pipeline.images.demo import CLASSES, MARK, draw, write_demo_images
+from pipeline.images.describe import found_in
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -86,9 +88,18 @@ def test_a_whole_set_is_left_alone_and_another_is_refused(tmp_path: Path) -> Non
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     with pytest.raises(ValueError, match="does not hold these demo images"):
         write_demo_images(folder, train=20, val=10, progress=False)
-    (folder / MARK).unlink()
+    (folder / MARK).rename(folder / "demo-images.json")  # as it was called before
+    assert write_demo_images(folder, train=10, val=10, progress=False) == first
+    (folder / "demo-images.json").unlink()
     with pytest.raises(ValueError, match="does not hold these demo images"):
         write_demo_images(folder, train=10, val=10, progress=False)
+
+
+def test_of_the_files_beside_the_images_only_those_of_the_user_are_reported(tmp_path: Path) -> None:
+    write_demo_images(tmp_path / "images", train=10, val=10, progress=False)
+    assert "left out" not in found_in(plan_of(tmp_path / "images"))
+    (tmp_path / "images" / "notes.json").write_text("{}")
+    assert found_in(plan_of(tmp_path / "images")).endswith("; left out: 1 .json file")
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pipeline.config.load import load
 from pipeline.errors import SettingError, StageError
 from pipeline.models.build import build_model
 from pipeline.models.encoder_source import EncoderSource, find_encoder
+from pipeline.models.timm_config import load_call
 from pipeline.stages import evaluate
 from pipeline.storage.folder import Folder
 from wavemim.weights import checkpoint
@@ -271,3 +272,13 @@ def test_another_node_fetches_the_checkpoint_and_not_another_one_of_the_same_nam
         for name, value in expected.state_dict().items():
             assert torch.equal(there.state_dict()[name], value), name
     assert len(list((tmp_path / "node").rglob(checkpoint.MODEL))) == 1
+
+
+def test_of_a_folder_in_a_store_the_line_for_timm_names_a_copy(tmp_path):
+    here, away = load("small", [f"out={tmp_path}"]), load("small", ["out=s3://bucket/runs"])
+    assert (
+        load_call(here, tmp_path / "encoder") == f"timm.create_model('local-dir:{tmp_path}/encoder', pretrained=True)"
+    )
+    assert load_call(away, away.stage_dir("export") / "encoder") == (
+        "timm.create_model('local-dir:encoder', pretrained=True)"
+    )

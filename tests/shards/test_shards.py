@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.shards.row_groups import read_group
 from pipeline.shards.shard_set import FAST, MANIFEST, SMALL, ShardSet, manifest_fingerprint
 from pipeline.shards.statistics import Moments
 from pipeline.shards.verify import verify
+from pipeline.storage.folder import Folder
 from wavemim.wavelets import bands_of, reconstruct, window
 
 
@@ -281,3 +283,10 @@ def test_damage_after_the_first_reading_and_in_a_copy_is_found(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ShardError, match="is damaged"):
             read_group(ShardSet.open(tmp_path / folder), "train-00000.parquet", 0, [1, 2, 3, 4])
+
+
+def test_a_set_is_named_after_its_folder_whatever_the_options_of_its_url(tmp_path):
+    shards = write_set(tmp_path / "photos", photos(6))
+    assert shards.about["name"] == "photos"
+    away = replace(shards, folder=Folder.at("s3://bucket/pets/shards?endpoint_override=127.0.0.1:9000&scheme=http"))
+    assert away.about["name"] == "pets"

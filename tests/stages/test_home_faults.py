@@ -13,13 +13,16 @@ import yaml
 from ray.cluster_utils import Cluster
 from real_commands import start
 from s3_server import new_bucket, s3_server
+from stage_calls import run_stage
 from tiny_shards import photos, write_set
 
 from pipeline.checkpoints.find import seen
 from pipeline.config.load import load
 from pipeline.config.places import CACHE
 from pipeline.models.build import build_model
+from pipeline.runtime.ray_session import ray_session
 from pipeline.shards.shard_set import ShardSet
+from pipeline.stages import tune
 from pipeline.storage.locks import STALE
 from pipeline.training.pretrain_loop import train
 from wavemim.weights import checkpoint
@@ -119,10 +122,45 @@ def test_a_killed_worker_on_another_node_costs_what_came_after_its_last_checkpoi
         assert not list((tmp_path / "cache").glob("wavemim-worker-*"))
 
 
+@pytest.mark.timeout(300)
+def test_a_sweep_whose_trials_are_stopped_is_whole_in_the_store(tmp_path, monkeypatch):
+    """ASHA ends the process of the last trial as soon as that has reported: all that it measured is in the store."""
+    monkeypatch.setenv(CACHE, str(tmp_path / "first"))
+    (tmp_path / "rates.yaml").write_text("question: Which rate?\nspace: {train.lr: {grid: [1.0e-5, 1.0e-2]}}\n")
+    with s3_server() as endpoint:
+        home = new_bucket(endpoint).sub("out")
+        shards = write_set(tmp_path / "shards", photos(60), classes=None)
+        asha = ["tune.epochs=8", "tune.rungs=3", "tune.scheduler=asha", "tune.reduction=2", "tune.concurrent=1"]
+        space = f"tune.space={tmp_path / 'rates.yaml'}"
+        recipe = load("small", [*TINY, *asha, space, "tune.trials=2", f"shards={shards.url}", f"out={home.url}"])
+        with ray_session(recipe.cluster) as session:
+            result = run_stage(tune, recipe, session)
+            shutil.rmtree(tmp_path / "first")
+            again = run_stage(tune, recipe, session)
+        assert again == {**json.loads(json.dumps(result)), "state": "finished already"}
+        stage = home.sub("runs/run/tune")
+        lines = [json.loads(line) for line in stage.read("trials.jsonl").splitlines()]
+        rungs = [line["rung"] for line in lines if "rung" in line]
+        stopped = [line["end"]["number"] for line in lines if line.get("end", {}).get("state") == "stopped"]
+        assert stopped and max(stopped) == len(result["trials"])
+        for trial in result["trials"]:
+            folder = stage.sub(f"trials/{trial['number']:04d}")
+            found = [json.loads(line) for line in folder.read("rungs.jsonl").splitlines()]
+            assert [line["objective"] for line in found] == [
+                rung["objective"] for rung in rungs if rung["number"] == trial["number"]
+            ]
+            logged = [json.loads(line)["metrics"] for line in folder.read("metrics.jsonl").splitlines()]
+            assert {line["objective"] for line in found} <= {metrics.get("objective") for metrics in logged}
+            assert folder.kind("checkpoints") is None
+        for name in ("report.md", "trials.csv", "sweep.png", "learning_curves.png", "best.yaml"):
+            assert stage.size(name), name
+        assert yaml.safe_load(stage.read("best.yaml"))["train"]["lr"]
+
+
 def check_everything_is_there(home, recipe, output):
     check_training(home.sub("runs/run/pretrain"), recipe)
     for stage in ("pretrain", "evaluate", "tune", "export"):
-        assert home.size(f"runs/run/{stage}/result.json"), stage
+        assert str(recipe.local_out) not in home.read(f"runs/run/{stage}/result.json").decode(), stage
         assert home.kind(f"runs/run/{stage}/.owner.json") is None
         for below, names in home.tree(f"runs/run/{stage}"):
             assert not [name for name in names if name.endswith((".partial", ".lock"))], below

@@ -40,7 +40,7 @@ def test_a_trial_goes_on_elsewhere_from_its_checkpoint_and_leaves_nothing_on_its
     place = home_of(recipe, 7)
 
     def killed_trial():
-        with trial_folder(recipe, logs, 7) as folder:
+        with trial_folder(recipe, logs, 7) as (folder, _):
             (folder / CHECKPOINTS / "images-000000000010").mkdir(parents=True)
             (folder / CHECKPOINTS / "images-000000000010/state.json").write_text("{}")
             (folder / "metrics.jsonl").write_text("1\n")
@@ -49,7 +49,7 @@ def test_a_trial_goes_on_elsewhere_from_its_checkpoint_and_leaves_nothing_on_its
     with pytest.raises(Killed):
         killed_trial()
     recipe = on("two")
-    with trial_folder(recipe, logs, 7) as folder:
+    with trial_folder(recipe, logs, 7) as (folder, _):
         assert (folder / CHECKPOINTS / "images-000000000010/state.json").exists()
         (folder / "metrics.jsonl").write_text("1\n2\n")
     assert not folder.exists() and not logs.exists()
@@ -71,9 +71,13 @@ def test_a_trial_whose_files_do_not_arrive_is_begun_again(on, tmp_path, monkeypa
         raise StorageError("the store does not answer")
 
     def trial():
-        with trial_folder(recipe, tmp_path, 1) as folder:
+        with trial_folder(recipe, tmp_path, 1) as (folder, save):
             (folder / "metrics.jsonl").write_text("1\n")
+            save()  # a scheduler may end the process now
+            assert home_of(recipe, 1).read("metrics.jsonl") == b"1\n"
+            (folder / "metrics.jsonl").write_text("1\n2\n")
             monkeypatch.setattr(Folder, "write", away)
+            save()
 
     with pytest.raises(OSError, match=r"not all files of memory://.*does not answer"):  # which Ray is told
         trial()

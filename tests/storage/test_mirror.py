@@ -7,11 +7,17 @@ import time
 import pytest
 from faulty_proxy import faulty_proxy
 
+from pipeline.checkpoints import uploader
+from pipeline.checkpoints.find import COPIED
 from pipeline.errors import SettingError, StageError
+from pipeline.runtime import usage
 from pipeline.runtime.stage_folder import stage_folder
+from pipeline.stages import segment
 from pipeline.storage import locks, mirror, object_stores
 from pipeline.storage.folder import OWNER, Folder
 from pipeline.storage.mirror import WRITER, Mirror, mirrored
+from pipeline.tracking import journal
+from pipeline.workers import heartbeat, relay
 
 pytest_plugins = ["s3_server"]
 
@@ -44,7 +50,7 @@ def contents(folder):
 
 
 def opened(home, local):
-    copy = Mirror(home, local)
+    copy = Mirror(home, local, left_out=COPIED)
     copy.pull()
     return copy
 
@@ -73,6 +79,14 @@ def test_another_machine_gets_everything_and_the_first_one_then_what_that_has_ch
     copy = opened(home, here)  # the other machine was the last to write
     assert contents(here) == contents(there) == contents(home.url)
     assert not (here / "images-000000000010").exists()
+
+
+def test_files_of_one_machine_are_recognised_by_the_names_that_their_owners_gave_them(tmp_path):
+    copy = Mirror(Folder.at("memory://names"), tmp_path)
+    stay = [WRITER, OWNER, heartbeat.FOLDER, relay.STOP, usage._OTHERS, journal.LOCK, uploader._LEASE, segment.TOKENS]
+    go = [journal.METRICS, journal.OUTBOX, journal.SENT, usage._TASKS, "images-000000000010", f"checkpoints/{OWNER}"]
+    write(tmp_path, **dict.fromkeys([f"{name}/inside" if "." not in name[1:] else name for name in [*stay, *go]], "-"))
+    assert {name.removesuffix("/inside") for name, _ in copy._files()} == set(go)
 
 
 def test_the_machine_that_wrote_last_keeps_what_it_could_not_send(bucket, tmp_path):

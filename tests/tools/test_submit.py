@@ -4,14 +4,17 @@ import os
 import shlex
 from types import SimpleNamespace
 
+import click
 import pytest
 import yaml
 from stage_calls import wavemim
 
+from pipeline import cli
 from pipeline.config.load import load
 from pipeline.errors import EXIT_FAILED, SettingError, StageError
 from pipeline.runtime import job_client, ray_internals, ray_job
 from pipeline.tools import submit
+from pipeline.tools.arguments import Output
 
 ON_CLUSTER = ("images=/mnt/photos", "out=/mnt/out")
 
@@ -217,10 +220,17 @@ def test_a_cluster_that_falls_silent_ends_the_command(monkeypatch):
         job_client.follow(client, "j", lambda _: None)
 
 
-def test_in_a_job_what_would_be_written_to_its_folder_is_refused(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def job_folder(monkeypatch, tmp_path):
+    """The folder that Ray has unpacked for a job, as the working folder of this process."""
     folder = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
+    return folder
+
+
+def test_in_a_job_what_would_be_written_to_its_folder_is_refused(monkeypatch, tmp_path, capsys, job_folder):
+    folder = job_folder
     for settings, named in (
         (["images=/mnt/photos"], "out=wavemim-out"),
         ([f"out={folder}/out", "images=/mnt/photos"], f"out={folder}/out"),
@@ -229,9 +239,44 @@ def test_in_a_job_what_would_be_written_to_its_folder_is_refused(monkeypatch, tm
         code, _, err = wavemim(monkeypatch, capsys, "prepare", *settings)
         assert code == 2 and f"wavemim: {named}: in a Ray job this path is in the job's own folder" in err
         assert not list(folder.iterdir())
-    ray_job.check_places(load("small", ["out=/mnt/out", "images=s3://photos/2024", "checkpoint=timm:vit_base"]))
+    elsewhere = ["out=/mnt/out", "images=s3://photos/2024", "checkpoint=timm:vit_base"]
+    ray_job.check_places(load("small", elsewhere))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(SettingError, match=r"^MLFLOW_TRACKING_URI=mlflow\.db: in a Ray job this path"):
+        ray_job.check_places(load("small", elsewhere))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    ray_job.check_places(load("small", elsewhere))
     monkeypatch.chdir(tmp_path)  # of an ordinary machine
     ray_job.check_places(load("small", ["images=photos"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["embed", "/mnt/run", "/mnt/photos", "--out", "features.parquet"], "--out features.parquet"),
+        (["inspect", "/mnt/shards"], "--picture inspect.png"),
+        (["inspect", "/mnt/shards", "--picture", "/mnt/a.png", "--json", "a.json"], "--json a.json"),
+        (["show", "/mnt/run", "/mnt/photo.jpg"], "--out show.png"),
+        (["compare", "/mnt/run"], "--plot compare.png"),
+        (["compare", "/mnt/run", "--plot", "/mnt/a.png", "--json", "a.json"], "--json a.json"),
+        (["import", "/mnt/mae.pth", "encoder"], "OUT encoder"),
+        (["sync", "wavemim-out"], "RUN wavemim-out"),
+        (["sync", "/mnt/out", "tracking.uri=sqlite:///mlflow.db"], "tracking.uri=mlflow.db"),
+    ],
+)
+def test_in_a_job_tools_write_nothing_to_its_folder_either(monkeypatch, tmp_path, capsys, job_folder, arguments, named):
+    code, _, err = wavemim(monkeypatch, capsys, *arguments)
+    assert code == 2 and err.startswith(f"wavemim: {named}: in a Ray job this path is in the job's own folder")
+    assert not list(job_folder.iterdir())
+    monkeypatch.chdir(tmp_path)  # of an ordinary machine: another mistake
+    assert "in a Ray job" not in wavemim(monkeypatch, capsys, *arguments)[2]
+
+
+def test_every_file_that_a_tool_writes_is_checked_in_a_job():
+    for tool in cli.TOOLS:
+        for option in cli._group.get_command(None, tool).params:
+            if isinstance(option, click.Option) and (option.metavar or "").startswith("FILE"):
+                assert isinstance(option.type, Output), f"{tool} {option.opts[0]}"
 
 
 def test_the_job_is_known_by_what_ray_sets(monkeypatch):

@@ -1,24 +1,21 @@
 """Nothing is lost or doubled in MLflow: a real server killed and restarted, a writer killed around each mark."""
 
-import contextlib
 import errno
 import http.server
 import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_server import free_port, mlflow_server
 
 from pipeline import cli
 from pipeline.config.recipe import Recipe
@@ -53,12 +50,6 @@ def recipe_in(out: Path, uri: str) -> Recipe:
 
 def dead_uri() -> str:
     return f"http://127.0.0.1:{free_port()}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def client_of(uri: str):  # type: ignore[no-untyped-def]
@@ -105,27 +96,6 @@ def said_by_sync(where: Path, **options: Any) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
-    """A real MLflow server on its own store in `folder`; killed at the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/s.db"]
-    command += ["--artifacts-destination", str(folder / "a"), "--port", str(port), "--workers", "1"]
-    with (folder / "server.log").open("a") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    try:
-        until = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, "the server ended"
-            assert time.monotonic() < until, "the server does not answer"
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                break
-            time.sleep(0.2)
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=10)
-
-
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_a_server_is_killed_and_restarted(
@@ -140,7 +110,7 @@ def test_a_server_is_killed_and_restarted(
     folders = [tmp_path / "runs" / "mini" / stage for stage in ("ended", "going_on", "late")]
     (tmp_path / "picture.png").write_text("a picture")
     assert ui_command(recipe) == f"open {url}"
-    with server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         ended, going_on = (Tracker.start(recipe, folder.name, log_dir=folder) for folder in folders[:2])
         for tracker in (ended, going_on):
             log_some(tracker, 0, 10)
@@ -160,7 +130,7 @@ def test_a_server_is_killed_and_restarted(
     assert all("does not answer" in line for line in warnings)
     assert len(warnings) in (2, 3)  # `going_on` may have had no reason to say so yet
     log_some(going_on, 300, 310)
-    with server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         assert going_on.flush(20)
         assert in_store(url, going_on.handle.run_id) == in_file(folders[1])
         monkeypatch.setattr(sys, "argv", ["wavemim", "sync", str(tmp_path)])

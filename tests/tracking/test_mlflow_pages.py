@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from mlflow_server import mlflow_server
 from tiny_sweeps import RECIPE, peaked, simulate
 
 from pipeline.config.load import with_overrides
@@ -106,49 +102,24 @@ def _log_sweep(out: Path, uri: str) -> tuple[Tracker, Sweep]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     out = tmp_path_factory.mktemp("pages")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address, uri = f"http://127.0.0.1:{port}", f"sqlite:///{out}/mlflow.db"
-    parent, sweep = _log_sweep(out, uri)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    # A group of its own: the server is a parent of workers.
-    server = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=out, start_new_session=True
-    )
-    browser = None
-    try:
-        _wait_for(f"{address}/health")
+    parent, sweep = _log_sweep(out, uri := f"sqlite:///{out}/mlflow.db")
+    with mlflow_server(out) as address:
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1100"):
             options.add_argument(flag)
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-        client = _client(uri)
-        experiment = client.get_experiment_by_name("sweep").experiment_id
-        yield Pages(browser, address, parent, experiment, sweep)
-    finally:
-        if browser is not None:
+        try:
+            experiment = _client(uri).get_experiment_by_name("sweep").experiment_id
+            yield Pages(browser, f"http://{address}", parent, experiment, sweep)
+        finally:
             browser.quit()
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
 
 
 def _client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
-
-
-def _wait_for(address: str) -> None:
-    for _ in range(150):
-        try:
-            with urllib.request.urlopen(address, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError(f"{address} does not answer")
 
 
 def test_the_experiment_opens_on_training_runs_with_their_datasets(pages: Pages) -> None:

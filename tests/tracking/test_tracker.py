@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from mlflow_server import free_port
 
 from pipeline.config import load as config
 from pipeline.config.recipe import Recipe
@@ -326,15 +326,9 @@ def test_a_deleted_experiment_is_named_in_the_warning(out: Path, caplog: pytest.
     assert "refuses (experiment 'gone' was deleted; restore it" in record.getMessage()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.timeout(60)
 def test_a_server_dead_at_the_start_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recipe = recipe_in(tmp_path, tracking__uri=f"http://me:secret@127.0.0.1:{_free_port()}")
+    recipe = recipe_in(tmp_path, tracking__uri=f"http://me:secret@127.0.0.1:{free_port()}")
     begun = time.monotonic()
     with Tracker.start(recipe, "pretrain", log_dir=tmp_path / "logs") as tracker:
         for step in range(50):
