@@ -294,8 +294,9 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
         raise ShardError(f"{path} is not the manifest of a shard set: it has no format version")
     if version not in (FORMAT_VERSION, MERGED_VERSION):
         advice = "update wavemim" if version > FORMAT_VERSION else "prepare the images again"
-        reads = f"this wavemim reads versions {FORMAT_VERSION} and {MERGED_VERSION} (merged sets)"
-        raise ShardError(f"{path} has format version {version}, {reads}; {advice}")
+        raise ShardError(
+            f"{path} has format version {version}, this wavemim reads versions {FORMAT_VERSION} and {MERGED_VERSION}; {advice}"
+        )
     if manifest.get("fingerprint") != manifest_fingerprint(manifest):
         raise ShardError(f"{path} was changed after it was written: its fingerprint does not match its content")
     return manifest

@@ -304,9 +304,7 @@ def test_classes_are_sorted_as_prepare_sorts_them(names):
 
 @given(
     st.lists(
-        st.tuples(
-            st.lists(st.sampled_from("abcdefg"), min_size=1, unique=True), st.integers(1, 5), st.integers(0, 5)
-        ),
+        st.tuples(st.lists(st.sampled_from("abcdefg"), min_size=1, unique=True), st.integers(1, 5), st.integers(0, 5)),
         min_size=1,
         max_size=6,
     )
