@@ -10,6 +10,8 @@ For each number of images, with the real code and without decoding any image, ea
     merge       the reports of all units → statistics and manifest
     open        that manifest → a shard set
     epoch       the order of one epoch as one of 64 ranks plans it
+    merge_sets  100 shard sets of N images each → one
+    open_merged that set, as each process of a training opens it
 
 with seconds, memory beyond that of the imports, and bytes that were written. Then a model of pretraining on 8 to 1,024 GPUs from
 rates that were measured on one (options): bytes a second that storage has to give, the share of a step that the all-reduce
@@ -36,6 +38,8 @@ from measure import in_child, machine_facts, write_json
 INPUTS = (1_000_000, 10_000_000)
 CLASSES, SHARD, GROUP = 1000, 1024, 64
 RANKS = 64
+SETS = 100
+BYTES = 8_000_000  # of a shard
 GPUS = (8, 64, 256, 1024)
 MEMORY = "memory_mib"
 
@@ -196,6 +200,79 @@ def reading(inputs: int) -> dict[str, Any]:
     return found
 
 
+def write_sets(path: str, inputs: int) -> None:
+    """Shard sets of so many images each, without their shards."""
+    from pipeline.shards.layout import Layout
+    from pipeline.shards.shard_set import MANIFEST, REJECTED, make_manifest
+    from pipeline.shards.writer import write_rejected
+
+    layout = Layout(64, 3, {1: 8.0, 2: 4.0, 3: 4.0, 4: 4.0}, "haar")
+    measured = {"mean": [1.0] * 3, "std": [2.0] * 3}
+    statistics = {
+        "levels": {str(level): dict.fromkeys("AHVD", measured) for level in layout.steps},
+        "pixels": measured,
+    }
+    for number in range(SETS):
+        room = Path(path, f"part-{number:02d}")
+        room.mkdir()
+        files = [
+            {
+                "name": name,
+                "rows": SHARD,
+                "bytes": BYTES,
+                "sha256": hashlib.sha256(f"{room}{name}".encode()).hexdigest(),
+            }
+            for name in _shards(inputs)
+        ]
+        manifest = make_manifest(
+            layout,
+            rows_per_group=GROUP,
+            classes=[f"n{10**6 + number * 5 + each}" for each in range(CLASSES)],
+            splits={"train": files, "val": []},
+            statistics=statistics,
+            counts={"inputs": SHARD * len(files) + 1, "kept": SHARD * len(files), "rejected": 1, "ignored": 0},
+        )
+        (room / MANIFEST).write_text(json.dumps(manifest))
+        write_rejected(room / REJECTED, [("bad.jpg", "empty file")])
+
+
+def _shards(inputs: int) -> list[str]:
+    return [f"train-{number:05d}.parquet" for number in range(-(-inputs // SHARD))]
+
+
+def merge_sets(path: str, inputs: int) -> dict[str, Any]:
+    """Phase merge_sets."""
+    from pipeline.shards.merge import merge
+    from pipeline.shards.shard_set import MANIFEST
+    from pipeline.storage.folder import Folder
+
+    found, sizes = dict[str, Any](), dict.fromkeys(_shards(inputs), BYTES)
+    with patch.object(Folder, "sizes", lambda self: sizes), _measured(found, "merge_sets") as about:
+        merged = merge(path, progress=False)
+    return {"merge_sets": {**about, "bytes": merged.folder.size(MANIFEST), "images": sum(merged.rows.values())}}
+
+
+def open_merged(path: str, inputs: int) -> dict[str, Any]:
+    """Phase open_merged."""
+    from pipeline.shards.shard_set import ShardSet
+    from pipeline.storage.folder import Folder
+
+    found, sizes = dict[str, Any](), dict.fromkeys(_shards(inputs), BYTES)
+    with patch.object(Folder, "sizes", lambda self: sizes), _measured(found, "open_merged") as about:
+        images = sum(ShardSet.open(path).rows.values())
+    return {"open_merged": {**about, "images": images}}
+
+
+def merging(inputs: int) -> dict[str, Any]:
+    """Phases merge_sets and open_merged, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as room:
+        in_child("scale:write_sets", path=room, inputs=inputs)
+        return {
+            **in_child("scale:merge_sets", path=room, inputs=inputs),
+            **in_child("scale:open_merged", path=room, inputs=inputs),
+        }
+
+
 def model(rates: argparse.Namespace) -> list[dict[str, Any]]:
     """Pretraining on many GPUs, by arithmetic.
 
@@ -251,10 +328,11 @@ def main() -> None:
             **in_child("scale:listing", inputs=inputs),
             **in_child("scale:preparing", inputs=inputs),
             **in_child("scale:reading", inputs=inputs),
+            **merging(inputs),
         }
         found["phases"][inputs] = phases
         for name, about in phases.items():
-            more = "".join(f", {about[key]:,} {key}" for key in ("units", "bytes") if key in about)
+            more = "".join(f", {about[key]:,} {key}" for key in ("images", "units", "bytes") if key in about)
             print(f"{inputs:,} {name}: {about['seconds']:.1f} s, {about[MEMORY]:.0f} MiB{more}", flush=True)
     found["model"] = model(arguments)
     for row in found["model"]:

@@ -52,6 +52,8 @@ def main() -> None:
         sys.exit(f"error: {folder} is not a shard set: it has no manifest.json")
 
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))  # it names the files
+    if manifest["format"] != 2:
+        sys.exit(f"error: {folder} has format {manifest['format']}; of a merged set, give one of its parts")
     files = [str(folder / file["name"]) for split in manifest["splits"].values() for file in split["files"]]
     values = {"files": files, "rejected": str(folder / "rejected.parquet")}
 

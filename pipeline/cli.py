@@ -71,6 +71,7 @@ STAGES = {
 TOOLS = {
     "verify": Entry("pipeline.tools.verify", "Compare every file of a shard set with its checksum."),
     "inspect": Entry("pipeline.tools.inspect_shards", "Describe the contents of a shard set, and draw them."),
+    "merge": Entry("pipeline.tools.merge", "Make one shard set of several, without copying them."),
     "show": Entry("pipeline.tools.show", "Draw a trained model's predictions for your own images."),
     "replay": Entry("pipeline.tools.replay", "Analyse the steps of a run that ended with non-finite gradients."),
     "sync": Entry("pipeline.tools.sync", "Send MLflow what it missed while it was unreachable."),

@@ -51,6 +51,7 @@ LEFT = {
     "report": "all stages are finished, and {same} writes the report",
     "verify": "nothing was changed, and {same} begins again",
     "inspect": "nothing was changed in the shard set, and {same} begins again",
+    "merge": "no set was changed, and {same} begins again",
     "show": "no picture was written, and {same} begins again",
     "replay": "the run was not changed, and {same} begins again",
     "sync": "what MLflow has received is not sent again, and {same} sends the rest",

@@ -73,7 +73,7 @@ _sound: set[tuple[str, int, int, tuple[str, ...]]] = set()
 
 
 def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
-    """Read columns of one row group.
+    """Read columns of one row group; `row` and `label` are those of the whole set, also where it is merged.
 
     Verifying checksums takes a tenth of the time. They are verified for remote files always, and for local files when a
     process reads a row group for the first time, so that existing damage is found in the first epoch.
@@ -104,7 +104,7 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
         ):
             table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
         _sound.add(key)
-        return table
+        return shards.numbered(name, table)
     except FileNotFoundError:
         raise ShardError(
             f"{shards.folder.shown(name)} is missing (reading row group {group}); "

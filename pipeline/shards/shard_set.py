@@ -3,29 +3,38 @@
 A *shard set* is a folder, local or in an object store, with ``train-00000.parquet`` …, ``val-00000.parquet`` …,
 ``rejected.parquet`` (path and reason of every input that could not be stored) and ``manifest.json``. The manifest is
 written last: a folder without one is not a shard set. FORMAT.md in this folder describes the format for other readers.
+
+A *merged* set consists of parts, complete shard sets in folders of its own folder (`pipeline.shards.merge`). Its manifest
+names their shards, as ``part-07/train-00000.parquet``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.shards.errors import NoFolderError, ShardError
 from pipeline.shards.layout import Layout
+from pipeline.shards.parts import Part
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import Address, is_remote
 from wavemim.wavelets import bands_of
 
 FORMAT_VERSION = 2
+MERGED_VERSION = 3  # of sets with parts: readers of version 2 would take their labels for those of the whole set
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 SPLITS = ("train", "val")
 SMALL, FAST = "small", "fast"  # compression of the levels
+PARALLEL = 8  # parts that are looked at together: a store answers slowly
 
 
 def manifest_fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -44,6 +53,7 @@ def make_manifest(
     statistics: Mapping[str, Any],
     counts: Mapping[str, int],
     compression: str = SMALL,
+    parts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Make the manifest of a shard set whose files are all written.
 
@@ -57,9 +67,10 @@ def make_manifest(
         statistics: Mean and standard deviation of levels and pixels, see `Moments.statistics`.
         counts: Numbers of inputs, kept, rejected and ignored.
         compression: SMALL, which is not recorded, or FAST.
+        parts: `folder`, `row_offset` and `labels` of each part of a merged set.
     """
     manifest: dict[str, Any] = {
-        "format": FORMAT_VERSION,
+        "format": MERGED_VERSION if parts else FORMAT_VERSION,
         "wavelet": layout.wavelet,
         "image_size": layout.image_size,
         "channels": layout.channels,
@@ -80,6 +91,8 @@ def make_manifest(
     }
     if compression != SMALL:
         manifest["compression"] = compression
+    if parts:
+        manifest["parts"] = [dict(part) for part in parts]
     manifest["fingerprint"] = manifest_fingerprint(manifest)
     return manifest
 
@@ -119,15 +132,16 @@ class ShardSet:
                 assert stored == (layout.shape(int(level)), layout.dtype(int(level)).name), (level, stored)
             shards = cls(folder, manifest, layout)
             expected = {entry["name"]: entry["bytes"] for entry in shards.entries()}
+            if parts := shards.parts:
+                assert {name.rpartition("/")[0] for name in expected} <= parts.keys(), parts.keys()
         except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
             raise ShardError(f"{folder.shown(MANIFEST)} is not the manifest of a shard set ({error!r})") from None
-        found = folder.sizes() if check_files else expected
+        found = shards.sizes() if check_files else expected
         for name, size in expected.items():
             if found.get(name) != size:
                 state = f"has {found[name]} bytes, the manifest says {size}" if name in found else "is missing"
-                raise ShardError(
-                    f"{folder.shown(name)} {state}; copy the shard set again, or prepare it with restart=true"
-                )
+                mend = f"run wavemim merge {folder} again" if shards.parts else "prepare it with restart=true"
+                raise ShardError(f"{folder.shown(name)} {state}; copy the shard set again, or {mend}")
         return shards
 
     @property
@@ -219,6 +233,38 @@ class ShardSet:
         """SHA-256 of each shard, by name."""
         return {entry["name"]: entry["sha256"] for entry in self.entries()}
 
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """The parts of a merged set, by the names of their folders; empty for others."""
+        entries = self.manifest["parts"] if self.manifest.get("format") == MERGED_VERSION else ()
+        return {entry["folder"]: Part.of(entry, self.classes) for entry in entries}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files in its folder, or in those of its parts, by name."""
+        if not self.parts:
+            return self.folder.sizes()
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            found = pool.map(lambda part: self.folder.sub(part).sizes(), self.parts)
+            return {
+                f"{part}/{name}": size for part, of in zip(self.parts, found, strict=True) for name, size in of.items()
+            }
+
+    def numbered(self, name: str, table: pa.Table) -> pa.Table:
+        """Rows of a shard as rows of the set: in a merged one, `row` and `label` are stored as those of the part.
+
+        Args:
+            name: Name of the shard.
+            table: n of its rows, with any columns, as they are stored.
+
+        Returns:
+            The same, with the `row` and `label` of the set where it has these columns.
+
+        Raises:
+            ShardError: There are labels that the part has no class for.
+        """
+        part = self.parts.get(name.rpartition("/")[0])
+        return table if part is None else part.numbered(table, self.folder.shown(name))
+
     def files(self, split: str) -> list[tuple[str, int]]:
         """(name, number of rows) of the shards of a split, in order."""
         assert split in SPLITS, split
@@ -236,6 +282,8 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
         hint = "prepare was interrupted there; run it again" if unfinished else "wavemim prepare makes one"
         if folder.sub("shards").size(MANIFEST) is not None:  # an out folder
             hint = f"{folder.sub('shards')} is one"
+        elif any(folder.size(f"{name}/{MANIFEST}") is not None for name in folder.folders()):
+            hint = f"wavemim merge {folder} makes one of the sets in it"
         kind = NoFolderError if folder.local is not None and not folder.local.exists() else ShardError
         raise kind(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
     try:
@@ -245,9 +293,11 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(version, int):
         raise ShardError(f"{path} is not the manifest of a shard set: it has no format version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, MERGED_VERSION):
         advice = "update wavemim" if version > FORMAT_VERSION else "prepare the images again"
-        raise ShardError(f"{path} has format version {version}, this wavemim reads version {FORMAT_VERSION}; {advice}")
+        raise ShardError(
+            f"{path} has format version {version}, this wavemim reads versions {FORMAT_VERSION} and {MERGED_VERSION}; {advice}"
+        )
     if manifest.get("fingerprint") != manifest_fingerprint(manifest):
         raise ShardError(f"{path} was changed after it was written: its fingerprint does not match its content")
     return manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,30 @@ class Moments:
 
     def _cells(self, level: int) -> int:
         return self.images * (self.layout.image_size >> level) ** 2
+
+
+def pooled(images: Sequence[int], statistics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The statistics of several sets together.
+
+    Args:
+        images: Number of train images of each set.
+        statistics: `Moments.statistics` of each set, of the same layout.
+
+    Returns:
+        `Moments.statistics` of all these images, except for rounding errors.
+    """
+    weights = np.asarray(images, np.float64) / sum(images)
+
+    def of(parts: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+        means, stds = (np.array([part[which] for part in parts]) for which in ("mean", "std"))
+        mean = weights @ means
+        return {"mean": mean.tolist(), "std": np.sqrt(weights @ (stds**2 + (means - mean) ** 2)).tolist()}
+
+    levels = {
+        level: {band: of([part["levels"][level][band] for part in statistics]) for band in bands}
+        for level, bands in statistics[0]["levels"].items()
+    }
+    return {"levels": levels, "pixels": of([part["pixels"] for part in statistics])}
 
 
 def _exact_sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

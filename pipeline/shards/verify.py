@@ -30,11 +30,17 @@ def opened(where: str, *, check_files: bool) -> ShardSet:
         SettingError: There is no such folder.
         ShardError: The folder is not a shard set.
     """
+    existing_folder(where)
+    return ShardSet.open(where, check_files=check_files)
+
+
+def existing_folder(where: str) -> Folder:
+    """The folder that a user named. Raises SettingError where there is none."""
     folder = Folder.at(where)
     if (kind := folder.kind()) != "folder":
         what = "this is a file; give the folder of the shard set" if kind else "no such folder"
         raise SettingError(f"{folder}: {what}")
-    return ShardSet.open(where, check_files=check_files)
+    return folder
 
 
 def check(where: str, *, progress: bool = True, say: Callable[[str], None] = tqdm.write) -> bool:
@@ -116,7 +122,7 @@ def _set_problems(shards: ShardSet, numbers: dict[str, list[np.ndarray]]) -> Ite
     if counts["inputs"] != counts["kept"] + counts["rejected"]:
         yield MANIFEST, "counts {inputs} inputs, but {kept} kept and {rejected} rejected".format(**counts)
     try:
-        rejected = len(rejected_rows(shards))
+        rejected = len(rejected_rows(shards.folder))
     except ShardError as error:
         yield REJECTED, str(error)
         return
@@ -136,17 +142,18 @@ def _damage(shown: str) -> Iterator[None]:
 
 
 def read_rows(shards: ShardSet, name: str, columns: Sequence[str]) -> tuple[pq.FileMetaData, pa.Table]:
-    """Read the footer and some columns of a whole shard. Raises ShardError."""
+    """Read the footer and some columns of a whole shard, as `read_columns`. Raises ShardError."""
     folder, shown = shards.folder, shards.folder.shown(name)
     with _damage(shown), reaching(shown), folder.open(name) as source:
         parquet = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=folder.local is None)
-        return parquet.metadata, parquet.read(list(columns), use_threads=False).combine_chunks()
+        table = parquet.read(list(columns), use_threads=False).combine_chunks()
+        return parquet.metadata, shards.numbered(name, table)
 
 
-def rejected_rows(shards: ShardSet) -> pa.Table:
-    """Read the path and reason of each rejected input. Raises ShardError."""
-    shown = shards.folder.shown(REJECTED)
-    with _damage(shown), reaching(shown), shards.folder.open(REJECTED) as source:
+def rejected_rows(folder: Folder) -> pa.Table:
+    """Read the path and reason of each rejected input of the shard set in a folder. Raises ShardError."""
+    shown = folder.shown(REJECTED)
+    with _damage(shown), reaching(shown), folder.open(REJECTED) as source:
         return pq.read_table(source).select(["path", "reason"])
 
 
@@ -156,7 +163,7 @@ def verify(shards: ShardSet) -> Iterator[tuple[str, str | None]]:
     Yields:
         The name of each shard, and what is wrong with it, or None.
     """
-    sizes = shards.folder.sizes()
+    sizes = shards.sizes()
     for entry in shards.entries():
         name = entry["name"]
         if name not in sizes:

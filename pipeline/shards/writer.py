@@ -17,6 +17,7 @@ from pipeline.shards.layout import DIGEST_BYTES, Layout, PyramidEncoder
 from pipeline.shards.shard_set import FAST, SMALL
 from pipeline.shards.statistics import Moments
 
+REJECTS = pa.schema([("path", pa.string()), ("reason", pa.string())])  # of rejected.parquet
 ZSTD_LEVEL = 1  # level 3 takes twice the time here and saves nothing
 
 
@@ -136,6 +137,5 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def write_rejected(path: Path, rejects: Sequence[tuple[str, str]]) -> None:
     """Write the (path, reason) of each input that could not be stored to a Parquet file."""
-    schema = pa.schema([("path", pa.string()), ("reason", pa.string())])
     columns = [pa.array([reject[i] for reject in rejects], pa.string()) for i in range(2)]
-    pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
+    pq.write_table(pa.Table.from_arrays(columns, schema=REJECTS), path, compression="zstd")

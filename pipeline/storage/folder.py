@@ -193,6 +193,16 @@ class Folder:
         files = [info.base_name for info in self._list(recursive=False) if info.type == pafs.FileType.File]
         return sorted(name for name in files if not name.startswith("."))
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it, sorted, without hidden ones; none if it does not exist."""
+        if self.local is not None:
+            if not self.local.is_dir():
+                return []
+            with os.scandir(self.url) as entries:
+                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+        infos = [info for info in self._list(recursive=False) if info.type == pafs.FileType.Directory]
+        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+
     def sizes(self) -> dict[str, int]:
         """Bytes of the files directly in it, by name, without hidden ones; one request to a store."""
         if self.local is not None:

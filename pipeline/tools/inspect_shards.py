@@ -79,6 +79,7 @@ def inspect(where: str, *, progress: bool = True) -> tuple[ShardSet, dict[str, A
     return shards, {
         "where": shards.url,
         **{key: manifest[key] for key in ("fingerprint", "format", "image_size", "channels", "wavelet", "counts")},
+        "parts": list(shards.parts),
         "rows": shards.rows,
         "classes": _classes(shards.classes, labels),
         "levels": manifest["levels"],
@@ -87,7 +88,7 @@ def inspect(where: str, *, progress: bool = True) -> tuple[ShardSet, dict[str, A
         "pixels": manifest["statistics"]["pixels"],
         "energy": energy_shares(shards),
         "energy_of": f"the variance of {'the pixels' if pywt.Wavelet(manifest['wavelet']).orthogonal else 'all bands'}",
-        "rejected": _reasons(rejected_rows(shards)),
+        "rejected": _reasons(rejected_rows(shards.folder)),
         "duplicates": _duplicates(shards, digests),
     }
 
@@ -181,19 +182,19 @@ def _copies(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order[starts[np.searchsorted(starts, copies) - 1]], order[copies]
 
 
-def _located(shards: ShardSet, place: int) -> tuple[str, int, int]:
-    """File, row group and row in the group, by the place of a row in the order of splits and files."""
+def _located(shards: ShardSet, place: int) -> tuple[str, str, int, int]:
+    """Split, file, row group and row in the group, by the place of a row in the order of splits and files."""
     for split in SPLITS:
         for name, rows in shards.files(split):
             if place < rows:
-                return name, *divmod(place, shards.rows_per_group)
+                return split, name, *divmod(place, shards.rows_per_group)
             place -= rows
     raise AssertionError(place)
 
 
 def _path(shards: ShardSet, place: int) -> str:
-    name, group, row = _located(shards, place)
-    return f"{name.partition('-')[0]}: {read_columns(shards, name, group, ['path']).column('path')[row].as_py()}"
+    split, name, group, row = _located(shards, place)
+    return f"{split}: {read_columns(shards, name, group, ['path']).column('path')[row].as_py()}"
 
 
 def write_picture(shards: ShardSet, facts: dict[str, Any], path: Path, count: int) -> str:
@@ -215,7 +216,7 @@ def write_picture(shards: ShardSet, facts: dict[str, Any], path: Path, count: in
     rows = shards.rows[split]
     count, levels = min(count, rows), list(shards.layout.steps)
     for number in range(count):
-        name, group, place = _located(shards, number * rows // count)
+        _, name, group, place = _located(shards, number * rows // count)
         row, label, stored = read_group(shards, name, group, levels)
         pyramid = {level: stored[level][place] * shards.steps[level] for level in levels}
         pyramids.append(pyramid)
@@ -254,6 +255,7 @@ def describe(facts: dict[str, Any]) -> str:
     head = [
         ("shard set", facts["where"]),
         ("fingerprint", facts["fingerprint"]),
+        *([("merged of", f"{len(facts['parts']):,} sets")] if facts["parts"] else []),
         ("rows", ", ".join(f"{split} {count:,}" for split, count in rows.items())),
         *_class_lines(facts["classes"]),
         ("images", f"{side}×{side} px, {facts['channels']} channel{'s' * (facts['channels'] != 1)}"),

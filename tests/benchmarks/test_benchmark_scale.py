@@ -11,9 +11,12 @@ import scale as benchmark
 
 def test_every_phase_runs_on_a_small_number(monkeypatch):
     """Would catch: a phase that does not fit the code any more, or numbers that are left out."""
-    monkeypatch.setattr(benchmark, "in_child", lambda name, path, inputs: benchmark.write_list(path, inputs))
+    monkeypatch.setattr(benchmark, "in_child", lambda name, **values: getattr(benchmark, name[6:])(**values))
+    monkeypatch.setattr(benchmark, "SETS", 3)
     found = {**benchmark.listing(5000), **benchmark.preparing(5000), **benchmark.reading(benchmark.SHARD * 64)}
-    assert set(found) == {"tree", "plan", "resume", "merge", "open", "epoch"}
+    found |= benchmark.merging(5000)
+    assert set(found) == {"tree", "plan", "resume", "merge", "open", "epoch", "merge_sets", "open_merged"}
+    assert found["merge_sets"]["images"] == found["open_merged"]["images"] == 3 * 5 * benchmark.SHARD
     assert all(about["seconds"] > 0 and about[benchmark.MEMORY] >= 0 for about in found.values())
     assert found["tree"]["units"] == found["plan"]["units"] == 8 + 2  # small sets are cut finer
     assert found["plan"]["bytes"] > 5000 and found["merge"]["bytes"] > 6 * 64

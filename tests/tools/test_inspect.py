@@ -149,7 +149,7 @@ def test_verify_as_a_command(folder, monkeypatch, capsys, tmp_path):
     refused(folder / TRAIN, 2, "a file; give the folder")
     refused(tmp_path, 1, "is not a shard set")
     edit(folder, lambda manifest: manifest.update(format=FORMAT_VERSION + 7))
-    refused(folder, 1, f"version {FORMAT_VERSION + 7}", f"version {FORMAT_VERSION};")
+    refused(folder, 1, f"version {FORMAT_VERSION + 7}", f"versions {FORMAT_VERSION} and")
     manifest = json.loads((folder / MANIFEST).read_text()) | {"format": FORMAT_VERSION, "classes": ["x"]}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     refused(folder, 1, "changed after it was written")
