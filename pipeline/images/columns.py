@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
     encoded = pc.dictionary_encode(raw.cast(pa.large_string())).combine_chunks()  # one text a class, not one an image
     index = pc.fill_null(encoded.indices, -1).to_numpy()
     # The same name is stored in several forms of Unicode by different systems.
-    texts = pc.utf8_normalize(pc.utf8_trim_whitespace(encoded.dictionary), "NFC")
+    texts = _composed(pc.utf8_trim_whitespace(encoded.dictionary))
     texts = pc.if_else(pc.is_in(pc.utf8_lower(texts), pa.array(_MISSING, pa.large_string())), None, texts)
     found = [value for value in pc.unique(texts).to_pylist() if value is not None]
     if found and all(_NUMBER.fullmatch(value) for value in found) and not all(map(str.isdigit, found)):
@@ -169,6 +170,15 @@ def encode_labels(raw: pa.ChunkedArray, names: list[str] | None, what: str) -> t
     codes = np.append(_codes(texts, pa.array(found, pa.large_string())), np.int32(-1))[index]
     _check_several(codes, found, what)
     return codes, found if len(found) > 1 else None
+
+
+def _composed(texts: pa.Array) -> pa.Array:
+    """Texts in Unicode's form NFC. PyArrow's utf8_normalize gives NFD when it is asked for NFC."""
+    plain = pc.string_is_ascii(texts)
+    if pc.all(plain).as_py() is not False:
+        return texts
+    others = [unicodedata.normalize("NFC", text) for text in texts.filter(pc.invert(plain)).to_pylist()]
+    return pc.replace_with_mask(texts, pc.invert(plain), pa.array(others, texts.type))
 
 
 def _whole(numbers: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -121,13 +121,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress:
         tokens = folder.path / TOKENS
         shutil.rmtree(tokens, ignore_errors=True)
         check_disk(checked, folder.path)
-        with Tracker.start(
-            recipe,
-            "segment",
-            log_dir=folder.path,
-            tags={"wavemim.weights.checkpoint": checked.subject.place},
-            wait=False,
-        ) as tracker:
+        tags = {"wavemim.weights.checkpoint": checked.subject.place}
+        with Tracker.start(recipe, "segment", log_dir=folder.path, tags=tags, wait=False) as tracker:
             tokens.mkdir()
             images = checked.subject.images_seen or 0
             with measuring_tasks(folder.path, tracker.log, images, folder.mirror) as meter:

@@ -117,8 +117,7 @@ class Tracker:
     ) -> Tracker:
         """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
 
-        A run that the store has lost, or that was deleted there, is created anew with all its metrics. A SQLite store is
-        created if it does not exist.
+        A run that the store has lost, or that was deleted there, is created anew with all its metrics, and so is a SQLite store.
 
         Args:
             recipe: The settings, which become parameters and the artifact recipe.yaml.
@@ -129,8 +128,7 @@ class Tracker:
             tags: Further tags.
             dataset: What the stage reads: see `dataset`.
             log_dir: The stage's folder, for the journal.
-            wait: Whether to wait for MLflow, for 120 s at most, and to continue without it then. A new SQLite store takes
-                seconds, in which a stage can start its workers.
+            wait: Whether to wait for MLflow, for 120 s at most. A new SQLite store takes seconds, as workers do to start.
         """
         # A trial's working folder is not the driver's, so a relative URI is not resolved a second time.
         uri = parent.uri if parent is not None else store_uri(recipe)
@@ -150,12 +148,11 @@ class Tracker:
             "name": name or f"{stage}-{recipe.name}",
             "tags": {**tags_of(recipe, stage), **(tags or {})},
             "params": flat,
-            "parent": os.path.relpath(Path(parent.log_file).parent, folder) if parent is not None else "",
-            "parent_id": parent.run_id if parent is not None else "",
+            "parent": os.path.relpath(Path(parent.log_file).parent, folder) if parent else "",
+            "parent_id": parent.run_id if parent else "",
         }
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         tracker._outbox.append(start)
-        tracker.text(text, "recipe.yaml")
+        tracker.text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "recipe.yaml")
         if dataset is not None:
             tracker.dataset(dataset, stage)
         if unknown:

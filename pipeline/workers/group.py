@@ -57,8 +57,8 @@ def train_on_workers(
 ) -> Any:
     """Run a stage's loop on data-parallel workers to its end, resumed from its last checkpoint.
 
-    KeyboardInterrupt makes the workers save a checkpoint and stop. A worker that hangs is ended, workers that fail are
-    restarted from the last checkpoint, and with cluster.min_workers there may be fewer of them.
+    KeyboardInterrupt makes the workers save a checkpoint and stop. Workers that hang are ended, those that fail are
+    restarted from the last checkpoint, with cluster.min_workers perhaps fewer.
 
     Args:
         loop: Function of a module, which the workers import.
@@ -87,16 +87,13 @@ def train_on_workers(
         ending_hung_workers(folder, recipe.train.hang_timeout, end_process),
         showing(folder),
     ):
-        config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute())}
-        config |= {"handle": replace(tracker.handle, uri="")}  # without an address it sends nothing
+        handle = replace(tracker.handle, uri="")  # without an address it sends nothing
+        config = {**more, "loop": loop, "recipe": recipe.dump(), "folder": str(folder.absolute()), "handle": handle}
         config |= {"shards": shards.folder.url, "store": store, "reader_threads": reader_threads}
         config |= {"relay": relay, "home": recipe.stage_home(folder.name)}
-        reference = ray.put(config)
-        if workers == 1 and session.private:
-            train = functools.partial(_train_alone, reference, recipe, session)
-        else:
-            train = functools.partial(_train_in_group, reference, recipe, session, folder, workers)
-        ended = _fit(train, recipe, folder, what)
+        alone = workers == 1 and session.private
+        train = _train_alone if alone else functools.partial(_train_in_group, folder=folder, workers=workers)
+        ended = _fit(functools.partial(train, ray.put(config), recipe, session), recipe, folder, what)
     if ended.get("stopped"):
         raise KeyboardInterrupt
     if store is not None and recipe.home is not None:

@@ -257,6 +257,15 @@ def test_class_names_in_two_forms_of_unicode_are_one(tmp_path):
     assert set(plan.splits["val"]["label"].to_pylist()) == {0}
 
 
+def test_class_names_of_a_list_are_composed_as_those_of_folders_are(tmp_path):
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    touch(tmp_path, *(f"{i}.jpg" for i in range(6)))
+    labels_ = [*forms, *forms, "the", "the"]
+    rows = "".join(f"{i}.jpg,{label}\n" for i, label in enumerate(labels_))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    assert plan_of(tmp_path / "list.csv").classes == [forms[0], "the"]
+
+
 def test_a_class_folder_without_images_is_named(tmp_path):
     touch(tmp_path, *some("a"), *some("b"), "c/notes.txt")
     (tmp_path / "d").mkdir()
