@@ -178,12 +178,13 @@ def target_alone(results: Results) -> dict[str, Any] | None:
 def whole_recipe(results: Results) -> dict[str, Any] | None:
     """The claim that the recipe reaches MAE's final accuracy with at most `SHARE` of its FLOPs and process time.
 
-    For FLOPs and for process time: `share` is where the mean curve of the recipe first reaches the mean final accuracy of
-    MAE, as a share of what MAE has used; None if it never does. The interval is that of the paired difference between the
-    recipe at `SHARE` of MAE's budget (or at its end, if that comes before) and MAE at its end. The claim holds if both
-    shares are at most `SHARE` and both lower ends are above -`MARGIN` points: the same margin as in `target_alone`.
+    The recipe is the variant `recipe`, or `wavelet` where there is none. For FLOPs and for process time: `share` is where the
+    mean curve of the recipe first reaches the mean final accuracy of MAE, as a share of what MAE has used; None if it never
+    does. The interval is that of the paired difference between the recipe at `SHARE` of MAE's budget (or at its end, if that
+    comes before) and MAE at its end. The claim holds if both shares are at most `SHARE` and both lower ends are above
+    -`MARGIN` points: the same margin as in `target_alone`.
     """
-    pairs = paired(results.get("recipe", ()), results.get("mae", ()))
+    pairs = paired(results.get("recipe") or results.get("wavelet", ()), results.get("mae", ()))
     if not pairs:
         return None
     ours, maes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

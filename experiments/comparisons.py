@@ -9,12 +9,14 @@ in full where a default has changed since.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from harness import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from evidence_variants import Comparison, Variant
+from evidence_variants import TWO_BLOCKS, TWO_LEVELS, Comparison, Variant
 
 FOUR_LEVELS, THREE_LEVELS = {1: 2, 2: 4, 3: 6, 4: 8}, {2: 4, 3: 6, 4: 8}
 ALL_BANDS, DETAILS = {3: "AHVD", 4: "AHVD"}, {3: "HVD", 4: "HVD"}
@@ -22,14 +24,24 @@ ALL_BANDS, DETAILS = {3: "AHVD", 4: "AHVD"}, {3: "HVD", 4: "HVD"}
 
 def _wavelet(normalise: str, **target: Any) -> Variant:
     settings = {"target.normalise": normalise} | {f"target.{key}": value for key, value in target.items()}
-    return Variant("wavelet", settings)
+    return Variant("wavelet", {**TWO_LEVELS, **settings})
+
+
+def _with(variant: Variant, settings: Mapping[str, Any]) -> Variant:
+    return replace(variant, overrides={**variant.overrides, **settings})
 
 
 # The first variant's untrained encoder begins every curve.
 COMPARISONS: dict[str, Comparison] = {
+    "targets": {
+        "wavelet": _wavelet("patch"),
+        "pixels": Variant("pixels", TWO_BLOCKS),
+        "hog": Variant("hog", TWO_BLOCKS),
+        "fourier": Variant("fourier", {**TWO_BLOCKS, "target.normalise": "dataset"}),
+    },
     "half_budget": {
-        "pixels": Variant("pixels"),
-        "HOG": Variant("hog"),
+        "pixels": Variant("pixels", TWO_BLOCKS),
+        "HOG": Variant("hog", TWO_BLOCKS),
         "data set": _wavelet("dataset"),
         "data set, L1": _wavelet("dataset", loss="l1"),
         "patch": _wavelet("patch"),
@@ -49,9 +61,9 @@ COMPARISONS: dict[str, Comparison] = {
         "contrast, level 3 alone": _wavelet("contrast", taps={3: 8}),  # with A: a single tap is the coarsest
     },
     "decoders_by_data_set": {
-        "self, 1 block a tap": Variant("wavelet", {"target.normalise": "dataset"}),
-        "self, shared": Variant("wavelet", {"target.normalise": "dataset", "decoder.shared": True}),
-        "self, a quarter predicted": Variant("wavelet", {"target.normalise": "dataset", "decoder.predict": 0.25}),
+        "self, 1 block a tap": _wavelet("dataset"),
+        "self, shared": _with(_wavelet("dataset"), {"decoder.shared": True}),
+        "self, a quarter predicted": _with(_wavelet("dataset"), {"decoder.predict": 0.25}),
     },
 }
 

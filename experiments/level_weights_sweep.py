@@ -18,7 +18,13 @@ from harness import Call, Expected, Experiment, main, read_json, wavemim
 
 SETTINGS = (
     *("target.taps={1: 8, 2: 8, 3: 8}", "target.bands={}", "target.normalise=contrast", "decoder.per=block"),
-    *("target.weights={1: 0.75, 2: 0.19, 3: 0.06}", "train.optimizer=muon", "train.batch=128", "train.lr=6e-3"),
+    *(
+        "target.weights={1: 0.75, 2: 0.19, 3: 0.06}",
+        "target.tilt=null",
+        "train.optimizer=muon",
+        "train.batch=128",
+        "train.lr=6e-3",
+    ),
     *("train.precision=bfloat16", "tune.concurrent=2", "cluster.cpus_per_worker=1", "name=sweep"),
 )
 FULL = ("tune.trials=15", "tune.epochs=0.6")

@@ -37,6 +37,14 @@ def _at_most(value: int | None, most: int) -> int | None:
     return value and min(value, most)
 
 
+def _normalisation(recipe: Recipe) -> str:
+    """As it is where the target allows it: contrast is for targets with bands."""
+    target = recipe.target
+    if target.predicts_bands or target.normalise != "contrast":
+        return target.normalise
+    return "dataset" if target.kind == "fourier" else "patch"
+
+
 WARM_UPS = (
     Rule("train.warmup_epochs", ("train.epochs",), lambda r: shortened(r.train.warmup_epochs, r.train.epochs)),
     Rule(
@@ -53,10 +61,17 @@ RULES = (
     WEIGHTS,
     Rule("train.workers", ("train.batch",), lambda r: min(r.train.workers, r.train.batch)),
     Rule("finetune.workers", ("finetune.batch",), lambda r: _divisor(r.finetune.batch, r.finetune.workers)),
+    Rule(
+        "train.optimizer",
+        ("train.parallel",),
+        lambda r: "adamw" if r.train.parallel == "fsdp" else r.train.optimizer,
+    ),
     Rule("encoder.image_size", ("data.image_size",), lambda r: min(r.encoder.image_size, r.data.image_size)),
     Rule("finetune.image_size", ("data.image_size",), lambda r: _at_most(r.finetune.image_size, r.data.image_size)),
     Rule("encoder.heads", ("encoder.width",), lambda r: _divisor(r.encoder.width or 1, r.encoder.heads)),
     Rule("decoder.heads", ("decoder.width",), lambda r: _divisor(r.decoder.width, r.decoder.heads)),
+    Rule("target.normalise", ("target.kind",), _normalisation),
+    Rule("target.tilt", ("target.kind",), lambda r: r.target.tilt if r.target.predicts_bands else None),
     Rule("target.loss", ("target.kind",), lambda r: "l2" if r.target.kind == "fourier" else r.target.loss),
     Rule(
         "target.average",

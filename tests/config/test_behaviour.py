@@ -12,7 +12,7 @@ from pipeline.config.recipe import BEHAVIOURS, CHANGEABLE, STAGE_SECTIONS, Recip
 from pipeline.errors import SettingError
 
 # Identities as the commit before behaviours moved to the fields computed them: settings.json of older out folders is
-# compared with them. `small` in full, of others what differs from it. Where a recipe has other values since, these are
+# compared with them. `demo` in full, of others what differs from it, of `small` with settings what differs from that. Where a recipe has other values since, these are
 # recorded: its older out folders are of other settings.
 RECORDED = json.loads(Path(__file__).with_name("identities.json").read_text(encoding="utf-8"))
 
@@ -23,16 +23,17 @@ def plain(recipe: Recipe, stage: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_identities_are_those_of_older_out_folders(stage):
-    base = RECORDED["small"][stage]
-    assert plain(load("small"), stage) == base
+    base = RECORDED["demo"][stage]
+    assert plain(load("demo"), stage) == base
     for name, changed in RECORDED["recipes"].items():
         assert plain(load(name), stage) == base | changed[stage], name
     for case in RECORDED["overrides"]:
-        assert plain(load("small", case["settings"]), stage) == base | case["changed"][stage], case["settings"]
+        small = base | RECORDED["recipes"]["small"][stage]
+        assert plain(load("small", case["settings"]), stage) == small | case["changed"][stage], case["settings"]
 
 
 def test_every_recipe_was_recorded():
-    assert {"small", *RECORDED["recipes"]} <= set(names_of("pipeline", "recipes"))
+    assert {"demo", *RECORDED["recipes"]} <= set(names_of("pipeline", "recipes"))
 
 
 def test_a_local_source_is_identified_by_its_whole_path(tmp_path, monkeypatch):

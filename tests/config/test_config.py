@@ -37,7 +37,7 @@ MISTAKES = [
     ("encoder.image_size=128", "encoder.image_size=128: larger than the stored images, data.image_size=64"),
     ("target.taps.5=8", "target.taps.5: level 5 is deeper than the stored pyramid, data.levels=4; allowed are 1 to 4"),
     ("target.taps.x=8", "'x' is not a level"),
-    ("target.weights.1=2", "target.weights.1: level 1 has no tap"),
+    ("target.weights.4=2", "target.weights.4: level 4 has no tap"),
     ("target.bands.3=HX", "target.bands.3=HX: must be some of the letters A, H, V, D"),
     ("target.bands.3=DH", "target.bands.3=DH: must be some of the letters A, H, V, D, in this order"),
     ("train.warmup_epochs=1000", "train.warmup_epochs=1000: must be less than train.epochs"),
@@ -102,8 +102,8 @@ def test_a_mistake_gets_one_line(override, message):
 
 
 def test_overrides_are_typed_and_later_ones_win():
-    recipe = load("small", ["train.lr=1e-4", "train.lr=2e-4", "target.weights.4=3", "train.flip=no", "name=2024"])
-    assert (recipe.train.lr, recipe.weights_by_level(), recipe.train.flip) == (2e-4, {3: 1.0, 4: 3.0}, False)
+    recipe = load("small", ["train.lr=1e-4", "train.lr=2e-4", "target.weights.3=3", "train.flip=no", "name=2024"])
+    assert (recipe.train.lr, recipe.weights_by_level(), recipe.train.flip) == (2e-4, {1: 1.0, 2: 1.0, 3: 3.0}, False)
     assert recipe.name == "2024"
     assert load("small", ["target.taps={4: 8}"]).target.taps == {4: 8}
 
@@ -147,7 +147,7 @@ TOGETHER = [
         "target.average=frequency: for target.kind=fourier with mask.kind=frequency only, not wavelet with random",
     ),
     (["target.kind=fourier", "target.average=frequency"], "not fourier with random; set target.average=image"),
-    (["target.weights={3: 0, 4: 0}"], "target.weights: the weight of every level is 0"),
+    (["target.weights={1: 0, 2: 0, 3: 0}"], "target.weights: the weight of every level is 0"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 STEPS = 20
@@ -38,13 +39,14 @@ COMMON: dict[str, Any] = {
 class Case:
     """A run of 20 steps."""
 
-    recipe: str = "small"
+    recipe: str = str(Path(__file__).with_name("two_levels.yaml"))
     settings: dict[str, Any] = field(default_factory=dict)  # dotted keys, over the narrowed recipe
     resume: int | None = None  # what is recorded after this step is of a run that is resumed from its checkpoint
     encoder: str | None = None  # fine-tuning: the recipe whose last checkpoint is fine-tuned
 
 
 PRETRAINING = {
+    "two levels": Case(),
     "gradient accumulation, average of the weights, resumed": Case(
         settings={"train.accumulate": 2, "train.ema": 0.9}, resume=12
     ),
@@ -128,7 +130,7 @@ AFTER_TWO = "one worker resumes from two"
 
 FINETUNING = {
     "fine-tuning: ViT, mixing and erasing, resumed": Case(
-        encoder="small",
+        encoder="two levels",
         settings={
             "finetune.mixup": 0.8,
             "finetune.cutmix": 1.0,
@@ -151,7 +153,7 @@ FINETUNING = {
         settings={"finetune.precision": "bfloat16", "finetune.mixup": 0.0, "finetune.ema": 0.5},
     ),
     "fine-tuning: frozen ViT, class token": Case(
-        encoder="small", settings={"finetune.freeze": True, "finetune.head": "token", "finetune.flip": False}
+        encoder="two levels", settings={"finetune.freeze": True, "finetune.head": "token", "finetune.flip": False}
     ),
 }
 
