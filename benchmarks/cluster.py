@@ -236,10 +236,11 @@ def _encoder(folder: Path, size: int, width: int, depth: int) -> str:
 
     from wavemim.weights.timm_folder import export_timm
 
-    name, statistics = "vit_tiny_patch16_224", {"pixel_mean": [128.0] * 3, "pixel_std": [64.0] * 3}
-    made = {"img_size": size, "patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": 2}
+    name, mean, std = "vit_tiny_patch16_224", [128.0] * 3, [64.0] * 3
+    made: dict[str, Any] = {"img_size": size, "patch_size": 8, "embed_dim": width, "depth": depth, "num_heads": 2}
     made |= {"in_chans": 3, "num_classes": 0}
-    export_timm(folder, timm.create_model(name, **made), architecture=name, arguments=made, about={}, **statistics)
+    model = timm.create_model(name, **made)
+    export_timm(folder, model, architecture=name, arguments=made, pixel_mean=mean, pixel_std=std, about={})
     return str(folder)
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,3 +250,14 @@ def quiet_ray_data(*, in_order: bool = False) -> None:
     context.execution_options.preserve_order = in_order
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray_internals.silence_data_progress()
+
+
+class InActor:
+    """A function in an actor of Ray Data: after a task on a GPU, Ray ends the process, and with it models on the GPU."""
+
+    def __init__(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._function = function
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Call it with a batch."""
+        return self._function(batch)

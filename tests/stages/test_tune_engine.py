@@ -121,7 +121,7 @@ def test_what_a_repetition_may_mend_is_repeated_and_a_wrong_setting_is_not(ray_l
         scheduler=RungScheduler(plan, "x", None, lambda number: None),
         objective="x",
         resources={"cpu": 1},
-        concurrent=2,
+        concurrent=lambda: 2,
         retries=2,
         folder=str(tmp_path),
         on_end=ended.append,
