@@ -41,6 +41,7 @@ from PIL import Image
 
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 DATA = ("data.image_size=32", "data.levels=3", "data.rows_per_shard=128", "data.val_share=0.1")
+LOST = "was lost"  # in the message about a node
 PAIRS, SIDE = 320, 64  # for segmentation, and their side in pixels
 COLOURS = np.array([[120, 120, 120], [200, 40, 40], [40, 180, 60], [50, 60, 210]])  # of its classes
 
@@ -177,7 +178,7 @@ def _loses_a_worker(stage: Stage, name: str, epochs: int, *settings: str) -> dic
     resumed = time.monotonic() - since
     stage.end()
     return {
-        **stage.report(since),
+        **stage.report(since, LOST),
         "workers_on": before,
         "repeated": stage.result(since)["lost"],
         "resumed_s": round(resumed, 1),
@@ -206,7 +207,7 @@ def segment_loses_two_nodes(images: str, folder: Path) -> dict[str, Any]:
         nodes.kill(nodes.working("ray::fit_head")[0])
         stage.end()
         return {
-            **stage.report(since),
+            **stage.report(since, LOST),
             "encoded_on": sorted(worked),
             "same": _measured(stage) == whole,
             "seconds": round(time.monotonic() - began),
@@ -256,7 +257,7 @@ def evaluate_loses_a_node(images: str, folder: Path) -> dict[str, Any]:
         since = time.monotonic()
         nodes.kill(nodes.working("ray::evaluate")[0])
         stage.end()
-        return {**stage.report(since), "seconds": round(time.monotonic() - began)}
+        return {**stage.report(since, LOST), "seconds": round(time.monotonic() - began)}
 
 
 def tune_gains_a_node(images: str, folder: Path) -> dict[str, Any]:

@@ -114,7 +114,10 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
                 yield _info(private)
             else:
                 ray_job.wait_for_checkpoint_on_stop()
-                with _published():
+                with (
+                    _published(),
+                    ray_internals.brief_on_nodes() if log_level > logging.INFO else contextlib.nullcontext(),
+                ):
                     yield _info(private)
         finally:
             if not interrupts.interrupted():  # an orderly end takes seconds, and waits for those who use it
