@@ -200,7 +200,7 @@ def segment_loses_two_nodes(images: str, folder: Path) -> dict[str, Any]:
         stage.recipe["name"] = "fault"
         stage.call("segment")
         tokens = stage.stage / ".tokens"
-        stage.wait(lambda: len(list(tokens.glob("*.masks.npy"))) >= PAIRS // 8 // 3 and bool(nodes.working("ray::Map")))
+        stage.wait(lambda: bool(nodes.working("ray::Map")) and len(list(tokens.glob("*.masks.npy"))) >= PAIRS // 8 // 3)
         since, worked = time.monotonic(), set(nodes.seen)
         nodes.kill(nodes.working("ray::Map")[0])
         stage.wait(lambda: bool(nodes.working("ray::fit_head")))
@@ -265,12 +265,13 @@ def tune_gains_a_node(images: str, folder: Path) -> dict[str, Any]:
     with _cluster(2) as nodes:
         stage = _shards(images, folder, nodes)
         began = time.monotonic()
-        fixed = ("tune.space=mask_ratio", "tune.search=random", "tune.trials=6", "tune.epochs=2", "tune.rungs=1")
+        fixed = ("tune.space=mask_ratio", "tune.search=random", "tune.trials=4", "tune.epochs=5", "tune.rungs=1")
         stage.call("tune", *fixed, "tune.recipe_seeds=1", "tune.finalists=0", "evaluate.probe_strengths=[0.1]")
-        stage.wait(lambda: len(nodes.working("ray::ImplicitFunc")) == 2)
+        trial = "ray::ImplicitFunc.train"  # a process that has begun with one
+        stage.wait(lambda: len(nodes.working(trial)) == 2)
         since = time.monotonic()
         nodes.add()
-        stage.wait(lambda: len(nodes.working("ray::ImplicitFunc")) == 3)
+        stage.wait(lambda: len(nodes.working(trial)) == 3)
         used = time.monotonic() - since
         stage.end()
         return {**stage.report(since), "used_s": round(used, 1), "seconds": round(time.monotonic() - began)}
