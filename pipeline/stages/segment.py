@@ -267,9 +267,9 @@ def _results(
     decoded = ray.data.from_items(items, override_num_blocks=batches).map_batches(
         meter.around(decoding.decode), num_cpus=1, **same
     )
-    if use_gpu:
+    if use_gpu:  # actors that hold no CPU: decoding for them may otherwise wait for one for ever
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(int(session.gpus), batches)))
-        rows = decoded.map_batches(InActor, fn_constructor_args=(encode,), num_gpus=1, compute=pool, **same)
+        rows = decoded.map_batches(InActor, fn_constructor_args=(encode,), num_cpus=0, num_gpus=1, compute=pool, **same)
     else:  # tasks: actors would hold CPUs of nodes that others then lack when a node is lost
         rows = decoded.map_batches(encode, num_cpus=1, **same)
     try:

@@ -111,6 +111,7 @@ def features_of(
             fn_constructor_args=(functools.partial(_encode, subject=subject, batch=batch, device="cuda"),),
             batch_size=UNIT,
             batch_format="numpy",
+            num_cpus=0,  # else tasks that decode for it may wait for its CPU for ever
             num_gpus=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=int(session.gpus)),
         )
