@@ -1,14 +1,14 @@
 """Evaluation by semantic segmentation: plan, patch tokens in files, and fitting a head to them.
 
-The parts run in Ray's workers, but do not use Ray themselves: decoding (a function of a batch), encoding (an object for
-an actor), and fitting a head (a function).
+The parts run in Ray's workers, but do not use Ray themselves: decoding and encoding (functions of a batch), and fitting a
+head.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,36 +74,17 @@ class Decoding:
             raise RejectedImage(f"mask holds the value {unknown[0]}, not in segment.classes nor in segment.ignore")
 
 
+@dataclass(frozen=True)
 class Encoding:
-    """The trained and the untrained encoder; writes their patch tokens to files, a batch at a time."""
+    """Runs the trained and the untrained encoder, and writes their patch tokens to files, a batch at a time."""
 
-    def __init__(
-        self,
-        subject: EncoderSource,
-        folder: str,
-        size: int,
-        blocks: Sequence[int],
-        use_gpu: bool,
-        write: Callable[[Encoding, str, np.ndarray, np.ndarray], None] | None = None,
-    ) -> None:
-        """Load both encoders, for images of `size` pixels a side.
+    subject: EncoderSource
+    folder: str  # of the files
+    size: int  # side of the images in pixels
+    blocks: Sequence[int]  # whose tokens are kept
+    use_gpu: bool
 
-        `blocks` are those whose tokens are kept; `write` replaces the method of this name, for example to measure it.
-        """
-        if not use_gpu:
-            torch.set_num_threads(1)
-        self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.folder, self.blocks, self._write = Path(folder), blocks, write or Encoding.write
-        self.models = {
-            "trained": sized(subject.model(), subject, size).to(self.device).eval(),
-            "untrained": sized(subject.beginning(), subject, size).to(self.device).eval(),
-        }
-        self.mean, self.std = (
-            torch.tensor(values, device=self.device)[:, None, None]
-            for values in (subject.pixel_mean, subject.pixel_std)
-        )
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def encode(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Write the tokens of the images of a batch that are not rejected.
 
         Returns:
@@ -113,7 +94,7 @@ class Encoding:
         kept = np.flatnonzero(batch["reason"] == "")
         part = uuid.uuid4().hex if len(kept) else ""
         if len(kept):
-            self._write(self, part, batch["pixels"][kept], batch["values"][kept])
+            self._write(part, batch["pixels"][kept], batch["values"][kept])
         places = np.zeros(len(batch["row"]), np.int64)
         places[kept] = np.arange(len(kept))
         return {
@@ -125,16 +106,35 @@ class Encoding:
             "cropped": batch["cropped"],
         }
 
-    def write(self, part: str, pixels: np.ndarray, values: np.ndarray) -> None:
+    def _write(self, part: str, pixels: np.ndarray, values: np.ndarray) -> None:
         """Write masks (B, S, S), and the tokens of pixels (B, C, S, S) by each encoder and block, to files."""
-        np.save(self.folder / f"{part}.masks.npy", values)
+        if not self.use_gpu:
+            torch.set_num_threads(1)
+        device, folder = torch.device("cuda" if self.use_gpu else "cpu"), Path(self.folder)
+        np.save(folder / f"{part}.masks.npy", values)
         limit = torch.finfo(torch.float16).max
-        images = (torch.from_numpy(pixels).to(self.device).float() - self.mean) / self.std
+        mean, std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (self.subject.pixel_mean, self.subject.pixel_std)
+        )
+        images = (torch.from_numpy(pixels).to(device).float() - mean) / std
         with torch.inference_mode():
-            for name, model in self.models.items():
+            for name, model in _models_of(self.subject, self.size, device).items():
                 for i, tokens in enumerate(tokens_of(model, images, self.blocks)):
                     half = tokens.float().clamp(-limit, limit).half()
-                    np.save(self.folder / f"{part}.{name}-{i}.npy", half.cpu().numpy())
+                    np.save(folder / f"{part}.{name}-{i}.npy", half.cpu().numpy())
+
+
+_models: dict[str, dict[str, nn.Module]] = {}  # the last encoders of this process, which has many batches
+
+
+def _models_of(subject: EncoderSource, size: int, device: torch.device) -> dict[str, nn.Module]:
+    key = f"{subject.source} {subject.fingerprint} {size}"
+    if key not in _models:
+        _models.clear()
+        made = {"trained": subject.model(), "untrained": subject.beginning()}
+        _models[key] = {name: sized(model, subject, size).to(device).eval() for name, model in made.items()}
+    return _models[key]
 
 
 def sized(model: nn.Module, subject: EncoderSource, size: int) -> nn.Module:
@@ -220,6 +220,7 @@ def fit_head(
         settings: `lrs` and `weight_decays` to try.
         shown: Indices of the val images whose predictions are returned.
     """
+    _models.clear()  # of the encoding that this process did before
     if how.device == "cpu":
         torch.set_num_threads(1)
     lr, weight_decay, tried = choose(train, how, settings["lrs"], settings["weight_decays"])

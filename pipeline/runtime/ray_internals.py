@@ -102,6 +102,34 @@ def no_credentials_in_trials() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def brief_on_nodes() -> Iterator[None]:
+    """Within the block, a lost node is one warning, instead of the end of its log on standard output, many times.
+
+    A task that Ray then runs again is nothing to report. All else that Ray reports is shown as before.
+    """
+    from ray._private import worker
+
+    before = worker.print_to_stdstream
+
+    def show(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if data.get("pid") == "raylet":
+            data = {**data, "lines": [line for line in data["lines"] if not _said_of_nodes(line)]}
+        if data["lines"]:
+            before(data, ignore_prefix)
+
+    with _changed(worker, "print_to_stdstream", show):
+        yield
+
+
+def _said_of_nodes(text: str) -> bool:
+    """Whether a message of Ray is about a lost node; warns of the node."""
+    if lost := re.match(r"The node with node id: (\w+) and address: (\S+) .*has been marked dead", text, re.DOTALL):
+        node, address = lost.groups()
+        _log.warning("node %s (%s…) was lost; its tasks and workers start again on other nodes", address, node[:8])
+    return bool(lost) or text.startswith("Raylet is terminated") or "so the task will be retried" in text
+
+
+@contextlib.contextmanager
 def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, value)

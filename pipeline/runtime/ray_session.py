@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,10 @@ def ray_session(cluster: Cluster, *, log_level: int = logging.WARNING) -> Iterat
                 yield _info(private)
             else:
                 ray_job.wait_for_checkpoint_on_stop()
-                with _published():
+                with (
+                    _published(),
+                    ray_internals.brief_on_nodes() if log_level > logging.INFO else contextlib.nullcontext(),
+                ):
                     yield _info(private)
         finally:
             if not interrupts.interrupted():  # an orderly end takes seconds, and waits for those who use it
@@ -250,3 +253,14 @@ def quiet_ray_data(*, in_order: bool = False) -> None:
     context.execution_options.preserve_order = in_order
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray_internals.silence_data_progress()
+
+
+class InActor:
+    """A function in an actor of Ray Data: after a task on a GPU, Ray ends the process, and with it models on the GPU."""
+
+    def __init__(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._function = function
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Call it with a batch."""
+        return self._function(batch)

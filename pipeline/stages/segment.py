@@ -41,7 +41,7 @@ from pipeline.evaluation.subjects import titles_of
 from pipeline.images.pairs import Pair, read_pair
 from pipeline.runtime import observability
 from pipeline.runtime.formatting import table
-from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data, root_cause, uses_gpu
+from pipeline.runtime.ray_session import InActor, SessionInfo, quiet_ray_data, root_cause, uses_gpu
 from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
@@ -254,30 +254,19 @@ def _results(
     quiet_ray_data()
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     batches = -(-len(order) // settings.batch)
-    # One CPU is left for decoding: actors that hold all of them would wait for ever.
-    room = int(session.gpus) if use_gpu else int(session.cpus) - 1
     items = [{"row": number, "image": pair.image, "mask": pair.mask} for number, (_, pair) in enumerate(order)]
     decoding = Decoding(plan.images, plan.masks, plan.wanted, plan.allowed(settings.ignore))
-    rows = (
-        ray.data.from_items(items, override_num_blocks=batches)
-        .map_batches(meter.around(decoding.decode), batch_size=settings.batch, batch_format="numpy", num_cpus=1)
-        .map_batches(
-            Encoding,
-            fn_constructor_kwargs={
-                "subject": plan.subject,
-                "folder": str(tokens.absolute()),
-                "size": plan.size,
-                "blocks": plan.blocks,
-                "use_gpu": use_gpu,
-                "write": meter.around(Encoding.write, gpus=float(use_gpu)),
-            },
-            batch_size=settings.batch,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(room, batches))),
-            num_cpus=1,
-            num_gpus=1 if use_gpu else 0,
-        )
+    encoding = Encoding(plan.subject, str(tokens.absolute()), plan.size, plan.blocks, use_gpu)
+    encode = meter.around(encoding.encode, gpus=float(use_gpu))
+    same: dict[str, Any] = {"batch_size": settings.batch, "batch_format": "numpy"}
+    decoded = ray.data.from_items(items, override_num_blocks=batches).map_batches(
+        meter.around(decoding.decode), num_cpus=1, **same
     )
+    if use_gpu:  # actors that hold no CPU: decoding for them may otherwise wait for one for ever
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(int(session.gpus), batches)))
+        rows = decoded.map_batches(InActor, fn_constructor_args=(encode,), num_cpus=0, num_gpus=1, compute=pool, **same)
+    else:  # tasks: actors would hold CPUs of nodes that others then lack when a node is lost
+        rows = decoded.map_batches(encode, num_cpus=1, **same)
     try:
         yield from rows.iter_rows()
     except ray.exceptions.RayError as error:

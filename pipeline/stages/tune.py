@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import shutil
 import statistics
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 LEDGER = "trials.jsonl"  # in the stage's folder: every trial as it begins and ends
 RETRIES = 3  # of a trial whose process or node was lost
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial's run in MLflow
+_NODES_EVERY = 5.0  # seconds between two looks at which nodes there are
 PROBE_SHARE = 0.2  # of a trial's time that probes are to take at most
 _LEFT_OUT = (
     f"{TRIALS}/*",
@@ -117,8 +119,8 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     place, home, same = recipe.stage_dir("tune"), recipe.stage_home("tune"), _identity(recipe, checked)
     with stage_folder(place, same, restart=recipe.restart, home=home, left_out=_LEFT_OUT) as folder:
         meter = Meter(before=Spent(wall_clock_s=spent_in(folder.path).wall_clock_s))  # trials keep the rest themselves
-        concurrent = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
-        plan = _plan(recipe, checked, folder, meter, concurrent)
+        concurrent = _concurrent(recipe, session, use_gpu)
+        plan = _plan(recipe, checked, folder, meter, concurrent())
         kept = len(plan.ledger.ended)
         if folder.finished and plan.done:
             return {**folder.result(), "state": "finished already"}
@@ -178,6 +180,24 @@ def _start(recipe: Recipe, checked: Checked, folder: StageFolder) -> Tracker:
     return Tracker.start(recipe, "tune", params=params, log_dir=folder.path, tags=tags, dataset=shards.about)
 
 
+def _concurrent(recipe: Recipe, session: SessionInfo, use_gpu: bool) -> Callable[[], int]:
+    """How many trials may run at the same time: as set, or as the nodes that are there now have room for."""
+    slots = recipe.tune.concurrent or slots_of(recipe, use_gpu, session.gpus, session.cpus)
+    if recipe.tune.concurrent or session.private:
+        return lambda: slots
+    asked = time.monotonic()
+
+    def now() -> int:
+        nonlocal slots, asked
+        if time.monotonic() - asked > _NODES_EVERY:  # it is asked many times a second
+            there = ray.cluster_resources()
+            slots = slots_of(recipe, use_gpu, there.get("GPU", 0), there.get("CPU", 0))
+            asked = time.monotonic()
+        return slots
+
+    return now
+
+
 def _plan(recipe: Recipe, checked: Checked, folder: StageFolder, meter: Meter, concurrent: int) -> Plan:
     tune, space = recipe.tune, checked.space
     limits = Limits(
@@ -215,7 +235,7 @@ def _run(
     tracker: Tracker,
     meter: Meter,
     task: TrialTask,
-    concurrent: int,
+    concurrent: Callable[[], int],
     progress: bool,
 ) -> Spent:
     """Run the plan, with a progress bar and the cost so far in MLflow."""
@@ -258,7 +278,7 @@ def _run(
                 scheduler=scheduler_of(recipe, plan, objective, on_stop),
                 objective=objective,
                 resources={"cpu": recipe.cluster.cpus_per_worker, "gpu": task.gpu_share * task.use_gpu},
-                concurrent=min(concurrent, plan.total),
+                concurrent=concurrent,
                 retries=RETRIES,
                 folder=str(folder.path),
                 on_end=on_end,

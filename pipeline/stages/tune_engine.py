@@ -41,7 +41,7 @@ def run_plan(
     scheduler: RungScheduler,
     objective: str,
     resources: Mapping[str, float],
-    concurrent: int,
+    concurrent: Callable[[], int],
     retries: int,
     folder: str,
     on_end: Callable[[Ended], None],
@@ -56,7 +56,7 @@ def run_plan(
         scheduler: Takes what trials report at rungs.
         objective: Name of the metric that is the objective.
         resources: What Ray reserves for a trial.
-        concurrent: Trials at the same time.
+        concurrent: Trials at the same time, now: there may be more when nodes have joined, and fewer when some were lost.
         retries: How often a trial is begun anew whose process or node was lost.
         folder: Folder for Ray's own files.
         on_end: Called when a trial has ended.
@@ -64,14 +64,14 @@ def run_plan(
     Raises:
         KeyboardInterrupt: The sweep was interrupted; the same plan goes on.
     """
-    searcher = _Planned(plan, scheduler, objective, on_end)
+    searcher = _Planned(plan, scheduler, objective, concurrent, on_end)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trial, dict(resources)),
         tune_config=ray.tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=-1,  # until the plan is done
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=plan.total,  # as many may wait for nodes; the searcher decides how many there are
             reuse_actors=True,  # a new process takes many seconds to import what a trial needs
         ),
         run_config=ray.tune.RunConfig(
@@ -93,9 +93,17 @@ def run_plan(
 class _Planned(Searcher):
     """Asks the plan for trials, and tells it what became of them."""
 
-    def __init__(self, plan: Plan, scheduler: RungScheduler, objective: str, on_end: Callable[[Ended], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        scheduler: RungScheduler,
+        objective: str,
+        concurrent: Callable[[], int],
+        on_end: Callable[[Ended], None],
+    ) -> None:
         super().__init__(metric=objective, mode="max")
-        self._plan, self._scheduler, self._objective, self._on_end = plan, scheduler, objective, on_end
+        self._plan, self._scheduler, self._objective = plan, scheduler, objective
+        self._concurrent, self._on_end = concurrent, on_end
         self._numbers: dict[str, int] = {}  # Ray's trial -> ours
         self.errors: dict[str, str] = {}  # Ray's trial -> why it was begun anew
 
@@ -108,6 +116,8 @@ class _Planned(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # its FINISHED is a text
         """The configuration of the next trial; None while others have to end first."""
+        if len(self._numbers) >= self._concurrent():
+            return None
         begun = self._plan.next()
         if begun is None:
             return Searcher.FINISHED if self._plan.done else None

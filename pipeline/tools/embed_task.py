@@ -20,7 +20,7 @@ from pipeline.images.decode import decode_image
 from pipeline.images.plan import Origin
 from pipeline.images.sources import fetch
 from pipeline.models.encoder_source import EncoderSource
-from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data, root_cause
+from pipeline.runtime.ray_session import InActor, SessionInfo, quiet_ray_data, root_cause
 from pipeline.tools.embed_sources import UNIT, Unit
 
 
@@ -60,17 +60,6 @@ def _encode(
             pixels = torch.from_numpy(part["pixels"][index]).to(device)
             features[index] = model((pixels.float() - mean) / std).float().cpu().numpy()
     return {"features": features, "reason": part["reason"]}
-
-
-class _OnGPU:
-    """`_encode` in an actor: after a task on a GPU Ray ends the process, and with it the encoder."""
-
-    def __init__(self, subject: EncoderSource, batch: int) -> None:
-        self._encode = functools.partial(_encode, subject=subject, batch=batch, device="cuda")
-
-    def __call__(self, part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As `_encode`."""
-        return self._encode(part)
 
 
 _models: dict[tuple[str, str], tuple[Any, int]] = {}  # the last encoder of this process, and its number of features
@@ -118,10 +107,11 @@ def features_of(
     )
     if gpu:
         made = decoded.map_batches(
-            _OnGPU,
-            fn_constructor_args=(subject, batch),
+            InActor,
+            fn_constructor_args=(functools.partial(_encode, subject=subject, batch=batch, device="cuda"),),
             batch_size=UNIT,
             batch_format="numpy",
+            num_cpus=0,  # else tasks that decode for it may wait for its CPU for ever
             num_gpus=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=int(session.gpus)),
         )

@@ -92,3 +92,37 @@ def test_a_trainer_starts_no_helpers_for_nothing_but_all_others(tmp_path):
     cleaner = placement_group_callback.PlacementGroupCleanerCallback
     assert set(every) - set(shared) == {datasets.DatasetsCallback}
     assert set(shared) - set(private) == {cleaner}
+
+
+def test_a_lost_node_is_one_warning_and_all_else_is_shown(monkeypatch, capsys, caplog):
+    """By Ray's own listener. Would catch: another name of what it prints with, a dump that is shown, other news that are lost."""
+    import threading
+
+    from ray._private import worker
+
+    node = "c09e44203c42" + "0" * 44
+    dead = "has been marked dead because the detector has missed too many heartbeats from it. This can happen when a \t(1) …"
+    news = [
+        "Raylet is terminated. Termination is unexpected. Last 20 lines of the Raylet logs:\n    [state-dump] x",
+        f"The node with node id: {node} and address: 10.0.0.7 and node name: 10.0.0.7 {dead}\n(2) …",
+        "Task fit failed. There are 3 retries remaining, so the task will be retried. Error: Task failed because the node …",
+        "1 Workers (tasks / actors) killed due to memory pressure (OOM)",
+    ]
+    polled = iter([*({"job_id": None, "error_message": text} for text in news)])
+
+    def poll():
+        message = next(polled, None)
+        if message is None:
+            stopped.set()
+        return None, message
+
+    stopped = threading.Event()
+    ears = SimpleNamespace(
+        gcs_error_subscriber=SimpleNamespace(subscribe=lambda: None, poll=poll), current_job_id=ray.JobID.nil()
+    )
+    monkeypatch.setattr(worker, "_internal_kv_initialized", lambda: False)
+    with ray_internals.brief_on_nodes():
+        worker.listen_error_messages(ears, stopped)
+    assert caplog.messages == ["node 10.0.0.7 (c09e4420…) was lost; its tasks and workers start again on other nodes"]
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1 and "killed due to memory pressure (OOM)" in shown

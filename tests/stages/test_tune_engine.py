@@ -12,8 +12,9 @@ from stage_calls import run_stage
 
 from pipeline.config.load import load
 from pipeline.errors import StageError
+from pipeline.runtime.ray_session import SessionInfo
 from pipeline.stages import tune
-from pipeline.stages.tune_engine import CURVE, FAILED, ended_of, run_plan
+from pipeline.stages.tune_engine import CURVE, FAILED, _Planned, ended_of, run_plan
 from pipeline.stages.tune_schedulers import RungScheduler
 from pipeline.stages.tune_trial import TrialTask, run_trial
 from pipeline.sweeps.ledger import Ledger
@@ -109,6 +110,30 @@ def disturbed():
     return trial
 
 
+def test_trials_begin_on_nodes_that_join_and_not_where_nodes_were_lost(tmp_path, monkeypatch):
+    """Would catch: room that is read once, or not from Ray; a limit that is not kept; one that is set and not obeyed."""
+    there, clock = {"CPU": 1.0}, [0.0]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+    session = SessionInfo(cpus=1, gpus=0, nodes=2, address="10.0.0.1:6379", private=False)
+    room = tune._concurrent(load("small"), session, False)
+    plan = Plan(Ledger(tmp_path / "l"), Counted(), Budget(trials=9, recipe_seeds=0, finalists=0), own={}, seed=0)
+    planned = _Planned(plan, RungScheduler(plan, "x", None, lambda number: None), "x", room, lambda ended: None)
+
+    def begun(names):
+        return [name for name in names if planned.suggest(name) is not None]
+
+    assert begun("abc") == ["a"]
+    there["CPU"], clock[0] = 3.0, 60.0
+    assert begun("bcd") == ["b", "c"]
+    there["CPU"], clock[0] = 2.0, 120.0
+    planned.on_trial_complete("a", {"x": 1.0})
+    assert begun("d") == []
+    planned.on_trial_complete("b", {"x": 1.0})
+    assert begun("de") == ["d"]
+    assert tune._concurrent(load("small", ["tune.concurrent=7"]), session, False)() == 7
+
+
 @pytest.mark.ray
 def test_what_a_repetition_may_mend_is_repeated_and_a_wrong_setting_is_not(ray_local, tmp_path, caplog):
     """Would catch: a lost process that fails the trial, a failure that is repeated, a reason that is lost."""
@@ -121,7 +146,7 @@ def test_what_a_repetition_may_mend_is_repeated_and_a_wrong_setting_is_not(ray_l
         scheduler=RungScheduler(plan, "x", None, lambda number: None),
         objective="x",
         resources={"cpu": 1},
-        concurrent=2,
+        concurrent=lambda: 2,
         retries=2,
         folder=str(tmp_path),
         on_end=ended.append,
