@@ -89,7 +89,7 @@ def test_a_stage_without_what_it_needs_says_what_to_run(monkeypatch, capsys, tmp
         ("space: {mask.ratio: {unifrom: [0.4, 0.9]}}", "mask.ratio needs one of uniform"),
         ("space: {mask.ratio: {uniform: [0.9, 0.4]}}", "uniform needs [low, high]"),
         ("space: {mask.ratio: {uniform: [0.4, 1.9]}}", "mask.ratio=1.9: input should be less than 1"),
-        ("space: {target.weights.1: {uniform: [0.4, 0.9]}}", "the recipe taps none of its levels"),
+        ("space: {target.weights.4: {uniform: [0.4, 0.9]}}", "the recipe taps none of its levels"),
         ("space: {target.weights.x: {uniform: [0, 1]}}", "'x' is not a level"),
         ("space: {3: {uniform: [0, 1]}}", "3 cannot be searched"),
         ("space: {mask.ratio: {uniform: [a, 0.5]}}", "uniform needs [low, high], got ['a', 0.5]"),

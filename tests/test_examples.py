@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loss_equality.cases import TWO_LEVELS
 from PIL import Image
 from tiny_shards import SIDE, photos, write_set
 
@@ -30,7 +31,7 @@ def trained(shards, tmp_path_factory):
     """What pretrain_from_python.py wrote, and what it printed."""
     out = tmp_path_factory.mktemp("trained")
     return out / "checkpoint", printed_by(
-        "pretrain_from_python", "--shards", shards.url, "--steps", 5, "--out", out, *TINY
+        "pretrain_from_python", "--shards", shards.url, "--steps", 5, "--out", out, "--recipe", TWO_LEVELS, *TINY
     )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint of a tiny untrained model, for tests that read checkpoints."""
 
+from loss_equality.cases import TWO_LEVELS
 from tiny import statistics
 from tiny_images import images_of
 
@@ -24,7 +25,7 @@ SMALL = [
 
 def write_checkpoint(folder, *settings, channels=3):
     """A checkpoint as pretraining writes it, of a tiny untrained model; gives (model, statistics)."""
-    recipe = load("small", [*SMALL, f"data.channels={channels}", *settings])
+    recipe = load(TWO_LEVELS, [*SMALL, f"data.channels={channels}", *settings])
     stats = statistics(images_of(4, channels, SIDE), 3)
     model = build_blank_model(recipe)  # weights do not depend on statistics
     state = {

@@ -40,9 +40,17 @@ def _at_most(value: int | None, most: int) -> int | None:
 def _normalisation(recipe: Recipe) -> str:
     """As it is where the target allows it: contrast is for targets with bands."""
     target = recipe.target
-    if target.predicts_bands or target.normalise != "contrast":
+    if target.normalise != "contrast" or _has_bands(recipe):
         return target.normalise
     return "dataset" if target.kind == "fourier" else "patch"
+
+
+def _has_bands(recipe: Recipe) -> bool:
+    """Whether the target predicts bands; true where its module cannot be imported, which `checks` says."""
+    try:
+        return recipe.target.predicts_bands
+    except ValueError:
+        return True
 
 
 WARM_UPS = (
@@ -56,9 +64,14 @@ WEIGHTS = Rule(
     ("target.taps",),
     lambda r: {level: weight for level, weight in r.target.weights.items() if level in r.target.taps},
 )
+BY_KIND = (
+    Rule("target.normalise", ("target.kind",), _normalisation),
+    Rule("target.tilt", ("target.kind",), lambda r: r.target.tilt if _has_bands(r) else None),
+)
 RULES = (
     *WARM_UPS,
     WEIGHTS,
+    *BY_KIND,
     Rule("train.workers", ("train.batch",), lambda r: min(r.train.workers, r.train.batch)),
     Rule("finetune.workers", ("finetune.batch",), lambda r: _divisor(r.finetune.batch, r.finetune.workers)),
     Rule(
@@ -70,8 +83,6 @@ RULES = (
     Rule("finetune.image_size", ("data.image_size",), lambda r: _at_most(r.finetune.image_size, r.data.image_size)),
     Rule("encoder.heads", ("encoder.width",), lambda r: _divisor(r.encoder.width or 1, r.encoder.heads)),
     Rule("decoder.heads", ("decoder.width",), lambda r: _divisor(r.decoder.width, r.decoder.heads)),
-    Rule("target.normalise", ("target.kind",), _normalisation),
-    Rule("target.tilt", ("target.kind",), lambda r: r.target.tilt if r.target.predicts_bands else None),
     Rule("target.loss", ("target.kind",), lambda r: "l2" if r.target.kind == "fourier" else r.target.loss),
     Rule(
         "target.average",

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.behaviour import is_section
 from pipeline.config.checks import check_data, check_kind, check_out, check_together, nearest
-from pipeline.config.follow import WARM_UPS, WEIGHTS, following
+from pipeline.config.follow import BY_KIND, WARM_UPS, WEIGHTS, following
 from pipeline.config.places import check_place, check_text, local_place
 from pipeline.config.recipe import BEHAVIOURS, STAGE_SECTIONS, Recipe, differences, identity
 from pipeline.config.settings import number_like
@@ -178,7 +178,8 @@ def _name_of(recipe: str) -> str:
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """A copy of `recipe` with dotted keys set to new values, validated again.
 
-    A new length of training shortens a warm-up that the user did not give. A level that new taps leave out loses its weight,
+    A new length of training shortens a warm-up that the user did not give, and a new kind of target takes a normalisation and a
+    tilt that it has. A level that new taps leave out loses its weight,
     also one that the user gave: it is for the taps of that level. Raises SettingError.
     """
     settings, given = recipe.dump(), recipe.given | overrides.keys()
@@ -186,7 +187,8 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
         _set(settings, key, value)
     parsed = _parsed(settings)
     followers = (
-        following(parsed, overrides, given, WARM_UPS)[0] | following(parsed, overrides, overrides, (WEIGHTS,))[0]
+        following(parsed, overrides, given, (*WARM_UPS, *BY_KIND))[0]
+        | following(parsed, overrides, overrides, (WEIGHTS,))[0]
     )
     for key, value in followers.items():
         _set(settings, key, value)

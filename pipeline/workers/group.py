@@ -168,9 +168,14 @@ def _train_in_group(
     config: ray.ObjectRef, recipe: Recipe, session: SessionInfo, folder: Path, workers: int
 ) -> dict[str, Any] | None:
     """Train on data-parallel workers, with Ray Train."""
+    ended: dict[str, Any] | None = _trainer(config, recipe, session, folder, workers).fit().return_value
+    return ended
+
+
+def _trainer(config: ray.ObjectRef, recipe: Recipe, session: SessionInfo, folder: Path, workers: int) -> Any:
     use_gpu = uses_gpu(recipe, session)
     least = least_workers(recipe, workers)
-    trainer = torch_trainer(
+    return torch_trainer(
         private=session.private,
         train_loop_per_worker=train_worker,
         # By reference: the process that controls the workers would else import torch and all models to read it.
@@ -189,8 +194,6 @@ def _train_in_group(
             ),
         ),
     )
-    ended: dict[str, Any] | None = trainer.fit().return_value  # of V2
-    return ended
 
 
 def least_workers(recipe: Recipe, workers: int) -> int:

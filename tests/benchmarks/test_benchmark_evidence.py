@@ -186,7 +186,7 @@ def test_fine_tuning_classifies_val_as_its_own_count_says(shards, benchmarks, tm
 
 def test_pace_is_by_image_size_and_gives_the_seconds_of_a_curve(shards, benchmarks):
     module = import_module("evidence_training")
-    overrides = {**TINY, "train.progressive": {32: 0.5, 64: 0.5}}
+    overrides = {**TINY, "train.optimizer": "adamw", "train.progressive": {32: 0.5, 64: 0.5}}
     rates = module.pace(shards, "small_wavelet", overrides, steps=60, device="cpu")
     assert set(rates) == {"32", "64"} and rates["32"] > rates["64"] > 0
     points = [

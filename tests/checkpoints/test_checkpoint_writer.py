@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from loss_equality.cases import TWO_LEVELS
 from safetensors.torch import load_file
 from tiny import make_step, photos
 from tiny_shards import photos as images_of
@@ -239,7 +240,7 @@ SETTINGS = {
 def go(shards, folder, rank, world, resume=None, stop_at=None):
     """Train in this process; rank 0 keeps every checkpoint, and the metrics as JSON."""
     torch.set_num_threads(1)
-    recipe = with_overrides(load("small"), {**SETTINGS, "train.workers": world})
+    recipe = with_overrides(load(TWO_LEVELS), {**SETTINGS, "train.workers": world})
     logged = {}
     steps = iter(range(1, 1000))
     orders = Coordinator(rank, world, stop=lambda: stop_at is not None and next(steps) >= stop_at)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 20
+TWO_LEVELS = str(Path(__file__).with_name("two_levels.yaml"))  # a recipe with targets at two blocks
 TRAIN_ROWS = 38  # five batches an epoch, the last one of six images
 
 # For every case. The learning rate, 1e-3 at the peak, is one at which losses move within 20 steps.
@@ -39,7 +40,7 @@ COMMON: dict[str, Any] = {
 class Case:
     """A run of 20 steps."""
 
-    recipe: str = str(Path(__file__).with_name("two_levels.yaml"))
+    recipe: str = TWO_LEVELS
     settings: dict[str, Any] = field(default_factory=dict)  # dotted keys, over the narrowed recipe
     resume: int | None = None  # what is recorded after this step is of a run that is resumed from its checkpoint
     encoder: str | None = None  # fine-tuning: the recipe whose last checkpoint is fine-tuned

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from loss_equality.cases import TWO_LEVELS
 from tiny_shards import photos, write_set
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +57,7 @@ def go(url, folder, rank=0, world=1, resume=None, **changes):
             held[name] = sum(sharding.local(tensor).numel() for tensor in tensors)
 
     train(
-        with_overrides(load("small"), {**SETTINGS, "train.workers": world, **changes}),
+        with_overrides(load(TWO_LEVELS), {**SETTINGS, "train.workers": world, **changes}),
         ShardSet.open(url),
         device=torch.device("cpu"),
         rank=rank,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_shards
+from loss_equality.cases import TWO_LEVELS
 from stage_calls import wavemim
 
 from pipeline.config.load import load, names_of, read_yaml, with_overrides
@@ -33,7 +34,7 @@ OTHERS = [
 
 def checked(path, text, *settings):
     path.write_text(text)
-    check_space(load("small", [*settings, f"tune.space={path}"]))
+    check_space(load(TWO_LEVELS, [*settings, f"tune.space={path}"]))
 
 
 @pytest.mark.parametrize("name", sorted(SPACES | set(names_of("tune_spaces"))))
@@ -174,7 +175,7 @@ def test_dry_run_shows_the_points_of_the_sweep_and_writes_nothing(monkeypatch, c
     code, out, err = wavemim(monkeypatch, capsys, *arguments, "tune.trials=12")
     assert (code, err) == (0, "")
     assert "level_weights: How should the loss be divided among the levels? [share of the sum" in out
-    assert "  target.weights: {simplex: [3, 4]}\n  mask.ratio: {uniform: [0.4, 0.9]}\n" in out
+    assert "  target.weights: {simplex: [1, 2, 3]}\n  mask.ratio: {uniform: [0.4, 0.9]}\n" in out
     rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")][2:]
     recipe = load("small", ["tune.space=[level_weights, mask_ratio]", "tune.search=random", "tune.trials=12"])
     points = planned_points(recipe, read_space(recipe), 12)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from loss_equality.cases import TWO_LEVELS
 
 from pipeline.config.load import load
 from pipeline.stages.tune_draws import draws_of
@@ -23,7 +24,7 @@ GRID = "question: Q?\nspace: {mask.ratio: {grid: [0.5, 0.6, 0.7]}}\n"
 
 def made(tmp_path, search, text=SPACE):
     (tmp_path / "space.yaml").write_text(text)
-    recipe = load("small", [f"tune.space={tmp_path}/space.yaml", f"tune.search={search}"])
+    recipe = load(TWO_LEVELS, [f"tune.space={tmp_path}/space.yaml", f"tune.search={search}"])
     return recipe, read_space(recipe)
 
 

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from loss_equality.cases import TWO_LEVELS
 
 from pipeline.config.load import load
 from pipeline.stages.tune_check import check_space
@@ -28,7 +29,7 @@ TILTS = [0, 0.5, {"0": 0, "1": 1}]
 def space(tmp_path_factory):
     path = tmp_path_factory.mktemp("space") / "mine.yaml"
     path.write_text(SPACE)
-    recipe = load("small", [f"tune.space={path}", "tune.scheduler=pbt"])
+    recipe = load(TWO_LEVELS, [f"tune.space={path}", "tune.scheduler=pbt"])
     check_space(recipe)
     return read_space(recipe)
 

@@ -6,6 +6,7 @@ import json
 import mlflow
 import pytest
 import tiny_shards
+from loss_equality.cases import TWO_LEVELS
 from stage_calls import run_stage
 
 from pipeline.config.load import load, with_overrides
@@ -42,7 +43,7 @@ def test_trials_train_at_the_points_of_the_space(ray_local, tmp_path, search, tr
     tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
     (tmp_path / "all.yaml").write_text(SPACE)
     places = [f"out={tmp_path}", f"tune.space={tmp_path}/all.yaml"]
-    recipe = load("small", [*TINY, *places, f"tune.trials={trials}", f"tune.search={search}"])
+    recipe = load(TWO_LEVELS, [*TINY, *places, f"tune.trials={trials}", f"tune.search={search}"])
     found = run_stage(tune, recipe, ray_local)
     space = read_space(recipe)
     points = [trial["point"] for trial in found["trials"]]

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import optuna
 import pytest
+from loss_equality.cases import TWO_LEVELS
 
 from pipeline.config.load import load
 from pipeline.errors import SettingError
@@ -34,7 +35,7 @@ def space_of(tmp_path):
         for number, text in enumerate(texts):
             paths.append(tmp_path / f"{'abc'[number]}.yaml")
             paths[-1].write_text(text)
-        return read_space(load("small", [*settings, f"tune.space={json.dumps([str(path) for path in paths])}"]))
+        return read_space(load(TWO_LEVELS, [*settings, f"tune.space={json.dumps([str(path) for path in paths])}"]))
 
     return made
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from loss_equality.cases import TWO_LEVELS
 from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, validate, with_overrides
@@ -33,7 +34,7 @@ def shards(tmp_path_factory):
 
 
 def run(shards, folder=None, resume=None, **changes):
-    recipe = with_overrides(load("small"), SETTINGS | changes)
+    recipe = with_overrides(load(TWO_LEVELS), SETTINGS | changes)
     logged = {}
 
     def keep(write, state):
