@@ -79,7 +79,8 @@ def runs(name):
 def importing(command):
     """While it loads the first of its libraries: later it may have ended, on an idle machine."""
     maps, libraries = Path(f"/proc/{command.pid}/maps"), ("numpy", "pydantic_core", "arrow")
-    return lambda _: any(name in maps.read_text() for name in libraries)
+    # Before it is the command, it is a copy of this process, which has loaded them and handles signals in its own way.
+    return lambda _: "pipeline.cli" in command.process.cmdline() and any(name in maps.read_text() for name in libraries)
 
 
 def there(folder, pattern):
