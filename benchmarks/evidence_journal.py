@@ -87,7 +87,7 @@ class Journal:
                     f"evidence_training:{function}",
                     threads=threads,
                     say=lambda line: print(f"{label}: {line}", flush=True),
-                    seconds=None if math.isinf(left) else left,
+                    time_limit=None if math.isinf(left) else left,
                     **task,
                     **({"work": str(work)} if work is not None else {}),
                 )

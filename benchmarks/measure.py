@@ -48,7 +48,7 @@ def in_child(
     threads: int | None = None,
     libraries: str | None = None,
     say: Callable[[str], None] | None = None,
-    seconds: float | None = None,
+    time_limit: float | None = None,
     **arguments: Any,
 ) -> Any:
     """Call a function of this folder in a new process.
@@ -59,7 +59,7 @@ def in_child(
         threads: threads of the libraries; default: `cores`.
         libraries: folder of additional packages that only this process can import.
         say: called with every line that the function prints, as soon as it is printed.
-        seconds: the process is ended after so long.
+        time_limit: the process is ended after so many seconds.
         arguments: passed to the function, as JSON.
 
     Returns:
@@ -68,7 +68,7 @@ def in_child(
     Raises:
         Missing: something that the function needs is not there.
         BenchmarkError: the function failed.
-        OutOfTime: it took longer than `seconds`.
+        OutOfTime: it took longer than `time_limit`.
     """
     threads = cores if threads is None else threads
     environment = dict(os.environ)
@@ -81,9 +81,9 @@ def in_child(
         raise Missing(f"{cores} cores")
     call = json.dumps({"function": function, "arguments": arguments, "cores": allowed, "threads": threads})
     command = [sys.executable, str(Path(__file__).resolve())]
-    status, answers, errors, late = _child(command, environment, call, say, seconds)
+    status, answers, errors, late = _child(command, environment, call, say, time_limit)
     if late:
-        raise OutOfTime(f"{function} was stopped after {seconds:.0f} s")
+        raise OutOfTime(f"{function} was stopped after {time_limit:.0f} s")
     if status or not answers:
         lines = [line for line in errors.splitlines() if line.strip()]
         if os.environ.get("BENCHMARK_TRACEBACKS"):

@@ -258,7 +258,7 @@ def test_children_say_what_they_print_at_once_and_are_ended_in_time(benchmarks, 
     assert [line for line, _ in said] == ["one", "two"] and said[1][1] - said[0][1] > 0.3
     began = time.monotonic()
     with pytest.raises(measure.OutOfTime, match="2 s"):
-        measure.in_child("own:sleep", seconds=2)
+        measure.in_child("own:sleep", time_limit=2)
     assert time.monotonic() - began < 30
 
 
