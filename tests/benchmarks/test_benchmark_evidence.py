@@ -38,7 +38,7 @@ def in_process(benchmarks, monkeypatch):
     """Run what would run in new processes in this one; returns the names of the functions called."""
     called = []
 
-    def call(function, *, threads, say, seconds, **arguments):
+    def call(function, *, threads, say, time_limit, **arguments):
         name = function.partition(":")[2]
         called.append(name)
         return json.loads(json.dumps(getattr(import_module("evidence_training"), name)(**arguments)))
@@ -231,7 +231,7 @@ def test_what_does_not_fit_into_the_minutes_is_skipped(benchmarks, tmp_path, mon
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
     def child(function, **arguments):
-        limits.append(arguments["seconds"])
+        limits.append(arguments["time_limit"])
         now[0] += 10
         return {}
 

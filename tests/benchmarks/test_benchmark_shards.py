@@ -131,3 +131,10 @@ def test_command_line(tmp_path, photo_folder, monkeypatch, capsys):
     }
     assert result["left_out"] == {"plan_memory_gb": "needs what is not there"}
     assert "missed" in capsys.readouterr().out and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_child_is_given_arguments_named_as_options_of_a_measurement(tmp_path, monkeypatch):
+    """`seconds` was once taken for the child's own time limit, and nothing could be read any more."""
+    (tmp_path / "own.py").write_text("def twice(seconds, batch):\n    return [seconds, batch]\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert measure.in_child("own:twice", seconds=2.0, batch=3) == [2.0, 3]
