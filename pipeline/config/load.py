@@ -179,8 +179,8 @@ def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """A copy of `recipe` with dotted keys set to new values, validated again.
 
     A new length of training shortens a warm-up that the user did not give, and a new kind of target takes a normalisation and a
-    tilt that it has. A level that new taps leave out loses its weight,
-    also one that the user gave: it is for the taps of that level. Raises SettingError.
+    tilt that it has. A level that new taps leave out loses its weight, also one that the user gave: it is for the taps of that
+    level. Raises SettingError.
     """
     settings, given = recipe.dump(), recipe.given | overrides.keys()
     for key, value in overrides.items():

@@ -59,10 +59,8 @@ RETRIES = 3  # of a trial whose process or node was lost
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}  # of a trial's run in MLflow
 _NODES_EVERY = 5.0  # seconds between two looks at which nodes there are
 PROBE_SHARE = 0.2  # of a trial's time that probes are to take at most
-_LEFT_OUT = (
-    f"{TRIALS}/*",
-    f"{RAY}/*",
-)  # of a copy in a store: trials copy their own, and Ray's files are of no use there
+# Of a copy in a store: trials copy their own files, and Ray's are of no use there.
+_LEFT_OUT = (f"{TRIALS}/*", f"{RAY}/*")
 
 
 CHECKS = (check_model, check_space)

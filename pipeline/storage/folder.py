@@ -185,23 +185,22 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of the files directly in it, sorted, without hidden ones; none if it does not exist."""
-        if self.local is not None:
-            if not self.local.is_dir():
-                return []
-            with os.scandir(self.url) as entries:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_file())
-        files = [info.base_name for info in self._list(recursive=False) if info.type == pafs.FileType.File]
-        return sorted(name for name in files if not name.startswith("."))
+        return self._children(folders=False)
 
     def folders(self) -> list[str]:
         """Names of the folders directly in it, sorted, without hidden ones; none if it does not exist."""
-        if self.local is not None:
-            if not self.local.is_dir():
-                return []
+        return self._children(folders=True)
+
+    def _children(self, *, folders: bool) -> list[str]:
+        if self.local is None:
+            kind = pafs.FileType.Directory if folders else pafs.FileType.File
+            found = [info.base_name for info in self._list(recursive=False) if info.type == kind]
+        elif self.local.is_dir():
             with os.scandir(self.url) as entries:
-                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-        infos = [info for info in self._list(recursive=False) if info.type == pafs.FileType.Directory]
-        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+                found = [entry.name for entry in entries if (entry.is_dir() if folders else entry.is_file())]
+        else:
+            found = []
+        return sorted(name for name in found if not name.startswith("."))
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files directly in it, by name, without hidden ones; one request to a store."""

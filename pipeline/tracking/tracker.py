@@ -117,7 +117,7 @@ class Tracker:
     ) -> Tracker:
         """Begin a run, or resume the one that an earlier call began in `log_dir` and did not finish.
 
-        A run that the store has lost, or that was deleted there, is created anew with all its metrics, and so is a SQLite store.
+        A run that the store has lost, or that was deleted there, is created anew. A missing SQLite store is created.
 
         Args:
             recipe: The settings, which become parameters and the artifact recipe.yaml.
