@@ -126,7 +126,7 @@ def test_a_killed_worker_on_another_node_costs_what_came_after_its_last_checkpoi
 def test_a_sweep_whose_trials_are_stopped_is_whole_in_the_store(tmp_path, monkeypatch):
     """ASHA ends the process of the last trial as soon as that has reported: all that it measured is in the store."""
     monkeypatch.setenv(CACHE, str(tmp_path / "first"))
-    (tmp_path / "rates.yaml").write_text("question: Which rate?\nspace: {train.lr: {grid: [1.0e-5, 1.0e-2]}}\n")
+    (tmp_path / "rates.yaml").write_text("question: Which rate?\nspace: {train.lr: {grid: [1.0e-2, 1.0e-5]}}\n")
     with s3_server() as endpoint:
         home = new_bucket(endpoint).sub("out")
         shards = write_set(tmp_path / "shards", photos(60), classes=None)
