@@ -5,6 +5,7 @@ Legend: B images, C channels, K bands, h·w cells of a level, H = W pixels per s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,16 +13,18 @@ import torch
 from torch import nn
 
 from wavemim.data_statistics import STD_FLOOR, Statistics
-from wavemim.wavelets import decompose, reconstruct
+from wavemim.wavelets import decompose, is_haar, reconstruct
+
+_WORDS = (torch.int64, torch.int32, torch.int16)
 
 
 @dataclass(frozen=True)
 class Crop:
-    """Windows to cut from whole pyramids, for wavelets whose coefficients cannot be cropped when they are read.
+    """Windows to cut from whole pyramids. Coefficients of Haar can be cut and mirrored as they are stored.
 
     Attributes:
         corners: int64 (B, 2), top and left in pixels, multiples of 2^levels.
-        mirrored: bool (B,), whether to mirror the whole image horizontally first.
+        mirrored: bool (B,), whether to mirror horizontally: with Haar the window, else the whole image first.
         size: Pixels per side of the windows.
     """
 
@@ -95,6 +98,10 @@ class Inputs(nn.Module):
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Do the same as `forward`, with images in pixel values."""
         with torch.no_grad():
+            if crop is not None and is_haar(self.wavelet):
+                device = self.get_buffer("mean").device
+                stored = {level: values.to(device, non_blocking=True) for level, values in stored.items()}
+                stored, crop = haar_windows(stored, crop), None
             pyramid = self.pyramid(stored)
             pixels = self.pixels(pyramid)
             if crop is not None:
@@ -133,6 +140,32 @@ class Inputs(nn.Module):
         }
 
 
+def haar_windows(stored: Mapping[int, torch.Tensor], crop: Crop) -> dict[int, torch.Tensor]:
+    """Cut windows of Haar pyramids, and mirror them, on the device where they are.
+
+    As `wavemim.wavelets.window`, for a batch and without a transform: a mirrored window has its columns reversed, and
+    the signs of V and D changed.
+
+    Args:
+        stored: {level: (B, C, K, h, w)}, coefficients or stored integers.
+        crop: The windows.
+
+    Returns:
+        {level: (B, C, K, crop.size/2^level, crop.size/2^level)}.
+    """
+    found = {level: window_of(values, crop, level) for level, values in stored.items()}
+    mirrored = crop.mirrored.nonzero()[:, 0]  # without waiting for the device: the reader makes them on the CPU
+    if not len(mirrored):
+        return found
+    for level, values in found.items():
+        chosen = mirrored.to(values.device, non_blocking=True)
+        reverse = values.index_select(0, chosen).flip(-1)
+        reverse[:, :, -2:].neg_()
+        found[level] = values.clone() if values is stored[level] else values
+        found[level][chosen] = reverse
+    return found
+
+
 def window_of(values: torch.Tensor, crop: Crop, level: int) -> torch.Tensor:
     """Cut windows from a level.
 
@@ -145,11 +178,15 @@ def window_of(values: torch.Tensor, crop: Crop, level: int) -> torch.Tensor:
         (B, …, crop.size/2^level, crop.size/2^level).
     """
     side = crop.size >> level
-    corners = (crop.corners >> level).to(values.device, non_blocking=True)
-    cells = torch.arange(side, device=values.device)
-    rows, columns = corners[:, :1] + cells, corners[:, 1:] + cells
-    extra = (1,) * (values.ndim - 3)
-    rows = rows.reshape(len(rows), *extra, side, 1).expand(*values.shape[:-2], side, values.shape[-1])
-    cut = values.gather(-2, rows)
-    columns = columns.reshape(len(columns), *extra, 1, side).expand(*values.shape[:-2], side, side)
-    return cut.gather(-1, columns)
+    if side == values.shape[-1] == values.shape[-2]:
+        return values
+    corners = crop.corners >> level
+    # Several small integers at once, as one large one, are copied several times as fast.
+    unit = math.gcd(side, values.shape[-1], *corners[:, 1].tolist()) * values.element_size()
+    word = next((word for word in _WORDS if unit % word.itemsize == 0), None) if values.is_contiguous() else None
+    wide = values if word is None else values.view(word)
+    cells = values.shape[-1] // wide.shape[-1]
+    top, left = corners.to(values.device, non_blocking=True).unbind(1)
+    # (B, places, places, …, side, side): a view
+    every = wide.unfold(-2, side, 1).unfold(-2, side // cells, 1).movedim((-4, -3), (1, 2))
+    return every[torch.arange(len(values), device=values.device), top, left // cells].view(values.dtype)

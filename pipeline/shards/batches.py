@@ -13,7 +13,7 @@ import torch
 
 from pipeline.shards.row_groups import Group, RowGroups, read_group, read_patiently, stored_bytes
 from pipeline.shards.shard_set import ShardSet
-from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
+from pipeline.shards.windows import PixelWindows, checked_levels, gathered
 from wavemim.inputs import Crop
 
 Item = TypeVar("Item")
@@ -29,7 +29,7 @@ class Batch:
         total: Sum of the weights over all ranks.
         levels: Stored integers (B, C, K, h, w) of each level: windows, or whole levels if `crop` is set.
         labels: Class indices (B,), int64, -1 for none.
-        crop: Windows still to be cut (wavelets other than Haar).
+        crop: Windows still to be cut, where the batch is used: in training, and for other wavelets than Haar.
         pixels: Pixels (B, C, H, W), uint8, instead of `levels`, if the reader was asked for them.
     """
 
@@ -125,6 +125,7 @@ def _sequential(
     never = threading.Event()
     unit = 2**shards.levels
     corner = (shards.image_size - window) // 2 // unit * unit
+    cuts = shards.layout.windows
     left = sum(rows for _, _, rows in groups)
     pending: list[tuple[Group, int]] = []
     for file, number, rows in groups:
@@ -138,14 +139,16 @@ def _sequential(
             chosen, pending = pending[:batch], pending[batch:]
             count = len(chosen)
             corners, mirrored = np.full((count, 2), corner), np.zeros(count, bool)
-            cut, crop = ({}, None) if pixel_windows else cut_windows(shards, chosen, levels, corners, window, mirrored)
+            found: dict[int, torch.Tensor] = {}
+            if pixel_windows is None:
+                found = gathered(shards, chosen, levels, *((corner, window) if cuts else (0, shards.image_size)))
             yield Batch(
                 rows=torch.tensor([int(source[0][i]) for source, i in chosen], dtype=torch.int64),
                 weight=torch.ones(count),
                 total=float(count),
-                levels=cut,
+                levels=found,
                 labels=torch.tensor([int(source[1][i]) for source, i in chosen], dtype=torch.int64),
-                crop=crop,
+                crop=None if cuts else Crop(torch.from_numpy(corners), torch.from_numpy(mirrored), window),
                 pixels=pixel_windows(chosen, corners, mirrored) if pixel_windows else None,
             )
 

@@ -115,11 +115,16 @@ class Layout:
     def _view(self, column: pa.Array | pa.ChunkedArray, level: int) -> np.ndarray:
         if isinstance(column, pa.ChunkedArray):
             column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        width, dtype = self.row_bytes(level), self.dtype(level)
+        width = self.row_bytes(level)
         if column.type != pa.binary(width):
             raise ShardError(f"column level{level} holds {column.type}, the manifest says {pa.binary(width)}")
-        values = np.frombuffer(column.buffers()[1], dtype, len(column) * width // dtype.itemsize, column.offset * width)
-        return values.reshape(len(column), *self.shape(level))
+        return self.shaped(
+            np.frombuffer(column.buffers()[1], np.uint8, len(column) * width, column.offset * width), level
+        )
+
+    def shaped(self, content: np.ndarray, level: int) -> np.ndarray:
+        """View the bytes (n · bytes of a row,), uint8, of a level's column as integers (n, C, K, h, w)."""
+        return content.view(self.dtype(level)).reshape(-1, *self.shape(level))
 
 
 class PyramidEncoder:

@@ -6,13 +6,16 @@ shuffled (a *mix*). A global batch takes the same number of rows from every chun
 with the same `streams`, any number of ranks sees the same global batches, and a run resumed in the middle of an epoch
 continues with the batches that it would have seen.
 
-Threads read row groups and cut batches ahead of the consumer, with bounded memory. For each stream of this rank they
+Batches hold whole rows; their windows are cut where they are used (`wavemim.inputs.haar_windows`), on a GPU if there is one.
+Cut here, row by row, threads would wait for each other: only one of them can run Python at a time.
+
+Threads read row groups and put batches together ahead of the consumer, with bounded memory. For each stream of this rank they
 hold the current mix, the next one, and what unfinished batches still use of the previous one: at most 3 · mix_groups ·
 rows_per_group rows. Over all streams they hold `threads` + 1 unfinished batches and `ahead` + 2 finished ones. With the
 defaults (8 groups of 64 rows), a mix of 256-pixel images takes 98 MiB, thus at most 293 MiB per stream; a mix of
 64-pixel images takes 18 MiB.
 
-Dimensions: B rows, C channels, K bands, h × w cells of a level's window.
+Dimensions: B rows, C channels, K bands, h × w cells of a level.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ import torch
 from pipeline.shards.batches import Batch, read_ahead
 from pipeline.shards.row_groups import Group, RowGroups, read_patiently, stored_bytes
 from pipeline.shards.shard_set import ShardSet
-from pipeline.shards.windows import PixelWindows, checked_levels, cut_windows
+from pipeline.shards.windows import PixelWindows, checked_levels, gathered
+from wavemim.inputs import Crop
 from wavemim.randomness import uniform
 
 Pick = tuple[Group, int, float]  # row group, row in it, weight
@@ -194,7 +198,7 @@ class Reader:
         return found
 
     def _batch(self, epoch: int, picks: list[Pick], total: float) -> Batch:
-        """Cut the windows of the chosen rows into new memory."""
+        """Copy the chosen rows into new memory, and draw their windows."""
         rows = torch.tensor([int(group[0][i]) for group, i, _ in picks], dtype=torch.int64)
         unit = 2**self.shards.levels
         places = (self.shards.image_size - self.window) // unit + 1
@@ -202,12 +206,13 @@ class Reader:
         corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
         mirrored = (draws[:, 2] < 0.5) & self.flip
         sources = [(group, i) for group, i, _ in picks]
-        pixels = self._pixel_windows(sources, corners, mirrored) if self._pixel_windows else None
-        levels, crop = (
-            ({}, None)
-            if self._pixel_windows
-            else cut_windows(self.shards, sources, self.levels, corners, self.window, mirrored)
-        )
+        pixels, levels, crop = None, dict[int, torch.Tensor](), None
+        if self._pixel_windows:
+            pixels = self._pixel_windows(sources, corners, mirrored)
+        else:
+            levels = gathered(self.shards, sources, self.levels, 0, self.shards.image_size)
+            if self.flip or self.window < self.shards.image_size or not self.shards.layout.windows:
+                crop = Crop(torch.from_numpy(corners), torch.from_numpy(mirrored), self.window)
         weight = torch.tensor([weight for _, _, weight in picks], dtype=torch.float32)
         if self.pin:  # a GPU copies from pinned memory asynchronously
             rows, weight = rows.pin_memory(), weight.pin_memory()

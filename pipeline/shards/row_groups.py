@@ -5,11 +5,12 @@ Dimensions: n images, C channels, K bands, h × w cells.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.shards.errors import ShardError, UnreadableError
+from pipeline.shards.pages import read_page
 from pipeline.shards.shard_set import ShardSet
 from pipeline.storage.folder import Folder
 from pipeline.storage.object_stores import StorageError, reaching
@@ -87,24 +89,15 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
     Raises:
         ShardError: The file is missing, damaged, or cannot be reached.
     """
-    local = shards.folder.local is not None
+    with _reading(shards, name, group):
+        return _read_columns(shards, name, group, columns)
+
+
+@contextlib.contextmanager
+def _reading(shards: ShardSet, name: str, group: int) -> Iterator[None]:
+    """Turns what can go wrong with a row group into a ShardError that says what to do."""
     try:
-        path = shards.folder.place(name)
-        key = (path, os.stat(path).st_mtime_ns if local else 0, group, tuple(columns))
-        footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
-        with (
-            reaching(shards.folder.shown(name)),
-            shards.folder.open(name) as source,
-            pq.ParquetFile(
-                source,
-                metadata=footer,
-                page_checksum_verification=not (local and key in _sound),
-                pre_buffer=not local,  # one request for adjacent columns
-            ) as parquet,
-        ):
-            table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
-        _sound.add(key)
-        return shards.numbered(name, table)
+        yield
     except FileNotFoundError:
         raise ShardError(
             f"{shards.folder.shown(name)} is missing (reading row group {group}); "
@@ -118,6 +111,35 @@ def read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]
             f"{shards.folder.shown(name)} is damaged (row group {group}): {text}; "
             f"wavemim verify {shards.url} lists all such files"
         ) from None
+
+
+def _read_columns(shards: ShardSet, name: str, group: int, columns: Sequence[str]) -> pa.Table:
+    known = _key(shards, name, group, columns)
+    footer = _footer(shards.folder, name, shards.checksums.get(name, ""))
+    with (
+        reaching(shards.folder.shown(name)),
+        shards.folder.open(name) as source,
+        pq.ParquetFile(
+            source,
+            metadata=footer,
+            page_checksum_verification=known not in _sound,
+            pre_buffer=known is None,  # one request for adjacent columns
+        ) as parquet,
+    ):
+        table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
+    if known is not None:
+        _sound.add(known)
+    return shards.numbered(name, table)
+
+
+def _key(
+    shards: ShardSet, name: str, group: int, columns: Sequence[str]
+) -> tuple[str, int, int, tuple[str, ...]] | None:
+    """The entry of `_sound` for a row group; None for one that is not on a local disk."""
+    if shards.folder.local is None:
+        return None
+    path = shards.folder.place(name)
+    return path, os.stat(path).st_mtime_ns, group, tuple(columns)
 
 
 def read_group(
@@ -137,9 +159,28 @@ def read_group(
     Raises:
         ShardError: The file is missing, damaged, or cannot be reached.
     """
-    table = read_columns(shards, name, group, ["row", "label", *(f"level{level}" for level in levels)])
-    row, label = (table.column(column).to_numpy() for column in ("row", "label"))
-    return row, label, shards.layout.decode(table, levels)
+    numbers, columns = ["row", "label"], [f"level{level}" for level in levels]
+    with _reading(shards, name, group):
+        known = _key(shards, name, group, [*numbers, *columns])
+        found = _read_pages(shards, known[0], name, group, levels) if known in _sound else {}
+        table = _read_columns(shards, name, group, numbers if found else [*numbers, *columns])
+    row, label = (table.column(column).to_numpy() for column in numbers)
+    return row, label, found or shards.layout.decode(table, levels)
+
+
+def _read_pages(shards: ShardSet, path: str, name: str, group: int, levels: Sequence[int]) -> dict[int, np.ndarray]:
+    """The coefficients of a row group in a local file; nothing if one of the columns is not a single page."""
+    footer = _footer(shards.folder, name, shards.checksums.get(name, "")).row_group(group)
+    places = {footer.column(index).path_in_schema: index for index in range(footer.num_columns)}
+    found = {}
+    with open(path, "rb", buffering=0) as file:
+        for level in levels:
+            size = footer.num_rows * shards.layout.row_bytes(level)
+            values = read_page(file.fileno(), footer.column(places[f"level{level}"]), size)
+            if values is None:
+                return {}
+            found[level] = shards.layout.shaped(values, level)
+    return found
 
 
 def stored_bytes(shards: ShardSet, name: str, group: int, levels: Sequence[int]) -> int:

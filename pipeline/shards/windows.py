@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipeline.shards.pages import new_array
 from pipeline.shards.row_groups import Group
 from pipeline.shards.shard_set import ShardSet
-from wavemim.inputs import Crop
 from wavemim.integer_haar import HaarPixels
-from wavemim.wavelets import bands_of
 
 
 class PixelWindows:
@@ -53,49 +52,32 @@ class PixelWindows:
         return torch.from_numpy(images)
 
 
-def cut_windows(
-    shards: ShardSet,
-    sources: list[tuple[Group, int]],
-    levels: Sequence[int],
-    corners: np.ndarray,
-    window: int,
-    mirrored: np.ndarray,
-) -> tuple[dict[int, torch.Tensor], Crop | None]:
-    """Cut windows from the coefficients of rows.
+def gathered(
+    shards: ShardSet, sources: Sequence[tuple[Group, int]], levels: Sequence[int], corner: int, window: int
+) -> dict[int, torch.Tensor]:
+    """Copy the same window of several rows into the memory of a batch, in one call per level.
 
-    As `wavemim.wavelets.window`, but directly into the memory of the batch: mirroring reverses the columns and changes
-    the signs of V and D. For wavelets that do not allow this, whole levels are returned, and the windows to be cut.
-    Not with torch, which would start its own threads in each thread of the reader.
+    Not with torch, which would start its own threads in each thread of the reader. One call, because threads that read
+    would otherwise wait for each other between the small ones.
 
     Args:
         shards: The shard set.
         sources: (row group, row in it) of B rows.
         levels: The levels.
-        corners: Top and left of each window (B, 2), in pixels of the stored image.
+        corner: Top and left of the windows, in pixels of the stored image, a multiple of 2^levels.
         window: Side of the windows in pixels of the stored image.
-        mirrored: Whether each window is mirrored horizontally (B,), bool.
 
     Returns:
-        Stored integers (B, C, K, h, w) of each level, and the windows still to be cut, None if they are cut.
+        Stored integers (B, C, K, h, w) of each level.
     """
-    whole = not shards.layout.windows
     out: dict[int, torch.Tensor] = {}
     for level in levels:
-        side = (shards.image_size if whole else window) >> level
-        cells = (0 * corners if whole else corners >> level).tolist()
-        shape = (len(sources), shards.channels, len(bands_of(level, shards.levels)), side, side)
-        values = np.empty(shape, shards.layout.dtype(level))
-        for b, ((_, _, pyramid), i) in enumerate(sources):
-            top, left = cells[b]
-            cut = pyramid[level][i, :, :, top : top + side, left : left + side]
-            if mirrored[b] and not whole:
-                reverse_columns(cut, values[b])
-                np.negative(values[b, :, -2:], out=values[b, :, -2:])
-            else:
-                np.copyto(values[b], cut)
+        cells = slice(corner >> level, (corner + window) >> level)
+        parts = [pyramid[level][i, :, :, cells, cells] for (_, _, pyramid), i in sources]
+        values = new_array((len(parts), *parts[0].shape), parts[0].dtype)
+        np.concatenate(parts, out=values.reshape(-1, *parts[0].shape[1:]))
         out[level] = torch.from_numpy(values)
-    crop = Crop(torch.from_numpy(corners.copy()), torch.from_numpy(mirrored.copy()), window) if whole else None
-    return out, crop
+    return out
 
 
 def reverse_columns(values: np.ndarray, out: np.ndarray) -> None:
@@ -105,9 +87,8 @@ def reverse_columns(values: np.ndarray, out: np.ndarray) -> None:
     if word is None or values.itemsize > 1:
         np.copyto(out, values[..., ::-1])
         return
-    words = out.view(word)
-    np.copyto(words, values.view(word)[..., ::-1])
-    words.byteswap(inplace=True)
+    other = np.dtype(word).newbyteorder()  # copied into the order of the machine, a word is reversed
+    np.copyto(out.view(word), values.view(other)[..., ::-1])
 
 
 def checked_levels(shards: ShardSet, finest: int, window: int) -> list[int]:

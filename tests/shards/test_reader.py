@@ -1,7 +1,10 @@
 """The training reader: every row once, the same batches however they are asked for, windows that are exact crops."""
 
+import contextlib
 import itertools
 import threading
+from collections.abc import Generator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from pipeline.shards.reader import Reader
 from pipeline.shards.row_groups import RowGroups, read_group
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.windows import reverse_columns
-from wavemim.inputs import Inputs
+from wavemim.inputs import Inputs, haar_windows
 from wavemim.targets import Statistics
+from wavemim.wavelets import window
 
 IMAGES = photos(61)  # 41 rows for train, 20 for val
 # Rows of the batches of epoch 2 from batch 1 on, by the reader of November 2026: batches of 12 in 3 streams, seed 5.
@@ -39,8 +43,19 @@ def lossless(tmp_path_factory) -> ShardSet:
     return write_set(tmp_path_factory.mktemp("lossless"), IMAGES, layout)
 
 
-def reader(shards: ShardSet, batch: int, **options) -> Reader:
-    return Reader(shards, "train", **({"batch": batch, "window": 32, "flip": True, "mix_groups": 2} | options))
+class CutReader(Reader):
+    """Cuts the windows of Haar pyramids, as their users do."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        with contextlib.closing(super().epoch(epoch, start)) as batches:
+            for batch in batches:
+                if batch.crop is not None and self.shards.layout.windows:
+                    batch = replace(batch, levels=haar_windows(batch.levels, batch.crop), crop=None)
+                yield batch
+
+
+def reader(shards: ShardSet, batch: int, **options) -> CutReader:
+    return CutReader(shards, "train", **({"batch": batch, "window": 32, "flip": True, "mix_groups": 2} | options))
 
 
 def assert_same(first: Batch, second: Batch) -> None:
@@ -179,6 +194,23 @@ def test_without_flip_nothing_is_mirrored(lossless):
         wanted = PyramidEncoder(lossless.layout).encode(IMAGES[(batch.rows.numpy() - 5) // 2])
         for level, values in wanted.items():
             np.testing.assert_array_equal(batch.levels[level], values)
+
+
+def test_whole_rows_are_handed_over_with_the_windows_to_cut(lossless):
+    """The same rows, whether they are cut as they are stored or, by PyWavelets' definition, one by one."""
+    [batch] = Reader(lossless, "train", batch=41, window=32, flip=True).epoch(0)
+    assert batch.crop is not None and batch.crop.size == 32 and 0 < batch.crop.mirrored.sum() < 41
+    stored = PyramidEncoder(lossless.layout).encode(IMAGES[(batch.rows.numpy() - 5) // 2])
+    before = {level: values.clone() for level, values in batch.levels.items()}
+    cut = haar_windows(batch.levels, batch.crop)
+    for level, values in stored.items():
+        np.testing.assert_array_equal(batch.levels[level], values)
+        assert torch.equal(batch.levels[level], before[level])  # not in place: a batch may be used again
+        for i, (corner, mirrored) in enumerate(zip(batch.crop.corners.tolist(), batch.crop.mirrored, strict=True)):
+            wanted = window(values[i], level, *corner, 32, bool(mirrored))
+            np.testing.assert_array_equal(cut[level][i], wanted)
+    [plain] = Reader(lossless, "train", batch=41, window=SIDE, flip=False).epoch(0)
+    assert plain.crop is None
 
 
 def test_labels_belong_to_rows(shards):
