@@ -131,7 +131,8 @@ class _Commands(click.Group):
         """The command of this name, or None."""
         if cmd_name in TOOLS:
             module, _, name = TOOLS[cmd_name].module.partition(":")
-            tool: click.Command = copy.copy(getattr(importlib.import_module(module), name or "command"))
+            with machine.importing():
+                tool: click.Command = copy.copy(getattr(importlib.import_module(module), name or "command"))
             if tool.callback is not None:
                 tool.callback = interrupts.during(cmd_name)(tool.callback)
             return tool
@@ -280,12 +281,14 @@ def _run(stage: str, recipe: Recipe, *, progress: bool) -> None:
 
     check_places(recipe)
     if stage in SEQUENCES:
-        from pipeline.stages.run import demo, run
+        with machine.importing():
+            from pipeline.stages.run import demo, run
 
         (demo if stage == "demo" else run)(recipe, progress=progress, say=click.echo)
         return
-    module: Any = importlib.import_module(STAGES[stage].module)
-    from pipeline.stages.sequence import run_stages
+    with machine.importing():
+        module: Any = importlib.import_module(STAGES[stage].module)
+        from pipeline.stages.sequence import run_stages
 
     run_stages({stage: module}, recipe, progress=progress, say=click.echo)
 

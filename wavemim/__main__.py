@@ -16,8 +16,15 @@ from pathlib import Path
 def main() -> None:
     """Run the command line, if `pipeline` is installed."""
     _import_beside("pipeline")
-    importlib.import_module("pipeline.runtime.interrupts").install()  # before everything that takes time
-    importlib.import_module("pipeline.cli").main()
+    interrupts = importlib.import_module("pipeline.runtime.interrupts")
+    interrupts.install()  # before everything that takes time
+    try:
+        importlib.import_module("pipeline.cli").main()
+    except SystemExit as ended:
+        if isinstance(ended.code, int):
+            interrupts.leaving(ended.code)
+        raise
+    interrupts.leaving(0)
 
 
 def _leave_out_working_folder() -> None:

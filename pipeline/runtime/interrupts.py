@@ -71,6 +71,7 @@ class _Ending:
 
     def __init__(self) -> None:
         self.installed = False
+        self.code: int | None = None  # of the end of this process, once it is known
         self.raises = False  # whether a signal raises KeyboardInterrupt; otherwise it ends the process at once
         self.doing: list[str] = []  # stages that are under way, the innermost last
         self.earlier = False  # whether stages of the same command are finished
@@ -159,9 +160,27 @@ def line_for(number: int) -> str:
     return f"{words} during {what}; {before}{LEFT[what].format(same=same)}"
 
 
-def _ignore() -> None:
+def _leave() -> None:
+    """The end of everything that ends with the interpreter. By then all is said.
+
+    Python would restore the default of the signals, which kills with another code, and free every object of the libraries
+    one by one, which takes two seconds.
+    """
     for number in _CODES:
         signal.signal(number, signal.SIG_IGN)
+    if _ending.code is None:
+        return
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except (OSError, ValueError):  # Python says so
+        return
+    os._exit(_ending.code)
+
+
+def leaving(code: int) -> None:
+    """Note the code with which this process is about to end."""
+    _ending.code = code
 
 
 def install() -> None:
@@ -169,8 +188,7 @@ def install() -> None:
     if _ending.installed:
         return
     _ending.installed = True
-    # While the interpreter ends: by then all is said, and Python would restore the default, which kills with another code.
-    atexit.register(_ignore)
+    atexit.register(_leave)
     told, tells = socket.socketpair()
     tells.setblocking(False)
     signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)

@@ -27,8 +27,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.finetune_loop import TOP1, finetune
 from pipeline.training.schedule import TrainSchedule
 from pipeline.workers.group import least_workers, train_on_workers
-from pipeline.workers.harness import Harness
-from pipeline.workers.worker import LoopResult
+from pipeline.workers.harness import Harness, LoopResult
 from wavemim import __version__
 from wavemim.evaluation.metrics import Accuracy, class_table
 from wavemim.finetune import middle_side

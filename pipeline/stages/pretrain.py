@@ -29,9 +29,7 @@ from pipeline.training.online_eval import draw_val, monitoring, newest_of
 from pipeline.training.pretrain_loop import train
 from pipeline.training.schedule import TrainSchedule
 from pipeline.workers.group import least_workers, train_on_workers
-from pipeline.workers.harness import Harness
-from pipeline.workers.worker import LoopResult
-from wavemim.figures.plots import loss_figure
+from pipeline.workers.harness import Harness, LoopResult
 from wavemim.weights import checkpoint
 
 CHECKS = (check_model,)
@@ -181,6 +179,8 @@ def _newest(folder: Path, store: CheckpointStore, before: list[str]) -> Path | N
 
 def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Tracker) -> dict[str, Any]:
     """Draw the figures of the last checkpoint; returns the result."""
+    from wavemim.figures.plots import loss_figure  # needed here only, and slow to import
+
     final = checkpoint.latest(folder.path)
     if final is None:
         raise StageError(f"{folder.path} has no complete checkpoint after training")

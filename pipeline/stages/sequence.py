@@ -16,7 +16,8 @@ from pipeline.runtime.out_folder import check_nodes, prepare_out
 from pipeline.runtime.ray_session import ray_session
 
 WITHOUT_RAY = frozenset({"export"})
-_SLOW = "pipeline.tracking.mlflow_client"  # MLflow, which every stage needs as soon as Ray has started
+# MLflow, which every stage needs as soon as Ray has started, and what draws, which training needs at its end.
+_SLOW = ("pipeline.tracking.mlflow_client", "wavemim.figures.reconstruction")
 Check = Callable[[Recipe], object]
 _LOCAL: set[Check] = set()
 
@@ -117,4 +118,5 @@ def run_stages(
 def _import_ahead() -> None:
     """Import what is slow to import while Ray starts its processes, which the main thread waits for."""
     with contextlib.suppress(Exception):  # whoever needs it will report it
-        importlib.import_module(_SLOW)
+        for module in _SLOW:
+            importlib.import_module(module)

@@ -25,7 +25,6 @@ from pipeline.models.build import build_views
 from pipeline.periodic import Periodic
 from pipeline.shards.batches import sequential
 from pipeline.shards.shard_set import ShardSet
-from wavemim.figures.reconstruction import reconstruction_figure
 from wavemim.inputs import Inputs
 from wavemim.model import MaskedImageModel
 
@@ -344,6 +343,8 @@ def draw_val(path: Path, model: MaskedImageModel, inputs: Inputs, recipe: Recipe
         recipe: The settings of the model.
         shards: The shard set.
     """
+    from wavemim.figures.reconstruction import reconstruction_figure  # needed at the end only, and slow to import
+
     split = "val" if shards.rows.get("val") else "train"
     batch = next(iter(sequential(shards, split, IMAGES, window=recipe.encoder.image_size, max_rows=IMAGES)))
     reconstruction_figure(

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,24 +16,22 @@ from typing import Any
 
 import ray
 import ray.exceptions
-import ray.train
-import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
 from pipeline.periodic import Periodic
-from pipeline.runtime import interrupts, ray_job
+from pipeline.runtime import interrupts, machine, ray_job
 from pipeline.runtime.ray_internals import torch_trainer
 from pipeline.runtime.ray_session import SessionInfo, root_cause, uses_gpu
 from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.tracker import Tracker
+from pipeline.workers.harness import CONFIG, Loop
 from pipeline.workers.heartbeat import WorkerStatus, ending_hung_workers, start_time_of, started
 from pipeline.workers.log_forwarding import showing
 from pipeline.workers.relay import STOP, receiving
 from pipeline.workers.unreadable import forget
-from pipeline.workers.worker import CONFIG, Loop, train_alone, train_worker
 from wavemim.atomic import PARTIAL
 
 log = logging.getLogger(__name__)
@@ -136,13 +135,19 @@ def _ended(fitting: Future[Any], kept: str, what: str, *, warn: bool) -> dict[st
     """What `train_worker` returned on rank 0, once training ends. Raises StageError if it has failed."""
     try:
         ended: dict[str, Any] = fitting.result() or {}
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+    except _failures() as error:
         raise StageError(f"{what} failed: {root_cause(error)}; finished work is kept in {kept}") from error
     if warn and ended.get("uncopied"):
         log.warning("%s; the same command copies it", ended["uncopied"])
     if ended.get("failed"):
         raise StageError(f"{what} ended: {ended['failed']}; finished work is kept in {kept}")
     return ended
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What failed training raises. Ray Train takes time to import, and cannot have failed where it is not loaded."""
+    ray_train = sys.modules.get("ray.train")
+    return (ray.exceptions.RayError, *([ray_train.TrainingFailedError] if ray_train else []))
 
 
 def _train_alone(config: ray.ObjectRef, recipe: Recipe, session: SessionInfo) -> Any:
@@ -155,10 +160,11 @@ def _train_alone(config: ray.ObjectRef, recipe: Recipe, session: SessionInfo) ->
         num_gpus=1 if uses_gpu(recipe, session) else 0,
         max_retries=0,
         max_calls=1,  # each attempt has a process of its own
-    )(train_alone)
+    )(machine.call)
+    alone = alone.options(name="train_alone")
     for failures in itertools.count():
         try:
-            return ray.get(alone.remote({CONFIG: config}))
+            return ray.get(alone.remote("pipeline.workers.worker:train_alone", {CONFIG: config}))
         except ray.exceptions.RayError:
             if failures == recipe.cluster.max_failures:  # -1: never
                 raise
@@ -173,6 +179,10 @@ def _train_in_group(
 
 
 def _trainer(config: ray.ObjectRef, recipe: Recipe, session: SessionInfo, folder: Path, workers: int) -> Any:
+    import ray.train
+
+    from pipeline.workers.worker import train_worker
+
     use_gpu = uses_gpu(recipe, session)
     least = least_workers(recipe, workers)
     return torch_trainer(

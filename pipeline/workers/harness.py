@@ -1,4 +1,4 @@
-"""What a training loop receives from its caller: a Ray Train worker, a trial of a sweep, or a test. No Ray in here."""
+"""What a training loop receives from its caller, a Ray Train worker, a trial of a sweep or a test, and returns. No Ray in here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config.recipe import Recipe
 from pipeline.runtime.usage import Spent
 from pipeline.workers.coordination import Coordinator
 from pipeline.workers.heartbeat import CHECKPOINT, ReportActivity
 from wavemim.weights import checkpoint
 
+CONFIG = "config"  # key of the reference to what a worker is given
 DIVERGED = "blow-up"  # in the stage's folder: the model and the steps of a run that diverged
 LogHook = Callable[[dict[str, float], int], None]
 CheckpointHook = Callable[[checkpoint.Saver, dict[str, Any]], None]
@@ -52,3 +54,15 @@ class Harness:
     def decide(self) -> tuple[bool, bool]:
         """Whether to save now, and whether to stop: the same on every rank. To be called by every rank after every step."""
         return self.coordinator.after_step() if self.coordinator is not None else (False, False)
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """How the loop of a stage ended."""
+
+    stopped: bool  # before its end, as asked
+    value: Any = None  # what the stage on the driver is to get; of rank 0
+
+
+# (settings, this worker, what the stage has handed to its workers): the loop of a stage, a function of its module.
+Loop = Callable[[Recipe, Harness, Mapping[str, Any]], LoopResult]

@@ -6,8 +6,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from pipeline.runtime.stage_folder import SETTINGS
 from pipeline.shards.errors import UnreadableError
 from pipeline.tracking.tracker import Tracker
 from pipeline.workers.coordination import CheckpointTimer, Coordinator
-from pipeline.workers.harness import DIVERGED, Harness
+from pipeline.workers.harness import CONFIG, DIVERGED, Harness, Loop, LoopResult
 from pipeline.workers.heartbeat import CHECKPOINT, Heartbeat, ReportActivity
 from pipeline.workers.log_forwarding import passing_on
 from pipeline.workers.relay import KEPT, STOP, Place, working
@@ -38,20 +37,7 @@ from wavemim.weights import checkpoint
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config"  # key of the reference to what a worker is given
 _LEAVING = 10 / 60  # minutes between checkpoints once a node is known to be taken away
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """How the loop of a stage ended."""
-
-    stopped: bool  # before its end, as asked
-    value: Any = None  # what the stage on the driver is to get; of rank 0
-
-
-# (settings, this worker, what the stage has handed to its workers): the loop of a stage, a function of its module.
-Loop = Callable[[Recipe, Harness, Mapping[str, Any]], LoopResult]
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_a_look_in_a_process_of_its_own(trained, stage):
 def test_pictures_of_two_looks_have_the_same_images_and_masks(trained, stage, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "pipeline.training.online_eval.reconstruction_figure",
+        "wavemim.figures.reconstruction.reconstruction_figure",
         lambda path, *, views, stored, rows, names, **_: drawn.append((views(stored, rows, epoch=0), names)),
     )
     for path in sorted(stage.glob("images-*")):
