@@ -63,8 +63,8 @@ def input_shares(settings: Settings, calls: int = 20) -> dict[str, float]:
     there = {level: values.to(settings.device) for level, values in stored.items()}
     timed = {
         "copy": lambda: [values.to(settings.device, non_blocking=True) for values in stored.values()],
-        "inverse_transform": lambda: inputs.raw(there),
-        "views": lambda: one.step.views(there, rows, epoch=0),
+        "inverse_transform": lambda: inputs.raw(there, one.crop),
+        "views": lambda: one.step.views(there, rows, epoch=0, crop=one.crop),
     }
     bytes_each = sum(values.numel() * values.element_size() for values in stored.values()) / settings.batch
     found = {"bytes_per_image": bytes_each, "step_seconds": seconds}

@@ -41,7 +41,8 @@ class Contender:
     recipe: Any
     cost: Any
     step: Any  # TrainStep
-    batches: list[dict[int, Any]]
+    batches: list[dict[int, Any]]  # whole rows, as the reader hands them over
+    crop: Any  # the windows to cut from them; None where a view is cropped otherwise
     kept: int  # bytes of parameters, optimiser state and input
     steps: int = 0
     rates: list[float] = field(default_factory=list)
@@ -52,7 +53,7 @@ class Contender:
         stored = self.batches[self.steps % len(self.batches)]
         size = next(iter(stored.values())).shape[0]
         rows = torch.arange(size) + self.steps * size
-        self.step(stored, rows, torch.ones(size), float(size), epoch=0, step=self.steps)
+        self.step(stored, rows, torch.ones(size), float(size), epoch=0, step=self.steps, crop=self.crop)
         self.steps += 1
 
     @property
@@ -64,19 +65,18 @@ class Contender:
 def synthetic(
     recipe: Any, batch: int, seed: int
 ) -> tuple[dict[int, Any], dict[int, dict[str, dict[str, list[float]]]]]:
-    """Quantised coefficients of random images, as a shard set stores them, and the statistics of their bands.
-
-    They have the stored size where images are cropped on the device, otherwise the size of training.
-    """
+    """Quantised coefficients of random images, as a shard set stores them, and the statistics of their bands."""
+    from pipeline.shards.layout import Layout
     from wavemim.wavelets import bands_of, decompose
 
     data = recipe.data
-    side = data.image_size if recipe.train.augment == "rrc" else recipe.encoder.image_size
-    shape = (batch, data.channels, side, side)
+    layout = Layout(data.image_size, data.channels, recipe.steps_by_level(), data.wavelet)
+    shape = (batch, data.channels, data.image_size, data.image_size)
     images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed)).float()
     stored, found = {}, {}
     for level, values in decompose(images, data.levels, data.wavelet).items():
-        stored[level] = (values / recipe.steps_by_level()[level]).round().to(torch.int16)
+        whole = (values / recipe.steps_by_level()[level]).round().numpy()
+        stored[level] = torch.from_numpy(whole.astype(layout.dtype(level)))
         spread = {band: values[:, :, index] for index, band in enumerate(bands_of(level, data.levels))}
         if "A" not in spread:  # not stored, but a target may need it
             spread["A"] = decompose(images, level, data.wavelet)[level][:, :, 0]
@@ -85,6 +85,19 @@ def synthetic(
             for band, maps in spread.items()
         }
     return stored, found
+
+
+def windows(recipe: Any, batch: int) -> Any:
+    """Windows as the reader draws them; None where images are cropped by the view (train.augment=rrc)."""
+    from wavemim.inputs import Crop
+
+    if recipe.train.augment == "rrc":
+        return None
+    draws, unit = torch.Generator().manual_seed(0), 2**recipe.data.levels
+    places = (recipe.data.image_size - recipe.encoder.image_size) // unit + 1
+    corners = torch.randint(0, places, (batch, 2), generator=draws) * unit
+    mirrored = (torch.rand(batch, generator=draws) < 0.5) & recipe.train.flip
+    return Crop(corners, mirrored, recipe.encoder.image_size)
 
 
 def make_contender(name: str, settings: Settings, mode: str) -> Contender:
@@ -122,7 +135,8 @@ def make_contender(name: str, settings: Settings, mode: str) -> Contender:
     )
     inputs = [_pinned(stored) if device.type == "cuda" else stored for stored in batches]
     label = f"{recipe.name} compiled" if mode == "compiled" else recipe.name
-    contender = Contender(label, name, recipe, cost_of(model, recipe.mask.count), step, inputs, 0)
+    crop = windows(recipe, settings.batch)
+    contender = Contender(label, name, recipe, cost_of(model, recipe.mask.count), step, inputs, crop, 0)
     for _ in range(WARM_STEPS if device.type == "cuda" else 1):
         contender.run_once()
     _wait(device)
@@ -180,7 +194,7 @@ def target_seconds(contender: Contender, settings: Settings, *, on_device: bool,
     target = copy.copy(step.model.target)
     target.on_device = on_device
     size = settings.batch
-    view = step.views(contender.batches[0], torch.arange(size), epoch=0)
+    view = step.views(contender.batches[0], torch.arange(size), epoch=0, crop=contender.crop)
     found = []
     for _ in range(calls):
         _wait(device)

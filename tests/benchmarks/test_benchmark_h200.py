@@ -35,7 +35,8 @@ def test_every_part_is_measured_and_kept(tmp_path, capsys, monkeypatch):
     assert {"wamim_vs_mae_step", "mfu", "target_share_device"} <= set(found["step"])
     shares = [found["input"][f"{name}_share"] for name in ("copy", "inverse_transform", "views")]
     assert all(share > 0 for share in shares) and shares[1] < shares[2]
-    assert found["input"]["bytes_per_image"] == 2 * 3 * 64 * 64  # 16 bits for each pixel
+    # Whole rows as they are stored: a byte for each coefficient of three levels, two at the coarsest.
+    assert found["input"]["bytes_per_image"] == 3 * (3 * (32**2 + 16**2 + 8**2) + 2 * 4 * 4**2)
     assert found["end_to_end"]["end_to_end_vs_synthetic"] > 0
     assert set(found["goals"]) == set(benchmark.GOALS)
     assert "end_to_end_vs_synthetic" in capsys.readouterr().out

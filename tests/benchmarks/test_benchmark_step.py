@@ -98,7 +98,7 @@ def test_every_recipe_trains(name):
     made = step_contenders.make_contender(name, step_contenders.Settings(overrides=narrow(name), batch=2), "eager")
     model = made.step.model
     stored, rows = made.batches[0], torch.arange(2)
-    result = made.step(stored, rows, torch.ones(2), 2.0, epoch=0, step=20)
+    result = made.step(stored, rows, torch.ones(2), 2.0, epoch=0, step=20, crop=made.crop)
     assert result.losses.shape == (len(made.recipe.target.taps),)
     assert (result.losses > 0).all() and torch.isfinite(result.losses).all() and result.grad_norm > 0
     moments = made.step.optimizer.state
