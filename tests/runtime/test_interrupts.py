@@ -1,5 +1,6 @@
 """The end of an interrupted command, tried on small programs: no Ray. tests/stages/test_interrupts_faults.py has the stages."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -225,3 +226,45 @@ def test_a_call_beside_the_main_thread_cannot_take_its_signals():
     assert interrupts.beside_main(library).result(10) == "done"
     with pytest.raises(SystemExit):
         interrupts.beside_main(lambda: sys.exit(3)).result(10)
+
+
+LEAVES = """
+import atexit, sys, threading, time
+from pipeline.runtime import interrupts
+
+class Held:
+    def __del__(self):
+        print("freed", flush=True)
+
+interrupts.install()
+held = Held()
+held.itself = held  # found by the collection at the end of the interpreter only
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.3), print("the thread"))).start()
+print("said", end=" ")
+{leaving}
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("leaving", "printed"),
+    [("interrupts.leaving(3)", "said the thread\nat exit\n"), ("", "said the thread\nat exit\nfreed\n")],
+)
+def test_a_command_ends_without_freeing_what_it_holds(leaving, printed):
+    """All that is to happen at the end happens: would catch output that is lost, threads and functions that are left out."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES.format(leaving=leaving)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, printed, "")
+
+
+def test_output_that_nobody_takes_is_an_error_at_the_end_too():
+    code = "from pipeline.runtime import interrupts; interrupts.install(); print('said'); interrupts.leaving(0)"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 120 and "BrokenPipeError" in errors
