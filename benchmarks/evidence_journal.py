@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measure import BenchmarkError, OutOfTime, in_child
+from measure import BenchmarkError, Child, OutOfTime, in_child
 
 
 class Journal:
@@ -85,9 +85,11 @@ class Journal:
             try:
                 found = in_child(
                     f"evidence_training:{function}",
-                    threads=threads,
-                    say=lambda line: print(f"{label}: {line}", flush=True),
-                    time_limit=None if math.isinf(left) else left,
+                    Child(
+                        threads=threads,
+                        say=lambda line: print(f"{label}: {line}", flush=True),
+                        time_limit=None if math.isinf(left) else left,
+                    ),
                     **task,
                     **({"work": str(work)} if work is not None else {}),
                 )

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,26 +42,32 @@ def usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def in_child(
-    function: str,
-    *,
-    cores: int | None = None,
-    threads: int | None = None,
-    libraries: str | None = None,
-    say: Callable[[str], None] | None = None,
-    time_limit: float | None = None,
-    **arguments: Any,
-) -> Any:
+@dataclass(frozen=True)
+class Child:
+    """How a child process runs.
+
+    Attributes:
+        cores: The process and its descendants are pinned to that many cores; libraries use as many threads.
+        threads: Threads of the libraries; default: `cores`.
+        libraries: Folder of additional packages that only this process can import.
+        say: Called with every line that the function prints, as soon as it is printed.
+        time_limit: The process is ended after so many seconds.
+    """
+
+    cores: int | None = None
+    threads: int | None = None
+    libraries: str | None = None
+    say: Callable[[str], None] | None = None
+    time_limit: float | None = None
+
+
+def in_child(function: str, child: Child | None = None, /, **arguments: Any) -> Any:
     """Call a function of this folder in a new process.
 
     Args:
         function: "module:function".
-        cores: pin the process and its descendants to that many cores; libraries use as many threads.
-        threads: threads of the libraries; default: `cores`.
-        libraries: folder of additional packages that only this process can import.
-        say: called with every line that the function prints, as soon as it is printed.
-        time_limit: the process is ended after so many seconds.
-        arguments: passed to the function, as JSON.
+        child: How the process runs. Apart from the arguments, whose names may be the same.
+        **arguments: passed to the function, as JSON.
 
     Returns:
         What the function returns, through JSON.
@@ -70,20 +77,22 @@ def in_child(
         BenchmarkError: the function failed.
         OutOfTime: it took longer than `time_limit`.
     """
-    threads = cores if threads is None else threads
+    child = child or Child()
+    cores = child.cores
+    threads = cores if child.threads is None else child.threads
     environment = dict(os.environ)
     if threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
-    if libraries:
-        environment["PYTHONPATH"] = os.pathsep.join([libraries, *filter(None, [environment.get("PYTHONPATH")])])
+    if child.libraries:
+        environment["PYTHONPATH"] = os.pathsep.join([child.libraries, *filter(None, [environment.get("PYTHONPATH")])])
     allowed = usable_cores() if cores is None else usable_cores()[-cores:]  # the first core serves most interrupts
     if cores is not None and len(allowed) < cores:
         raise Missing(f"{cores} cores")
     call = json.dumps({"function": function, "arguments": arguments, "cores": allowed, "threads": threads})
     command = [sys.executable, str(Path(__file__).resolve())]
-    status, answers, errors, late = _child(command, environment, call, say, time_limit)
+    status, answers, errors, late = _run(command, environment, call, child)
     if late:
-        raise OutOfTime(f"{function} was stopped after {time_limit:.0f} s")
+        raise OutOfTime(f"{function} was stopped after {child.time_limit:.0f} s")
     if status or not answers:
         lines = [line for line in errors.splitlines() if line.strip()]
         if os.environ.get("BENCHMARK_TRACEBACKS"):
@@ -95,13 +104,7 @@ def in_child(
     return answer["value"]
 
 
-def _child(
-    command: list[str],
-    environment: Mapping[str, str],
-    call: str,
-    say: Callable[[str], None] | None,
-    seconds: float | None,
-) -> tuple[int, list[str], str, bool]:
+def _run(command: list[str], environment: Mapping[str, str], call: str, how: Child) -> tuple[int, list[str], str, bool]:
     """Run the process: its status, its answers, its messages, and whether it was ended because its time was over."""
     late = threading.Event()
     answers: list[str] = []
@@ -109,17 +112,17 @@ def _child(
         child = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-        timer = threading.Timer(seconds or 0, lambda: (late.set(), child.kill()))
+        timer = threading.Timer(how.time_limit or 0, lambda: (late.set(), child.kill()))
         try:
-            if seconds is not None:
+            if how.time_limit is not None:
                 timer.start()
             with contextlib.suppress(BrokenPipeError), child.stdin as sent:  # type: ignore[union-attr]
                 sent.write(call)
             for line in child.stdout:  # type: ignore[union-attr]
                 if line.startswith(ANSWER):
                     answers.append(line.removeprefix(ANSWER))
-                elif say is not None:
-                    say(line.rstrip("\n"))
+                elif how.say is not None:
+                    how.say(line.rstrip("\n"))
             status = child.wait()
         finally:
             timer.cancel()

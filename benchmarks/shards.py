@@ -14,14 +14,24 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import shards_preparing as preparing
 import shards_public as public
-from measure import BenchmarkError, Missing, Rates, in_child, interleaved, machine_facts, usable_cores, write_json
+from measure import (
+    BenchmarkError,
+    Child,
+    Missing,
+    Rates,
+    in_child,
+    interleaved,
+    machine_facts,
+    usable_cores,
+    write_json,
+)
 
 # Every number that can be measured, and its goal: a lower or upper bound, or none.
 GOALS: dict[str, tuple[str, float] | None] = {
@@ -115,7 +125,7 @@ class Bench:
         out = str(self.work / f"shards-{name}")
         photos = self.photos["file"]
         arguments = {"photos": photos, "out": out, "rows": self.rows, "overrides": overrides}
-        return {"folder": out, **in_child("shards_reading:write_shards", cores=1, **arguments)}
+        return {"folder": out, **in_child("shards_reading:write_shards", Child(cores=1), **arguments)}
 
     def asked(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that the call asks for."""
@@ -144,23 +154,24 @@ def measure_size(bench: Bench) -> None:
     bench.numbers |= {"shard_bytes_per_image": stored, "shard_writer_images_per_second_one_core": written}
 
 
-def _reader(bench: Bench, **options: Any) -> float:
-    settings = {"window": bench.window, "batch": bench.batch, "seconds": bench.seconds, "cores": 1, **options}
+def _reader(bench: Bench, cores: int = 1, **options: Any) -> float:
+    settings = {"window": bench.window, "batch": bench.batch, "seconds": bench.seconds, **options}
     settings.setdefault("shards", bench.shards["folder"])
-    return float(in_child("shards_reading:read_rate", **settings))
+    return float(in_child("shards_reading:read_rate", Child(cores=cores), **settings))
 
 
 def _loader(bench: Bench, name: str) -> float:
     library, stored = PUBLIC[name]
+    own = Child(libraries=bench.libraries)
     folder = bench.work / f"public-{library}-{stored}"
     if not folder.exists():
         arguments = {"photos": bench.photos["file"], "out": str(folder), "rows": bench.rows}
-        made = in_child("shards_public:write", libraries=bench.libraries, library=library, stored=stored, **arguments)
+        made = in_child("shards_public:write", own, library=library, stored=stored, **arguments)
         bench.versions[name] = made["version"]
         bench.numbers[f"bytes_per_image {name}"] = made["bytes_per_image"]
     sizes = {"side": bench.side, "window": bench.window, "batch": bench.batch, "seconds": bench.seconds}
     call: dict[str, Any] = {"library": library, "stored": stored, "folder": str(folder), **sizes}
-    return float(in_child("shards_public:read_rate", cores=1, libraries=bench.libraries, **call))
+    return float(in_child("shards_public:read_rate", replace(own, cores=1), **call))
 
 
 def _reading_contenders(bench: Bench) -> dict[str, Callable[[], float]]:
@@ -173,7 +184,7 @@ def _reading_contenders(bench: Bench) -> dict[str, Callable[[], float]]:
         "pil_rrc": partial(
             in_child,
             "shards_reading:pil_rate",
-            cores=1,
+            Child(cores=1),
             paths=bench.paths,
             seconds=bench.seconds,
             window=bench.window,
@@ -252,7 +263,7 @@ def measure_prepare(bench: Bench) -> None:
 def _prepare_parts(bench: Bench, workers: int) -> dict[str, float]:
     """What the stage does for an image, in ms on one core; what its tasks do not account for is Ray and waiting."""
     folders = {"images": str(bench.work / "copies"), "work": str(bench.work)}
-    ms = in_child("shards_preparing:task_parts", cores=1, **folders)
+    ms = in_child("shards_preparing:task_parts", Child(cores=1), **folders)
     whole = workers * 1000 / bench.medians["prepare_stage"]
     ms = {**ms, "Ray, other processes, cores that wait": whole - ms["task"], "prepare stage": whole}
     return {**ms, "its decoder alone": workers * 1000 / bench.medians["decode"]}

@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import BenchmarkError, Missing, in_child, machine_facts, write_json
+from measure import BenchmarkError, Child, Missing, in_child, machine_facts, write_json
 
 RECIPES = {32: "small32", 64: "small"}
 WAYS = {"reused": True, "new process": False}
@@ -100,7 +100,9 @@ def shared_reading(shards: Path, processes: int) -> dict[str, Any]:
     def fetched(count: int) -> int:
         forget(shards)
         with ThreadPoolExecutor(count) as pool:
-            calls = [pool.submit(in_child, "sweep:read_epoch", threads=1, shards=str(shards)) for _ in range(count)]
+            calls = [
+                pool.submit(in_child, "sweep:read_epoch", Child(threads=1), shards=str(shards)) for _ in range(count)
+            ]
             return sum(call.result()["fetched"] for call in calls)
 
     one, many = fetched(1), fetched(processes)

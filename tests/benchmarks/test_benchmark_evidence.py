@@ -38,7 +38,7 @@ def in_process(benchmarks, monkeypatch):
     """Run what would run in new processes in this one; returns the names of the functions called."""
     called = []
 
-    def call(function, *, threads, say, time_limit, **arguments):
+    def call(function, child, **arguments):
         name = function.partition(":")[2]
         called.append(name)
         return json.loads(json.dumps(getattr(import_module("evidence_training"), name)(**arguments)))
@@ -198,7 +198,9 @@ def test_pace_is_by_image_size_and_gives_the_seconds_of_a_curve(shards, benchmar
 
 def test_journal_runs_no_task_twice_and_survives_a_broken_line(benchmarks, tmp_path, monkeypatch):
     module, calls = import_module("evidence_journal"), []
-    monkeypatch.setattr(module, "in_child", lambda function, **arguments: calls.append(function) or {"n": len(calls)})
+    monkeypatch.setattr(
+        module, "in_child", lambda function, *_, **arguments: calls.append(function) or {"n": len(calls)}
+    )
     path = tmp_path / "a.unfinished.jsonl"
     journal = module.Journal(path)
     assert journal.result("curve", "a", 1, seed=0) == journal.result("curve", "b", 1, seed=0) == {"n": 1}
@@ -215,7 +217,7 @@ def test_journal_runs_no_task_twice_and_survives_a_broken_line(benchmarks, tmp_p
 def test_what_fails_is_named_and_the_rest_goes_on(benchmarks, tmp_path, monkeypatch, capsys):
     module = import_module("evidence_journal")
 
-    def fails(function, **arguments):
+    def fails(function, *_, **arguments):
         raise module.BenchmarkError("a tear")
 
     monkeypatch.setattr(module, "in_child", fails)
@@ -230,8 +232,8 @@ def test_what_does_not_fit_into_the_minutes_is_skipped(benchmarks, tmp_path, mon
     module, now, limits = import_module("evidence_journal"), [0.0], []
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
-    def child(function, **arguments):
-        limits.append(arguments["time_limit"])
+    def child(function, how, **arguments):
+        limits.append(how.time_limit)
         now[0] += 10
         return {}
 
@@ -254,11 +256,11 @@ def test_children_say_what_they_print_at_once_and_are_ended_in_time(benchmarks, 
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = []
-    assert measure.in_child("own:talk", say=lambda line: said.append((line, time.monotonic()))) == 3
+    assert measure.in_child("own:talk", measure.Child(say=lambda line: said.append((line, time.monotonic())))) == 3
     assert [line for line, _ in said] == ["one", "two"] and said[1][1] - said[0][1] > 0.3
     began = time.monotonic()
     with pytest.raises(measure.OutOfTime, match="2 s"):
-        measure.in_child("own:sleep", time_limit=2)
+        measure.in_child("own:sleep", measure.Child(time_limit=2))
     assert time.monotonic() - began < 30
 
 

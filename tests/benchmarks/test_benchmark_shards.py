@@ -98,7 +98,7 @@ def test_exponent():
 
 
 def test_a_child_is_tied_to_its_core_and_answers():
-    cores = measure.in_child("measure:usable_cores", cores=1)
+    cores = measure.in_child("measure:usable_cores", measure.Child(cores=1))
     assert cores == measure.usable_cores()[-1:]
     with pytest.raises(measure.BenchmarkError, match="nothing_of_the_kind"):
         measure.in_child("measure:nothing_of_the_kind")
@@ -111,7 +111,7 @@ def test_command_line(tmp_path, photo_folder, monkeypatch, capsys):
     assert benchmark.main(["--images", str(tmp_path / "empty"), "--json", str(file)]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not file.exists()
 
-    def answer(function, **arguments):
+    def answer(function, *_, **arguments):
         if function.endswith("decode_photos"):
             return {"photos": 2, "bytes": 1000}
         if function.endswith("write_shards"):
@@ -134,7 +134,8 @@ def test_command_line(tmp_path, photo_folder, monkeypatch, capsys):
 
 
 def test_a_child_is_given_arguments_named_as_options_of_a_measurement(tmp_path, monkeypatch):
-    """`seconds` was once taken for the child's own time limit, and nothing could be read any more."""
-    (tmp_path / "own.py").write_text("def twice(seconds, batch):\n    return [seconds, batch]\n")
+    """Those of a reader were once taken for the child's: it could not be read, and a reader with two threads had one."""
+    (tmp_path / "own.py").write_text("def given(**named):\n    return named\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert measure.in_child("own:twice", seconds=2.0, batch=3) == [2.0, 3]
+    named = {"cores": 3, "threads": 2, "libraries": "x", "say": "y", "time_limit": 2.0, "function": "z", "child": 1}
+    assert measure.in_child("own:given", measure.Child(cores=1), **named) == named

@@ -25,6 +25,6 @@ def test_a_real_sweep_is_timed(tmp_path, monkeypatch):
 def test_readers_count_what_the_disk_gave(tmp_path, monkeypatch):
     shards = tiny_shards.write_set(tmp_path / "shards", tiny_shards.photos(24))
     fetched = iter([1000, 1500, 1500])
-    monkeypatch.setattr(benchmark, "in_child", lambda name, *, threads, shards: {"fetched": next(fetched)})
+    monkeypatch.setattr(benchmark, "in_child", lambda name, child, *, shards: {"fetched": next(fetched)})
     assert benchmark.shared_reading(Path(shards.folder.url), 2)["ratio"] == 3.0
     assert benchmark.read_epoch(shards.folder.url)["fetched"] >= 0
