@@ -5,7 +5,7 @@
 Reported, as medians:
 
     stage_overhead_s   seconds of `wavemim pretrain` with one worker, on a private Ray, that are not training; by part:
-                       imports and checks, the start of Ray, the worker's process, its imports, and the end (figures,
+                       imports and checks, the start of Ray, the worker's process with its imports, and the end (figures,
                        MLflow, whose store is made while the worker starts, the end of Ray)
     stage_cpu_s        CPU seconds of all processes until training begins
     help_s             seconds of `wavemim --help`
@@ -56,7 +56,6 @@ def stage(shards: str, recipe: str, images: int) -> dict[str, Any]:
         moments: dict[str, Callable[[set[str]], bool]] = {
             "imports and checks": lambda names: "gcs_server" in names,
             "Ray": lambda names: folder.is_dir(),
-            "process": lambda names: any(name.startswith("ray::train_alon") for name in names),
             "worker": lambda names: any(folder.glob(".beats/*")),
             "training": lambda names: any(folder.glob("images-*")),
         }
