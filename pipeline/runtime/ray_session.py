@@ -145,7 +145,7 @@ def _start(address: str, log_level: int) -> None:
         logging_level=log_level,
         log_to_driver=log_level <= logging.INFO,
     )
-    with ray_internals.on_loopback():
+    with ray_internals.on_loopback(), ray_internals.quick_start():
         try:
             start()
         except Exception as error:  # a bare one

@@ -126,3 +126,25 @@ def test_a_lost_node_is_one_warning_and_all_else_is_shown(monkeypatch, capsys, c
     assert caplog.messages == ["node 10.0.0.7 (c09e4420…) was lost; its tasks and workers start again on other nodes"]
     shown = capsys.readouterr().out
     assert shown.count("\n") == 1 and "killed due to memory pressure (OOM)" in shown
+
+
+def test_a_quick_start_changes_what_a_new_node_calls_and_asks_until_it_has_registered(monkeypatch):
+    """Would catch: Ray starting its server, or asking for its node, by other names; a node that is asked for too early."""
+    import inspect
+
+    from ray._private import node, services, state
+
+    assert "self.start_api_server(" in inspect.getsource(node.Node.start_head_processes)
+    assert "ray._private.services.get_node(" in inspect.getsource(node.Node.__init__)
+    tables = iter([[], [{"NodeID": "other"}], [{"NodeID": "other"}, {"NodeID": "mine"}]])
+    monkeypatch.setattr(state.GlobalState, "_initialize_global_state", lambda *_: None)
+    monkeypatch.setattr(state.GlobalState, "node_table", lambda _: next(tables))
+    asked = []
+    monkeypatch.setattr(services, "get_node", lambda *place: asked.append(place) or {"labels": {}})
+    before = node.Node.start_api_server
+    with ray_internals.quick_start():
+        assert services.get_node("127.0.0.1:1", "mine") == {"labels": {}}
+        made = SimpleNamespace()
+        node.Node.start_api_server(made, include_dashboard=False, raise_on_failure=False)
+    assert made._webui_url == "" and asked == [("127.0.0.1:1", "mine")] and next(tables, None) is None
+    assert node.Node.start_api_server is before
