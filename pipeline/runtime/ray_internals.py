@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 WRITTEN_FOR = "2.60"
 _REGISTERS, _POLL = 10.0, 0.02  # seconds in which a new node registers, and between two looks
+_DATA_WAITS, _DATA_ASKS = 0.03, 0.1  # seconds, of Ray Data's scheduling
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the environment of a job's command
 
 
@@ -82,10 +83,10 @@ def on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quick_start() -> Iterator[None]:
-    """Within the block, a Ray that ray.init() starts has no API server, and is used as soon as its node has registered.
+    """Within the block, a Ray that ray.init() starts has only what it needs, and is used as soon as its node has registered.
 
-    Without a dashboard that server only sends usage statistics, and takes a second to start. Ray asks for its new node once and
-    then a second later.
+    Without a dashboard its API server only sends usage statistics, and takes a second to start. Its monitor starts nodes, of
+    which there are none to start, and takes a second to end. Ray asks for its new node once and then a second later.
     """
     from ray._private import services
     from ray._private.node import Node
@@ -103,7 +104,27 @@ def quick_start() -> Iterator[None]:
             time.sleep(_POLL)
         return ask(gcs_address, node_id)
 
-    with _changed(Node, "start_api_server", without_server), _changed(services, "get_node", get_node):
+    with (
+        _changed(Node, "start_api_server", without_server),
+        _changed(Node, "start_monitor", lambda _: None),
+        _changed(services, "get_node", get_node),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def prompt_data_scheduling() -> Iterator[None]:
+    """Within the block, Ray Data starts the next task where one has ended sooner than after 0.1 to 0.2 seconds.
+
+    It waits so long for all running tasks to have ended, before it looks which have. What the cluster offers it asks every
+    second, and until the first answer runs one task only.
+    """
+    from ray.data._internal.execution import resource_manager, streaming_executor_state
+
+    with (
+        _changed(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", _DATA_WAITS),
+        _changed(resource_manager.ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", _DATA_ASKS),
+    ):
         yield
 
 

@@ -28,7 +28,7 @@ from pipeline.images.describe import found_in, without_images, without_val
 from pipeline.images.observed import cropped_share, narrow_values
 from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
-from pipeline.runtime import observability
+from pipeline.runtime import observability, ray_internals
 from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
 from pipeline.runtime.stage_folder import StageFolder, as_json, journal_at_home, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -292,10 +292,13 @@ def _run_tasks(todo: list[Unit], task: Task) -> Iterator[dict[str, Any]]:
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1, memory=TASK_MEMORY)
     try:
-        for row in shards.iter_rows():
-            if row["error"]:
-                raise StageError(f"a shard could not be written, {row['error']}; run the same command again to resume")
-            yield json.loads(row["report"])
+        with ray_internals.prompt_data_scheduling():
+            for row in shards.iter_rows():
+                if row["error"]:
+                    raise StageError(
+                        f"a shard could not be written, {row['error']}; run the same command again to resume"
+                    )
+                yield json.loads(row["report"])
     except ray.exceptions.RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise StageError(
