@@ -9,13 +9,13 @@ continues with the batches that it would have seen.
 Batches hold whole rows; their windows are cut where they are used (`wavemim.inputs.haar_windows`), on a GPU if there is one.
 Cut here, row by row, threads would wait for each other: only one of them can run Python at a time.
 
-Threads read row groups and put batches together ahead of the consumer, with bounded memory. For each stream of this rank they
-hold the current mix, the next one, and what unfinished batches still use of the previous one: at most 3 · mix_groups ·
-rows_per_group rows. Over all streams they hold `threads` + 1 unfinished batches and `ahead` + 2 finished ones. With the
-defaults (8 groups of 64 rows), a mix of 256-pixel images takes 98 MiB, thus at most 293 MiB per stream; a mix of
-64-pixel images takes 18 MiB.
+Threads read row groups into mixes ahead of the consumer, with bounded memory. For each stream of this rank there are the
+current mix, the next one, and the one before it while batches look at it: 3 · mix_groups · rows_per_group rows, and each
+thread has a row group. Batches that are no slice of one mix are copies, as are pixels; there are `ahead` + 2 finished ones, and
+`threads` + 1 unfinished ones of pixels or for a GPU. With the defaults (8 groups of 64 rows), a mix of 256-pixel images takes
+98 MiB, thus three 293 MiB per stream; a mix of 64-pixel images takes 18 MiB.
 
-Dimensions: B rows, C channels, K bands, h × w cells of a level.
+Dimensions: B rows of a batch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ import numpy as np
 import torch
 
 from pipeline.shards.batches import Batch, read_ahead
-from pipeline.shards.row_groups import Group, RowGroups, read_patiently, stored_bytes
+from pipeline.shards.mixes import Mix, Span, joined
+from pipeline.shards.row_groups import RowGroups, read_patiently, stored_bytes
 from pipeline.shards.shard_set import ShardSet
-from pipeline.shards.windows import PixelWindows, checked_levels, gathered
+from pipeline.shards.windows import PixelWindows, checked_levels
 from wavemim.inputs import Crop
 from wavemim.randomness import uniform
-
-Pick = tuple[Group, int, float]  # row group, row in it, weight
 
 
 @dataclass(frozen=True)
@@ -159,15 +158,18 @@ class Reader:
                 streams = {stream: _Stream(self, order, epoch, pool, ended) for stream, order in orders.items()}
                 for k in range(start, self.batches_per_epoch):
                     total = float(np.clip(np.diff(bounds) - k * take, 0, take).sum())
-                    picks = [
-                        pick
+                    spans = [
+                        span
                         for stream, low, high in parts
-                        for pick in streams[stream].rows(k * take + low - stream * take, high - low)
+                        for span in streams[stream].rows(k * take + low - stream * take, high - low)
                     ]
-                    if len(picks) < per_rank:
-                        group, i, _ = picks[-1] if picks else streams[parts[-1][0]].rows(k * take, 1)[0]
-                        picks += [(group, i, 0.0)] * (per_rank - len(picks))
-                    pending.append(pool.submit(self._batch, epoch, picks, total))
+                    if (missing := per_rank - sum(last - first for _, first, last, _ in spans)) > 0:
+                        mix, _, end, _ = spans[-1] if spans else streams[parts[-1][0]].rows(k * take, 1)[0]
+                        spans += [(mix, end - 1, end, 0.0)] * missing
+                    if self._pixel_windows is None and not self.pin:  # nothing that takes time
+                        yield self._batch(epoch, spans, total)
+                        continue
+                    pending.append(pool.submit(self._batch, epoch, spans, total))
                     if len(pending) > self.threads:
                         yield pending.popleft().result()
                 while pending:
@@ -197,32 +199,34 @@ class Reader:
             found[stream] = _Order(order[part], low, high, self.mix_groups, int(number[stream]))
         return found
 
-    def _batch(self, epoch: int, picks: list[Pick], total: float) -> Batch:
-        """Copy the chosen rows into new memory, and draw their windows."""
-        rows = torch.tensor([int(group[0][i]) for group, i, _ in picks], dtype=torch.int64)
+    def _batch(self, epoch: int, spans: list[Span], total: float) -> Batch:
+        """Make a batch of rows of mixes, and draw their windows."""
+        rows = np.concatenate([mix.content[0][first:last] for mix, first, last, _ in spans])
+        labels = np.concatenate([mix.content[1][first:last] for mix, first, last, _ in spans])
+        weights = np.repeat([weight for *_, weight in spans], [last - first for _, first, last, _ in spans])
+        row, weight = torch.from_numpy(rows), torch.from_numpy(weights.astype(np.float32))
         unit = 2**self.shards.levels
         places = (self.shards.image_size - self.window) // unit + 1
-        draws = uniform(self.seed, "window", epoch, rows, 3).numpy().astype(np.float64)
+        draws = uniform(self.seed, "window", epoch, row, 3).numpy().astype(np.float64)
         corners = np.floor(draws[:, :2] * places).astype(np.int64) * unit
         mirrored = (draws[:, 2] < 0.5) & self.flip
-        sources = [(group, i) for group, i, _ in picks]
         pixels, levels, crop = None, dict[int, torch.Tensor](), None
         if self._pixel_windows:
+            sources = [(mix.content, i) for mix, first, last, _ in spans for i in range(first, last)]
             pixels = self._pixel_windows(sources, corners, mirrored)
         else:
-            levels = gathered(self.shards, sources, self.levels, 0, self.shards.image_size)
+            levels = {level: torch.from_numpy(joined(spans, level)) for level in self.levels}
             if self.flip or self.window < self.shards.image_size or not self.shards.layout.windows:
                 crop = Crop(torch.from_numpy(corners), torch.from_numpy(mirrored), self.window)
-        weight = torch.tensor([weight for _, _, weight in picks], dtype=torch.float32)
         if self.pin:  # a GPU copies from pinned memory asynchronously
-            rows, weight = rows.pin_memory(), weight.pin_memory()
+            row, weight = row.pin_memory(), weight.pin_memory()
             levels = {level: values.pin_memory() for level, values in levels.items()}
         return Batch(
-            rows=rows,
+            rows=row,
             weight=weight,
             total=total,
             levels=levels,
-            labels=torch.tensor([int(group[1][i]) for group, i, _ in picks], dtype=torch.int64),
+            labels=torch.from_numpy(labels),
             crop=crop,
             pixels=pixels,
         )
@@ -236,13 +240,13 @@ class _Stream:
     ) -> None:
         self._reader, self._order, self._epoch, self._pool, self._ended = reader, order, epoch, pool, ended
         self._ends = order.ends()
-        self._reading: dict[int, list[Future[Group]]] = {}
-        self._current: tuple[int, list[tuple[Group, int]]] = (-1, [])
+        self._reading: dict[int, tuple[Mix, list[Future[None]]]] = {}
+        self._current: tuple[int, Mix] | None = None
 
-    def rows(self, first: int, count: int) -> list[Pick]:
-        """(row group, row in it, weight) at positions from `first`; beyond the end, the last row with weight 0."""
+    def rows(self, first: int, count: int) -> list[Span]:
+        """Rows at positions from `first`; beyond the end, the last row with weight 0."""
         last = int(self._ends[-1]) - 1
-        chosen: list[Pick] = []
+        chosen: list[Span] = []
         place, end = first, first + count
         while place < end:
             at = min(place, last)
@@ -250,36 +254,45 @@ class _Stream:
             begin = int(self._ends[mix - 1]) if mix else 0
             weight = float(place <= last)
             upto = min(end, int(self._ends[mix])) if weight else place + 1
-            chosen += [(group, i, weight) for group, i in self._mixed(mix)[at - begin : at - begin + upto - place]]
+            chosen.append((self._mix(mix), at - begin, at - begin + upto - place, weight))
             place = upto
         return chosen
 
-    def _mixed(self, mix: int) -> list[tuple[Group, int]]:
-        """The shuffled rows of a mix: (row group, row in it)."""
-        if self._current[0] != mix:
-            self._start(mix)
-            groups = [future.result() for future in self._reading.pop(mix)]
-            parts = self._order.parts(mix)
-            self._reader.bytes_read += sum(
-                stored_bytes(self._reader.shards, *self._reader._groups[group][:2], self._reader.levels)
-                for group, _, _ in parts
+    def _mix(self, number: int) -> Mix:
+        """A mix, complete."""
+        if self._current is None or self._current[0] != number:
+            self._current = None
+            self._start(number)
+            self._start(
+                number + 1
+            )  # before the other is complete, so that no thread waits for the last of its row groups
+            mix, parts = self._reading.pop(number)
+            for part in parts:
+                part.result()
+            reader = self._reader
+            reader.bytes_read += sum(
+                stored_bytes(reader.shards, *reader._groups[group][:2], reader.levels)
+                for group, _, _ in self._order.parts(number)
             )
-            self._start(mix + 1)
-            rows = [(g, i) for g, (_, low, high) in zip(groups, parts, strict=True) for i in range(low, high)]
-            order = _permutation(self._reader.seed, f"mix {self._order.first + mix}", self._epoch, len(rows))
-            self._current = (mix, [rows[i] for i in order])
+            self._current = (number, mix)
         return self._current[1]
 
-    def _start(self, mix: int) -> None:
+    def _start(self, number: int) -> None:
         """Begin to read a mix, unless that has begun, or there is no such mix."""
-        if mix in self._reading or mix >= len(self._ends):
+        if number in self._reading or number >= len(self._ends):
             return
+        reader, parts = self._reader, self._order.parts(number)
+        starts = np.cumsum([0, *(high - low for _, low, high in parts)]).tolist()
+        order = _permutation(reader.seed, f"mix {self._order.first + number}", self._epoch, starts.pop())
+        mix = Mix(reader.shards.layout, reader.levels, order)
+        jobs = [self._pool.submit(self._read, mix, first, *part) for first, part in zip(starts, parts, strict=True)]
+        self._reading[number] = mix, jobs
+
+    def _read(self, mix: Mix, first: int, group: int, low: int, high: int) -> None:
+        """Read a row group into a mix."""
         reader = self._reader
-        places = [reader._groups[group][:2] for group, _, _ in self._order.parts(mix)]
-        self._reading[mix] = [
-            self._pool.submit(read_patiently, reader.shards, file, group, reader.levels, self._ended)
-            for file, group in places
-        ]
+        file, number, _ = reader._groups[group]
+        mix.put(first, read_patiently(reader.shards, file, number, reader.levels, self._ended), low, high)
 
 
 def _permutation(seed: int, purpose: str, epoch: int, count: int) -> np.ndarray:

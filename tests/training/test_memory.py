@@ -2,13 +2,18 @@
 
 import gc
 import statistics
+import threading
+import time
 import tracemalloc
+import weakref
 
 import psutil
+import pytest
 import torch
 from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, with_overrides
+from pipeline.shards.pages import new_array
 from pipeline.shards.reader import Reader
 from pipeline.training.pretrain_loop import train
 
@@ -53,34 +58,38 @@ def test_memory_is_flat_over_200_checkpoints(tmp_path):
         assert late - early < bound, [round(value / MIB, 2) for value in values[::10]]
 
 
-def test_reader_holds_two_mixes_and_few_batches(tmp_path):
-    """Row groups that are alive while nothing is taken, and while all of it is: never more than the two mixes."""
-    from pipeline.shards import row_groups
-
-    shards = write_set(tmp_path / "shards", photos(96), rows_per_group=4)  # 64 to train on: 16 row groups
+@pytest.mark.parametrize("pixels", [False, True])
+def test_reader_holds_three_mixes_and_few_batches(tmp_path, monkeypatch, pixels):
+    """Rows in memory while nothing is taken, and while all of it is. Would catch: a mix or a row group that is kept."""
+    shards = write_set(tmp_path / "shards", photos(96), rows_per_group=4)  # 64 to train on: 16 row groups, 8 mixes
     alive, most = 0, 0
-    real = row_groups.read_group
+    lock = threading.RLock()
 
-    class Kept(dict):
-        def __del__(self):
-            nonlocal alive
-            alive -= 1
-
-    def read_group(*arguments):
+    def count(change: int) -> None:
         nonlocal alive, most
-        rows, labels, levels = real(*arguments)
-        alive += 1
-        most = max(most, alive)
-        return rows, labels, Kept(levels)
+        with lock:
+            alive += change
+            most = max(most, alive)
 
-    row_groups.read_group = read_group
-    try:
-        reader = Reader(shards, "train", batch=4, window=32, flip=True, mix_groups=2, ahead=2, threads=2)
-        seen = sum(int(batch.weight.sum()) for batch in reader.epoch(0))
-    finally:
-        row_groups.read_group = real
-    assert seen == 64
-    # and of the mix before, what the batches that are being cut still look at
-    assert 4 <= most <= 3 * 2
+    def counted(shape, dtype):
+        found = new_array(shape, dtype)
+        if len(shape) > 1 and shape[1:] == shards.layout.shape(1):  # views of it keep the array itself alive
+            count(shape[0])
+            weakref.finalize(found, count, -shape[0])
+        return found
+
+    monkeypatch.setattr("pipeline.shards.mixes.new_array", counted)
+    batch, ahead, threads, mix = 4, 2, 2, 2 * 4
+    reader = Reader(
+        shards, "train", batch=batch, window=32, flip=True, mix_groups=2, ahead=ahead, threads=threads, pixels=pixels
+    )
+    taken = reader.epoch(0)
+    next(taken)
+    time.sleep(0.5)  # the threads go as far as they can
+    waiting = alive
+    assert mix <= waiting <= 3 * mix
+    assert sum(int(each.weight.sum()) for each in taken) == 64 - batch
+    assert waiting <= most <= 3 * mix + (ahead + 2) * batch
+    del taken
     gc.collect()
     assert alive == 0
