@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 WRITTEN_FOR = "2.60"
 _REGISTERS, _POLL = 10.0, 0.02  # seconds in which a new node registers, and between two looks
-_DATA_WAITS, _DATA_ASKS = 0.03, 0.1  # seconds, of Ray Data's scheduling
+_DATA_ASKS = 0.5  # seconds between two questions of Ray Data what the cluster offers
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the environment of a job's command
 
 
@@ -114,15 +114,25 @@ def quick_start() -> Iterator[None]:
 
 @contextlib.contextmanager
 def prompt_data_scheduling() -> Iterator[None]:
-    """Within the block, Ray Data starts the next task where one has ended sooner than after 0.1 to 0.2 seconds.
+    """Within the block, Ray Data starts the next task as soon as one has ended.
 
-    It waits so long for all running tasks to have ended, before it looks which have. What the cluster offers it asks every
-    second, and until the first answer runs one task only.
+    It waits for all running tasks to end, for at most 0.1 seconds, before it looks which have: a core is idle for that long
+    after each task, or twice that. What the cluster offers it asks once a second, and until the first answer it runs one
+    task only.
     """
+    import ray
     from ray.data._internal.execution import resource_manager, streaming_executor_state
 
+    class WaitsForOne:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ray, name)
+
+        @staticmethod
+        def wait(refs: list[Any], *, num_returns: int, **options: Any) -> Any:
+            return ray.wait(refs, num_returns=min(num_returns, 1), **options)
+
     with (
-        _changed(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", _DATA_WAITS),
+        _changed(streaming_executor_state, "ray", WaitsForOne()),
         _changed(resource_manager.ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", _DATA_ASKS),
     ):
         yield

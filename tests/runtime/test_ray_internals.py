@@ -134,17 +134,41 @@ def test_a_quick_start_changes_what_a_new_node_calls_and_asks_until_it_has_regis
 
     from ray._private import node, services, state
 
-    assert "self.start_api_server(" in inspect.getsource(node.Node.start_head_processes)
+    head = inspect.getsource(node.Node.start_head_processes)
+    assert "self.start_api_server(" in head and "self.start_monitor()" in head
     assert "ray._private.services.get_node(" in inspect.getsource(node.Node.__init__)
     tables = iter([[], [{"NodeID": "other"}], [{"NodeID": "other"}, {"NodeID": "mine"}]])
     monkeypatch.setattr(state.GlobalState, "_initialize_global_state", lambda *_: None)
     monkeypatch.setattr(state.GlobalState, "node_table", lambda _: next(tables))
     asked = []
     monkeypatch.setattr(services, "get_node", lambda *place: asked.append(place) or {"labels": {}})
-    before = node.Node.start_api_server
+    before, monitor = node.Node.start_api_server, node.Node.start_monitor
     with ray_internals.quick_start():
+        node.Node.start_monitor(SimpleNamespace())  # it would need a node
         assert services.get_node("127.0.0.1:1", "mine") == {"labels": {}}
         made = SimpleNamespace()
         node.Node.start_api_server(made, include_dashboard=False, raise_on_failure=False)
     assert made._webui_url == "" and asked == [("127.0.0.1:1", "mine")] and next(tables, None) is None
-    assert node.Node.start_api_server is before
+    assert (node.Node.start_api_server, node.Node.start_monitor) == (before, monitor)
+
+
+def test_ray_data_waits_for_the_first_task_and_asks_for_resources_where_this_project_changes_it(monkeypatch):
+    """Would catch: a wait by another name or with other arguments, an interval that is read elsewhere, all else of `ray`."""
+    import inspect
+
+    from ray.data._internal.execution import resource_manager, streaming_executor_state
+
+    assert "ray.wait(" in inspect.getsource(streaming_executor_state.process_completed_tasks)
+    limits = inspect.getsource(resource_manager.ResourceManager.get_global_limits)
+    assert "self.GLOBAL_LIMITS_UPDATE_INTERVAL_S" in limits
+    asked = []
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: asked.append((refs, options)) or ([], refs))
+    before = resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
+    with ray_internals.prompt_data_scheduling():
+        seen = streaming_executor_state.ray
+        assert seen.wait(["a", "b"], num_returns=2, fetch_local=False, timeout=0.1) == ([], ["a", "b"])
+        assert seen.get is ray.get and seen.exceptions is ray.exceptions
+        assert before > resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
+    assert asked == [(["a", "b"], {"num_returns": 1, "fetch_local": False, "timeout": 0.1})]
+    assert streaming_executor_state.ray is ray
+    assert before == resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
