@@ -3,8 +3,8 @@
     pip install --target LIBRARIES webdataset==1.0.2 mosaicml-streaming==0.13.0 litdata==0.2.76
     python experiments/public_loaders.py --images PHOTOS --libraries LIBRARIES
 
-PHOTOS: 600 ImageNet photos of full size, as JPEG. Published on one core of an AMD EPYC (no GPU), 24 GiB, 2026-11-29,
-commit 2f94070. About 6 minutes there, 10 GB of disk; --quick takes three. Speeds depend on the machine and
+PHOTOS: 600 ImageNet photos of full size, as JPEG. Published on one core of an AMD EPYC (no GPU), 24 GiB, 2026-11-30,
+commit 73ec87d. About 6 minutes there, 10 GB of disk; --quick takes three. Speeds depend on the machine and
 are shown; checked are bytes per image and the ratio of speeds, which changes by a fifth from run to run. A loader that
 cannot be imported is reported by the benchmark as left out.
 """
@@ -40,18 +40,18 @@ EXPERIMENT = Experiment(
     inputs=("images", "libraries"),
     commands=commands,
     expected=(
-        Expected("wavemim: bytes an image", 92745, ("numbers", "shard_bytes_per_image"), 1900, "92,745"),
-        Expected("wavemim: images/s", 5087, ("images_per_second", "reader")),
-        Expected("wavemim, fast: images/s", 16070, ("images_per_second", "reader_fast")),
-        *_loader("litdata, JPEG", "litdata jpeg", 22325, 2414),
-        *_loader("webdataset, JPEG", "webdataset jpeg", 24110, 1898),
-        *_loader("mosaicml-streaming, JPEG", "streaming jpeg", 22326, 1367),
-        *_loader("litdata, raw", "litdata raw", 196636, 8719),
-        *_loader("webdataset, raw", "webdataset raw", 198150, 4869),
-        *_loader("mosaicml-streaming, raw", "streaming raw", 196625, 3718),
-        *_loader("numpy.memmap, raw", "memmap raw", 196608, 21342),
-        Expected("read_vs_best_public", 1.84, ("numbers", "read_vs_best_public"), tolerance=0.45),
-        Expected("read_vs_best_public_jpeg", 2.11, ("numbers", "read_vs_best_public_jpeg"), tolerance=0.5),
+        Expected("wavemim: bytes an image", 92818, ("numbers", "shard_bytes_per_image"), 1900, "92,818"),
+        Expected("wavemim: images/s", 7195, ("images_per_second", "reader")),
+        Expected("wavemim, fast: images/s", 33484, ("images_per_second", "reader_fast")),
+        *_loader("litdata, JPEG", "litdata jpeg", 22348, 3038),
+        *_loader("webdataset, JPEG", "webdataset jpeg", 24131, 2498),
+        *_loader("mosaicml-streaming, JPEG", "streaming jpeg", 22348, 1902),
+        *_loader("litdata, raw", "litdata raw", 196636, 11170),
+        *_loader("webdataset, raw", "webdataset raw", 198150, 7726),
+        *_loader("mosaicml-streaming, raw", "streaming raw", 196624, 6600),
+        *_loader("numpy.memmap, raw", "memmap raw", 196608, 33035),
+        Expected("read_vs_best_public", 3.0, ("numbers", "read_vs_best_public"), tolerance=0.75, published="3.0"),
+        Expected("read_vs_best_public_jpeg", 2.37, ("numbers", "read_vs_best_public_jpeg"), tolerance=0.6),
     ),
 )
 
