@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 WRITTEN_FOR = "2.60"
 _REGISTERS, _POLL = 10.0, 0.02  # seconds in which a new node registers, and between two looks
-_DATA_ASKS = 0.5  # seconds between two questions of Ray Data what the cluster offers
+_DATA_ASKS = 0.5  # seconds after which Ray Data asks again what the cluster offers
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the environment of a job's command
 
 
@@ -85,8 +85,8 @@ def on_loopback() -> Iterator[None]:
 def quick_start() -> Iterator[None]:
     """Within the block, a Ray that ray.init() starts has only what it needs, and is used as soon as its node has registered.
 
-    Without a dashboard its API server only sends usage statistics, and takes a second to start. Its monitor starts nodes, of
-    which there are none to start, and takes a second to end. Ray asks for its new node once and then a second later.
+    Without a dashboard its API server only sends usage statistics, and takes a second to start. Its monitor
+    starts nodes, of which there are none to start, writes the status that `may_grow` reads, and takes a second to end. Ray asks for its new node once and then a second later.
     """
     from ray._private import services
     from ray._private.node import Node
@@ -116,9 +116,9 @@ def quick_start() -> Iterator[None]:
 def prompt_data_scheduling() -> Iterator[None]:
     """Within the block, Ray Data starts the next task as soon as one has ended.
 
-    It waits for all running tasks to end, for at most 0.1 seconds, before it looks which have: a core is idle for that long
-    after each task, or twice that. What the cluster offers it asks once a second, and until the first answer it runs one
-    task only.
+    By itself it waits for all running tasks to end, for at most 0.1 seconds, before it looks which have, so that a core is idle
+    for up to that long, or twice that, after each task. It also asks only once a second what the cluster offers, and runs one
+    task at a time until the first answer.
     """
     import ray
     from ray.data._internal.execution import resource_manager, streaming_executor_state
@@ -128,8 +128,9 @@ def prompt_data_scheduling() -> Iterator[None]:
             return getattr(ray, name)
 
         @staticmethod
-        def wait(refs: list[Any], *, num_returns: int, **options: Any) -> Any:
-            return ray.wait(refs, num_returns=min(num_returns, 1), **options)
+        def wait(refs: list[Any], *, num_returns: int, timeout: float, **options: Any) -> Any:
+            first = ray.wait(refs, num_returns=1, timeout=timeout, **options)
+            return ray.wait(refs, num_returns=num_returns, timeout=0, **options) if first[0] else first
 
     with (
         _changed(streaming_executor_state, "ray", WaitsForOne()),
@@ -218,9 +219,13 @@ def may_grow() -> bool:
 
     `ray start` alone runs an autoscaler too, which only reports the nodes that are there, each as a type of its own.
     """
+    from ray._private import ray_constants, worker
     from ray._private.state import state
     from ray.experimental.internal_kv import _internal_kv_get
 
+    node: Any = worker._global_node
+    if node is not None and node.head and ray_constants.PROCESS_TYPE_MONITOR not in node.all_processes:
+        return False  # a Ray of this process, by `quick_start`
     if state.get_cluster_config() is not None:
         return True
     status = _internal_kv_get(b"__autoscaling_status")

@@ -1,7 +1,7 @@
 """Mixes: rows of several row groups, shuffled together in memory.
 
-Each thread that has read a row group moves its rows to their places in the mix, while they are in the processor's cache.
-A batch of rows that lie in one mix is then a slice of it, and nothing is left to do row by row.
+Each thread that has read a row group moves its rows to their places in the mix, while they may still be in the processor's
+cache. A batch of rows that lie in one mix is then a slice of it.
 
 Dimensions: n rows of a mix, B rows of a batch, C channels, K bands, h × w cells of a level.
 """
@@ -18,7 +18,7 @@ from pipeline.shards.row_groups import Group
 
 
 class Mix:
-    """Rows of several row groups in a shuffled order. It is used once every row group has been put in.
+    """Rows of several row groups in a shuffled order. Read it only after every row group has been put in.
 
     Attributes:
         content: `row` (n,), `label` (n,), and the stored integers (n, C, K, h, w) of each level.
@@ -43,7 +43,7 @@ class Mix:
         for mine, given in zip(self.content[:2], group[:2], strict=True):
             mine[places] = given[low:high]
         for level, values in self.content[2].items():
-            _words(values)[places] = _words(group[2][level][low:high])
+            values[places] = group[2][level][low:high]  # one call: other threads run Python meanwhile
 
 
 Span = tuple[Mix, int, int, float]  # rows from the one number to the other, and the weight of each
@@ -56,9 +56,3 @@ def joined(spans: Sequence[Span], level: int) -> np.ndarray:
         return parts[0]
     values = new_array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     return np.concatenate(parts, out=values)
-
-
-def _words(values: np.ndarray) -> np.ndarray:
-    """View rows (n, …) as (n, words): NumPy moves large words faster, and lets other threads run meanwhile."""
-    rows = values.reshape(len(values), -1).view(np.uint8)
-    return rows.view(next(word for word in ("u8", "u4", "u2", "u1") if rows.shape[1] % np.dtype(word).itemsize == 0))

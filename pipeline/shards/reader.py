@@ -9,11 +9,10 @@ continues with the batches that it would have seen.
 Batches hold whole rows; their windows are cut where they are used (`wavemim.inputs.haar_windows`), on a GPU if there is one.
 Cut here, row by row, threads would wait for each other: only one of them can run Python at a time.
 
-Threads read row groups into mixes ahead of the consumer, with bounded memory. For each stream of this rank there are the
-current mix, the next one, and the one before it while batches look at it: 3 · mix_groups · rows_per_group rows, and each
-thread has a row group. Batches that are no slice of one mix are copies, as are pixels; there are `ahead` + 2 finished ones, and
-`threads` + 1 unfinished ones of pixels or for a GPU. With the defaults (8 groups of 64 rows), a mix of 256-pixel images takes
-98 MiB, thus three 293 MiB per stream; a mix of 64-pixel images takes 18 MiB.
+Threads read row groups into mixes ahead of the consumer, with bounded memory: for each stream of this rank the current mix and
+the next one, and the rows of the batches that wait. These are `ahead` + 2 finished ones, and `threads` + 1 unfinished ones if
+batches are of pixels or for a GPU. A batch whose rows lie in one mix is a slice, which keeps the whole mix in memory; others are
+copies. Each thread also has a row group. With the defaults (8 groups of 64 rows), a mix of 256-pixel images takes 98 MiB.
 
 Dimensions: B rows of a batch.
 """
@@ -102,7 +101,7 @@ class Reader:
             streams: Number of chunks of the order; by default one per rank. A run resumed with another `world` keeps
                 it.
             ahead: Finished batches read ahead.
-            threads: Threads that read and cut.
+            threads: Threads that read, and make pixels.
             pin: Whether batches are in pinned memory, for a GPU.
         """
         self.shards, self.split, self.batch, self.rank, self.world = shards, split, batch, rank, world
@@ -166,7 +165,7 @@ class Reader:
                     if (missing := per_rank - sum(last - first for _, first, last, _ in spans)) > 0:
                         mix, _, end, _ = spans[-1] if spans else streams[parts[-1][0]].rows(k * take, 1)[0]
                         spans += [(mix, end - 1, end, 0.0)] * missing
-                    if self._pixel_windows is None and not self.pin:  # nothing that takes time
+                    if self._pixel_windows is None and not self.pin:  # a slice, or a copy of a few
                         yield self._batch(epoch, spans, total)
                         continue
                     pending.append(pool.submit(self._batch, epoch, spans, total))

@@ -161,14 +161,30 @@ def test_ray_data_waits_for_the_first_task_and_asks_for_resources_where_this_pro
     assert "ray.wait(" in inspect.getsource(streaming_executor_state.process_completed_tasks)
     limits = inspect.getsource(resource_manager.ResourceManager.get_global_limits)
     assert "self.GLOBAL_LIMITS_UPDATE_INTERVAL_S" in limits
-    asked = []
-    monkeypatch.setattr(ray, "wait", lambda refs, **options: asked.append((refs, options)) or ([], refs))
+    asked, ready = [], []
+    monkeypatch.setattr(ray, "wait", lambda refs, **options: asked.append((refs, options)) or (ready, refs))
     before = resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
     with ray_internals.prompt_data_scheduling():
         seen = streaming_executor_state.ray
         assert seen.wait(["a", "b"], num_returns=2, fetch_local=False, timeout=0.1) == ([], ["a", "b"])
+        ready.append("b")
+        assert seen.wait(["a", "b"], num_returns=2, fetch_local=False, timeout=0.1)[0] == ["b"]
         assert seen.get is ray.get and seen.exceptions is ray.exceptions
         assert before > resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
-    assert asked == [(["a", "b"], {"num_returns": 1, "fetch_local": False, "timeout": 0.1})]
+    # It waits for one, and then takes all that are ready.
+    waits = [(options.pop("num_returns"), options.pop("timeout")) for _, options in asked]
+    assert waits == [(1, 0.1), (1, 0.1), (2, 0)]
+    assert all(given == (["a", "b"], {"fetch_local": False}) for given in asked)
     assert streaming_executor_state.ray is ray
     assert before == resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
+
+
+def test_a_ray_of_this_process_does_not_grow(monkeypatch):
+    """It has no monitor, so nothing says which nodes there are. Would catch: stages that wait for nodes for ever."""
+    import inspect
+
+    from ray._private import node, worker
+
+    assert "ray_constants.PROCESS_TYPE_MONITOR" in inspect.getsource(node.Node.start_monitor)
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(head=True, all_processes={"raylet": []}))
+    assert not ray_internals.may_grow()
