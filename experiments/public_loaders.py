@@ -4,7 +4,7 @@
     python experiments/public_loaders.py --images PHOTOS --libraries LIBRARIES
 
 PHOTOS: 600 ImageNet photos of full size, as JPEG. Published on one core of an AMD EPYC (no GPU), 24 GiB, 2026-11-30,
-commit 73ec87d. About 6 minutes there, 10 GB of disk; --quick takes three. Speeds depend on the machine and
+commit ec8c93c. About 6 minutes there, 10 GB of disk; --quick takes three. Speeds depend on the machine and
 are shown; checked are bytes per image and the ratio of speeds, which changes by a fifth from run to run. A loader that
 cannot be imported is reported by the benchmark as left out.
 """

@@ -2,9 +2,9 @@
 
     python experiments/stage_start.py --shards SHARDS
 
-SHARDS: a shard set of 32-px or 64-px images; published for 50 classes of Tiny ImageNet at 64 px. Published on two cores of an AMD EPYC (24 GiB),
-otherwise idle, 2026-11-30, commit ec8c93c, medians of five runs. About 2 minutes there, and one with --quick. Seconds are
-shown and not checked, as they depend on the machine.
+SHARDS: a shard set of 32-px or 64-px images; published for 50 classes of Tiny ImageNet at 64 px. Published on two cores of an AMD
+EPYC (24 GiB), otherwise idle, 2026-11-30, commit ec8c93c, medians of five runs. About 2 minutes there, and one with --quick.
+Seconds are shown and not checked, as they depend on the machine.
 """
 
 from __future__ import annotations

@@ -85,8 +85,9 @@ def on_loopback() -> Iterator[None]:
 def quick_start() -> Iterator[None]:
     """Within the block, a Ray that ray.init() starts has only what it needs, and is used as soon as its node has registered.
 
-    Without a dashboard its API server only sends usage statistics, and takes a second to start. Its monitor
-    starts nodes, of which there are none to start, writes the status that `may_grow` reads, and takes a second to end. Ray asks for its new node once and then a second later.
+    Without a dashboard its API server only sends usage statistics, and takes a second to start. Its monitor starts nodes, of
+    which there are none to start, writes the status that `may_grow` reads, and takes a second to end. Ray asks for its new node
+    once and then a second later.
     """
     from ray._private import services
     from ray._private.node import Node

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.shards.layout import Layout
-from pipeline.shards.pages import new_array
+from pipeline.shards.pages import concatenated, new_array
 from pipeline.shards.row_groups import Group
 
 
@@ -52,7 +52,4 @@ Span = tuple[Mix, int, int, float]  # rows from the one number to the other, and
 def joined(spans: Sequence[Span], level: int) -> np.ndarray:
     """The stored integers (B, C, K, h, w) of a level: a view of a single span, a copy of several."""
     parts = [mix.content[2][level][first:last] for mix, first, last, _ in spans]
-    if len(parts) == 1:
-        return parts[0]
-    values = new_array((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-    return np.concatenate(parts, out=values)
+    return parts[0] if len(parts) == 1 else concatenated(parts)

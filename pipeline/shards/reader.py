@@ -262,9 +262,8 @@ class _Stream:
         if self._current is None or self._current[0] != number:
             self._current = None
             self._start(number)
-            self._start(
-                number + 1
-            )  # before the other is complete, so that no thread waits for the last of its row groups
+            # Before this mix is complete, so that no thread is idle while the last row groups of it are read.
+            self._start(number + 1)
             mix, parts = self._reading.pop(number)
             for part in parts:
                 part.result()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pipeline.shards.pages import new_array
+from pipeline.shards.pages import concatenated
 from pipeline.shards.row_groups import Group
 from pipeline.shards.shard_set import ShardSet
 from wavemim.integer_haar import HaarPixels
@@ -55,10 +55,7 @@ class PixelWindows:
 def gathered(
     shards: ShardSet, sources: Sequence[tuple[Group, int]], levels: Sequence[int], corner: int, window: int
 ) -> dict[int, torch.Tensor]:
-    """Copy the same window of several rows into the memory of a batch, in one call per level.
-
-    Not with torch, which would start its own threads in each thread of the reader. One call, because threads that read
-    would otherwise wait for each other between the small ones.
+    """Copy the same window of several rows into the memory of a batch.
 
     Args:
         shards: The shard set.
@@ -73,10 +70,8 @@ def gathered(
     out: dict[int, torch.Tensor] = {}
     for level in levels:
         cells = slice(corner >> level, (corner + window) >> level)
-        parts = [pyramid[level][i, :, :, cells, cells] for (_, _, pyramid), i in sources]
-        values = new_array((len(parts), *parts[0].shape), parts[0].dtype)
-        np.concatenate(parts, out=values.reshape(-1, *parts[0].shape[1:]))
-        out[level] = torch.from_numpy(values)
+        parts = [pyramid[level][i : i + 1, :, :, cells, cells] for (_, _, pyramid), i in sources]
+        out[level] = torch.from_numpy(concatenated(parts))
     return out
 
 

@@ -80,6 +80,7 @@ def test_reader_holds_few_mixes_and_batches(tmp_path, monkeypatch, batch, pixels
         return found
 
     monkeypatch.setattr("pipeline.shards.mixes.new_array", counted)
+    monkeypatch.setattr("pipeline.shards.pages.new_array", counted)  # copies
     ahead, threads, mix = 3, 2, 2 * 4
     reader = Reader(
         shards, "train", batch=batch, window=32, flip=True, mix_groups=2, ahead=ahead, threads=threads, pixels=pixels
