@@ -13,6 +13,7 @@ import os
 import re
 import time
 import urllib.parse
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,36 @@ def prompt_data_scheduling() -> Iterator[None]:
     with (
         _changed(streaming_executor_state, "ray", WaitsForOne()),
         _changed(resource_manager.ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S", _DATA_ASKS),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def data_without_actors() -> Iterator[None]:
+    """Within the block, Ray Data starts no actors of its own, for a Ray of this process; each takes a second of a core.
+
+    One divides the cluster among its users and asks for more nodes, and Ray Data runs one task at a time until it answers; here
+    all nodes are for this process, and there will be no others. The other one keeps statistics for a dashboard.
+    """
+    import ray
+    from ray.data._internal import stats
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
+
+    class Nobody:
+        def __getattr__(self, _: str) -> Any:
+            return self
+
+        def remote(self, *_: Any) -> Any:
+            return ray.put(uuid.uuid4().hex)  # one of its methods numbers the data sets
+
+    def offered(_: Any) -> dict[str, Any]:
+        return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+    with (
+        _changed(stats, "get_or_create_stats_actor", Nobody),
+        _changed(DefaultAutoscalingCoordinator, "get_reserved_resources", offered),
+        _changed(DefaultAutoscalingCoordinator, "request_resources", lambda *_, **__: None),
+        _changed(DefaultAutoscalingCoordinator, "cancel_request", lambda _: None),
     ):
         yield
 

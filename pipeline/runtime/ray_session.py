@@ -238,10 +238,14 @@ def root_cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(inner).__name__
 
 
-def quiet_ray_data(*, in_order: bool = False) -> None:
-    """Make Ray Data show no progress bars and start messages of its own in this process: the stages have bars.
+@contextlib.contextmanager
+def ray_data(session: SessionInfo, *, in_order: bool = False) -> Iterator[None]:
+    """For the making and reading of a data set: Ray Data shows no progress bars and messages of its own, as stages have bars.
+
+    In a private Ray it also starts no processes but those that work.
 
     Args:
+        session: The Ray session.
         in_order: Whether rows come out of data sets in the order in which they went in.
     """
     import ray.data
@@ -253,6 +257,8 @@ def quiet_ray_data(*, in_order: bool = False) -> None:
     context.execution_options.preserve_order = in_order
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray_internals.silence_data_progress()
+    with ray_internals.data_without_actors() if session.private else contextlib.nullcontext():
+        yield
 
 
 class InActor:

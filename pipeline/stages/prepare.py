@@ -29,7 +29,7 @@ from pipeline.images.observed import cropped_share, narrow_values
 from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime import observability, ray_internals
-from pipeline.runtime.ray_session import SessionInfo, quiet_ray_data
+from pipeline.runtime.ray_session import SessionInfo, ray_data
 from pipeline.runtime.stage_folder import StageFolder, as_json, journal_at_home, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.errors import ShardError
@@ -107,7 +107,7 @@ def check(recipe: Recipe) -> Checked:
 
 def run(
     recipe: Recipe,
-    session: SessionInfo | None,
+    session: SessionInfo,
     checked: Checked,
     *,
     progress: bool = True,
@@ -152,7 +152,7 @@ def run(
                 if on_unit is not None:
                     on_unit(about)
 
-            result = _make(recipe, folder, checked.plan or _plan(recipe), progress, unit_done)
+            result = _make(recipe, session, folder, checked.plan or _plan(recipe), progress, unit_done)
             result["cost"] = meter.read().record()
             _log(tracker, result)
         return result
@@ -231,7 +231,12 @@ def _plan(recipe: Recipe) -> ImagePlan:
 
 
 def _make(
-    recipe: Recipe, folder: StageFolder, plan: ImagePlan, progress: bool, on_unit: OnUnit | None
+    recipe: Recipe,
+    session: SessionInfo,
+    folder: StageFolder,
+    plan: ImagePlan,
+    progress: bool,
+    on_unit: OnUnit | None,
 ) -> dict[str, Any]:
     data = recipe.data
     task = Task(
@@ -250,7 +255,7 @@ def _make(
     if todo:
         write_plan(task.folder, plan, units)
     with _Progress(recipe, plan, units, reports, progress, on_unit) as followed:
-        for report in _run_tasks(todo, task):
+        for report in _run_tasks(todo, task, session):
             reports[report["unit"]] = report
             followed.done(report)
     ordered = [reports[unit.name] for unit in units]
@@ -276,7 +281,7 @@ def _make(
     return _result(folder.folder, "continued" if folder.state == "unfinished" else "new", extra)
 
 
-def _run_tasks(todo: list[Unit], task: Task) -> Iterator[dict[str, Any]]:
+def _run_tasks(todo: list[Unit], task: Task, session: SessionInfo) -> Iterator[dict[str, Any]]:
     """Make the shards of `todo`, in any order; yields the report of each."""
     if not todo:
         return
@@ -284,15 +289,14 @@ def _run_tasks(todo: list[Unit], task: Task) -> Iterator[dict[str, Any]]:
     import ray
     import ray.data
 
-    quiet_ray_data()
     for unit in todo:
         task.folder.remove(f"{UNITS}/{unit.name}.tries")
     items = [{"unit": json.dumps(vars(unit))} for unit in todo]
-    # One block per unit: a task is one unit, and its report arrives when it is done.
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1, memory=TASK_MEMORY)
     try:
-        with ray_internals.prompt_data_scheduling():
+        with ray_data(session), ray_internals.prompt_data_scheduling():
+            # One block per unit: a task is one unit, and its report arrives when it is done.
+            dataset = ray.data.from_items(items, override_num_blocks=len(items))
+            shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1, memory=TASK_MEMORY)
             for row in shards.iter_rows():
                 if row["error"]:
                     raise StageError(

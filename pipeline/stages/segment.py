@@ -41,7 +41,7 @@ from pipeline.evaluation.subjects import titles_of
 from pipeline.images.pairs import Pair, read_pair
 from pipeline.runtime import observability
 from pipeline.runtime.formatting import table
-from pipeline.runtime.ray_session import InActor, SessionInfo, quiet_ray_data, root_cause, uses_gpu
+from pipeline.runtime.ray_session import InActor, SessionInfo, ray_data, root_cause, uses_gpu
 from pipeline.runtime.room import check_room
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import TaskMeter, flops_of, measuring_tasks
@@ -251,7 +251,6 @@ def _results(
     meter: TaskMeter,
 ) -> Iterator[dict[str, Any]]:
     """Decode and encode: yields a row for each pair, in any order."""
-    quiet_ray_data()
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     batches = -(-len(order) // settings.batch)
     items = [{"row": number, "image": pair.image, "mask": pair.mask} for number, (_, pair) in enumerate(order)]
@@ -259,16 +258,23 @@ def _results(
     encoding = Encoding(plan.subject, str(tokens.absolute()), plan.size, plan.blocks, use_gpu)
     encode = meter.around(encoding.encode, gpus=float(use_gpu))
     same: dict[str, Any] = {"batch_size": settings.batch, "batch_format": "numpy"}
-    decoded = ray.data.from_items(items, override_num_blocks=batches).map_batches(
-        meter.around(decoding.decode), num_cpus=1, **same
-    )
-    if use_gpu:  # actors that hold no CPU: decoding for them may otherwise wait for one for ever
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(int(session.gpus), batches)))
-        rows = decoded.map_batches(InActor, fn_constructor_args=(encode,), num_cpus=0, num_gpus=1, compute=pool, **same)
-    else:  # tasks: actors would hold CPUs of nodes that others then lack when a node is lost
-        rows = decoded.map_batches(encode, num_cpus=1, **same)
     try:
-        yield from rows.iter_rows()
+        with ray_data(session):
+            decoded = ray.data.from_items(items, override_num_blocks=batches).map_batches(
+                meter.around(decoding.decode), num_cpus=1, **same
+            )
+            if use_gpu:  # actors that hold no CPU: decoding for them may otherwise wait for one for ever
+                pool = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(int(session.gpus), batches)))
+                actors: dict[str, Any] = {
+                    "fn_constructor_args": (encode,),
+                    "num_cpus": 0,
+                    "num_gpus": 1,
+                    "compute": pool,
+                }
+                rows = decoded.map_batches(InActor, **actors, **same)
+            else:  # tasks: actors would hold CPUs of nodes that others then lack when a node is lost
+                rows = decoded.map_batches(encode, num_cpus=1, **same)
+            yield from rows.iter_rows()
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise StageError(f"the encoder failed ({type(error).__name__}: {lines[-1] if lines else ''})") from error

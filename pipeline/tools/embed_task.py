@@ -20,7 +20,7 @@ from pipeline.images.decode import decode_image
 from pipeline.images.plan import Origin
 from pipeline.images.sources import fetch
 from pipeline.models.encoder_source import EncoderSource
-from pipeline.runtime.ray_session import InActor, SessionInfo, quiet_ray_data, root_cause
+from pipeline.runtime.ray_session import InActor, SessionInfo, ray_data, root_cause
 from pipeline.tools.embed_sources import UNIT, Unit
 
 
@@ -100,30 +100,26 @@ def features_of(
     wanted = Pixels(
         subject.image_size, subject.channels, data["max_pixels"], data["min_side"], limits, data.get("nodata")
     )
-    quiet_ray_data(in_order=True)
-    items = ray.data.from_items([unit.as_item() for unit in units], override_num_blocks=len(units))
-    decoded = items.map_batches(
-        functools.partial(_decode, wanted=wanted), batch_size=1, batch_format="numpy", num_cpus=1
-    )
-    if gpu:
-        made = decoded.map_batches(
-            InActor,
-            fn_constructor_args=(functools.partial(_encode, subject=subject, batch=batch, device="cuda"),),
-            batch_size=UNIT,
-            batch_format="numpy",
-            num_cpus=0,  # else tasks that decode for it may wait for its CPU for ever
-            num_gpus=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=int(session.gpus)),
-        )
-    else:
-        made = decoded.map_batches(
-            functools.partial(_encode, subject=subject, batch=batch),
-            batch_size=None,
-            batch_format="numpy",
-            num_cpus=1,
-        )
+    decode = functools.partial(_decode, wanted=wanted)
+    encode = functools.partial(_encode, subject=subject, batch=batch)
+    same: dict[str, Any] = {"batch_format": "numpy"}
     try:
-        for part in made.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
-            yield from zip(part["features"], part["reason"], strict=True)
+        with ray_data(session, in_order=True):
+            items = ray.data.from_items([unit.as_item() for unit in units], override_num_blocks=len(units))
+            decoded = items.map_batches(decode, batch_size=1, num_cpus=1, **same)
+            if gpu:
+                made = decoded.map_batches(
+                    InActor,
+                    fn_constructor_args=(functools.partial(encode, device="cuda"),),
+                    batch_size=UNIT,
+                    num_cpus=0,  # else tasks that decode for it may wait for its CPU for ever
+                    num_gpus=1,
+                    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=int(session.gpus)),
+                    **same,
+                )
+            else:
+                made = decoded.map_batches(encode, batch_size=None, num_cpus=1, **same)
+            for part in made.iter_batches(batch_size=None, prefetch_batches=1, **same):
+                yield from zip(part["features"], part["reason"], strict=True)
     except ray.exceptions.RayError as error:
         raise StageError(f"a task failed: {root_cause(error)}; nothing is written") from error

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import ray
 
 from pipeline.runtime import ray_internals
@@ -177,6 +178,40 @@ def test_ray_data_waits_for_the_first_task_and_asks_for_resources_where_this_pro
     assert all(given == (["a", "b"], {"fetch_local": False}) for given in asked)
     assert streaming_executor_state.ray is ray
     assert before == resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S
+
+
+def test_ray_data_without_actors_knows_what_the_nodes_offer_and_starts_none(monkeypatch):
+    """Would catch: an actor that is made or asked elsewhere; resources of nodes that are gone. Also tried in test_ray_session."""
+    import inspect
+
+    from ray.data._internal import stats
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+
+    made, client = "get_or_create_autoscaling_coordinator", coordinator.DefaultAutoscalingCoordinator
+    assert inspect.getsource(coordinator).count(f"{made}()") == 2  # its definition, and in the client
+    calls = [name for name, each in vars(client).items() if "self._autoscaling_coordinator." in _source(each)]
+    assert sorted(calls) == ["cancel_request", "get_reserved_resources", "request_resources"]
+    assert inspect.getsource(stats).count("_StatsActor.options(") == 1
+    monkeypatch.setattr(coordinator, made, lambda: pytest.fail("it would start an actor"))
+    alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0, "memory": 2.0**30}}
+    monkeypatch.setattr(ray, "nodes", lambda: [alive, {**alive, "NodeID": "b", "Alive": False}])
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    before = stats.get_or_create_stats_actor, client.get_reserved_resources
+    with ray_internals.data_without_actors():
+        asked = client("a data set")
+        asked.request_resources([], expire_after_s=60, request_remaining=["CPU"])
+        assert asked.get_reserved_resources() == {"a": {"CPU": 2.0, "memory": 2.0**30}}
+        asked.cancel_request()
+        stats._StatsManager.update_execution_metrics("a data set", [], [], {})
+        numbers = {stats.get_or_create_stats_actor().gen_dataset_id.remote() for _ in range(3)}
+        assert len(numbers) == 3 and all(isinstance(number, str) for number in numbers)
+    assert before == (stats.get_or_create_stats_actor, client.get_reserved_resources)
+
+
+def _source(each):
+    import inspect
+
+    return inspect.getsource(each) if inspect.isfunction(each) else ""
 
 
 def test_a_ray_of_this_process_does_not_grow(monkeypatch):

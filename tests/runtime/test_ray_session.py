@@ -14,13 +14,18 @@ from pipeline.runtime.ray_session import ray_session
 PRIVATE = """
 import os, signal, time, ray, psutil
 from pipeline.config.settings import Cluster
-from pipeline.runtime.ray_session import ray_session
+from pipeline.runtime.ray_session import ray_data, ray_session
 
 with ray_session(Cluster()) as session:
     assert session.private and session.cpus >= 2 and session.nodes == 1, session
     with ray_session(Cluster()) as inner:
         assert not inner.private and inner.address == session.address
     assert ray.is_initialized(), "a session inside another leaves Ray running"
+    import ray.data
+    with ray_data(session, in_order=True):
+        rows = ray.data.range(6, override_num_blocks=6).map(lambda row: {"square": row["id"] ** 2}, num_cpus=1)
+        assert [row["square"] for row in rows.iter_rows()] == [0, 1, 4, 9, 16, 25]
+    assert not ray.util.list_named_actors(all_namespaces=True), "Ray Data starts processes that nobody needs"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "Ray keeps its handler to itself"
     processes = psutil.Process().children(recursive=True)
     listening = {

@@ -368,11 +368,13 @@ KILLED = """
 import os, sys
 import ray
 from pipeline.config.load import load
+from pipeline.runtime.ray_session import SessionInfo
 from pipeline.stages import prepare
 ray.init(address=sys.argv[1], log_to_driver=False)
 print("begins", flush=True)
 recipe = load("small", sys.argv[2:])
-prepare.run(recipe, None, prepare.check(recipe), progress=False, on_unit=lambda unit: print(unit["unit"], flush=True))
+session = SessionInfo(2, 0, 1, sys.argv[1], private=False)
+prepare.run(recipe, session, prepare.check(recipe), progress=False, on_unit=lambda unit: print(unit["unit"], flush=True))
 """
 
 
