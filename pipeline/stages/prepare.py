@@ -29,7 +29,7 @@ from pipeline.images.observed import cropped_share, narrow_values
 from pipeline.images.plan import ImagePlan, some_of
 from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime import observability, ray_internals
-from pipeline.runtime.ray_session import SessionInfo, ray_data
+from pipeline.runtime.ray_session import SessionInfo, ray_data, root_cause
 from pipeline.runtime.stage_folder import StageFolder, as_json, journal_at_home, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
 from pipeline.shards.errors import ShardError
@@ -304,10 +304,7 @@ def _run_tasks(todo: list[Unit], task: Task, session: SessionInfo) -> Iterator[d
                     )
                 yield json.loads(row["report"])
     except ray.exceptions.RayError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise StageError(
-            f"a task failed ({type(error).__name__}: {lines[-1].strip()}); run the same command again to resume"
-        ) from error
+        raise StageError(f"a task failed: {root_cause(error)}; run the same command again to resume") from error
 
 
 class _Progress:

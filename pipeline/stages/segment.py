@@ -276,8 +276,7 @@ def _results(
                 rows = decoded.map_batches(encode, num_cpus=1, **same)
             yield from rows.iter_rows()
     except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise StageError(f"the encoder failed ({type(error).__name__}: {lines[-1] if lines else ''})") from error
+        raise StageError(f"the encoder failed: {root_cause(error)}") from error
 
 
 def _classes(recipe: Recipe, plan: SegmentPlan, encoded: Encoded) -> Classes:

@@ -16,6 +16,7 @@ from ray.tune.execution.placement_groups import resource_dict_to_pg_factory
 from ray_autoscaler import PaperCluster, grow_for_ray_data
 
 from pipeline.config.load import load
+from pipeline.runtime.ray_session import SessionInfo
 from pipeline.stages import evaluate, prepare
 from pipeline.stages.prepare_task import Unit
 from pipeline.workers import group
@@ -66,7 +67,8 @@ def _map_of_prepare(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     task = SimpleNamespace(folder=SimpleNamespace(remove=lambda name: None))
     unit = Unit.__new__(Unit)
     object.__setattr__(unit, "name", "train-00000")
-    list(prepare._run_tasks([unit], task))
+    session = SessionInfo(cpus=0, gpus=0, nodes=1, address="", private=False)
+    list(prepare._run_tasks([unit], task, session))
     return seen
 
 

@@ -118,7 +118,7 @@ def broken_inputs(folder: Path) -> dict[str, str]:
 @pytest.mark.ray
 def test_a_labelled_folder_becomes_a_shard_set(ray_local, photo_folder, tmp_path, capfd):
     seen: list[dict] = []
-    summary = run_stage(prepare, recipe(photo_folder, tmp_path / "one"), on_unit=seen.append)
+    summary = run_stage(prepare, recipe(photo_folder, tmp_path / "one"), ray_local, on_unit=seen.append)
     assert summary["state"] == "new" and summary["rows"] == {"train": 108, "val": 12} and summary["classes"] == 3
     assert summary["counts"] == {"inputs": 120, "kept": 120, "rejected": 0, "ignored": 0}
     assert [unit["done"] for unit in seen] == [1, 2, 3] and {unit["total"] for unit in seen} == {3}
@@ -139,9 +139,9 @@ def test_a_labelled_folder_becomes_a_shard_set(ray_local, photo_folder, tmp_path
         pixels = reconstruct({n: v.astype(float) * shards.steps[n] for n, v in stored.items()})
         image = decode_image((photo_folder / path).read_bytes(), path, Pixels(SIZE))
         assert np.abs(pixels - image).mean() < 2
-    again = run_stage(prepare, recipe(photo_folder, tmp_path / "one"))
+    again = run_stage(prepare, recipe(photo_folder, tmp_path / "one"), ray_local)
     assert again["state"] == "finished already" and again["fingerprint"] == summary["fingerprint"]
-    run_stage(prepare, recipe(photo_folder, tmp_path / "two"))
+    run_stage(prepare, recipe(photo_folder, tmp_path / "two"), ray_local)
     other = tmp_path / "two" / "shards"
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
@@ -161,7 +161,7 @@ def test_every_input_is_kept_or_rejected(ray_local, photo_folder, tmp_path):
     _saved(photo(7), images / "png.jpg", format="PNG")
     (images / "exif.jpg").write_bytes(_with_bad_exif(good[0].read_bytes()))
     (images / "notes.txt").write_text("no image by its suffix: not among the inputs")
-    summary = run_stage(prepare, recipe(images, tmp_path / "out", "data.max_rejected=1"))
+    summary = run_stage(prepare, recipe(images, tmp_path / "out", "data.max_rejected=1"), ray_local)
     folder = tmp_path / "out" / "shards"
     rejected = {row["path"]: row["reason"] for row in pq.read_table(folder / "rejected.parquet").to_pylist()}
     assert rejected.keys() == reasons.keys()
@@ -190,14 +190,14 @@ def test_too_many_rejects_end_the_stage_and_can_be_allowed(ray_local, photo_fold
     with pytest.raises(
         StageError, match=r"11 of 19 inputs are rejected.*max_rejected=0\.01.*bad\d+\.jpg, .* and 7 more: empty file"
     ):
-        run_stage(prepare, recipe(images, tmp_path / "out"))
+        run_stage(prepare, recipe(images, tmp_path / "out"), ray_local)
     assert not (tmp_path / "out" / "shards" / MANIFEST).exists()
-    summary = run_stage(prepare, recipe(images, tmp_path / "out", "data.max_rejected=0.9"))
+    summary = run_stage(prepare, recipe(images, tmp_path / "out", "data.max_rejected=0.9"), ray_local)
     assert summary["state"] == "continued" and summary["units"]["reused"] >= 1
     for path in images.glob("good*"):
         path.unlink()
     with pytest.raises(StageError, match=r"no image of .* could be stored"):
-        run_stage(prepare, recipe(images, tmp_path / "none", "data.max_rejected=1"))
+        run_stage(prepare, recipe(images, tmp_path / "none", "data.max_rejected=1"), ray_local)
 
 
 def one_task(photo_folder: Path, out: Path | Folder):
@@ -250,10 +250,10 @@ def test_a_full_disk_is_said_and_the_call_goes_on_when_there_is_room(ray_local, 
     try:
         settings = recipe(photo_folder, tmp_path / "out", f"shards={disk}/set", "data.rows_per_shard=12")
         with pytest.raises((StageError, OSError), match="No space left"):
-            run_stage(prepare, settings)
+            run_stage(prepare, settings, ray_local)
         assert not (disk / "set" / MANIFEST).exists() and (disk / "set" / "settings.json").exists()
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        summary = run_stage(prepare, settings)
+        summary = run_stage(prepare, settings, ray_local)
         assert summary["state"] == "continued" and summary["rows"] == {"train": 108, "val": 12}
         assert not any(problem for _, problem in verify(ShardSet.open(disk / "set")))
     finally:
@@ -267,7 +267,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused(ray_local, photo_folde
         stage_folder(tmp_path / "out" / "shards", {"a": 1}),
         pytest.raises(StageError, match=f"shards is being written by process {os.getpid()}"),
     ):
-        run_stage(prepare, settings)
+        run_stage(prepare, settings, ray_local)
 
 
 def test_what_is_written_must_not_become_input(photo_folder, tmp_path):
@@ -322,7 +322,7 @@ def test_lists_tars_and_parquet_files_give_the_same_images(ray_local, tmp_path):
     for source in ("list.csv", "tars", "parquet"):
         out = tmp_path / f"out-{source}"
         compression = "fast" if source == "tars" else "small"  # has to make no difference
-        summary = run_stage(prepare, recipe(tmp_path / source, out, f"data.compression={compression}"))
+        summary = run_stage(prepare, recipe(tmp_path / source, out, f"data.compression={compression}"), ray_local)
         assert ShardSet.open(out / "shards").manifest.get("compression", "small") == compression
         assert summary["classes"] == 2 and summary["rows"] == {"train": 27, "val": 3}
         rows = shard_rows(out / "shards")
@@ -332,19 +332,19 @@ def test_lists_tars_and_parquet_files_give_the_same_images(ray_local, tmp_path):
 
 @pytest.mark.ray
 def test_from_and_to_an_object_store(ray_local, photo_folder, tmp_path, bucket):  # noqa: F811
-    local = run_stage(prepare, recipe(photo_folder, tmp_path / "local", "data.rows_per_shard=40"))
+    local = run_stage(prepare, recipe(photo_folder, tmp_path / "local", "data.rows_per_shard=40"), ray_local)
     source, target = bucket.sub("photos"), bucket.sub("sets/one")
     for path in sorted(photo_folder.glob("*/*")):
         source.write(str(path.relative_to(photo_folder)), path.read_bytes())
     settings = recipe(source.url, tmp_path / "out", f"shards={target.url}", "data.rows_per_shard=40")
-    summary = run_stage(prepare, settings)
+    summary = run_stage(prepare, settings, ray_local)
     assert summary["fingerprint"] == local["fingerprint"] and summary["rows"] == local["rows"]
     shards = ShardSet.open(target.url)
     assert not any(problem for _, problem in verify(shards))
     assert target.sub("units").names() == []
     batches = Reader(shards, "train", batch=40, window=SIZE, flip=True).epoch(0)
     assert sum(len(batch.rows) for batch in batches) == 120  # 108, the last batch filled up
-    assert run_stage(prepare, settings)["state"] == "finished already"
+    assert run_stage(prepare, settings, ray_local)["state"] == "finished already"
     target.write("train-00000.parquet", b"other bytes")
     with pytest.raises(StageError, match=r"train-00000\.parquet.* has 11 bytes"):
         ShardSet.open(target.url)
@@ -449,10 +449,10 @@ def test_ten_kills_at_random_moments_change_nothing(ray_local, tmp_path):
     (folder / ".0123.tmp").write_bytes(b"half")
     broken = folder / f"{sorted(finished)[0]}.parquet"
     broken.write_bytes(broken.read_bytes()[:100])
-    summary = run_stage(prepare, settings)
+    summary = run_stage(prepare, settings, ray_local)
     assert summary["state"] == "continued" and summary["units"]["reused"] >= len(finished) - 1
     whole = recipe(images, tmp_path / "whole", *overrides)
-    assert run_stage(prepare, whole)["fingerprint"] == summary["fingerprint"]
+    assert run_stage(prepare, whole, ray_local)["fingerprint"] == summary["fingerprint"]
     assert shard_rows(folder) == shard_rows(Path(whole.shards_at))
     names = [sorted(path.name for path in Path(one.shards_at).iterdir()) for one in (settings, whole)]
     assert names[0] == names[1]
