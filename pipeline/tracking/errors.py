@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 
 from pipeline.tracking.store_uris import without_password
@@ -26,6 +27,11 @@ def answered(error: Exception) -> bool:
 def busy(error: Exception) -> bool:
     """Whether all connections of the server to its database are in use, which MLflow reports as a bad request."""
     return "QueuePool limit" in str(error)
+
+
+def broken_file(error: Exception) -> bool:
+    """Whether a SQLite store on this machine failed in a way that does not pass with time, as a lock of other processes does."""
+    return any(isinstance(link, sqlite3.Error) and "locked" not in str(link) for link in _chain(error))
 
 
 def refused(error: Exception) -> bool:
@@ -58,8 +64,9 @@ def no_connection(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The innermost system error, else the first line of the error itself, without a password."""
+    """The innermost error of the system or of SQLite, else the first line of the error itself, without a password."""
     words = [link.strerror for link in _chain(error) if isinstance(link, OSError) and link.strerror]
+    words += [str(link) for link in _chain(error) if isinstance(link, sqlite3.Error)]
     text = str(words[-1] if words else error).strip()
     if "timed out" in text:  # instead of half a page about connection pools
         return "timed out"

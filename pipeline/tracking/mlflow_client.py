@@ -32,6 +32,7 @@ _KIND, _TRAINING = "mlflow.experimentKind", "custom_model_development"
 _COST, _SHOWN_COST = "cost/", "usage/"
 KEY = "wavemim.key"  # tag: the run's key, which the writer makes up, so that no run is created twice
 REASON = "wavemim.reason"  # tag: why the run failed
+_POOL = "MLFLOW_SQLALCHEMYSTORE_"  # how MLflow's settings of connections to databases begin
 Value = tuple[str, float, int, int]  # of a metric: name, value, time (ms), step
 # MLflow's limits.
 _LONGEST_PARAM, _LONGEST_DIGEST, _PARAMS_IN_BATCH, METRICS_IN_BATCH = 6000, 36, 100, 1000
@@ -92,6 +93,9 @@ def connect(uri: str, *, create: bool) -> MlflowClient:
     from mlflow import MlflowClient
 
     path = sqlite_path(uri)
+    if path is not None and not any(name.startswith(_POOL) for name in os.environ):
+        # A connection that is kept stays with a file that was removed, when a new one has taken its place.
+        os.environ[f"{_POOL}POOLCLASS"] = "NullPool"
     if path is not None and not path.exists():
         if not create:
             # MLflow would create an empty store, which the driver does not see.

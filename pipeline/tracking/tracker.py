@@ -294,7 +294,8 @@ class Tracker:
         except Busy:
             return None
         except Exception as error:
-            self._refused, self._away, self._accepted = errors.refused(error), errors.no_connection(error), False
+            self._refused = errors.refused(error) or errors.broken_file(error)
+            self._away, self._accepted = errors.no_connection(error), False
             if not errors.busy(error):  # what it does not take until the end, is said then
                 self._warn(f"{'refuses' if self._refused else 'does not answer'} ({errors.reason(error)})")
             return False
