@@ -22,6 +22,7 @@ from wavemim.weights import checkpoint
 log = logging.getLogger(__name__)
 
 BEST = "best.json"  # which checkpoint was best, and its value
+CHECKPOINTS = ("images-*", BEST)  # patterns of names in a stage's folder
 COPIED = ("images-*/*", BEST)  # patterns of what the writer of checkpoints copies to a store itself
 FETCHED = "fetched"  # in the out folder: copies of checkpoints that were given by URL
 _NAME = re.compile(r"images-(\d+)")

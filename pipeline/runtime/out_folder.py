@@ -20,17 +20,18 @@ _PATIENCE = 60.0  # seconds for the answers of all nodes; one that does not answ
 
 
 def prepare_out(recipe: Recipe, say: Callable[[str], object] = print) -> None:
-    """Check that an out folder in an object store can be reached, and say what is on this machine only.
+    """Check that a local out folder can be written, or one in a store be reached, and say what is on this machine only.
 
     Args:
         recipe: The settings.
         say: Called with a line.
 
     Raises:
-        SettingError: The store cannot be used, or denies access.
+        SettingError: The folder cannot be written; the store cannot be used, or denies access.
         StorageError: It does not answer.
     """
     if recipe.home is None:
+        check_writable("out", Folder.at(recipe.out))
         return
     check_scheme(recipe.home)
     home = Folder.at(recipe.home)
@@ -49,6 +50,18 @@ def prepare_out(recipe: Recipe, say: Callable[[str], object] = print) -> None:
         say(f"{copy}, with MLflow's mlflow.db; wavemim sync {home} tracking.uri=URI sends its runs to a server")
 
 
+def check_writable(what: str, folder: Folder) -> None:
+    """Raise SettingError where a local folder cannot be written; one that does not exist is not left behind.
+
+    Args:
+        what: The setting that names it.
+        folder: The folder.
+    """
+    if folder.local is not None:
+        with _token(folder, what):
+            pass
+
+
 def check_nodes(recipe: Recipe, session: SessionInfo) -> None:
     """Check that all nodes that can run workers see the out folder, with one small task on each of them.
 
@@ -57,8 +70,7 @@ def check_nodes(recipe: Recipe, session: SessionInfo) -> None:
         session: The running Ray.
 
     Raises:
-        SettingError: A node does not see the folder, or may not read the store.
-        StageError: The folder cannot be written.
+        SettingError: A node does not see the folder, or may not read the store, or the folder cannot be written.
     """
     if session.private or session.nodes < 2:
         return
@@ -90,14 +102,16 @@ def check_nodes(recipe: Recipe, session: SessionInfo) -> None:
 
 
 @contextlib.contextmanager
-def _token(folder: Folder) -> Iterator[tuple[Folder, str]]:
+def _token(folder: Folder, what: str = "out") -> Iterator[tuple[Folder, str]]:
     """A small file in the folder while the block runs; a local folder that did not exist is gone afterwards."""
     name = f".node-check-{uuid.uuid4().hex}"
     made = [] if folder.local is None else [path for path in (folder.local, *folder.local.parents) if not path.exists()]
     try:
         folder.write(name, b"")
     except OSError as error:
-        raise StageError(f"out={folder} cannot be written: {error.strerror or error}") from None
+        raise SettingError(
+            f"{what}={folder} cannot be written ({error.strerror or error}); give a folder in which files can be made"
+        ) from None
     try:
         yield folder, name
     finally:

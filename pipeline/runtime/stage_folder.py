@@ -8,6 +8,7 @@ same command resumes or starts over.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import logging
 import shutil
@@ -79,6 +80,7 @@ def stage_folder(
     home: str | None = None,
     lease: Path | None = None,
     left_out: Collection[str] = (),
+    work: Collection[str] | None = None,
 ) -> Iterator[StageFolder]:
     """Own a stage's folder while the block runs.
 
@@ -88,6 +90,8 @@ def stage_folder(
         home: URL of the folder in a store of which `where`, a path, is this machine's copy (`pipeline.storage.mirror`).
         left_out: Patterns of paths in the folder that are not copied to `home` with the others, as of `Mirror`.
         lease: For a URL: a local file that only this process uses, to recognise the mark of an earlier process.
+        work: Patterns of names in the folder that are worth keeping. A folder without any, left by a call that failed early, is
+            emptied where the settings differ: they may have been the mistake. None: all is worth keeping.
         restart: Whether to empty a folder that holds something.
         mark: Name of the finishing mark.
         changeable: Names of settings that may change on resume.
@@ -107,6 +111,8 @@ def stage_folder(
         mirror = None
         if home is not None and folder.local is not None:
             mirror = stack.enter_context(mirrored(Folder.at(home), folder.local, left_out=left_out))
+        if home is None and work is not None and not restart:
+            restart = _failed_early(folder, identity, mark, work)
         opened = replace(_open(folder, identity, restart, mark, changeable, force), mirror=mirror)
         if mirror is not None and restart:
             mirror.clear()
@@ -158,6 +164,16 @@ def _open(
     if state == "new":
         folder.write(SETTINGS, as_json(identity))
     return StageFolder(folder, mark, state)
+
+
+def _failed_early(folder: Folder, identity: Mapping[str, Any], mark: str, work: Collection[str]) -> bool:
+    """Whether this stage began the folder with other settings, and left nothing that is worth keeping."""
+    if folder.size(SETTINGS) is None or folder.size(mark) is not None:
+        return False
+    known = _read(folder, SETTINGS)
+    if not known.keys() & identity.keys() or not differences(known, identity):
+        return False
+    return not any(fnmatch.fnmatch(name, each) for name in (*folder.names(), *folder.folders()) for each in work)
 
 
 def _holds_something(folder: Folder) -> bool:

@@ -96,7 +96,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     check_room(recipe, session, 1)
     same = {**identity(recipe, "evaluate"), "checkpoint": subject.fingerprint, "shards": shards.fingerprint}
     place, home = recipe.stage_dir("evaluate"), recipe.stage_home("evaluate")
-    with stage_folder(place, same, restart=recipe.restart, home=home) as folder:
+    with stage_folder(place, same, restart=recipe.restart, home=home, work=()) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         tags = {"wavemim.shards": shards.fingerprint, "wavemim.weights.checkpoint": subject.place}

@@ -94,7 +94,7 @@ def run(recipe: Recipe, session: None, checked: Checked, *, progress: bool = Tru
     path, trained, state = checked.path, checked.trained, checked.state
     same = {**identity(recipe, "export"), "checkpoint": state["files"][checkpoint.MODEL], "version": __version__}
     place, home = recipe.stage_dir("export"), recipe.stage_home("export")
-    with stage_folder(place, same, restart=recipe.restart, home=home) as folder:
+    with stage_folder(place, same, restart=recipe.restart, home=home, work=()) as folder:
         evaluation = evaluation_of(recipe, state)
         made = {"onnx": recipe.export.onnx or recipe.export.registry is not None, "evaluation": evaluation}
         before = folder.result() if folder.finished else {}

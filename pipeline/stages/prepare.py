@@ -13,7 +13,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,10 @@ from pipeline.errors import SettingError, StageError
 from pipeline.images.arrays import Pixels
 from pipeline.images.describe import found_in, without_images, without_val
 from pipeline.images.observed import cropped_share, narrow_values
-from pipeline.images.plan import ImagePlan, some_of
+from pipeline.images.plan import ImagePlan
 from pipeline.images.sources import check_source, plan_source
 from pipeline.runtime import observability, ray_internals
+from pipeline.runtime.out_folder import check_writable
 from pipeline.runtime.ray_session import SessionInfo, ray_data, root_cause
 from pipeline.runtime.stage_folder import StageFolder, as_json, journal_at_home, stage_folder
 from pipeline.runtime.usage import Meter, Spent, spent_in
@@ -36,12 +37,11 @@ from pipeline.shards.errors import ShardError
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import MANIFEST, REJECTED, ShardSet
 from pipeline.stages.prepare_task import UNITS, Task, Unit, make_shard, make_units
-from pipeline.stages.prepare_units import finish_set, finished_reports, write_plan
+from pipeline.stages.prepare_units import check_rejects, finish_set, finished_reports, write_plan
 from pipeline.stages.sequence import local
 from pipeline.storage.folder import Folder
 from pipeline.tracking.tracker import Tracker
 
-ALWAYS_ALLOWED_REJECTS = 10
 # Bytes that a task asks of Ray: far less than it uses, since every machine offers more. Only nodes that are not to decode
 # images offer less, such as those with GPUs in cluster.yaml: the autoscaler then never starts one for `prepare`.
 TASK_MEMORY = 2**20
@@ -98,10 +98,12 @@ def check(recipe: Recipe) -> Checked:
     """List the images before the output folder is locked, so that mistakes in `images=` leave and replace nothing.
 
     Raises:
-        SettingError: The images cannot be listed, or their labels or splits are ambiguous.
+        SettingError: The images cannot be listed, their labels or splits are ambiguous, or the set cannot be written.
         StageError: Too many inputs are rejected because of their names, or a store does not answer.
     """
     unfinished = recipe.restart or Folder.at(recipe.shards_at).size(MANIFEST) is None
+    if unfinished:
+        check_writable("shards", Folder.at(recipe.shards_at))
     return Checked(_plan(recipe) if unfinished else None)
 
 
@@ -136,7 +138,9 @@ def run(
         lease = recipe.run_dir / ".shards.lease.json"
     with (
         journal_at_home(recipe, "prepare"),
-        stage_folder(recipe.shards_at, same, restart=recipe.restart, mark=MANIFEST, lease=lease) as folder,
+        stage_folder(
+            recipe.shards_at, same, restart=recipe.restart, mark=MANIFEST, lease=lease, work=("*.parquet",)
+        ) as folder,
     ):
         if folder.finished:
             cost = spent_in(recipe.stage_dir("prepare")).record()
@@ -251,11 +255,13 @@ def _make(
     units = make_units(plan, data.rows_per_shard)
     reports = finished_reports(task.folder, units)
     todo = [unit for unit in units if unit.name not in reports]
-    reused = len(reports)
     if todo:
         write_plan(task.folder, plan, units)
-    with _Progress(recipe, plan, units, reports, progress, on_unit) as followed:
-        for report in _run_tasks(todo, task, session):
+    with (
+        _Progress(recipe, plan, units, reports, progress, on_unit) as followed,
+        contextlib.closing(_run_tasks(todo, task, session)) as fresh_reports,  # while there is a Ray
+    ):
+        for report in fresh_reports:
             reports[report["unit"]] = report
             followed.done(report)
     ordered = [reports[unit.name] for unit in units]
@@ -274,19 +280,18 @@ def _make(
     fresh = sum(unit.inputs for unit in todo)
     extra = {
         **found,
-        "units": {"total": len(units), "reused": reused},
+        "units": {"total": len(units), "reused": len(units) - len(todo)},
         "seconds": seconds,
         "images_per_second": fresh / seconds if fresh else None,
     }
     return _result(folder.folder, "continued" if folder.state == "unfinished" else "new", extra)
 
 
-def _run_tasks(todo: list[Unit], task: Task, session: SessionInfo) -> Iterator[dict[str, Any]]:
+def _run_tasks(todo: list[Unit], task: Task, session: SessionInfo) -> Generator[dict[str, Any], None, None]:
     """Make the shards of `todo`, in any order; yields the report of each."""
     if not todo:
         return
     # Imported here, so that mistakes in the settings are reported without waiting for Ray.
-    import ray
     import ray.data
 
     for unit in todo:
@@ -298,10 +303,8 @@ def _run_tasks(todo: list[Unit], task: Task, session: SessionInfo) -> Iterator[d
             dataset = ray.data.from_items(items, override_num_blocks=len(items))
             shards = dataset.map(functools.partial(make_shard, task=task), num_cpus=1, memory=TASK_MEMORY)
             for row in shards.iter_rows():
-                if row["error"]:
-                    raise StageError(
-                        f"a shard could not be written, {row['error']}; run the same command again to resume"
-                    )
+                if error := row["error"]:
+                    raise StageError(f"a shard could not be written, {error}; run the same command again to resume")
                 yield json.loads(row["report"])
     except ray.exceptions.RayError as error:
         raise StageError(f"a task failed: {root_cause(error)}; run the same command again to resume") from error
@@ -348,27 +351,6 @@ class _Progress:
         numbers = {"wavemim_rejected_images": float(self._rejected)}
         observability.publish(self._recipe.name, "prepare", self._seen, self._total, "images", numbers)
         check_rejects(self._recipe, self._rejected, self._first, self._inputs)
-
-
-def check_rejects(recipe: Recipe, count: int, first: list[tuple[str, str]], inputs: int) -> None:
-    """Raise StageError where more inputs are rejected than `data.max_rejected` allows.
-
-    Args:
-        recipe: The settings.
-        count: Rejected inputs so far.
-        first: Path and reason of the first ones.
-        inputs: All inputs.
-    """
-    allowed = max(ALWAYS_ALLOWED_REJECTS, recipe.data.max_rejected * inputs)
-    if count > allowed:
-        of_reason: dict[str, list[str]] = {}
-        for path, reason in first[:10]:
-            of_reason.setdefault(reason, []).append(path)
-        shown = "; ".join(f"{some_of(paths)}: {reason}" for reason, paths in of_reason.items())
-        raise StageError(
-            f"{count} of {inputs} inputs are rejected, data.max_rejected={recipe.data.max_rejected:g} allows "
-            f"{int(allowed)}; raise it to continue without them. The first: {shown}"
-        )
 
 
 def _found(folder: Folder) -> dict[str, Any]:

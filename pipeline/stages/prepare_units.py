@@ -1,4 +1,4 @@
-"""What prepare stores for resuming (plan, reports), and how units become a shard set (manifest)."""
+"""What prepare stores for resuming (plan, reports), how many rejects it allows, and how units become a shard set (manifest)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.config.recipe import Recipe
 from pipeline.errors import StageError
 from pipeline.images.inputs import SCHEMA
-from pipeline.images.plan import ImagePlan
+from pipeline.images.plan import ImagePlan, some_of
 from pipeline.runtime.stage_folder import StageFolder
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import REJECTED, SPLITS, make_manifest
@@ -21,6 +21,8 @@ from pipeline.shards.statistics import Moments
 from pipeline.shards.writer import write_rejected
 from pipeline.stages.prepare_task import PLAN, UNITS, Unit, scratch
 from pipeline.storage.folder import Folder
+
+ALWAYS_ALLOWED_REJECTS = 10
 
 
 def write_plan(folder: Folder, plan: ImagePlan, units: Sequence[Unit]) -> None:
@@ -50,6 +52,27 @@ def finished_reports(folder: Folder, units: Sequence[Unit]) -> dict[str, dict[st
             if sizes.get(f"{unit.name}.parquet") == size and report["digest"] == unit.digest:
                 found[unit.name] = report
     return found
+
+
+def check_rejects(recipe: Recipe, count: int, first: list[tuple[str, str]], inputs: int) -> None:
+    """Raise StageError where more inputs are rejected than `data.max_rejected` allows.
+
+    Args:
+        recipe: The settings.
+        count: Rejected inputs so far.
+        first: Path and reason of the first ones.
+        inputs: All inputs.
+    """
+    allowed = max(ALWAYS_ALLOWED_REJECTS, recipe.data.max_rejected * inputs)
+    if count > allowed:
+        of_reason: dict[str, list[str]] = {}
+        for path, reason in first[:10]:
+            of_reason.setdefault(reason, []).append(path)
+        shown = "; ".join(f"{some_of(paths)}: {reason}" for reason, paths in of_reason.items())
+        raise StageError(
+            f"{count} of {inputs} inputs are rejected, data.max_rejected={recipe.data.max_rejected:g} allows "
+            f"{int(allowed)}; raise it to continue without them. The first: {shown}"
+        )
 
 
 def finish_set(

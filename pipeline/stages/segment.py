@@ -5,11 +5,12 @@ Ray Data decodes images and masks and runs the encoders; then one Ray task per e
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: SegmentPlan, *, progress:
             f"out={recipe.home}: segment's tasks share files, and this Ray has {session.nodes} nodes; give a shared folder"
         )
     place, same, home = recipe.stage_dir("segment"), checked.identity(recipe), recipe.stage_home("segment")
-    with stage_folder(place, same, restart=recipe.restart, home=home) as folder:
+    with stage_folder(place, same, restart=recipe.restart, home=home, work=()) as folder:
         if folder.finished:
             return {**folder.result(), "state": "finished already"}
         tokens = folder.path / TOKENS
@@ -211,8 +212,11 @@ def _encode(
     order = [(split, pair) for split, pairs in plan.pairs.splits.items() for pair in pairs]
     rejects = list(plan.pairs.rejects)
     found: dict[int, tuple[Row, Counter[int], float]] = {}
-    with tqdm(total=len(order), desc="tokens", unit=" image", disable=not progress) as bar:
-        for done, result in enumerate(_results(recipe, plan, session, tokens, order, meter), start=1):
+    with (
+        tqdm(total=len(order), desc="tokens", unit=" image", disable=not progress) as bar,
+        contextlib.closing(_results(recipe, plan, session, tokens, order, meter)) as results,  # while there is a Ray
+    ):
+        for done, result in enumerate(results, start=1):
             observability.publish(recipe.name, "segment", done, len(order), "images")
             number = int(result["row"])
             if result["reason"]:
@@ -249,7 +253,7 @@ def _results(
     tokens: Path,
     order: Sequence[tuple[str, Pair]],
     meter: TaskMeter,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Decode and encode: yields a row for each pair, in any order."""
     settings, use_gpu = recipe.segment, uses_gpu(recipe, session)
     batches = -(-len(order) // settings.batch)

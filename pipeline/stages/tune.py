@@ -115,7 +115,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     objective = PROBE if shards.classes is not None else RANK
     _check_tracking(recipe, session)
     place, home, same = recipe.stage_dir("tune"), recipe.stage_home("tune"), _identity(recipe, checked)
-    with stage_folder(place, same, restart=recipe.restart, home=home, left_out=_LEFT_OUT) as folder:
+    with stage_folder(place, same, restart=recipe.restart, home=home, left_out=_LEFT_OUT, work=(LEDGER,)) as folder:
         meter = Meter(before=Spent(wall_clock_s=spent_in(folder.path).wall_clock_s))  # trials keep the rest themselves
         concurrent = _concurrent(recipe, session, use_gpu)
         plan = _plan(recipe, checked, folder, meter, concurrent())

@@ -7,6 +7,7 @@ with the number of images.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from pipeline.config.load import load, with_overrides
 from pipeline.errors import SettingError, StageError
 from pipeline.runtime import interrupts
+from pipeline.runtime.out_folder import check_writable
 from pipeline.runtime.ray_session import SessionInfo, ray_session
 from pipeline.tools.arguments import Output
 from pipeline.tools.embed_file import Writer, parent_of, rejected_of
@@ -100,9 +102,11 @@ def embed(
 
     units = [unit for source in sources for unit in units_of(source)]
     rejects = [(source.name, *reject) for source in sources for reject in source.plan.rejects]
-    done = features_of(subject, units, session, batch)
     target, name = parent_of(out)
-    with Writer(target, name, subject) as writer:
+    with (
+        contextlib.closing(features_of(subject, units, session, batch)) as done,  # while there is a Ray
+        Writer(target, name, subject) as writer,
+    ):
         total = sum(len(unit.rows) for unit in units)
         with tqdm(total=total, desc="embed", unit=" image", disable=not progress) as bar:
             for unit in units:
@@ -127,6 +131,7 @@ def check_out(out: str, *, overwrite: bool) -> None:
         raise SettingError(f"--out {out}: {folder.shown(name)} {hint}")
     if folder.local is not None and not folder.local.is_dir():
         raise SettingError(f"--out {out}: the folder '{folder.local}' does not exist")
+    check_writable("--out", folder)
 
 
 def subject_named(checkpoint: str) -> EncoderSource:

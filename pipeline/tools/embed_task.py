@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def _model_of(subject: EncoderSource, device: torch.device) -> tuple[Any, int]:
 
 def features_of(
     subject: EncoderSource, units: Sequence[Unit], session: SessionInfo, batch: int
-) -> Iterator[tuple[np.ndarray, str]]:
+) -> Generator[tuple[np.ndarray, str], None, None]:
     """Compute features with Ray Data.
 
     Args:

@@ -195,7 +195,6 @@ def test_ray_data_without_actors_knows_what_the_nodes_offer_and_starts_none(monk
     monkeypatch.setattr(coordinator, made, lambda: pytest.fail("it would start an actor"))
     alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0, "memory": 2.0**30}}
     monkeypatch.setattr(ray, "nodes", lambda: [alive, {**alive, "NodeID": "b", "Alive": False}])
-    monkeypatch.setattr(ray, "put", lambda value: value)
     before = stats.get_or_create_stats_actor, client.get_reserved_resources
     with ray_internals.data_without_actors():
         asked = client("a data set")
@@ -203,7 +202,7 @@ def test_ray_data_without_actors_knows_what_the_nodes_offer_and_starts_none(monk
         assert asked.get_reserved_resources() == {"a": {"CPU": 2.0, "memory": 2.0**30}}
         asked.cancel_request()
         stats._StatsManager.update_execution_metrics("a data set", [], [], {})
-        numbers = {stats.get_or_create_stats_actor().gen_dataset_id.remote() for _ in range(3)}
+        numbers = {stats._StatsManager.gen_dataset_id_from_stats_actor() for _ in range(3)}
         assert len(numbers) == 3 and all(isinstance(number, str) for number in numbers)
     assert before == (stats.get_or_create_stats_actor, client.get_reserved_resources)
 
