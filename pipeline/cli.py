@@ -108,6 +108,13 @@ def main() -> None:
                 raise KeyboardInterrupt from None
     except click.exceptions.Exit as ended:
         sys.exit(ended.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:  # its message is the help
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_USER)
+    except click.NoSuchOption as error:
+        stage = error.ctx is not None and error.ctx.info_name in SEQUENCES | STAGES
+        hint = " Settings are given as KEY=VALUE, such as images=FOLDER." if stage else ""
+        _fail(error.format_message() + hint, EXIT_USER)
     except click.ClickException as error:
         _fail(error.format_message(), EXIT_USER)
     except SettingError as error:

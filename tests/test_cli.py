@@ -54,6 +54,12 @@ MISTAKES = [
     (["pretrain", "--recipe", "nowhere.yaml"], "no such file"),
     (["train"], "no command 'train'"),
     (["pretrain", "--fast"], "No such option"),
+    (["prepare", "--images", "D"], "Settings are given as KEY=VALUE, such as images=FOLDER"),
+    (["prepare", "data.image_size=1000000000"], "less than or equal to 8192"),
+    (["pretrain", f"shards={Path(__file__).parent}"], "is not a shard set, it has no manifest.json"),
+    (["pretrain", "tracking.uri=foo://bar"], "tracking.uri=foo://bar: MLflow has no such store"),
+    (["pretrain", f"tracking.uri={__file__}"], "MLflow has no such store"),
+    (["pretrain", "out=/dev/null"], "out=/dev/null cannot be written"),
 ]
 
 
@@ -155,6 +161,11 @@ def test_every_command_is_listed_with_its_description(monkeypatch, capsys):
         assert f"  {name} " in out
         assert entry.about.split()[0] in out
         assert cli._group.get_command(None, name).name == name
+
+
+def test_the_command_alone_shows_the_help_as_it_is(monkeypatch, capsys):
+    _code, shown, _ = wavemim(monkeypatch, capsys, "--help")
+    assert wavemim(monkeypatch, capsys) == (2, "", shown)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Section(BaseModel):
 class Data(Section):
     """How images become a shard set."""
 
-    image_size: Positive = setting(256, "Side of the stored images in pixels. Must be a multiple of 2^levels.")
+    image_size: Positive = setting(256, "Side of the stored images in pixels. Must be a multiple of 2^levels.", le=8192)
     channels: int = setting(
         3, "Number of channels. Numbers other than 1 and 3 need multi-band TIFF or .npy files.", ge=1, le=16
     )

@@ -12,7 +12,7 @@ import re
 import tarfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -47,7 +47,9 @@ _BLOCK = tarfile.BLOCKSIZE
 _BUFFER = {False: 1 << 12, True: 4 << 20}  # bytes of one read: local, where the images are skipped, and remote
 _THREADS = {False: 2, True: 12}  # that list tar files: local, remote
 _LARGEST_EXTRA = 1 << 20  # bytes of an extended header, or of a label
-_DAMAGED = "the tar file is damaged here"
+_THIS_TAR = "the tar file "  # how the reasons begin that are about the file from there on
+_DAMAGED = f"{_THIS_TAR}is damaged here"
+_ENDS = f"{_THIS_TAR}ends inside it"
 _DAMAGE = (tarfile.TarError, ValueError, IndexError, RecursionError)  # what `tarfile` raises on damaged headers
 
 
@@ -238,7 +240,7 @@ def _members(file: _Reader, length: int, tar: str, shown: str, rejects: list[tup
         member = Member(re.sub(r"^(\./)+", "", info.name), info.offset_data, info.size, _problem(info))
         has_data = not (info.isdir() or info.islnk() or info.issym() or info.isdev())
         if has_data and not info.issparse() and info.offset_data + info.size > length:
-            yield replace(member, problem="the tar file ends inside it")
+            yield replace(member, problem=_ENDS)
             return
         start = archive.offset
         if not info.isdir() and not _HIDDEN.search(member.name):
@@ -261,12 +263,17 @@ def _damage_at(file: _Reader, start: int) -> str | None:
     if not header or header == tarfile.NUL * _BLOCK:
         return None
     if len(header) < _BLOCK:
-        return "the tar file is cut off here"
+        return f"{_THIS_TAR}is cut off here"
     try:
         tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        return f"the tar file is damaged ({error}) here"
+        return f"{_THIS_TAR}is damaged ({error}) here"
     return _DAMAGED  # an intact header, but what belongs to it is damaged
+
+
+def incomplete(rejects: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes on tar files of which the rest could not be read: nobody knows how many images it held."""
+    return [f"{path}: {reason}; what follows is missing" for path, reason in rejects if reason.startswith(_THIS_TAR)]
 
 
 def _problem(info: tarfile.TarInfo) -> str:
@@ -304,7 +311,7 @@ def fetch_tar(origin: Origin, rows: pa.Table) -> Iterator[tuple[int, bytes | str
             room(sizes[index])
             with container_of(root, name):
                 content = bytes(file.read_at(sizes[index], offsets[index]))
-            return content if len(content) == sizes[index] else "the tar file ends inside it"
+            return content if len(content) == sizes[index] else _ENDS
 
         if root.local is None:
             yield from fetch_ahead(one, len(rows))

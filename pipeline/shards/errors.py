@@ -11,8 +11,8 @@ class ShardError(StageError):
     """A shard set is missing, damaged or of another format."""
 
 
-class NoFolderError(ShardError, SettingError):
-    """The folder that `shards` or `out` names does not exist: a mistake in the settings."""
+class NoShardSetError(ShardError, SettingError):
+    """What `shards` or `out` names does not exist or is something else: a mistake in the settings."""
 
 
 class UnreadableError(ShardError):

@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.shards.errors import NoFolderError, ShardError
+from pipeline.shards.errors import NoShardSetError, ShardError
 from pipeline.shards.layout import Layout
 from pipeline.shards.parts import Part
 from pipeline.storage.folder import Folder
@@ -284,7 +284,7 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
             hint = f"{folder.sub('shards')} is one"
         elif any(folder.size(f"{name}/{MANIFEST}") is not None for name in folder.folders()):
             hint = f"wavemim merge {folder} makes one of the sets in it"
-        kind = NoFolderError if folder.local is not None and not folder.local.exists() else ShardError
+        kind = ShardError if unfinished else NoShardSetError
         raise kind(f"{folder} is not a shard set, it has no {MANIFEST}: {hint}")
     try:
         manifest = json.loads(folder.read(MANIFEST))

@@ -28,6 +28,7 @@ from pipeline.images.describe import found_in, without_images, without_val
 from pipeline.images.observed import cropped_share, narrow_values
 from pipeline.images.plan import ImagePlan
 from pipeline.images.sources import check_source, plan_source
+from pipeline.images.tar import incomplete
 from pipeline.runtime import observability, ray_internals
 from pipeline.runtime.out_folder import check_writable
 from pipeline.runtime.ray_session import SessionInfo, ray_data, root_cause
@@ -190,7 +191,7 @@ def dry_run(recipe: Recipe, say: Callable[[str], object] = print) -> None:
     lines = [f"{counts['train']:,} images for train and {counts['val']:,} for val ({found_in(plan)})"]
     if plan.rejects:
         lines.append(f"{len(plan.rejects)} rejected before decoding; the first: {': '.join(plan.rejects[0])}")
-    lines += [f"warning: {note}" for note in (*plan.notes, *without_val(plan))]
+    lines += [f"warning: {note}" for note in (*plan.notes, *incomplete(plan.rejects), *without_val(plan))]
     say(
         "\n".join(f"prepare: {printable(line)}" for line in lines)
         + "\nprepare: nothing was decoded or written (--dry-run)"
@@ -268,7 +269,13 @@ def _make(
     rejects = sorted([*plan.rejects, *((path, reason) for report in ordered for path, reason in report["rejects"])])
     check_rejects(recipe, len(rejects), rejects, plan.inputs)
     observed = [report["observed"] for report in ordered if "observed" in report]  # older reports have none
-    notes = [*plan.notes, *without_images(plan, rejects), *without_val(plan), *narrow_values(observed)]
+    notes = [
+        *plan.notes,
+        *incomplete(rejects),
+        *without_images(plan, rejects),
+        *without_val(plan),
+        *narrow_values(observed),
+    ]
     found = {
         "layout": found_in(plan),
         "notes": [printable(note) for note in notes],

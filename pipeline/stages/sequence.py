@@ -14,6 +14,8 @@ from pipeline.config.recipe import Recipe
 from pipeline.runtime import interrupts
 from pipeline.runtime.out_folder import check_nodes, prepare_out
 from pipeline.runtime.ray_session import ray_session
+from pipeline.tracking.store_uris import check_uri
+from pipeline.tracking.tracker import store_uri
 
 WITHOUT_RAY = frozenset({"export"})
 # MLflow, which every stage needs as soon as Ray has started, and what draws, which training needs at its end.
@@ -67,6 +69,7 @@ def check_settings(stages: Iterable[Stage], recipe: Recipe, *, elsewhere: bool =
     for check in dict.fromkeys(check for stage in stages for check in stage.CHECKS):
         if not elsewhere or check not in _LOCAL:
             check(recipe)
+    check_uri(store_uri(recipe))
 
 
 def run_stages(

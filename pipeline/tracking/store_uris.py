@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import urllib.parse
 from pathlib import Path
 
+from pipeline.errors import SettingError
+
+_SCHEMES = {"http", "https", "file", "databricks", "databricks-uc", "uc", "sqlite", "postgresql", "mysql", "mssql"}
 _SQLITE = ("sqlite:///", "sqlite+pysqlite:///")  # how the URI of a SQLite store begins
 
 
@@ -21,6 +25,21 @@ def absolute_uri(uri: str) -> str:
             in_memory = prefix in _SQLITE and place in ("", ":memory:")
             return uri if in_memory else f"{prefix}{os.path.abspath(os.path.expanduser(place))}{mark}{query}"
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def check_uri(uri: str) -> None:
+    """Raise SettingError where MLflow has no store of this kind. `uri` is absolute."""
+    scheme, mark, _ = uri.partition("://")
+    if mark:
+        plugins = [plugin.name for plugin in importlib.metadata.entry_points(group="mlflow.tracking_store")]
+        known = scheme.partition("+")[0] in _SCHEMES or scheme in plugins
+    else:
+        known = not os.path.isfile(uri)
+    if not known:
+        raise SettingError(
+            f"tracking.uri={without_password(uri)}: MLflow has no such store; give http://HOST:PORT of a server, "
+            "sqlite:///FILE.db or a folder, or leave it out"
+        )
 
 
 def sqlite_path(uri: str) -> Path | None:

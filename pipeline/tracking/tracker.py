@@ -259,7 +259,7 @@ class Tracker:
             sent = self.flush(CALL_LIMIT if self._accepted else _END_LIMIT, _MOST_AT_END)
         self._thread.close()
         if not sent and not self._warned:
-            self._warn("does not accept everything in time")
+            self._warn("does not accept everything in time", goes_on="")
 
     def wake(self) -> None:
         """Send what others have written to the journal; returns immediately."""
@@ -308,13 +308,14 @@ class Tracker:
             return -math.inf
         return self._sender.answered + (_AWAY_LIMIT if self._away else max(CALL_LIMIT, 2 * self._sender.slowest))
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, what: str, goes_on: str = "; the stage continues") -> None:
         with self._warning:
             first, self._warned = not self._warned, True
         if first:
             _log.warning(
-                "MLflow at %s %s: metrics are kept in %s; the stage continues, and wavemim sync %s sends what is missing",
-                store_uris.without_password(self._handle.uri), what, self._handle.log_file, shlex.quote(str(self._folder)),
+                "MLflow at %s %s: metrics are kept in %s%s, and wavemim sync %s sends what is missing",
+                store_uris.without_password(self._handle.uri), what, self._handle.log_file, goes_on,
+                shlex.quote(str(self._folder)),
             )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from tiny_sources import check_plan, counts, fetched, jpegs, plan_of, tar_bytes
 
 from pipeline.errors import SettingError
 from pipeline.images.sources import check_source
+from pipeline.images.tar import incomplete
 from pipeline.storage.folder import Folder
 
 
@@ -62,6 +63,8 @@ def test_a_tar_that_is_cut_off_keeps_what_is_whole(tmp_path):
         plan = plan_of(tmp_path / "a.tar", val_share=0)
         check_plan(plan, 4)
         assert len(plan.rejects) == 1 and reason in plan.rejects[0][1]
+        [note] = incomplete([*plan.rejects, ("a.tar!1.jpg", "damaged")])
+        assert reason in note and note.endswith("; what follows is missing")
         assert fetched(plan) == {f"a.tar!{i}.jpg": images[i] for i in range(3)}
     damaged = bytearray(whole)
     damaged[last.offset : last.offset + 20] = b"?" * 20

@@ -39,6 +39,35 @@ def test_other_settings_are_refused_and_named(tmp_path):
         assert folder.state == "new"
 
 
+def test_a_call_that_failed_early_is_in_nobodys_way(tmp_path):
+    """Would catch: a mistake in a setting whose correction is refused; work that is thrown away with other settings."""
+    path, work = tmp_path / "s", ("*.parquet", "images-*")
+    with stage_folder(path, {"images": "a"}, work=work):
+        (path / "units").mkdir()
+        (path / ".hidden.json").write_text("{}")
+    with stage_folder(path, {"images": "a"}, work=work) as folder:  # the same settings resume
+        assert folder.state == "unfinished" and (path / "units").is_dir()
+    with stage_folder(path, {"images": "b"}, work=work) as folder:
+        assert folder.state == "new" and not (path / "units").exists()
+        assert json.loads((path / "settings.json").read_text()) == {"images": "b"}
+    for name in ("images-000000000100", "one.parquet", "result.json"):
+        (path / name).write_text("{}")
+        with pytest.raises(SettingError, match="images: b → c"), stage_folder(path, {"images": "c"}, work=work):
+            pass
+        (path / name).unlink()
+    with (
+        pytest.raises(SettingError, match="images: b → c"),
+        stage_folder(path, {"images": "c"}),
+    ):  # all is worth keeping
+        pass
+    (path / "settings.json").write_text('{"editor": "vim"}')
+    with (
+        pytest.raises(SettingError, match="was not made by this stage"),
+        stage_folder(path, {"images": "c"}, work=work),
+    ):
+        pass
+
+
 def test_a_foreign_folder_is_never_emptied(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.jpg").write_text("precious")

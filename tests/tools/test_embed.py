@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import _group
-from pipeline.errors import SettingError
+from pipeline.errors import SettingError, StageError
 from pipeline.images.sources import fetch
 from pipeline.models.encoder_source import EncoderSource
-from pipeline.tools.embed import check_out
+from pipeline.tools.embed import check_out, embed
 from pipeline.tools.embed_file import Writer
 from pipeline.tools.embed_sources import plan_images, units_of
 
@@ -107,6 +107,27 @@ def test_rows_are_kept_or_rejected_and_nothing_is_half_written(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["f.parquet"]
 
 
+def test_ray_data_is_closed_where_no_image_could_be_embedded(tmp_path, monkeypatch):
+    """Would catch: a generator that lives on in the error, and is closed when there is no Ray: it starts another one."""
+    from pipeline.tools import embed_task
+
+    closed = []
+
+    def none_of(subject, units, session, batch):
+        try:
+            while True:
+                yield np.zeros(4, np.float32), "not an image"
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(embed_task, "features_of", none_of)
+    picture(tmp_path / "x.png")
+    with pytest.raises(StageError, match="no image could be embedded of 1") as error:
+        embed(SUBJECT, plan_images([str(tmp_path / "x.png")]), str(tmp_path / "f.parquet"), None, progress=False)
+    assert closed and error.value.__traceback__ is not None  # which refers to the generator
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
 def test_mistakes_are_found_before_ray_starts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.parquet").write_bytes(b"old")
@@ -116,6 +137,7 @@ def test_mistakes_are_found_before_ray_starts(tmp_path, monkeypatch):
         ("folder.parquet", "is a folder; use another name"),
         ("features.csv", r"the name has to end in \.parquet"),
         ("absent/f.parquet", "the folder '.*absent' does not exist"),
+        ("/proc/f.parquet", "--out=/proc cannot be written"),
     ):
         with pytest.raises(SettingError, match=message):
             _group.main(["embed", "timm:resnet18", "x.png", "--out", out], standalone_mode=False)
