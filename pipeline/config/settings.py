@@ -182,7 +182,8 @@ class Train(Section):
     )
     max_skipped: Positive = setting(
         20,
-        "Steps with a non-finite gradient are skipped; training ends after this many in a row.",
+        "Steps with a non-finite gradient are skipped; training ends after this many in a row. It has failed, too, if the "
+        "last steps in a row, more than half of all, were skipped.",
         operational=True,
         stages=TRAINING,
     )

@@ -25,7 +25,7 @@ from pipeline.runtime import observability
 from pipeline.runtime.formatting import duration
 from pipeline.storage.jsonl import JsonLines
 
-MEMORY = "perf/memory_gib"
+MEMORY, LOSS, SKIPPED = "perf/memory_gib", "train/loss", "train/skipped_steps"
 WINDOW = 300.0  # seconds over which the rate is computed
 FEWEST = 5  # points that are kept in any case: logging may be rarer than the window is long
 LATE = 3.0  # training counts as stalled after so many times the usual time between two lines
@@ -133,7 +133,7 @@ class Follower:
         for record, end in self.lines.read(self.position):
             self.position = end
             metrics = record.get("metrics")
-            if isinstance(metrics, dict) and "train/loss" in metrics:
+            if isinstance(metrics, dict) and (LOSS in metrics or SKIPPED in metrics):  # no loss if all were skipped
                 self.metrics = metrics
                 self.pace.add(now, int(record["step"]), number(metrics.get("perf/images_per_second")))
         if self.bar is not None:
@@ -149,9 +149,10 @@ class Follower:
         saved = (folder.stat().st_mtime for folder in self.lines.path.parent.glob("images-*"))
         values = {
             "wavemim_images_per_second": self.pace.rate(now),
-            "wavemim_loss": number(self.metrics["train/loss"]),
             "wavemim_checkpoint_age_seconds": time.time() - max([self.began, *saved]),
         }
+        if LOSS in self.metrics:
+            values["wavemim_loss"] = number(self.metrics[LOSS])
         if (left := self.pace.left(now)) is not None:
             values["wavemim_seconds_left"] = left
         if "perf/data_wait_share" in self.metrics:
@@ -169,18 +170,19 @@ class Follower:
             self.stream.flush()
 
     def words(self, now: float) -> str:
-        """Rate, loss, data wait, memory and time left, as far as they are known."""
+        """Rate, loss, steps skipped, data wait, memory and time left, as far as they are known."""
         if not self.metrics:
             return "waiting for the first steps"
         rate, metrics = self.pace.rate(now), self.metrics
-        said = [
-            f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s",
-            f"loss {_short(metrics['train/loss'])}",
-        ]
+        said = [f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"]
+        if LOSS in metrics:
+            said.append(f"loss {_short(metrics[LOSS])}")
         if "perf/data_wait_share" in metrics:
             said.append(f"data wait {number(metrics['perf/data_wait_share']):.1%}")
         if MEMORY in metrics:
             said.append(f"{number(metrics[MEMORY]):.1f} GiB")
+        if skipped := round(number(metrics.get(SKIPPED))):
+            said.append(f"{skipped:,} step{'s' if skipped > 1 else ''} skipped")
         left = self.pace.left(now)
         said.append("done" if left == 0 and self.pace.images >= self.pace.total else f"{duration(left)} left")
         if silent := self.pace.silent(now):

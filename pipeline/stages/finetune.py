@@ -24,6 +24,7 @@ from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.sender import METRICS
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.divergence import notes_of
 from pipeline.training.finetune_loop import TOP1, finetune
 from pipeline.training.schedule import TrainSchedule
 from pipeline.workers.group import least_workers, train_on_workers
@@ -156,6 +157,8 @@ def _result(
         "encoder": subject.place,
         "encoder_fingerprint": subject.fingerprint,
         "images_seen": state["images"],
+        "steps": state["step"],
+        "skipped": state["skipped"],
         "history": state["history"],
         "classes": len(names),
         "val_images": n,
@@ -208,8 +211,10 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     named = [values[f"eval/finetune_top1{end}"] for end in ("", "_low", "_high")]
     top1, low, high = (f"{value:.1f}" for value in named)
     folder = recipe.place_of(recipe.stage_dir("finetune"))
-    return (
+    line = (
         f"finetune: top-1 {top1} % ({low} to {high}, {result['val_images']:,} val images, {result['classes']} classes) of "
         f"{result['encoder']}\nfinetune: → {folder}: result.json, classes.csv, confusion.csv; "
         f"classifier for timm in {result['model']} ({result['state']})"
     )
+    notes = notes_of(result.get("skipped", 0), result.get("steps", 0))  # an older result says neither
+    return "\n".join([line, *(f"finetune: warning: {note}" for note in notes)])

@@ -25,6 +25,7 @@ from pipeline.runtime.usage import spent_in
 from pipeline.shards.shard_set import ShardSet
 from pipeline.tracking.sender import METRICS
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.divergence import notes_of
 from pipeline.training.online_eval import draw_val, monitoring, newest_of
 from pipeline.training.pretrain_loop import train
 from pipeline.training.schedule import TrainSchedule
@@ -196,6 +197,7 @@ def _result(recipe: Recipe, shards: ShardSet, folder: StageFolder, tracker: Trac
         "checkpoint": final.name,
         "images_seen": state["images"],
         "steps": state["step"],
+        "skipped": state["skipped"],
         "history": state["history"],
         "parts": state["parts"],
         "cost": spent_in(folder.path).record(),
@@ -210,10 +212,12 @@ def summary(recipe: Recipe, result: Mapping[str, Any]) -> str:
     """What pretraining wrote, and where."""
     folder = recipe.stage_dir("pretrain")
     last, picture = (recipe.place_of(folder / result[name]) for name in ("checkpoint", "reconstruction"))
-    return (
+    line = (
         f"pretrain: {result['images_seen']:,} images seen → {last} ({result['state']}); "
         f"picture: {picture}{_parts(result.get('parts', []))}"
     )
+    notes = notes_of(result.get("skipped", 0), result["steps"])
+    return "\n".join([line, *(f"pretrain: warning: {note}" for note in notes)])
 
 
 def _parts(parts: Sequence[Mapping[str, float]]) -> str:

@@ -32,7 +32,7 @@ class DivergedError(TrainingEndedError):
 
     def __init__(self, message: str, steps: list[dict[str, Any]]) -> None:
         super().__init__(message)
-        self.steps = steps  # that were skipped in a row: step, epoch, rows of this worker
+        self.steps = steps  # that were skipped in a row since this attempt began: step, epoch, rows of this worker
 
 
 @dataclass
@@ -53,7 +53,11 @@ class WindowReport:
 
 
 class DivergenceWatch:
-    """Counts skipped steps, finds loss spikes, and ends a run in which too many steps in a row are skipped."""
+    """Counts skipped steps, finds loss spikes, and ends a run in which too many steps in a row are skipped.
+
+    Too many are more than the settings allow and, where training ends, more than half of its steps: a short run that
+    diverged does not reach the former.
+    """
 
     def __init__(
         self,
@@ -79,8 +83,9 @@ class DivergenceWatch:
         self.buffer = torch.zeros(every, len(parts) + 1, device=device)  # losses, gradient norm
         self.steps: list[StepRecord] = []
         self.recent: deque[float] = deque(maxlen=REMEMBERED)  # losses
-        self.in_a_row: list[dict[str, Any]] = []  # steps skipped, up to now
+        self.in_a_row: list[dict[str, Any]] = []  # steps skipped, up to now, since this attempt began
         self.skipped = 0  # during the whole training
+        self.before = 0  # steps that an earlier attempt skipped just before those of `in_a_row`
 
     def add(self, step: int, epoch: int, rows: torch.Tensor, losses: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Record a step: its losses (T,) on this worker and gradient norm (), on the device; its rows (B,) on the host."""
@@ -96,7 +101,7 @@ class DivergenceWatch:
 
         Args:
             lr: Learning rate, for messages.
-            total_steps: At the end of training, its steps: a run that skipped all of them has failed, too.
+            total_steps: At the end of training, its steps: a run whose last ones, over half, were skipped has failed, too.
 
         Raises:
             DivergedError: Too many steps in a row were skipped.
@@ -112,23 +117,31 @@ class DivergenceWatch:
             if not math.isfinite(norm):
                 report.skipped += 1
                 self.in_a_row.append({"step": record.step, "epoch": record.epoch, "rows": record.rows.tolist()})
-                if len(self.in_a_row) > self.max_skipped:
+                if self._length() > self.max_skipped:
                     raise DivergedError(self._message(record, losses, norm, lr), self.in_a_row)
                 continue
-            self.in_a_row = []
+            self.in_a_row, self.before = [], 0
             if (deviations := self._spike(sum(losses))) is not None:
                 report.spikes.append({"step": record.step, "times": deviations, "rows": record.rows.tolist()})
         self.skipped += report.skipped
-        if self.skipped and total_steps == self.skipped:
+        if total_steps is not None and 2 * self._length() > total_steps:
             *losses, norm = measured[-1]
             raise DivergedError(self._message(self.steps[-1], losses, norm, lr), self.in_a_row)
         self.steps = []
         return report
 
-    def skipped_so_far(self) -> int:
-        """Steps skipped, those since the last report included. Waits for the device; the same on every worker."""
-        norms = self.buffer[: len(self.steps), -1]
-        return self.skipped + int((~norms.isfinite()).sum())
+    def skipped_so_far(self) -> tuple[int, int]:
+        """Steps skipped, and how many of them were the last steps in a row; those since the last report included.
+
+        Waits for the device; the same on every worker.
+        """
+        done = self.buffer[: len(self.steps), -1].isfinite().tolist()
+        last = done[::-1].index(True) if True in done else self._length() + len(done)
+        return self.skipped + done.count(False), last
+
+    def _length(self) -> int:
+        """Steps skipped in a row, up to the last report."""
+        return self.before + len(self.in_a_row)
 
     def _spike(self, loss: float) -> float | None:
         """How many median absolute deviations a loss is above the recent median; None if it is no spike."""
@@ -147,10 +160,17 @@ class DivergenceWatch:
         cause = f"the loss{of} is not finite" if parts else f"the gradient norm is {norm}, the losses are finite"
         section = self.section
         return (
-            f"{len(self.in_a_row)} steps in a row were skipped, up to step {record.step}: {cause}, at learning rate "
+            f"{self._length()} steps in a row were skipped, up to step {record.step}: {cause}, at learning rate "
             f"{lr:.3g}; try a smaller {section}.lr, a longer {section}.warmup_epochs, {section}.clip_grad, or "
             f"{section}.precision=float32"
         )
+
+
+def notes_of(skipped: int, steps: int) -> list[str]:
+    """What is to be said of a run that has ended although some of its steps were skipped."""
+    if not skipped:
+        return []
+    return [f"{skipped:,} of {steps:,} steps were skipped: their loss or gradients were not finite"]
 
 
 def save_diverged(

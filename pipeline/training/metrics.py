@@ -124,7 +124,7 @@ class Telemetry:
         self.divergence = DivergenceWatch(
             parts, device, world, every=schedule.log_steps, max_skipped=recipe.train.max_skipped, section=section
         )
-        self.divergence.skipped = state.skipped
+        self.divergence.skipped, self.divergence.before = state.skipped, state.skipped_in_a_row
         self.stragglers = StragglerDetector(device, rank, world, ready=lambda: harness.heartbeat(OTHERS))
         self._waited = 0.0
 
@@ -166,7 +166,7 @@ class Telemetry:
         """Write into the state what a resumed run needs in order to log what an uninterrupted one does."""
         state = self._state
         state.window, state.epoch_sums = self.losses.sums()
-        state.skipped = self.divergence.skipped_so_far()
+        state.skipped, state.skipped_in_a_row = self.divergence.skipped_so_far()
         task.note_cost(self.cost.spent())
 
     @contextlib.contextmanager

@@ -30,6 +30,7 @@ class TrainState:
     epoch_sums: list[float] = field(default_factory=list)  # of the losses of this epoch, so that a resume loses none
     window: list[float] = field(default_factory=list)  # the same since metrics were last logged
     skipped: int = 0  # steps without a finite gradient
+    skipped_in_a_row: int = 0  # those of them that are the last steps
     parts: list[dict[str, float]] = field(default_factory=list)  # cost per image size so far (train.progressive)
 
     def count(self, batch: Batch) -> None:

@@ -132,6 +132,22 @@ def test_lines_where_no_terminal_is(tmp_path):
     assert len(out.getvalue().splitlines()) == 4  # nothing is said twice
 
 
+def test_skipped_steps_are_named_once_there_are_any(tmp_path):
+    path, clock = tmp_path / "metrics.jsonl", Clock()
+    shown = follower(path, clock)
+    write(path, 100, **{progress.SKIPPED: 0.0})
+    shown.look()
+    assert "skipped" not in shown.words(clock.now)
+    write(path, 200, **{progress.SKIPPED: 1.0})
+    shown.look()
+    assert "loss 0.5, data wait 0.4%, 1 step skipped, " in shown.words(clock.now)
+    with path.open("a") as file:  # all steps since then were skipped: there is no loss
+        file.write(json.dumps({"step": 300, "metrics": {progress.SKIPPED: 5.0, "perf/images_per_second": 9.0}}) + "\n")
+    shown.look()
+    assert shown.pace.images == 300 and "wavemim_loss" not in shown.published(clock.now)
+    assert ", 5 steps skipped, " in shown.words(clock.now) and "loss" not in shown.words(clock.now)
+
+
 def test_a_bar_on_a_terminal(tmp_path):
     path, clock, out = tmp_path / "metrics.jsonl", Clock(), Terminal()
     shown = follower(path, clock, out, seen=5000)

@@ -30,9 +30,14 @@ def test_left_out_steps_are_counted_over_looks():
     assert watch.skipped == 3
     assert watch.report(0.1).skipped == 0  # nothing new
     feed(watch, [BAD, GOOD])
-    assert (watch.skipped, watch.skipped_so_far()) == (3, 4)  # what a checkpoint between two looks has to say
+    assert (watch.skipped, watch.skipped_so_far()) == (3, (4, 0))  # what a checkpoint between two looks has to say
     watch.report(0.1)
-    assert watch.skipped == watch.skipped_so_far() == 4
+    assert (watch.skipped, watch.skipped_so_far()) == (4, (4, 0))
+    feed(watch, [BAD])
+    assert watch.skipped_so_far() == (5, 1)
+    watch.report(0.1)
+    feed(watch, [BAD, BAD])
+    assert watch.skipped_so_far() == (7, 3)
 
 
 def test_a_row_of_them_ends_the_run_and_a_good_step_ends_the_row():
@@ -49,14 +54,36 @@ def test_a_row_of_them_ends_the_run_and_a_good_step_ends_the_row():
     assert caught.value.steps[0]["rows"] == [40, 41, 42, 43]
 
 
-def test_a_training_of_nothing_but_left_out_steps_has_failed():
+def test_a_row_goes_on_where_training_was_resumed():
+    watch = watch_of()
+    watch.skipped, watch.before = 3, 3
+    feed(watch, [BAD])
+    with pytest.raises(DivergedError, match="4 steps in a row were skipped"):
+        watch.report(0.1)
+    watch = watch_of()
+    watch.skipped, watch.before = 3, 3
+    feed(watch, [GOOD, BAD, BAD, BAD])
+    assert watch.report(0.1, total_steps=7).skipped == 3
+    assert watch.skipped_so_far() == (6, 3)
+
+
+def test_a_training_that_ends_in_more_left_out_steps_than_all_others_has_failed():
     watch = watch_of()
     feed(watch, [BAD, BAD])
     with pytest.raises(DivergedError, match="2 steps in a row were skipped"):
         watch.report(0.1, total_steps=2)
     watch = watch_of()
     feed(watch, [GOOD, BAD])
-    assert watch.report(0.1, total_steps=2).skipped == 1
+    assert watch.report(0.1, total_steps=2).skipped == 1  # no more than half
+    watch = watch_of()
+    feed(watch, [GOOD, BAD, BAD])
+    assert watch.report(0.1).skipped == 2  # it goes on
+    feed(watch, [BAD], start=3)
+    with pytest.raises(DivergedError, match="3 steps in a row were skipped, up to step 3"):
+        watch.report(0.1, total_steps=5)
+    watch = watch_of()
+    feed(watch, [BAD, GOOD, BAD])
+    assert watch.report(0.1, total_steps=3).skipped == 2  # not in a row
 
 
 def test_a_gradient_alone_is_named():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,12 +25,14 @@ from pipeline.checkpoints.writer import Keeper
 from pipeline.config.load import validate, with_overrides
 from pipeline.config.recipe import identity
 from pipeline.errors import SettingError
+from pipeline.models.encoder_source import find_encoder
 from pipeline.runtime.stage_folder import stage_folder
 from pipeline.runtime.usage import Spent
 from pipeline.shards import row_groups
 from pipeline.shards.errors import UnreadableError
 from pipeline.shards.layout import Layout
 from pipeline.shards.shard_set import ShardSet
+from pipeline.stages import finetune
 from pipeline.tools.replay_steps import replay
 from pipeline.training.divergence import CHECKPOINT, FOLDER, STEPS, DivergedError
 from pipeline.training.finetune_loop import TOP1, FinetuneTask, top1_of
@@ -365,8 +368,10 @@ def test_a_shard_that_cannot_be_read_ends_the_run_until_it_is_back(recipe, shard
     assert_same(go(resume=checkpoint.latest(stage)), whole[0])
 
 
-def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(recipe, shards, tmp_path, monkeypatch):
-    real, bad = FinetuneTask.step, {1, 2, 5}
+@pytest.fixture
+def bad(monkeypatch):
+    """Steps, counted from 0, that have no finite gradient."""
+    real, bad = FinetuneTask.step, set()
 
     def step(self, batch, *, epoch, step):
         if step in bad:
@@ -374,6 +379,11 @@ def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(re
         return real(self, batch, epoch=epoch, step=step)
 
     monkeypatch.setattr(FinetuneTask, "step", step)
+    return bad
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(recipe, shards, tmp_path, bad):
+    bad |= {1, 2, 5}
     few, logged = with_overrides(recipe, {**SHORT, "train.max_skipped": 2}), []
     done = tuned(few, shards, on_log=lambda metrics, images: logged.append(metrics), folder=tmp_path)
     assert done.position.skipped == 3
@@ -392,6 +402,30 @@ def test_steps_without_a_finite_gradient_are_skipped_and_too_many_end_the_run(re
     assert checkpoint.read_state(tmp_path / FOLDER / CHECKPOINT)["encoder"]
     with pytest.raises(SettingError, match="steps of finetune; only those of pretraining"):
         replay(str(tmp_path / FOLDER))
+
+
+def test_a_short_run_that_ends_in_skipped_steps_fails_also_when_it_was_resumed(recipe, shards, tmp_path, bad):
+    """7 of its 12 steps, fewer than train.max_skipped."""
+    bad |= set(range(5, 12))
+    short, states, where = with_overrides(recipe, SHORT), [], tmp_path / "last"
+    with pytest.raises(DivergedError, match=r"7 steps in a row were skipped, up to step 12: .*finetune\.lr"):
+        tuned(short, shards, on_checkpoint=lambda saver, state: states.append(state) or saver(where))
+    assert [(state["step"], state["skipped_in_a_row"]) for state in states] == [(4, 0), (8, 3)]
+    with pytest.raises(DivergedError, match="7 steps in a row were skipped, up to step 12"):
+        tuned(short, shards, resume=where)
+
+
+def test_skipped_steps_of_a_run_that_succeeds_are_a_warning(recipe, shards, tmp_path, bad):
+    bad |= {1, 2, 5}
+    short, stage = with_overrides(recipe, SHORT), tmp_path / "finetune"
+    done = tuned(short, shards, on_checkpoint=lambda saver, state: saver(stage / name_of(state["images"])))
+    tracker = SimpleNamespace(artifact=lambda *place: None, log=lambda *line: None, run_id=lambda: "none")
+    folder, subject = SimpleNamespace(path=stage), find_encoder(short, shards)
+    result = finetune._result(short, subject, shards, folder, tracker, done.counts.numpy())
+    said = finetune.summary(short, {**result, "state": "new"}).splitlines()
+    assert said[2:] == ["finetune: warning: 3 of 12 steps were skipped: their loss or gradients were not finite"]
+    del result["skipped"], result["steps"]  # a result of the time before they were noted
+    assert finetune.summary(short, {**result, "state": "finished already"}).count("\n") == 1
 
 
 def test_mixed_row_groups_follow_the_setting_with_which_the_run_began(recipe, shards, tmp_path):
@@ -422,5 +456,5 @@ def test_mixed_row_groups_follow_the_setting_with_which_the_run_began(recipe, sh
     # a checkpoint of the time before the setting applied
     state = checkpoint.read_state(tmp_path / "eight" / "4")
     old = {key: state[key] for key in ("step", "images", "epoch", "batch", "streams", "skipped", "history")}
-    assert FinetuneState.of({**old, "skipped_in_a_row": 3}) == FinetuneState(**old)
+    assert FinetuneState.of({**old, "since_removed": 3}) == FinetuneState(**old)
     assert FinetuneState.of(old).mix_groups == 8

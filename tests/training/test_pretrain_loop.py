@@ -1,4 +1,7 @@
-"""The training loop without Ray: resuming equals no interruption, and what it logs."""
+"""The training loop without Ray: resuming equals no interruption, what it logs, and steps that are skipped."""
+
+import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +10,9 @@ from tiny_shards import photos, write_set
 
 from pipeline.config.load import load, validate, with_overrides
 from pipeline.errors import SettingError
-from pipeline.training.pretrain_loop import train
+from pipeline.stages import pretrain
+from pipeline.training.divergence import DivergedError
+from pipeline.training.pretrain_loop import PretrainTask, train
 from pipeline.training.schedule import TrainSchedule
 from wavemim.weights import checkpoint
 
@@ -200,3 +205,58 @@ def test_plan_follows_the_size_of_the_set(rows, workers, batch, expected):
 def test_more_workers_than_images_is_named():
     with pytest.raises(SettingError, match=r"train\.workers=2: the train split has 1 images; use at most 1"):
         TrainSchedule.of(load("small"), 1)
+
+
+@contextlib.contextmanager
+def without_gradients(bad):
+    """The gradients of these steps, counted from 0, are not finite."""
+    real = PretrainTask.step
+
+    def step(self, batch, *, epoch, step):
+        if step in bad:
+            batch.weight = torch.full_like(batch.weight, float("nan"))
+        return real(self, batch, epoch=epoch, step=step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainTask, "step", step)
+        yield
+
+
+def test_a_short_run_that_diverges_fails(shards, tmp_path):
+    """Its 12 steps are fewer than train.max_skipped; the first one, of that learning rate, spoils the weights."""
+    with pytest.raises(
+        DivergedError, match=r"11 steps in a row were skipped, up to step 12: .* try a smaller train\.lr"
+    ):
+        run(shards, tmp_path, **{"train.lr": 1e30, "train.warmup_epochs": 0})
+    assert not (tmp_path / "images-120").exists()  # nothing says that it has ended
+
+
+def test_resuming_does_not_begin_to_count_skipped_steps_again(shards, tmp_path):
+    with without_gradients(range(5, 12)), pytest.raises(DivergedError, match="7 steps in a row were skipped"):
+        run(shards, tmp_path, **{"train.log_every": 5, "train.checkpoint_every": 0.25})
+    assert checkpoint.read_state(tmp_path / "images-50")["skipped_in_a_row"] == 0
+    for images, before in ((80, 3), (100, 5), (110, 6)):
+        state = checkpoint.read_state(tmp_path / f"images-{images}")
+        assert (state["skipped"], state["skipped_in_a_row"]) == (before, before)
+        with without_gradients(range(5, 12)), pytest.raises(DivergedError, match="7 steps in a row were skipped"):
+            run(shards, resume=tmp_path / f"images-{images}")
+    with without_gradients({8, 9}), pytest.raises(DivergedError, match="5 steps in a row were skipped, up to step 10"):
+        run(shards, resume=tmp_path / "images-80", **{"train.max_skipped": 4})
+    resumed, _ = run(shards, resume=tmp_path / "images-100")  # half of its steps were skipped, the last ones were not
+    assert (resumed.position.skipped, resumed.position.skipped_in_a_row) == (5, 0)
+
+
+def test_skipped_steps_of_a_run_that_succeeds_are_a_warning(shards, tmp_path):
+    """No more than half of the steps: the last ones, and one before them."""
+    recipe = with_overrides(load(TWO_LEVELS), SETTINGS | {"out": str(tmp_path), "shards": str(shards.folder)})
+    stage = recipe.stage_dir("pretrain")
+    with without_gradients({2, *range(6, 12)}):
+        trained, logged = run(shards, stage)
+    assert trained.position.skipped == logged[120]["train/skipped_steps"] == 7
+    folder = SimpleNamespace(path=stage)
+    tracker = SimpleNamespace(artifact=lambda path: None, run_id=lambda: "none")
+    result = {**pretrain._result(recipe, shards, folder, tracker), "state": "new"}
+    said = pretrain.summary(recipe, result).splitlines()
+    assert said[0].startswith("pretrain: 120 images seen → ")
+    assert said[1:] == ["pretrain: warning: 7 of 12 steps were skipped: their loss or gradients were not finite"]
+    assert len(pretrain.summary(recipe, {**result, "skipped": 0}).splitlines()) == 1
