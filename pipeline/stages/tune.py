@@ -47,7 +47,7 @@ from pipeline.sweeps.budget import Limits
 from pipeline.sweeps.ledger import Ended, Ledger
 from pipeline.sweeps.plan import Budget, Plan
 from pipeline.sweeps.population import Population
-from pipeline.sweeps.trials import Sweep, own_point, relative_weights, short_value, trial_name
+from pipeline.sweeps.trials import Sweep, own_point, relative_weights, short_name, short_value, trial_name
 from pipeline.sweeps.write import BEST, REPORT, RESPONSE, TABLE, write_results
 from pipeline.tracking import store_uris
 from pipeline.tracking.tracker import Tracker, end_trials, store_uri
@@ -392,6 +392,6 @@ def sweep_table(result: Mapping[str, Any]) -> str:
         outcome = trial.get("error") or f"{trial[objective]:.2f}"
         if trial.get("state") == "stopped":
             outcome = f"stopped: {outcome}"
-        rows.append((str(trial["number"]), trial["role"], str(trial["seed"]), *values, outcome))
+        rows.append((short_name(trial["number"]), trial["role"], str(trial["seed"]), *values, outcome))
     said = "\n".join(f"- {line}" for line in result["answer"])
     return f"{said}\n\n{table(header, rows)}"

@@ -23,10 +23,12 @@ from pipeline.runtime import ray_internals
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG, RungScheduler
 from pipeline.sweeps.ledger import Ended
 from pipeline.sweeps.plan import Plan
+from pipeline.sweeps.trials import CURVE_IMAGES, OBJECTIVE_IMAGES
 
 FAILED = "failed"  # in a trial's last result: why it failed, in one line
 CURVE = "curve"  # in a trial's last result: [(images, objective)]
 RAY = "ray"  # in the folder that is given to `run_plan`: Ray's own files
+_MEASURED_ON = (OBJECTIVE_IMAGES, CURVE_IMAGES)
 _LOST = "its process or node was lost"
 # Their tracebacks and their advice to restore Ray's experiment are wrong here; what has happened is said by `_Retries`, the
 # results, and the command's last line.
@@ -187,7 +189,7 @@ def ended_of(
     names = ("eval/", "train/loss_level", "perf/probe_share")
     at_rung = RUNG in result
     metrics = {name: value for name, value in result.items() if name.startswith(names) and name != objective}
-    metrics |= {name: result[name] for name in (IMAGES, "mlflow_run") if name in result}
+    metrics |= {name: result[name] for name in (IMAGES, "mlflow_run", *_MEASURED_ON) if name in result}
     cost = {name: float(value) for name, value in result.items() if name.startswith("cost/")}
     curve = (*curve, *((int(images), float(value)) for images, value in result.get(CURVE, ())))
     reason = str(result.get(FAILED, "")) or (f"{lost or _LOST}, in every attempt" if error else "")
@@ -196,7 +198,8 @@ def ended_of(
         if not stopped:
             return None
         images, last = curve[-1]  # a trial that was resumed reports its rungs from the first on
-        return Ended(number, "stopped", last, stopped, curve, cost, {**metrics, IMAGES: images})
+        on = {OBJECTIVE_IMAGES: metrics[CURVE_IMAGES]} if CURVE_IMAGES in metrics else {}
+        return Ended(number, "stopped", last, stopped, curve, cost, {**metrics, **on, IMAGES: images})
     if not reason and not math.isfinite(value):
         reason = f"{objective} is not a finite number"
     if reason:

@@ -38,7 +38,7 @@ from pipeline.stages.tune_parts import (
 from pipeline.stages.tune_rungs import Rungs, tracked
 from pipeline.stages.tune_schedulers import IMAGES, NUMBER, RUNG
 from pipeline.sweeps.ledger import Measured
-from pipeline.sweeps.trials import own_point, trial_name
+from pipeline.sweeps.trials import CURVE_IMAGES, OBJECTIVE_IMAGES, own_point, trial_name
 from pipeline.tracking.mlflow_client import REASON
 from pipeline.tracking.tracker import RunHandle, Tracker
 from pipeline.training.pretrain_loop import Trained, train
@@ -49,6 +49,9 @@ from wavemim.flops import forward_flops
 from wavemim.weights import checkpoint
 
 PROBE, RANK = "eval/linear_top1_heldout", "eval/rankme"
+# The metric of a trial's learning curve, which is of one measure. `objective` has the same values at the rungs, so that stopped
+# trials have it too, but at the end the value that trials are ranked by.
+OBJECTIVE_CURVE = "objective_curve"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,10 @@ def _trial(config: Mapping[str, Any], task: TrialTask) -> dict[str, Any]:
         images = trained.position.images
         tracker.log(as_objective(measured, task.objective), images)
         final = {name: value for name, value in trained.position.history[-1].items() if name != "epoch"}
+        if task.rung_images:
+            tracker.log({OBJECTIVE_CURVE: last}, images)
         ended = {"images": images, "mlflow_run": tracker.handle.run_id, CURVE: [(images, last)]}
+        ended |= {OBJECTIVE_IMAGES: task.end_images, CURVE_IMAGES: task.rung_images or task.end_images}
         return {**measured, **final, **ended}
 
 
@@ -160,6 +166,8 @@ def _start(
         "wavemim.role": config["role"],
         "wavemim.seed": str(config["seed"]),
         "wavemim.objective": task.objective,
+        "wavemim.objective_images": str(task.end_images),
+        "wavemim.curve_images": str(task.rung_images or task.end_images),
     }
     if part.forks:
         tags["mlflow.runName"] = name
@@ -174,15 +182,30 @@ def _start(
         tags=tags,
         dataset=shards.about,
     )
-    if part.forks:
-        tracker.description(forks_in_words(part.forks, task.searched))
+    forks = forks_in_words(part.forks, task.searched)
+    tracker.description("\n\n".join(filter(None, (_measures(task), forks))))
     return tracker
+
+
+def _measures(task: TrialTask) -> str:
+    """What the metrics of a trial's objective are measured on, as Markdown."""
+    text = (
+        f"The last value of `objective` of a finished trial is `{task.objective}` at the end, on {task.end_images:,} train "
+        "images; trials are ranked by it."
+    )
+    if task.rung_images:
+        cheaper = "by a cheaper probe on " if task.objective == PROBE else "on "
+        text += (
+            f" `{OBJECTIVE_CURVE}`, and `objective` before the end, are measured {cheaper}{task.rung_images:,} images: "
+            f"compare learning curves by `{OBJECTIVE_CURVE}`."
+        )
+    return text
 
 
 def _at_rung(measured: Measured, tracker: Tracker, task: TrialTask) -> dict[str, Any]:
     """What a trial reports at a rung."""
     known = {RUNG: measured.rung, IMAGES: measured.images, task.objective: measured.objective}
-    return {**known, "mlflow_run": tracker.handle.run_id}
+    return {**known, CURVE_IMAGES: task.rung_images, "mlflow_run": tracker.handle.run_id}
 
 
 def searched_values(recipe: Recipe, point: Mapping[str, Any], searched: Sequence[str]) -> dict[str, Any]:
@@ -236,7 +259,8 @@ def _rungs(
             spent = before.read()  # training goes on from what this measurement has cost
         cost = (spent or spent_in(folder)).metrics()
         if spent is not None:  # not logged before an interruption
-            tracker.log({"objective": measured.objective, **cost}, measured.images)
+            values = {"objective": measured.objective, OBJECTIVE_CURVE: measured.objective}
+            tracker.log({**values, **cost}, measured.images)
         if measured.rung != part.pause:  # that one is reported once its checkpoint is kept
             save()
             ray.tune.report({**_at_rung(measured, tracker, task), **cost})

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from pipeline.sweeps.trials import Sweep, Trial, point_key, trial_name
+from pipeline.sweeps.trials import Sweep, Trial, point_key, short_name, trial_name
 
 LEVEL, POWER = 0.05, 0.8  # of the tests, as is usual
 _DRAWS = 200_000  # of the largest statistic: an error of the critical value of about 0.3 %
@@ -268,6 +268,11 @@ def _without_comparison(sweep: Sweep, found: Answer) -> list[str]:
     if searched:
         best = max(searched, key=lambda trial: trial.value or -math.inf)
         name = _said(trial_name(best.number, best.point, sweep.settings))
+        equal = [
+            trial for trial in searched if trial is not best and math.isclose(trial.value or 0.0, best.value or 0.0)
+        ]
+        if equal:
+            name += f" ({_among([short_name(trial.number) for trial in equal])} equal)"
         lines.append(
             f"The highest of {len(searched)} searched trials is {name} with {best.value:.2f}; as the highest of many single "
             "runs, it may be so by chance."
@@ -275,6 +280,13 @@ def _without_comparison(sweep: Sweep, found: Answer) -> list[str]:
     if found.recipe:
         lines.append(f"The recipe's own settings are kept (mean {found.recipe.mean:.2f}).")
     return lines + _lost(found) + _schedules(sweep)
+
+
+def _among(names: Sequence[str], most: int = 3) -> str:
+    """Who is equal: "#04 is", "#04 and #07 are", or "12 others are"."""
+    if len(names) > most:
+        return f"{len(names)} others are"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) + (" is" if len(names) == 1 else " are")
 
 
 def _schedules(sweep: Sweep) -> list[str]:

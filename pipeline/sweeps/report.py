@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from pipeline.sweeps.answer import Answer, Arm
 from pipeline.sweeps.importance import Importance
 from pipeline.sweeps.pareto import pareto_table
 from pipeline.sweeps.response import Responses
-from pipeline.sweeps.trials import Sweep, Trial, short_names, short_value
+from pipeline.sweeps.trials import CURVE_IMAGES, OBJECTIVE_IMAGES, Sweep, Trial, short_name, short_names, short_value
 
+CURVES = "learning_curves.png"
+CURVE_END = "curve_end"  # in the table of trials: the last point of a trial's curve
 LONGEST_NOTE = 5000  # characters; MLflow allows 8000 in a tag, its older servers 5000
 _SHOWN = 20  # trials in the report
 
@@ -44,7 +47,7 @@ def trials_table(sweep: Sweep, rows: int | None = None) -> str:
     lines = []
     for trial in shown:
         values = (_cell(short_value(trial.point[key])) if key in trial.point else "" for key in sweep.settings)
-        lines.append((f"#{trial.number:02d}", *values, trial.role, trial.seed, _outcome(trial)))
+        lines.append((short_name(trial.number), *values, trial.role, trial.seed, _outcome(trial)))
     rest = len(trials) - len(shown)
     return table(header, lines) + (f"\n\n… and {rest} more in trials.csv." if rest else "")
 
@@ -134,6 +137,8 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     counts = {state: sum(trial.state == state for trial in sweep.trials) for state in ("finished", "stopped", "failed")}
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     parts += ["## Trials", f"{len(sweep.trials)} trials: {said}."]
+    if said := _measures(sweep):
+        parts.append(said)
     if rows:
         parts.append(trials_table(sweep, rows))
     if forks := _forks_table(sweep, rows):
@@ -146,7 +151,32 @@ def _report(sweep: Sweep, found: Answer, curves: Responses, shares: Importance, 
     cost = together(Spent.of(trial.cost) for trial in sweep.trials)
     if str(cost):
         parts += ["## Cost", f"All trials: {cost}."]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+
+
+def measured_on(sweep: Sweep) -> tuple[str, str]:
+    """What the points of the curves, and the objective at the end of a trial, are measured on: "by …" or "on … images"."""
+    during, at_end = (sweep.images_of(name) for name in (CURVE_IMAGES, OBJECTIVE_IMAGES))
+    points = f"on {'fewer' if during is None else f'{during:,}'} images"
+    # At a rung, the probe has one strength of regularisation, also where there are no more images at the end.
+    return (f"by a cheaper probe {points}" if sweep.unit else points), (
+        f"on {'more' if at_end is None else f'{at_end:,}'} images"
+    )
+
+
+def _measures(sweep: Sweep) -> str:
+    """That the curves and the objective are two measures; "" without curves."""
+    if not sweep.has_curves:
+        return ""
+    during, at_end = measured_on(sweep)
+    if during == at_end:  # RankMe of few images, which has no cheaper form
+        return f"The curves of `{CURVES}` and the objective at the end of a trial are both measured {at_end}."
+    stopped = any(trial.state == "stopped" and trial.objective is not None for trial in sweep.trials)
+    return (
+        f"The curves of `{CURVES}` are measured during training, {during}; the objective, by which trials are ranked, once at "
+        f"the end, {at_end}. Compare curves with curves alone: the figure shows the objective apart from them."
+        + (" The value of a stopped trial is the last point of its curve." if stopped else "")
+    )
 
 
 def _not_drawn(missing: Mapping[str, str]) -> str:
@@ -161,7 +191,7 @@ def _forks_table(sweep: Sweep, most: int) -> str:
     rows = []
     for fork in forks[:most]:
         values = (_cell(short_value(fork.point[key])) if key in fork.point else "" for key in sweep.settings)
-        rows.append((f"#{fork.number:02d}", f"#{fork.donor:02d}", f"{fork.images:,}", *values))
+        rows.append((short_name(fork.number), short_name(fork.donor), f"{fork.images:,}", *values))
     header = ("trial", "continued from", "images seen", *(names[key] for key in sweep.settings))
     rest = len(forks) - len(rows)
     return table(header, rows) + (f"\n\n… and {rest} more in trials.csv." if rest else "") if forks else ""
@@ -211,8 +241,12 @@ def trials_csv(sweep: Sweep) -> str:
     """All trials as CSV, the best first; lists and mappings are written as JSON, and settings that do not apply are empty."""
     trials = ranked(sweep)
     results = dict.fromkeys(name for trial in trials for name in (*trial.cost, *trial.metrics))
-    results.pop(sweep.objective, None)
-    columns = ["trial", "role", "state", "seed", *sweep.settings, sweep.objective, *results, "reason"]
+    ends = {trial.number: [value for _, value in trial.curve if math.isfinite(value)][-1:] for trial in trials}
+    results |= dict.fromkeys([CURVE_END] if any(ends.values()) else [])
+    measures = [name for name in (OBJECTIVE_IMAGES, CURVE_END, CURVE_IMAGES) if name in results]  # side by side
+    for name in (sweep.objective, *measures):
+        results.pop(name, None)
+    columns = ["trial", "role", "state", "seed", *sweep.settings, sweep.objective, *measures, *results, "reason"]
     if any(trial.forks for trial in trials):
         columns.append("forked")
     file = io.StringIO(newline="")
@@ -229,8 +263,10 @@ def trials_csv(sweep: Sweep) -> str:
             "reason": trial.reason,
         }
         if trial.forks:
-            row["forked"] = "; ".join(f"#{fork.donor:02d} after {fork.images} images" for fork in trial.forks)
+            row["forked"] = "; ".join(f"{short_name(fork.donor)} after {fork.images} images" for fork in trial.forks)
         row[sweep.objective] = trial.objective
+        if ends[trial.number]:
+            row[CURVE_END] = ends[trial.number][0]
         writer.writerow(row)
     return file.getvalue()
 

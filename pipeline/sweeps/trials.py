@@ -14,6 +14,9 @@ Role = Literal["recipe", "search", "finalist"]
 ROLES: tuple[Role, ...] = ("recipe", "search", "finalist")
 State = Literal["finished", "stopped", "failed"]
 WEIGHT = "target.weights."
+# Metrics of a trial: on how many train images its objective, and on how many each point of its curve was measured. Trials of
+# earlier versions have neither.
+OBJECTIVE_IMAGES, CURVE_IMAGES = "objective_images", "curve_images"
 _MISSING = object()
 _GENERIC = ("ratio", "kind")  # last parts of a key that say less than the section
 
@@ -53,7 +56,8 @@ class Trial:
         objective: The objective at its end, higher is better; None if it was not measured. Only that of a finished trial
             enters the statistics.
         reason: Why it was stopped or failed, in one line.
-        curve: (images seen, objective) during training.
+        curve: (images seen, objective) during training, its end included, all measured alike. That measure is cheaper than
+            the one of `objective`: on `metrics[CURVE_IMAGES]` images instead of `metrics[OBJECTIVE_IMAGES]`.
         cost: Metrics ``cost/…`` by name.
         metrics: Further results for the table, by name.
         forks: Where its weights and settings were replaced during training, in this order.
@@ -104,6 +108,17 @@ class Sweep:
     def unit(self) -> str:
         """ " points" for percentages, "" for other measures; it follows a number."""
         return " points" if "top1" in self.objective or "top5" in self.objective else ""
+
+    def images_of(self, name: str) -> int | None:
+        """Images of a measurement, OBJECTIVE_IMAGES or CURVE_IMAGES; None if no trial that finished says so, or not
+        all that do agree. The objective of a stopped trial is a point of its curve."""
+        counts = {trial.metrics[name] for trial in self.trials if name in trial.metrics and trial.state == "finished"}
+        return int(counts.pop()) if len(counts) == 1 else None
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether a trial was measured more than once, with finite values."""
+        return any(sum(math.isfinite(value) for _, value in trial.curve) > 1 for trial in self.trials)
 
     @property
     def constant(self) -> Sweep:
@@ -193,6 +208,11 @@ def short_names(settings: Sequence[str]) -> dict[str, str]:
     return {key: name if names.count(name) == 1 else key for key, name in short.items()}
 
 
+def short_name(number: int) -> str:
+    """A trial's number as texts, tables and figures have it, such as "#07"."""
+    return f"#{number:02d}"
+
+
 def trial_name(number: int, point: Mapping[str, Any], settings: Sequence[str] | None = None) -> str:
     """Name of a trial by what varies, such as "#07 w1=0.41 w3=2.1 mask=0.67".
 
@@ -206,5 +226,5 @@ def trial_name(number: int, point: Mapping[str, Any], settings: Sequence[str] | 
     """
     names = short_names(list(settings) if settings is not None else list(point))
     parts = [f"{names.get(key, key)}={short_value(value)}" for key, value in point.items()]
-    text = " ".join((f"#{number:02d}", *parts))
+    text = " ".join((short_name(number), *parts))
     return text if len(text) <= 250 else text[:249] + "…"

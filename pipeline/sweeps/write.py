@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from pipeline.sweeps.axes import axes_of, observed
 from pipeline.sweeps.best import best_recipe
 from pipeline.sweeps.importance import Importance, importance
 from pipeline.sweeps.pareto import cost_points, pareto_front
-from pipeline.sweeps.report import description, report, trials_csv
+from pipeline.sweeps.report import CURVES, description, measured_on, report, trials_csv
 from pipeline.sweeps.response import Responses, responses
-from pipeline.sweeps.trials import ROLES, Sweep
+from pipeline.sweeps.trials import ROLES, Sweep, short_name
 from wavemim.atomic import new_file
 from wavemim.figures.sweeps import (
     Dot,
@@ -33,7 +32,7 @@ from wavemim.figures.sweeps import (
 )
 
 TABLE, REPORT, BEST = "trials.csv", "report.md", "best.yaml"
-RESPONSE, IMPORTANCE, CURVES, PARETO = "sweep.png", "importance.png", "learning_curves.png", "pareto.png"
+RESPONSE, IMPORTANCE, PARETO = "sweep.png", "importance.png", "pareto.png"
 _FEWEST_COSTS, _SAME_COST = 3, 0.02  # points and relative difference for which a figure of costs says anything
 _log = logging.getLogger(__name__)
 
@@ -126,8 +125,10 @@ class _Figure:
 def _figures(sweep: Sweep, found: Answer, curves: Responses, shares: Importance) -> Sequence[_Figure]:
     """The figures. One that would have nothing to show is not drawn."""
     objective = sweep.objective.removeprefix("eval/") + (" (%)" if sweep.unit else "")
-    lines = [Line(trial.curve, trial.role, trial.state) for trial in sweep.trials]
-    measured = max((sum(math.isfinite(value) for _, value in line.points) for line in lines), default=0)
+    lines = [
+        Line(trial.curve, trial.role, trial.state, trial.value, short_name(trial.number)) for trial in sweep.trials
+    ]
+    during, at_end = measured_on(sweep)
     panels = _panels(sweep.constant, found, curves)
     cost, points = cost_points(sweep.constant)
     no_costs = f"fewer than {_FEWEST_COSTS} points have a known cost" if len(points) < _FEWEST_COSTS else ""
@@ -146,8 +147,8 @@ def _figures(sweep: Sweep, found: Answer, curves: Responses, shares: Importance)
         ),
         _Figure(
             CURVES,
-            "" if measured > 1 else "no trial was measured more than once",
-            lambda path: learning_figure(path, lines, objective=objective),
+            "" if sweep.has_curves else "no trial was measured more than once",
+            lambda path: learning_figure(path, lines, objective=objective, during=during, at_end=at_end),
         ),
         _Figure(
             PARETO,

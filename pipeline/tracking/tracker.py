@@ -234,7 +234,7 @@ class Tracker:
         """
         # Relative to the page's address, so that they are found through any proxy.
         shown = "".join(f"\n\n![{name}](get-artifact?path={name}&run_uuid={RUN_ID})" for name in figures)
-        text = markdown.replace(RUN_ID, "{ run_id }") + shown
+        text = markdown.rstrip("\n").replace(RUN_ID, "{ run_id }") + shown
         self._note("tag", key="mlflow.note.content", value=text, fill=True)
 
     def end(self, status: str | None = "FINISHED") -> None:

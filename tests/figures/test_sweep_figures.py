@@ -62,6 +62,34 @@ def test_learning_curves_mark_what_was_stopped(drawn):
     assert {"searched", "recipe", "stopped", "failed"} <= set(texts(figure)) and "finalist" not in texts(figure)
 
 
+def test_the_objective_at_the_end_is_apart_from_the_curves_and_says_what_it_is_measured_on(drawn):
+    """Would catch: a best trial that is drawn as the one that got worst, since its curve is of another measure."""
+    lines = [
+        Line([(0, 10.5), (4000, 11.5)], end=14.0, name="#02"), Line([(0, 10.5), (4000, 9.5)], end=14.0, name="#04"),
+        Line([(0, 10.5), (2000, 10.0)], "finalist", end=13.0, name="#05"),
+        Line([(0, 10.5), (2000, 8.0)], state="stopped", end=8.0, name="#06"), Line([(0, 9.0)], end=math.nan, name="#07"),
+    ]  # fmt: skip
+    learning_figure(
+        "p", lines, objective="top1 (%)", during="by a cheaper probe on 1,000 images", at_end="on 2,000 images"
+    )
+    learning_figure("p", [Line([(0, 1.0), (9, 2.0)])], objective="top1")
+    axis = drawn[0].axes[0]
+    symbols = [found for found in axis.collections if isinstance(found, PathCollection)]
+    placed = [tuple(at) for found in symbols for at in found.get_offsets()]
+    assert sorted(y for _, y in placed) == [13.0, 14.0, 14.0] and all(x > 4000 for x, _ in placed)
+    assert len({x for x, _ in placed}) == 2  # the roles stand side by side
+    dotted = [line for line in axis.get_lines() if line.get_linestyle() == ":"]
+    joins = sorted((line.get_xdata()[0], *map(float, line.get_ydata())) for line in dotted)
+    assert joins == [(2000, 10.0, 13.0), (4000, 9.5, 14.0), (4000, 11.5, 14.0)]
+    curves = [line for line in axis.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) > 1]
+    assert all(max(line.get_xdata()) <= 4000 for line in curves)  # no curve goes on to the other measure
+    said = " ".join(texts(drawn[0]))
+    assert "during training, by a cheaper probe on 1,000 images" in said and "the objective, on 2,000 images" in said
+    assert {"#02, #04", "#05", "end"} <= set(texts(drawn[0])) and not {"#06", "#07"} & set(texts(drawn[0]))
+    alone = texts(drawn[1])  # without an objective at the end, there is no strip for it
+    assert "end" not in alone and any("on fewer images" in text for text in alone)
+
+
 def test_the_pareto_front_is_drawn_and_labelled(drawn):
     points = [(1e12, 40.0, "#01", "search"), (2e12, 39.0, "#02", "search"), (3e12, 50.0, "recipe", "recipe")]
     pareto_figure("p", points, [0, 2], objective="top1", cost="FLOPs")

@@ -15,7 +15,7 @@ from pipeline.errors import StageError
 from pipeline.runtime.ray_session import SessionInfo
 from pipeline.stages import tune
 from pipeline.stages.tune_engine import CURVE, FAILED, _Planned, ended_of, run_plan
-from pipeline.stages.tune_schedulers import RungScheduler
+from pipeline.stages.tune_schedulers import RUNG, RungScheduler
 from pipeline.stages.tune_trial import TrialTask, run_trial
 from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.plan import Budget, Plan
@@ -40,6 +40,13 @@ def test_a_finished_trial_keeps_what_the_report_and_the_table_need():
     assert (ended.number, ended.state, ended.objective, ended.reason) == (7, "finished", 31.5, "")
     assert ended.metrics == {"eval/rankme": 12.0, "train/loss_level2": 0.5, "images": 900, "mlflow_run": "abc"}
     assert ended.cost == {"cost/flops": 5e9} and ended.curve == ((900, 31.5),)
+    on = {"objective_images": 2000, "curve_images": 1000}
+    assert on.items() <= ended_of(7, {**REPORT, **on}, OBJECTIVE, error=False).metrics.items()
+    at_rung = {OBJECTIVE: 9.0, RUNG: 1, "curve_images": 1000}
+    stopped = ended_of(7, at_rung, OBJECTIVE, error=False, stopped="behind", curve=[(5, 9.0)])
+    assert (stopped.objective, stopped.metrics["objective_images"]) == (9.0, 1000)  # a point of its curve
+    lost = ended_of(7, at_rung, OBJECTIVE, error=True)
+    assert lost.state == "failed" and "objective_images" not in lost.metrics
 
 
 def test_a_trial_that_says_why_it_failed_has_failed_for_this_reason():

@@ -57,6 +57,7 @@ def test_results_of_any_values_and_a_failed_trial_are_written(tmp_path, values):
     assert tracker.metrics == {"tune/best_linear_top1_heldout": 30.0}
     table = sweep_table(result)
     assert table.startswith("- The noise was not measured") and "ValueError" in table
+    assert "| #00 " in table and "| #09 " in table  # as in the report and the figures
 
 
 def test_the_best_trial_of_a_search_becomes_the_recipe(tmp_path):

@@ -97,8 +97,15 @@ def test_a_population_is_forked_at_rungs_and_its_winner_runs_again_with_its_last
         run = client.get_run(trial.metrics["mlflow_run"])
         assert run.info.status == "FINISHED" and float(run.data.params["train.lr"]) == trial.point["train.lr"]
         assert run.info.run_name == trial_name(trial.number, trial.point)
-        history = client.get_metric_history(run.info.run_id, "objective")
+        history = client.get_metric_history(run.info.run_id, "objective_curve")
         assert [(one.step, one.value) for one in history] == list(trial.curve)
+        history = client.get_metric_history(run.info.run_id, "objective")
+        assert [(one.step, one.value) for one in history] == [*trial.curve[:-1], (48, trial.objective)]
+        said = run.data.tags["mlflow.note.content"]
+        counts = [trial.metrics[name] for name in ("objective_images", "curve_images")]
+        assert [int(run.data.tags[f"wavemim.{name}"]) for name in ("objective_images", "curve_images")] == counts
+        assert f"on {counts[0]} train images" in said and f"on {counts[1]} images: compare" in said
+        assert ("continued from a checkpoint" in said) == bool(trial.forks)
         forked = "; ".join(f"#{fork.donor:02d} after {fork.images} images" for fork in trial.forks)
         assert run.data.tags.get("wavemim.forked", "") == forked
         if trial.role == "search":
@@ -131,6 +138,7 @@ def test_asha_stops_trials_of_the_search_and_the_others_run_to_their_end(ray_loc
     for trial in trials:
         seen = [images for images, _ in trial.curve]
         assert seen == [0, 32, 64, 96, 128][: len(seen)] and trial.metrics["images"] == seen[-1]
+        assert trial.metrics["objective_images"] == trial.metrics["curve_images"] > 0
         assert (trial.state == "finished") == (seen[-1] == 128) and trial.objective == trial.curve[-1][1]
         assert trial.cost["cost/images_seen"] >= seen[-1] and trial.cost["cost/wall_clock_s"] > 0
         assert trial.state == "stopped" or 0 < trial.metrics["perf/probe_share"] < 1
@@ -138,5 +146,6 @@ def test_asha_stops_trials_of_the_search_and_the_others_run_to_their_end(ray_loc
         assert not list(folder.glob("checkpoints/images-*"))
         run = client.get_run(trial.metrics["mlflow_run"])
         assert run.info.status == ("FINISHED" if trial.state == "finished" else "KILLED")
-        history = client.get_metric_history(run.info.run_id, "objective")
+        history = client.get_metric_history(run.info.run_id, "objective_curve")
         assert [(one.step, one.value) for one in history] == list(trial.curve)
+        assert run.data.metrics["objective"] == trial.objective  # a stopped trial has one too

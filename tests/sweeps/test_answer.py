@@ -145,3 +145,17 @@ def test_a_real_improvement_is_found():
     bad_recipe = {"target.weights.1": 3.0, "target.weights.2": 1.0, "target.weights.3": 0.1, "mask.ratio": 0.4}
     found = [answer(simulate(peaked, seed=seed, recipe=bad_recipe)) for seed in range(5)]
     assert all(one.verdict == "better" for one in found)
+
+
+@pytest.mark.parametrize(
+    ("searched", "said"),
+    [
+        ((14.0, 13.0), "#01 mask=0.01 with 14.00"),
+        ((13.0, 14.0, 13.5, 14.0 + 1e-14), "(#02 is equal) with 14.00"),
+        ((14.0, 14.0, 14.0), "#01 mask=0.01 (#02 and #03 are equal) with 14.00"),
+        ((14.0,) * 6, "#01 mask=0.01 (5 others are equal) with 14.00"),
+    ],
+)
+def test_a_tie_of_the_highest_trials_is_said(searched, said):
+    found = answer(sweep_of(searched=searched))
+    assert any(said in line for line in found.sentences), found.sentences

@@ -100,6 +100,57 @@ def test_the_report_begins_with_the_answer():
     assert len(report(*parts, longest=500)) == 500
 
 
+def with_images(sweep, at_end=2000, during=1000):
+    """The sweep, with the numbers of images that its trials were measured on, and curves that end lower than their objective."""
+    on = {"objective_images": at_end, "curve_images": during}
+    trials = [
+        dataclasses.replace(t, metrics={**t.metrics, **on}, curve=[(i, v - 3) for i, v in t.curve])
+        for t in sweep.trials
+    ]
+    return dataclasses.replace(sweep, trials=trials)
+
+
+def test_the_curves_and_the_objective_at_the_end_are_told_apart(tmp_path, monkeypatch):
+    """Would catch: a picture and a table that give the same trial different values without a word."""
+    drawn = {}
+    monkeypatch.setattr(write, "learning_figure", lambda path, lines, **said: drawn.update(lines=lines, **said))
+    recipe = with_overrides(load("small", [f"out={tmp_path}/o"]), {"target.taps": {1: 2, 2: 4, 3: 8}})
+    plain = simulate(peaked, searched=3, seeds=1, finalists=1)
+    sweep = with_images(plain)
+    written = write_results(tmp_path, recipe, sweep)
+    assert (drawn["during"], drawn["at_end"]) == ("by a cheaper probe on 1,000 images", "on 2,000 images")
+    for line, trial in zip(drawn["lines"], sweep.trials, strict=True):
+        assert (line.end, line.name, line.points) == (trial.objective, f"#{trial.number:02d}", trial.curve)
+    text = written.files["report.md"].read_text()
+    assert "during training, by a cheaper probe on 1,000 images; the objective, by which" in text
+    assert "once at the end, on 2,000 images." in text and "on 2,000 images" in written.description
+    for row in csv.DictReader(io.StringIO(trials_csv(sweep))):
+        assert float(row["curve_end"]) == pytest.approx(float(row[OBJECTIVE]) - 3)
+        assert (row["objective_images"], row["curve_images"]) == ("2000", "1000")
+    write_results(tmp_path, recipe, plain)  # of an earlier version, whose trials do not have the numbers
+    assert (drawn["during"], drawn["at_end"]) == ("by a cheaper probe on fewer images", "on more images")
+    assert "cheaper probe on fewer images" in (tmp_path / "report.md").read_text()
+    rank = dataclasses.replace(with_images(plain, 24, 24), objective="eval/rankme")
+    assert "are both measured on 24 images." in write_results(tmp_path, recipe, rank).description
+
+
+def test_stopped_trials_do_not_count_for_what_the_objective_is_measured_on():
+    stopped = Trial(99, "search", RECIPE, 0, "stopped", 1.0, metrics={"objective_images": 1000, "curve_images": 1000})
+    sweep = with_images(simulate(peaked))
+    sweep = dataclasses.replace(sweep, trials=[*sweep.trials, stopped])
+    assert (sweep.images_of("objective_images"), sweep.images_of("curve_images")) == (2000, 1000)
+    text = report(sweep, answer(sweep), responses(sweep, None), Importance(note="n"))
+    assert "on 2,000 images. Compare" in text and "The value of a stopped trial is the last point of its curve." in text
+    assert simulate(peaked).images_of("objective_images") is None
+
+
+def test_no_text_has_two_empty_lines(tmp_path):
+    sweep = dataclasses.replace(with_images(simulate(peaked)), cost="flops")
+    parts = sweep, answer(sweep), responses(sweep, None), Importance(note="")
+    for text in (report(*parts, missing={"a.png": "so"}), description(*parts)):
+        assert "\n\n\n" not in text and text.endswith("\n") and not text.endswith("\n\n")
+
+
 def test_the_pareto_front():
     points = [(3, 10), (1, 5), (2, 5), (2, 7), (4, 9), (1, 4), (3, 10)]
     front = pareto_front(points)

@@ -16,7 +16,7 @@ from tiny_sweeps import RECIPE, peaked, simulate
 
 from pipeline.config.load import with_overrides
 from pipeline.config.recipe import Recipe
-from pipeline.stages.tune_trial import as_objective, searched_values
+from pipeline.stages.tune_trial import OBJECTIVE_CURVE, as_objective, searched_values
 from pipeline.sweeps.trials import Sweep, trial_name
 from pipeline.sweeps.write import write_results
 from pipeline.tracking.tracker import Tracker
@@ -82,14 +82,15 @@ def _log_sweep(out: Path, uri: str) -> tuple[Tracker, Sweep]:
                 dataset=DATASET,
             ) as tracker:
                 for images, value in ((0, 20.0), *trial.curve):
-                    tracker.log(
-                        as_objective({sweep.objective: value, "eval/rankme": value / 2}, sweep.objective), images
-                    )
+                    tracker.log({"objective": value, OBJECTIVE_CURVE: value}, images)
                     tracker.log({"train/loss": 100 / value, "train/loss_level2": 50 / value, **trial.cost}, images)
                     if trial is sweep.trials[-1]:
                         tracker.tag("wavemim.reason", "the loss is not a number")
                         tracker.end("FAILED")
                         break
+                else:
+                    measured = {sweep.objective: trial.objective, "eval/rankme": trial.objective / 2}
+                    tracker.log(as_objective(measured, sweep.objective), trial.curve[-1][0])
         parent.log({"tune/best_linear_top1_heldout": 50.0, "eval/a": 1.0, "train/a": 1.0, "cost/flops": 1e12}, 2000)
         written = write_results(out, recipe, sweep)
         pictures = [path.name for path in written.files.values() if path.suffix == ".png"]

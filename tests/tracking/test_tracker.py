@@ -102,7 +102,7 @@ def test_dataset_and_description_are_stored_once_also_after_resuming(out: Path) 
     }  # fmt: skip
     for status in ("FAILED", "FINISHED"):
         tracker = Tracker.start(recipe_in(out), "pretrain", log_dir=out / "data", dataset=about)
-        tracker.description("# Answer {run_id}", ["a.png"])
+        tracker.description("# Answer {run_id}\n", ["a.png", "b.png"])
         tracker.end(status)
     client = client_of(tracker.handle)
     run = client.get_run(tracker.handle.run_id)
@@ -114,6 +114,7 @@ def test_dataset_and_description_are_stored_once_also_after_resuming(out: Path) 
     note = run.data.tags["mlflow.note.content"]
     assert note.startswith("# Answer { run_id }")  # only the project's own place for the id is filled in
     assert f"![a.png](get-artifact?path=a.png&run_uuid={run.info.run_id})" in note
+    assert note.count("\n\n") == 2 and "\n\n\n" not in note
 
 
 def test_an_experiment_without_a_kind_becomes_one_of_model_training_and_a_chosen_kind_stays(out: Path) -> None:

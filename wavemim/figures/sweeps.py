@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,15 @@ class Line:
         points: (images seen, objective).
         role: "search", "finalist" or "recipe".
         state: "finished", "stopped" or "failed".
+        end: The objective that trials are ranked by, measured at the end with other images than the points; None: none.
+        name: The trial's name at that value.
     """
 
     points: Sequence[tuple[float, float]]
     role: str = "search"
     state: str = "finished"
+    end: float | None = None
+    name: str = ""
 
 
 def response_figure(path: Path, panels: Sequence[Panel], *, objective: str) -> None:
@@ -207,26 +211,41 @@ def importance_figure(path: Path, shares: Mapping[str, float], *, objective: str
     save_figure(figure, path)
 
 
-def learning_figure(path: Path, lines: Sequence[Line], *, objective: str) -> None:
-    """Draw the learning curves of all trials; stopped ones end with a bar, failed ones with a cross.
+def learning_figure(
+    path: Path,
+    lines: Sequence[Line],
+    *,
+    objective: str,
+    during: str = "on fewer images",
+    at_end: str = "on more images",
+) -> None:
+    """Draw the learning curves of all trials, and apart from them the objective at their ends, which is another measure.
+
+    Stopped trials end with a bar, failed ones with a cross.
 
     Args:
         path: The PNG file to write.
         lines: The curves, at least one with a finite value; those that are not finite are left out.
         objective: The objective's name with its unit.
+        during: What the points of the curves are measured on.
+        at_end: What the objective at the end is measured on.
     """
-    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     handles: dict[str, Any] = {}
-    for line in sorted(lines, key=lambda line: list(_ROLES).index(line.role) if line.role in _ROLES else 0):
-        points = [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)]
-        if not points:
-            continue
-        colour, _, _, label = _ROLES.get(line.role, _ROLES["search"])
+    known = [
+        replace(line, points=[(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)])
+        for line in sorted(lines, key=lambda line: list(_ROLES).index(line.role) if line.role in _ROLES else 0)
+    ]
+    known = [line for line in known if line.points]
+    ended = [line for line in known if line.state == "finished" and math.isfinite(_end_of(line))]
+    for line in known:
+        colour, symbol, size, label = _ROLES.get(line.role, _ROLES["search"])
         label = label.partition(",")[0]
-        x, y = zip(*points, strict=True)
+        x, y = zip(*line.points, strict=True)
         faint: dict[str, Any] = {"color": colour, "alpha": 0.45 if line.role == "search" else 0.9}
-        axis.plot(x, y, linewidth=1.1, marker="." if len(points) < 12 else None, markersize=4, **faint)
-        handles.setdefault(label, plt.Line2D([], [], color=colour, label=label))
+        axis.plot(x, y, linewidth=1.1, marker="." if len(x) < 12 else None, markersize=4, **faint)
+        own: dict[str, Any] = {"marker": symbol, "markersize": size**0.5, "markeredgewidth": 0} if ended else {}
+        handles.setdefault(label, plt.Line2D([], [], color=colour, label=label, **own))
         if line.state != "finished":
             marker = "|" if line.state == "stopped" else "x"
             axis.plot(x[-1:], y[-1:], marker=marker, markersize=9, markeredgewidth=1.6, linestyle="", color=colour)
@@ -236,12 +255,55 @@ def learning_figure(path: Path, lines: Sequence[Line], *, objective: str) -> Non
             handles.setdefault(line.state, mark)
     axis.set_xlabel("images seen in pretraining")
     axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+    said = f"curves: measured during training, {during}"
+    if ended:
+        _draw_ends(axis, ended, max(x for line in known for x, _ in line.points))
+        said += f"\nsymbols at the end: the objective, {at_end}; it ranks the trials"
+    axis.set_title(said, fontsize=9, loc="left", color="#333333")
     axis.set_ylabel(objective, parse_math=False)
     axis.grid(alpha=0.3)
     figure.legend(
         handles=list(handles.values()), loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9
     )
     save_figure(figure, path)
+
+
+def _draw_ends(axis: Any, lines: Sequence[Line], last: float) -> None:
+    """Draw the objectives at the end in a strip of their own, each joined to the end of its curve by dots.
+
+    Args:
+        axis: The axes, with the curves.
+        lines: Curves with an objective at the end.
+        last: Images seen at the end of the longest curve.
+    """
+    last = last or 1.0
+    roles = [role for role in _ROLES if any(line.role == role for line in lines)]
+    places = {role: (1.10 + 0.04 * index) * last for index, role in enumerate(roles)}  # side by side: many are equal
+    left, beside = 1.04 * last, max(places.values()) + 0.025 * last
+    ticks = [tick for tick in MaxNLocator(6).tick_values(0, last) if 0 <= tick <= last]
+    axis.set_xticks([*ticks, float(np.mean(list(places.values())))], [*(thousands(tick, 0) for tick in ticks), "end"])
+    axis.axvspan(left, beside + 0.12 * last, color="#555555", alpha=0.08, linewidth=0)
+    axis.set_xlim(-0.04 * last, beside + 0.12 * last)
+    for line in lines:
+        colour, marker, size, _ = _ROLES[line.role]
+        (x, y), place = line.points[-1], places[line.role]
+        axis.plot((x, place), (y, line.end), color=colour, alpha=0.4, linewidth=0.9, linestyle=":")
+        faint = 0.75 if line.role == "search" else 1.0
+        axis.scatter(place, line.end, s=min(size, 70), color=colour, marker=marker, alpha=faint, linewidths=0, zorder=4)
+    low, high = axis.get_ylim()
+    labelled: dict[float, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: -_end_of(line)):
+        near = [height for height in labelled if abs(height - _end_of(line)) < 0.5 * _NEAR * (high - low)]
+        if not near or math.isclose(near[-1], _end_of(line)):
+            labelled.setdefault(near[-1] if near else _end_of(line), []).append(line)
+    for height, equal in labelled.items():
+        label = ", ".join(line.name for line in equal[:2]) + ("…" if len(equal) > 2 else "")
+        colour = _ROLES[equal[0].role][0]
+        axis.text(beside, height, label, fontsize=7, color=colour, va="center", parse_math=False)
+
+
+def _end_of(line: Line) -> float:
+    return math.nan if line.end is None else line.end
 
 
 def pareto_figure(
