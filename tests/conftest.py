@@ -22,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Set before Ray is imported: no token file in the home folder, no usage report.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray's workers run at niceness 15: beside other tests they would get next to nothing, and the tests with Ray end last, alone.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Credentials of the object store that some tests start; Ray's workers inherit the environment of their start.
 os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 

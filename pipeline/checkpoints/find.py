@@ -22,7 +22,7 @@ from wavemim.weights import checkpoint
 log = logging.getLogger(__name__)
 
 BEST = "best.json"  # which checkpoint was best, and its value
-CHECKPOINTS = ("images-*", BEST)  # patterns of names in a stage's folder
+WORK = ("images-*", BEST, "blow-up")  # in a stage's folder: checkpoints, and what `wavemim replay` reads
 COPIED = ("images-*/*", BEST)  # patterns of what the writer of checkpoints copies to a store itself
 FETCHED = "fetched"  # in the out folder: copies of checkpoints that were given by URL
 _NAME = re.compile(r"images-(\d+)")

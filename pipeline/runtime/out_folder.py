@@ -107,7 +107,10 @@ def _token(folder: Folder, what: str = "out") -> Iterator[tuple[Folder, str]]:
     name = f".node-check-{uuid.uuid4().hex}"
     made = [] if folder.local is None else [path for path in (folder.local, *folder.local.parents) if not path.exists()]
     try:
-        folder.write(name, b"")
+        try:
+            folder.write(name, b"")
+        except FileNotFoundError:  # another command, which is checking the same folder, has just removed it again
+            folder.write(name, b"")
     except OSError as error:
         raise SettingError(
             f"{what}={folder} cannot be written ({error.strerror or error}); give a folder in which files can be made"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoints.find import CHECKPOINTS, COPIED
+from pipeline.checkpoints.find import COPIED, WORK
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import Recipe, identity
 from pipeline.errors import StageError
@@ -84,7 +84,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
     same = _identity(recipe, subject, shards)
     place, home = recipe.stage_dir("finetune"), recipe.stage_home("finetune")
     with (
-        stage_folder(place, same, restart=recipe.restart, home=home, left_out=COPIED, work=CHECKPOINTS) as folder,
+        stage_folder(place, same, restart=recipe.restart, home=home, left_out=COPIED, work=WORK) as folder,
         opened(recipe, same, folder) as store,
     ):
         if folder.finished:

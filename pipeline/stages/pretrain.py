@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.find import CHECKPOINTS, COPIED
+from pipeline.checkpoints.find import COPIED, WORK
 from pipeline.checkpoints.remote import CheckpointStore
 from pipeline.checkpoints.uploader import check_store, opened
 from pipeline.config.recipe import CHANGEABLE, Recipe, identity
@@ -87,7 +87,7 @@ def run(recipe: Recipe, session: SessionInfo, checked: Checked, *, progress: boo
             force=recipe.force,
             home=home,
             left_out=COPIED,
-            work=CHECKPOINTS,
+            work=WORK,
         ) as folder,
         opened(recipe, same, folder) as store,
     ):

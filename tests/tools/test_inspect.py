@@ -147,7 +147,7 @@ def test_verify_as_a_command(folder, monkeypatch, capsys, tmp_path):
 
     refused(tmp_path / "nowhere", 2, f"{tmp_path / 'nowhere'}: no such folder")
     refused(folder / TRAIN, 2, "a file; give the folder")
-    refused(tmp_path, 1, "is not a shard set")
+    refused(tmp_path, 2, "is not a shard set")
     edit(folder, lambda manifest: manifest.update(format=FORMAT_VERSION + 7))
     refused(folder, 1, f"version {FORMAT_VERSION + 7}", f"versions {FORMAT_VERSION} and")
     manifest = json.loads((folder / MANIFEST).read_text()) | {"format": FORMAT_VERSION, "classes": ["x"]}
