@@ -13,12 +13,18 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+_given: set[int] = set()
+
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, another one each time: the system may offer one again that is not used yet."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 @contextlib.contextmanager
