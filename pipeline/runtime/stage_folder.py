@@ -111,9 +111,8 @@ def stage_folder(
         mirror = None
         if home is not None and folder.local is not None:
             mirror = stack.enter_context(mirrored(Folder.at(home), folder.local, left_out=left_out))
-        if home is None and work is not None and not restart:
-            restart = _failed_early(folder, identity, mark, work)
-        opened = replace(_open(folder, identity, restart, mark, changeable, force), mirror=mirror)
+        kept = work if home is None else None  # the store may have what this machine's copy lacks
+        opened = replace(_open(folder, identity, restart, mark, changeable, force, kept), mirror=mirror)
         if mirror is not None and restart:
             mirror.clear()
         opened.changed()
@@ -132,7 +131,13 @@ def journal_at_home(recipe: Recipe, stage: str) -> Iterator[None]:
 
 
 def _open(
-    folder: Folder, identity: Mapping[str, Any], restart: bool, mark: str, changeable: Set[str], force: bool
+    folder: Folder,
+    identity: Mapping[str, Any],
+    restart: bool,
+    mark: str,
+    changeable: Set[str],
+    force: bool,
+    work: Collection[str] | None,
 ) -> StageFolder:
     state = "new"
     if _holds_something(folder):
@@ -142,7 +147,7 @@ def _open(
         changed = differences(known, identity)
         if not known.keys() & identity.keys():  # somebody else's settings.json
             raise SettingError(f"{folder} is not empty and was not made by this stage; give another out= or name=")
-        if restart:
+        if restart or (changed and _failed_early(folder, mark, work)):
             folder.clear()
         elif changed:
             allowed = all(line.partition(":")[0] in changeable for line in changed)
@@ -166,12 +171,9 @@ def _open(
     return StageFolder(folder, mark, state)
 
 
-def _failed_early(folder: Folder, identity: Mapping[str, Any], mark: str, work: Collection[str]) -> bool:
-    """Whether this stage began the folder with other settings, and left nothing that is worth keeping."""
-    if folder.size(SETTINGS) is None or folder.size(mark) is not None:
-        return False
-    known = _read(folder, SETTINGS)
-    if not known.keys() & identity.keys() or not differences(known, identity):
+def _failed_early(folder: Folder, mark: str, work: Collection[str] | None) -> bool:
+    """Whether the stage's folder holds nothing that is worth keeping."""
+    if work is None or folder.size(mark) is not None:
         return False
     return not any(fnmatch.fnmatch(name, each) for name in (*folder.names(), *folder.folders()) for each in work)
 
